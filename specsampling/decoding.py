@@ -1,0 +1,118 @@
+"""What the two decoders share: where a text ends, and what a generation is.
+
+Knows only token ids and counts; the caller says which texts stop it, through
+a function over the new ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+StopCheck = Callable[[Sequence[int]], bool]
+"""Given the new ids so far, says whether the text ends with the newest of them."""
+
+
+@dataclass
+class Generation:
+    """One decoded text and what it cost.
+
+    Attributes:
+        token_ids: the new ids only; an end-of-text id that ended it is the last one.
+        finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens) or "context".
+        accepted: draft tokens accepted, one entry per cycle. The last cycle's count
+            includes accepted tokens that were cut because the text had ended before them.
+        drafted: draft tokens proposed, one entry per cycle.
+        target_calls: target forward calls after the prefill.
+        draft_calls: draft forward calls after the prefill.
+        prefill_seconds: time until the prompt (less its newest token) is in the caches.
+        decode_seconds: time from there to the last token.
+        forward_seconds: the part of the two spent inside the models' forward calls.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    target_calls: int = 0
+    draft_calls: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    forward_seconds: float = 0.0
+
+    def kinds(self) -> list[str]:
+        """Each new token's origin: "accepted", "correction" or "bonus" ("target" without a draft)."""
+        if not self.drafted:
+            return ["target"] * len(self.token_ids)
+        kinds: list[str] = []
+        for accepted, drafted in zip(self.accepted, self.drafted, strict=True):
+            kinds += ["accepted"] * accepted + ["bonus" if accepted == drafted else "correction"]
+        return kinds[: len(self.token_ids)]
+
+
+class Text:
+    """A prompt and the tokens decoded after it, up to the first of its endings.
+
+    Both decoders add tokens through `extend`, one by one, so that a text ends at the
+    same token whether it came alone or in the middle of a cycle.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        context: int,
+        eos_ids: Collection[int] = (),
+        is_stop: StopCheck | None = None,
+    ):
+        """Start from `prompt`.
+
+        Args:
+            prompt: at least one id, fewer than `context`.
+            max_new_tokens: exact limit on the new tokens, at least 1.
+            context: exact limit on prompt and new tokens together.
+            eos_ids: every id that ends a text.
+            is_stop: asked after each new token.
+
+        Raises:
+            ValueError: an empty prompt, one that fills the context, or no room for a token.
+        """
+        if not prompt:
+            raise ValueError("the prompt must have at least one token (got 0)")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"the prompt must be shorter than the context of {context} tokens "
+                f"(got {len(prompt)}); shorten it"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1 (got {max_new_tokens})")
+        self.tokens = list(prompt)
+        self.num_prompt_tokens = len(prompt)
+        self.limit = min(len(prompt) + max_new_tokens, context)
+        self._limit_reason = "length" if len(prompt) + max_new_tokens <= context else "context"
+        self._eos_ids = frozenset(eos_ids)
+        self._is_stop = is_stop
+        self.finish_reason: str | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return self.limit - len(self.tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens until the text ends; those behind its end are dropped."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self._eos_ids:
+                self.finish_reason = "eos"
+            elif self._is_stop is not None and self._is_stop(self.new_tokens):
+                self.finish_reason = "stop"
+            elif not self.room:
+                self.finish_reason = self._limit_reason
+            if self.finish_reason:
+                return

@@ -1,0 +1,217 @@
+"""Who proposes: a model, or n-grams of the text itself.
+
+A `Draft` is loaded once and starts a `Proposer` for each text. A proposer sees only
+the text that the target has accepted and its own proposals, and hands the verifier
+the distributions that its proposals were really drawn from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specsampling.sampling import Sampling, one_hot, probs_from_logits, sample
+from specsampling.session import Session, context_limit
+
+
+class Proposer(Protocol):
+    """Proposes for one text."""
+
+    num_calls: int
+    forward_seconds: float
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """See the prompt less its newest token."""
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        """Propose what comes after `tokens`.
+
+        Returns:
+            At most k token ids, and [len(ids), V] float32: what each was drawn from.
+        """
+
+    def rollback(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+
+class Draft(Protocol):
+    """Something that can propose for many texts."""
+
+    def start(
+        self,
+        target: PreTrainedModel,
+        capacity: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> Proposer:
+        """A proposer for one text of up to `capacity` tokens.
+
+        Its distributions have the width of the target's logits and lie on its device.
+        """
+
+
+@dataclass(frozen=True)
+class ModelDraft:
+    """A smaller model, warped and sampled from as the target is."""
+
+    model: PreTrainedModel
+
+    def start(
+        self,
+        target: PreTrainedModel,
+        capacity: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> ModelProposer:
+        session = Session(self.model, min(capacity, context_limit(self.model)))
+        return ModelProposer(session, num_logits(target), sampling, generator)
+
+
+class ModelProposer:
+    def __init__(
+        self,
+        session: Session,
+        vocab_size: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ):
+        self._session = session
+        self._last_id = session.model.get_input_embeddings().num_embeddings - 1
+        self._vocab_size = vocab_size
+        self._sampling = sampling
+        self._generator = generator
+
+    @property
+    def num_calls(self) -> int:
+        return self._session.num_calls
+
+    @property
+    def forward_seconds(self) -> float:
+        return self._session.forward_seconds
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self._session.prefill(self._known(tokens[: self._session.capacity]))
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        k = max(0, min(k, self._session.capacity - len(tokens) + 1))  # a full context is silent
+        sequence = list(tokens)
+        draft_probs = torch.zeros(k, self._vocab_size, device=self._session.device)
+        for i in range(k):
+            logits = self._session.score(self._known(sequence), last=1)
+            # Vocabularies may be padded to different sizes: the target's decides. Cut before
+            # the warp, so that the distribution reported is the one sampled from.
+            logits = logits[:, : self._vocab_size]
+            draft_probs[i, : logits.shape[1]] = probs_from_logits(logits, self._sampling)[0]
+            sequence.append(sample(draft_probs[i], self._generator))
+        return sequence[len(tokens) :], draft_probs
+
+    def rollback(self, length: int) -> None:
+        self._session.length = min(self._session.length, length)
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Ids the model can embed; a padding id of a wider target is fed as its last one."""
+        return [min(token, self._last_id) for token in tokens]
+
+
+@dataclass(frozen=True)
+class NgramDraft:
+    """Looks the newest tokens up in the text so far and proposes what followed them.
+
+    Also called prompt lookup. Its distributions are one-hot, so the verifier accepts a
+    token with exactly the target's probability for it.
+
+    Attributes:
+        longest: first looks for the last `longest` tokens, then for fewer.
+        shortest: down to this many.
+    """
+
+    longest: int = 3
+    shortest: int = 1
+
+    def start(
+        self,
+        target: PreTrainedModel,
+        capacity: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> NgramProposer:
+        return NgramProposer(self.longest, self.shortest, num_logits(target), target.device)
+
+
+class NgramProposer:
+    num_calls = 0
+    forward_seconds = 0.0
+
+    def __init__(self, longest: int, shortest: int, vocab_size: int, device: torch.device):
+        self._lengths = range(shortest, longest + 1)
+        self._vocab_size = vocab_size
+        self._device = device
+        self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> where its last follower stands
+        self._num_seen = 0
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        for end in range(self._num_seen + 1, len(tokens)):
+            for n in self._lengths:
+                if n <= end:
+                    self._follower[tuple(tokens[end - n : end])] = end
+            self._num_seen = end
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        self.prefill(tokens)
+        sequence = list(tokens)
+        for n in reversed(self._lengths):
+            follower = self._follower.get(tuple(tokens[-n:]))
+            if follower is not None:
+                for i in range(follower, follower + k):  # may run into its own proposals
+                    sequence.append(sequence[i])
+                break
+        proposed = sequence[len(tokens) :]
+        ids = torch.tensor(proposed, dtype=torch.long, device=self._device)
+        return proposed, one_hot(ids, self._vocab_size)
+
+    def rollback(self, length: int) -> None:
+        """Nothing to forget: only accepted text is looked up."""
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A shallow model cut from `model`: its first layers, final norm and head.
+
+    It shares the tensors, so it needs no memory of its own. Untrained for its depth, it
+    is a weak draft; what it proposes is as exact as any other.
+
+    Raises:
+        ValueError: `num_layers` is not between 1 and the model's own number.
+    """
+    config = copy.deepcopy(model.config)
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(
+            f"the number of layers must be between 1 and {config.num_hidden_layers} "
+            f"(got {num_layers})"
+        )
+    base = _shallow_copy(model.base_model)
+    for name, child in model.base_model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+            setattr(base, name, child[:num_layers])
+    config.num_hidden_layers = num_layers
+    shallow = _shallow_copy(model)
+    setattr(shallow, model.base_model_prefix, base)
+    base.config = shallow.config = config
+    return shallow
+
+
+def _shallow_copy(module: PreTrainedModel) -> PreTrainedModel:
+    """A new module over the same children and tensors."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    return clone
+
+
+def num_logits(model: PreTrainedModel) -> int:
+    """Width of the model's output, padding included."""
+    return model.get_output_embeddings().weight.shape[0]

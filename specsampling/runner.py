@@ -1,0 +1,125 @@
+"""Examples x methods -> rows: seeds, order, timing, progress.
+
+The decoders reach it as arguments. Generation ends here; scoring is a step of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm import tqdm
+
+from specsampling.decoding import Generation, StopCheck
+from specsampling.models import Pair
+from specsampling.records import Row, RunFile
+from specsampling.tasks.task import Example, StopStrings, Task
+
+Decode = Callable[[Sequence[int], torch.Generator, StopCheck | None], Generation]
+"""A method: decodes one prompt, given its randomness and its stop check."""
+
+
+def run(
+    task: Task,
+    pair: Pair,
+    methods: dict[str, Decode],
+    run_file: RunFile,
+    *,
+    seed: int,
+    num_samples: int = 1,
+    limit: int | None = None,
+    warmup: int = 0,
+) -> None:
+    """Decode every example with every method and append a row for each as it is finished.
+
+    Rows that the file has already are skipped. The methods' order rotates from one example
+    to the next, so that a machine that slows down slows them all.
+
+    Args:
+        task: examples, prompts, stop strings, completions.
+        pair: the loaded models.
+        methods: by name, in the order of the table.
+        run_file: where rows go.
+        seed: of the whole run; see `sample_seed`.
+        num_samples: texts per example and method.
+        limit: only the first `limit` examples.
+        warmup: examples decoded by every method, and thrown away, before the clock counts.
+    """
+    examples = task.examples()[:limit]
+    names = list(methods)
+    jobs = [
+        (example, sample_index, name)
+        for turn, example in enumerate(examples)
+        for sample_index in range(num_samples)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]
+    ]
+    pending = [job for job in jobs if (job[0].id, job[2], job[1]) not in run_file.done]
+    is_stop = StopStrings(task.stop_strings, pair.decode) if task.stop_strings else None
+
+    def decode(example: Example, sample_index: int, name: str) -> Row:
+        prompt = task.prompt_ids(example, pair)
+        row_seed = sample_seed(seed, example.id, name, sample_index)
+        generator = torch.Generator(pair.target.device).manual_seed(row_seed)
+        generation = methods[name](prompt, generator, is_stop)
+        return Row(
+            example_id=example.id,
+            method=name,
+            sample_index=sample_index,
+            completion=task.completion(example, pair.decode(generation.token_ids)),
+            num_prompt_tokens=len(prompt),
+            seed=seed,
+            task_id=example.task_id,
+            reference=example.reference,
+            **vars(generation),
+        )
+
+    progress = Progress(run_file.rows, names)
+    with tqdm(total=len(jobs), initial=len(jobs) - len(pending), unit="row") as bar:
+        if pending:
+            bar.set_description("warm-up")
+            for example in examples[:warmup]:
+                for name in names:
+                    decode(example, 0, name)
+        for example, sample_index, name in pending:
+            bar.set_description(example.id)
+            row = decode(example, sample_index, name)
+            run_file.append(row)
+            progress.add(row)
+            bar.set_postfix_str(str(progress), refresh=False)
+            bar.update()
+
+
+def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> int:
+    """A seed for one text: it depends on these four only, not on limits, order or resuming."""
+    key = f"{seed}|{example_id}|{method}|{sample_index}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+class Progress:
+    """Running totals for the progress bar: tokens/s of each method, acceptance so far."""
+
+    def __init__(self, rows: Sequence[Row], names: Sequence[str]):
+        self._names = names
+        self._tokens: dict[str, int] = defaultdict(int)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._accepted = self._drafted = 0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        self._tokens[row.method] += row.num_new_tokens
+        self._seconds[row.method] += row.decode_seconds
+        self._accepted += sum(row.accepted)
+        self._drafted += sum(row.drafted)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {self._tokens[name] / self._seconds[name]:.1f} tok/s"
+            for name in self._names
+            if self._seconds[name]
+        ]
+        if self._drafted:
+            parts.append(f"accepted {self._accepted / self._drafted:.0%}")
+        return ", ".join(parts)

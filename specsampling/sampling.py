@@ -1,0 +1,70 @@
+"""From logits to probabilities to a token.
+
+Knows only tensors: no tokenizer, no model, no cache. Every decoder and every
+draft gets its distribution here, so target and draft are warped the same way,
+and the distribution a draft reports is the one it sampled from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a distribution is warped before a token is drawn from it.
+
+    Attributes:
+        temperature: 0 is greedy decoding, a one-hot distribution.
+        top_k: keep the `top_k` most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose mass reaches `top_p`; 1 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def probs_from_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Warped probabilities, in float32 whatever the model's precision.
+
+    Temperature first, then top-k, then top-p (nucleus), as Hugging Face does.
+
+    Args:
+        logits: [n, V], any floating dtype.
+        sampling: the warp; temperature 0 gives one-hot rows.
+
+    Returns:
+        [n, V] float32, each row sums to 1.
+    """
+    if sampling.temperature == 0:
+        return one_hot(logits.argmax(dim=-1), logits.shape[-1])
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth_largest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # [n, 1]
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        mass_before = ordered.cumsum(dim=-1) - ordered
+        kept = ordered.masked_fill(mass_before >= sampling.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, kept)
+        probs /= probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """[n] token ids -> [n, V] float32 rows that are sure of their token."""
+    probs = torch.zeros(len(tokens), vocab_size, device=tokens.device)
+    return probs.scatter_(-1, tokens[:, None], 1.0)
+
+
+def sample(probs: Tensor, generator: torch.Generator | None) -> int:
+    """Draw one token id from a [V] float32 distribution."""
+    return int(torch.multinomial(probs, 1, generator=generator))

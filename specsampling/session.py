@@ -1,0 +1,225 @@
+"""A model with its KV cache: score tokens, roll back.
+
+A session holds one sequence. Its cache is preallocated, and rolling back is
+setting `length`: what lies behind it is overwritten by the next call.
+
+The newest token is never in the cache. `score` gets the whole sequence, feeds
+what the cache does not hold yet and returns the last rows of logits. So a fully
+accepted cycle needs no special case: the next call feeds two tokens.
+
+With a `width` every decode call has the same shape: `width` rows (real tokens
+first, padding after) over the cache's whole capacity. Each row's bits then no
+longer depend on how the tokens were grouped into calls, which is what makes
+greedy speculative decoding bit-exact in 16 bit. Without one, a call has as many
+rows as there are new tokens and sees only the filled part of the cache: the
+fastest way, used by the baseline that speedups are measured against.
+
+Knows nothing of sampling, drafting or text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """One layer's keys and values, [1, heads, capacity, head_dim], allocated at the first call."""
+
+    is_sliding = False  # sliding-window models keep every key; their mask hides the old ones
+    is_compileable = (
+        True  # tells the mask code not to drop the mask of a call over the whole capacity
+    )
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.shows_capacity = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
+        _, heads, _, head_dim = key_states.shape
+        self.keys = key_states.new_zeros(1, heads, self.capacity, head_dim)
+        self.values = value_states.new_zeros(1, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        num_keys, _ = self.get_mask_sizes(key_states.shape[-2])
+        rows = slice(self.length, self.length + key_states.shape[-2])
+        self.keys[:, :, rows] = key_states
+        self.values[:, :, rows] = value_states
+        return self.keys[:, :, :num_keys], self.values[:, :, :num_keys]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.capacity if self.shows_capacity else self.length + query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class Session:
+    """One sequence in a model: its KV cache, its length, its calls and their time.
+
+    Attributes:
+        length: number of tokens the cache holds; set it lower to roll back.
+        num_calls: forward calls after the prefill.
+        forward_seconds: time inside the model, prefill included.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int, width: int | None = None):
+        """Prepare a cache for `capacity` tokens.
+
+        Args:
+            model: a decoder-only model with ordinary attention in every layer.
+            capacity: the longest sequence that will be scored, in tokens.
+            width: rows of every decode call, or None for as many as there are new tokens.
+        """
+        if width is not None:
+            # A padded last call writes up to `width` rows; 64 keeps the kernels' blocks whole.
+            capacity = -(-(capacity + width) // 64) * 64
+        self.model = model
+        self.device = model.device
+        self.width = width
+        self.capacity = capacity
+        self.num_calls = 0
+        self.forward_seconds = 0.0
+        num_layers = model.config.get_text_config().num_hidden_layers
+        self._layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
+        self._cache = Cache(layers=self._layers)
+
+    @property
+    def length(self) -> int:
+        return self._layers[0].length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for layer in self._layers:
+            layer.length = length
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Feed the prompt less its newest token, in one call and without computing logits."""
+        if tokens:
+            self._forward(self.model.base_model, list(tokens))
+            self.length = len(tokens)
+
+    def score(self, tokens: Sequence[int], last: int) -> Tensor:
+        """Feed the tokens that the cache does not hold; logits of the `last` newest.
+
+        Args:
+            tokens: the whole sequence; `tokens[:length]` must be what the cache holds.
+            last: how many of the newest tokens' rows to return.
+
+        Returns:
+            [last, V] logits in the model's dtype; row -1 predicts the token after `tokens`.
+
+        Raises:
+            ValueError: nothing new to feed, more than `width` tokens, or beyond the capacity.
+        """
+        new = list(tokens[self.length :])
+        rows = self.width or len(new)
+        if not last <= len(new) <= rows or not new or self.length + rows > self.capacity:
+            raise ValueError(
+                f"cannot feed {len(new)} tokens after {self.length} for {last} rows "
+                f"(width {self.width}, capacity {self.capacity})"
+            )
+        if self.width is None:
+            logits = self._forward(self.model, new, logits_to_keep=last).logits[0]
+        else:
+            # The head runs on every row too: its kernel must not depend on `last`.
+            padded = new + new[-1:] * (rows - len(new))
+            with self._whole_capacity():
+                logits = self._forward(self.model, padded).logits[0, len(new) - last : len(new)]
+        self.num_calls += 1
+        self.length = len(tokens)
+        return logits
+
+    def _forward(self, module: torch.nn.Module, fed: list[int], **options):
+        start = synchronized_seconds(self.device)
+        context = context_limit(self.model)
+        if self.length + len(fed) > context:  # padding behind the last position there is
+            positions = torch.arange(self.length, self.length + len(fed), device=self.device)
+            options["position_ids"] = positions.clamp(max=context - 1)[None]
+        with torch.inference_mode():
+            outputs = module(
+                input_ids=torch.tensor([fed], device=self.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                **options,
+            )
+        self.forward_seconds += synchronized_seconds(self.device) - start
+        return outputs
+
+    @contextlib.contextmanager
+    def _whole_capacity(self) -> Iterator[None]:
+        """Let attention see the cache's whole capacity, the unfilled part masked."""
+        for layer in self._layers:
+            layer.shows_capacity = True
+        try:
+            with _gpt_neo_masks(self.model, self.length, self.width or 0, self.capacity):
+                yield
+        finally:
+            for layer in self._layers:
+                layer.shows_capacity = False
+
+
+@contextlib.contextmanager
+def _gpt_neo_masks(
+    model: PreTrainedModel, length: int, width: int, capacity: int
+) -> Iterator[None]:
+    """Put GPT-Neo's own causal and local masks where a fixed-size cache needs them.
+
+    GPT-Neo takes rows [keys - queries, keys) of its `bias` buffer: it believes that the
+    newest key is the cache's last. Here the queries stand at `length`, so for the time of
+    a call the buffers are replaced by ones whose last `width` rows are those of `length`.
+    """
+    if model.config.model_type != "gpt_neo":
+        yield
+        return
+    attentions = [block.attn.attention for block in model.base_model.h]
+    originals = [attention.bias for attention in attentions]
+    key = torch.arange(capacity, device=model.device)
+    query = torch.arange(length, length + width, device=model.device)[:, None]
+    causal = key <= query  # [width, capacity]
+    masks = {"global": causal, "local": causal & (key > query - model.config.window_size)}
+    padded = {kind: _as_last_rows(mask, capacity) for kind, mask in masks.items()}
+    try:
+        for attention in attentions:
+            attention.bias = padded[attention.attention_type]
+        yield
+    finally:
+        for attention, original in zip(attentions, originals, strict=True):
+            attention.bias = original
+
+
+def _as_last_rows(mask: Tensor, num_rows: int) -> Tensor:
+    """[width, capacity] -> [1, 1, num_rows, capacity] whose last rows are `mask`."""
+    return torch.nn.functional.pad(mask, (0, 0, num_rows - len(mask), 0))[None, None]
+
+
+def context_limit(model: PreTrainedModel) -> int:
+    """The most tokens the model's positions reach."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def synchronized_seconds(device: torch.device) -> float:
+    """The clock, read after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

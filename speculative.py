@@ -1,0 +1,105 @@
+"""Speculative sampling (Chen et al. 2023, Algorithm 2).
+
+A draft proposes k tokens, the target scores them in one call, and a rejection rule
+(`specsampling/verify.py`) keeps exactly the target's distribution. Greedy decoding
+gives the very tokens that the target alone would give.
+
+    python speculative.py --prompt "def is_prime(n):"
+
+decodes one prompt and shows which tokens were accepted, corrected and bonus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from specsampling.decoding import Generation, StopCheck, Text
+from specsampling.drafts import Draft
+from specsampling.sampling import GREEDY, Sampling, probs_from_logits
+from specsampling.session import Session, context_limit, synchronized_seconds
+from specsampling.verify import verify
+
+
+def speculative(
+    target: PreTrainedModel,
+    draft: Draft,
+    prompt: Sequence[int],
+    *,
+    k: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    generator: torch.Generator | None = None,
+    width: int | None = None,
+    eos_ids: Collection[int] = (),
+    is_stop: StopCheck | None = None,
+) -> Generation:
+    """Decode one text, up to k + 1 tokens per target call.
+
+    Differs from the paper: the draft may propose fewer than k tokens (an n-gram draft
+    without a match, or the end of the text in sight); the rule is exact for every k.
+
+    Args:
+        target: the model whose distribution the output has.
+        draft: who proposes (`specsampling/drafts.py`).
+        prompt: token ids, at least one.
+        k: draft tokens per cycle, at least 1.
+        max_new_tokens: exact limit on the new tokens.
+        sampling: temperature, top-k and top-p of both models; greedy by default.
+        generator: source of randomness, on the model's device.
+        width: rows of every target call, above k (see `Session`); None for as many as needed.
+        eos_ids: ids that end the text.
+        is_stop: asked after each token whether the text ends there.
+
+    Raises:
+        ValueError: k or width out of range, or the prompt is empty or leaves no room.
+    """
+    if k < 1 or (width is not None and width <= k):
+        raise ValueError(f"k must be >= 1 and below the width (got k {k}, width {width})")
+    text = Text(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        context=context_limit(target),
+        eos_ids=eos_ids,
+        is_stop=is_stop,
+    )
+    session = Session(target, capacity=text.limit, width=width)
+    proposer = draft.start(target, text.limit, sampling, generator)
+    accepted, drafted = [], []
+
+    start = synchronized_seconds(target.device)
+    session.prefill(text.tokens[:-1])
+    proposer.prefill(text.tokens[:-1])
+    prefilled = synchronized_seconds(target.device)
+    while text.finish_reason is None:
+        draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.room - 1))
+        logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
+        target_probs = probs_from_logits(logits, sampling)  # [k + 1, V]
+        verdict = verify(target_probs, draft_probs, draft_tokens, generator)
+        text.extend(draft_tokens[: verdict.num_accepted] + [verdict.token])
+        session.length = min(session.length, len(text.tokens) - 1)
+        proposer.rollback(len(text.tokens) - 1)
+        accepted.append(verdict.num_accepted)
+        drafted.append(len(draft_tokens))
+    end = synchronized_seconds(target.device)
+    return Generation(
+        token_ids=text.new_tokens,
+        finish_reason=text.finish_reason,
+        accepted=accepted,
+        drafted=drafted,
+        target_calls=session.num_calls,
+        draft_calls=proposer.num_calls,
+        prefill_seconds=prefilled - start,
+        decode_seconds=end - prefilled,
+        forward_seconds=session.forward_seconds + proposer.forward_seconds,
+    )
+
+
+if __name__ == "__main__":
+    from functools import partial
+
+    from specsampling.console import decode_one_prompt, exit_code
+
+    raise SystemExit(exit_code(partial(decode_one_prompt, speculative)))
