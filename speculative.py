@@ -78,7 +78,7 @@ def speculative(
         logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
         target_probs = probs_from_logits(logits, sampling)  # [k + 1, V]
         verdict = verify(target_probs, draft_probs, draft_tokens, generator)
-        text.extend(draft_tokens[: verdict.num_accepted] + [verdict.token])
+        text.extend([*draft_tokens[: verdict.num_accepted], verdict.token])
         session.length = min(session.length, len(text.tokens) - 1)
         proposer.rollback(len(text.tokens) - 1)
         accepted.append(verdict.num_accepted)

@@ -146,7 +146,7 @@ def run_experiment(
     import torch
 
     from specsampling.exactness import check_exactness
-    from specsampling.runner import run
+    from specsampling.runner import Decode, run
     from specsampling.sampling import Sampling
 
     pair = load_configured_pair(config)
@@ -168,7 +168,7 @@ def run_experiment(
         "reference": partial(autoregressive, pair.target, width=width, **shared),
         "speculative": partial(speculative, pair.target, pair.draft, k=k, width=width, **shared),
     }
-    methods = {
+    methods: dict[str, Decode] = {
         name: lambda prompt, generator, is_stop, decode=decoders[name]: decode(
             prompt, generator=generator, is_stop=is_stop
         )
@@ -286,7 +286,8 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     legend = " ".join(f"{colour}{kind}{PLAIN}" for kind, colour in COLOURS.items())
     print(
         f"\n{legend}: {num_tokens} tokens ({generation.finish_reason}) from "
-        f"{generation.target_calls} target calls, {num_tokens / generation.target_calls:.2f} a call; "
+        f"{generation.target_calls} target calls, "
+        f"{num_tokens / generation.target_calls:.2f} a call; "
         f"{num_accepted} of {sum(generation.drafted)} drafted accepted; "
         f"{num_tokens / generation.decode_seconds:.1f} tokens/s",
         file=sys.stderr,

@@ -41,7 +41,7 @@ class Generation:
     forward_seconds: float = 0.0
 
     def kinds(self) -> list[str]:
-        """Each new token's origin: "accepted", "correction" or "bonus" ("target" without a draft)."""
+        """Each new token's origin: "accepted", "correction", "bonus"; "target" without a draft."""
         if not self.drafted:
             return ["target"] * len(self.token_ids)
         kinds: list[str] = []

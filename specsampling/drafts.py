@@ -23,8 +23,13 @@ from specsampling.session import Session, context_limit
 class Proposer(Protocol):
     """Proposes for one text."""
 
-    num_calls: int
-    forward_seconds: float
+    @property
+    def num_calls(self) -> int:
+        """Forward calls after the prefill."""
+
+    @property
+    def forward_seconds(self) -> float:
+        """Time inside a model, prefill included."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """See the prompt less its newest token."""
@@ -145,7 +150,7 @@ class NgramDraft:
 
 
 class NgramProposer:
-    num_calls = 0
+    num_calls = 0  # no model, no calls
     forward_seconds = 0.0
 
     def __init__(self, longest: int, shortest: int, vocab_size: int, device: torch.device):

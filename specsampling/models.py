@@ -73,9 +73,11 @@ class Pair:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out and spaces as they are."""
-        return self.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        text = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)  # a list only for a list of lists
+        return text
 
 
 def load_pair(

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ class RunFile:
         file.seek(0)
         data = b"" if fresh else file.readall()
         resumed_meta = _resumed_meta(path, meta) if data else None
-        values, num_bytes = _parse(path, data, Row)
+        values, num_bytes = _parse(path, data, get_type_hints(Row))
         file.truncate(num_bytes)
         if not values:
             path.with_suffix(".scores.jsonl").unlink(missing_ok=True)
@@ -172,7 +172,14 @@ class RunFile:
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a finished or a running run, without a last line that is torn."""
-    return [Row(**value) for value in _parse(Path(path), _read(Path(path)), Row)[0]]
+    values, _ = _parse(Path(path), _read(Path(path)), get_type_hints(Row))
+    return [Row(**value) for value in values]
+
+
+def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The objects of anyone's JSONL file; each must hold `fields`, and may hold others."""
+    data = _read(Path(path)).rstrip() + b"\n"  # whoever wrote it may have left the last one out
+    return _parse(Path(path), data, fields, exact=False)[0]
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -196,14 +203,20 @@ def write_scores(path: str | Path, scores: Iterable[Score]) -> None:
 def read_scores(path: str | Path) -> list[Score]:
     """The scores of the rows in `path`."""
     scores_path = Path(path).with_suffix(".scores.jsonl")
-    return cast("list[Score]", _parse(scores_path, _read(scores_path), Score)[0])
+    values, _ = _parse(scores_path, _read(scores_path), get_type_hints(Score))
+    return cast("list[Score]", values)
 
 
-def _parse(path: Path, data: bytes, kind: type) -> tuple[list[dict[str, Any]], int]:
-    """The values of a JSONL file, and how many bytes they take: less than all if it is torn."""
+def _parse(
+    path: Path, data: bytes, hints: Mapping[str, Any], exact: bool = True
+) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file, and how many bytes they take: less than all if it is torn.
+
+    Each must hold the fields in `hints`; if `exact`, no others, and no key a second time.
+    """
     *lines, torn = data.split(b"\n")
-    hints = get_type_hints(kind)
-    values: dict[Key, dict[str, Any]] = {}
+    values: list[dict[str, Any]] = []
+    seen: set[Key] = set()
     num_bytes = 0
     for number, line in enumerate(lines, start=1):
         try:
@@ -212,26 +225,29 @@ def _parse(path: Path, data: bytes, kind: type) -> tuple[list[dict[str, Any]], i
             if number == len(lines) and not torn:
                 break
             value = None
-        problem = _problem(value, hints)
-        if not problem:
+        problem = _problem(value, hints, exact)
+        if exact and not problem:
             key = value["example_id"], value["method"], value["sample_index"]
-            problem = f"repeats the row for {key}" if key in values else ""
+            problem = f"repeats the row for {key}" if key in seen else ""
+            seen.add(key)
         if problem:
-            raise RecordsError(f"{path}, line {number}, {problem}; mend the line, or {_START_OVER}")
-        values[key] = value
+            raise RecordsError(f"{path}, line {number}, {problem}; mend or delete the line")
+        values.append(value)
         num_bytes += len(line) + 1
-    return list(values.values()), num_bytes
+    return values, num_bytes
 
 
-def _problem(value: Any, hints: dict[str, Any]) -> str:
+def _problem(value: Any, hints: Mapping[str, Any], exact: bool) -> str:
     """What keeps a line's value from being a row, in words; empty if nothing does."""
     if not isinstance(value, dict):
         return "is not a JSON object"
-    if unknown := [name for name in value if name not in hints]:
+    unknown = [name for name in value if name not in hints]
+    if exact and unknown:
         return f"has a field that is not known: {', '.join(unknown)}"
     for name, hint in hints.items():
         if not _fits(hint, value.get(name)):
-            return f"has a wrong {name}: {str(value.get(name, 'none'))[:60]!r}"
+            wrong = f"has a wrong {name}: {str(value.get(name))[:60]!r}"
+            return wrong if name in value else f"has no {name}"
     return ""
 
 
@@ -296,7 +312,10 @@ def _one_line_errors(path: Path, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RecordsError(f"{path} cannot be {done} ({error.strerror or error})") from None
+        raise RecordsError(
+            f"{path} cannot be {done} ({error.strerror or error}); "
+            "check the path, your rights to it, and the space on the disk"
+        ) from None
 
 
 if sys.platform == "win32":

@@ -219,7 +219,6 @@ def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
     figure, axes = _new_figure()
     axes.boxplot(
         [[speed for speed in of_method if speed > 0] for of_method in speeds.values()],
-        tick_labels=list(speeds),
         widths=0.4,
         whis=(5, 95),
         flierprops={"marker": ".", "markersize": 3, "markeredgecolor": MIDDLE},
@@ -230,6 +229,7 @@ def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
         label = "all tokens / all seconds" if position == 1 else None
         axes.plot(position, total, "D", color=DARK, label=label)
         axes.annotate(f"{total:.1f}", (position + 0.25, total), va="center")
+    axes.set_xticks(range(1, len(speeds) + 1), list(speeds))
     num_problems = max(map(len, speeds.values()))
     axes.set_title(f"Decoding speed of each method over {num_problems} problems")
     axes.set_xlabel("box: middle half of the problems and their median; whiskers: 5% to 95%")

@@ -218,14 +218,14 @@ def _drive() -> None:
     error = ""
     try:
         code = compile(program.decode("utf-8", "surrogatepass"), "program", "exec")
-        exec(code, module.__dict__)  # noqa: S102
-    except BaseException as exception:  # noqa: BLE001
+        exec(code, module.__dict__)
+    except BaseException as exception:
         del spare_memory  # to say MemoryError takes some
         error = "exception that cannot be named"
         try:
             error = f"{type(exception).__name__}: "
             error = f"{error}{str(exception)[:1000]}"
-        except BaseException:  # noqa: BLE001, S110
+        except BaseException:
             pass
     write(report_fd, finished + error.encode("utf-8", "replace"))
     leave(0)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +69,12 @@ def test_histogram_counts_cycles_without_a_draft_apart():
 
 
 def test_histogram_reaches_k_also_where_no_cycle_accepted_all():
-    assert metrics.accepted_histogram([make_row(accepted=[1], drafted=[3])]).tolist() == [0, 1, 0, 0]
+    assert metrics.accepted_histogram([make_row(accepted=[1], drafted=[3])]).tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_block_efficiency_divides_totals():
@@ -217,7 +223,7 @@ def test_bootstrap_is_deterministic():
 
 
 def test_bootstrap_keeps_a_problems_two_methods_together():
-    """Problems 1 to 100 seconds long, each halved: unpaired resampling would give a wide interval."""
+    """Problems 1 to 100 seconds long, each halved: unpaired, the interval would be wide."""
     seconds = [float(length) for length in range(1, 101)]
     interval = metrics.speedup(
         [baseline(str(length), length) for length in seconds],
@@ -260,5 +266,7 @@ def test_bootstrap_of_equal_problems_has_width_0():
 
 def test_metrics_imports_no_model_library():
     code = "import sys, specsampling.metrics; print({'torch', 'transformers'} & set(sys.modules))"
-    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert imported.stdout.strip() == "set()"
+    imported = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True
+    )
+    assert imported.strip() == "set()"

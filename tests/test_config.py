@@ -1,0 +1,388 @@
+"""config.py: strict reading, one-line errors, overrides, the hash; and the shipped config.yaml."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from specsampling.config import (
+    ConfigError,
+    config_as_dict,
+    config_hash,
+    load_config,
+    require_task,
+)
+
+SHIPPED = Path(__file__).parents[1] / "config.yaml"
+DEMO = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))["profiles"]["demo"]
+
+
+def demo(*overrides):
+    return load_config(SHIPPED, "demo", overrides)
+
+
+def error_of(*overrides, path=SHIPPED, profile="demo"):
+    """The one line that a user sees."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, profile, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write(folder, text):
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- one value ---------------------------------------------------------------------
+
+
+def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
+    assert error_of("speculation.k=0") == (
+        "speculation.k must be an integer >= 1 (got 0); "
+        "choose run.methods: [autoregressive] to draft nothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("speculation.k=true", "speculation.k must be an integer >= 1 (got true)"),
+        ("speculation.k='5'", 'speculation.k must be an integer >= 1 (got "5")'),
+        ("speculation.k=5.0", "speculation.k must be an integer >= 1 (got 5.0)"),
+        ("speculation.k=null", "speculation.k must be an integer >= 1 (got null)"),
+        ("speculation=5", "speculation must be a block of `key: value` lines (got 5)"),
+        ("sampling.temperature='0.5'", 'sampling.temperature must be a number >= 0 (got "0.5")'),
+        ("sampling.temperature=true", "sampling.temperature must be a number >= 0 (got true)"),
+        ("decoding.bit_exact=1", "decoding.bit_exact must be true or false (got 1)"),
+        ("models.target=5", "models.target must be a string that is not empty (got 5)"),
+        ("models.target=", "models.target must be a string that is not empty (got null)"),
+        ("run.limit=all", 'run.limit must be null or an integer >= 1 (got "all")'),
+        ("run.methods=speculative", "run.methods must be a list, each item one of"),
+        ("humaneval.stop_strings=[1]", "each item a string that is not empty (got [1])"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(override, rule):
+    assert rule in error_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("models.target=''", "a string that is not empty"),
+        ("models.dtype=float8", "one of auto, float32, float16, bfloat16"),
+        ("models.device=gpu", "auto, cpu, cuda, cuda:N or mps"),
+        ("models.device='cuda:'", "auto, cpu, cuda, cuda:N or mps"),
+        ("models.draft_quantization=int4", "one of none, int8, nf4"),
+        ("speculation.ngram_min=0", "an integer >= 1"),
+        ("decoding.max_new_tokens=0", "an integer >= 1"),
+        ("decoding.width=-8", "an integer >= 0"),
+        ("sampling.temperature=-0.1", "a number >= 0"),
+        ("sampling.temperature=.nan", "a number >= 0"),
+        ("sampling.temperature=.inf", "a number >= 0"),
+        ("sampling.top_k=-1", "an integer >= 0"),
+        ("sampling.top_p=0", "a number > 0 and <= 1"),
+        ("sampling.top_p=1.1", "a number > 0 and <= 1"),
+        ("sampling.seed=-1", "an integer >= 0"),
+        ("sampling.num_samples=0", "an integer >= 1"),
+        ("run.methods=[]", "at least one, none twice"),
+        ("run.methods=[speculative, speculative]", "at least one, none twice"),
+        ("run.methods=[greedy]", "one of autoregressive, reference, speculative"),
+        ("run.limit=0", "null or an integer >= 1"),
+        ("run.warmup=-1", "an integer >= 0"),
+        ("humaneval.stop_strings=['']", "a string that is not empty"),
+        ("humaneval.timeout_seconds=0", "a number > 0"),
+        ("humaneval.memory_mb=63", "an integer >= 64"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override, rule):
+    field = override.partition("=")[0]
+    message = error_of(override)
+    assert message.startswith(f"{field} must be ")
+    assert rule in message
+
+
+def test_a_prompt_template_must_hold_the_document():
+    template = "xsum.prompt_template=Summarise:"
+    assert "that holds {document}" in error_of(template, profile="exp1-rtx3050")
+
+
+def test_an_integer_may_stand_for_a_number_but_stays_no_integer():
+    temperature = demo("sampling.temperature=1").sampling.temperature
+    assert temperature == 1
+    assert type(temperature) is float
+
+
+def test_a_number_that_yaml_reads_as_text_gets_a_hint():
+    """YAML 1.1 reads 1e-3 as text, which a user cannot see in the file."""
+    assert "1.0e-3" in error_of("sampling.temperature=1e-3")
+
+
+def test_a_long_value_is_cut():
+    assert len(error_of(f"speculation.k={'x' * 10_000}")) < 300
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:11", "mps"])
+def test_every_device_form_is_read(device):
+    assert demo(f"models.device={device}").models.device == device
+
+
+# --- keys --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("speculation.kk", "did you mean speculation.k?"),
+        ("decoding.max_tokens", "did you mean decoding.max_new_tokens?"),
+        ("speculaton.k", "did you mean speculation?"),
+        ("k", "the keys there are models, speculation, decoding"),
+        ("profile", "the keys there are models, speculation, decoding"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
+    message = error_of(f"{key}=3")
+    assert "is not a known key" in message
+    assert nearest in message
+
+
+def test_a_missing_key_is_named_with_its_rule(tmp_path):
+    text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}})
+    path = write(tmp_path, text.replace("      k: 5\n", ""))
+    assert error_of(path=path, profile=None) == (
+        "speculation.k is missing; it must be an integer >= 1"
+    )
+
+
+def test_a_missing_block_is_named(tmp_path):
+    blocks = {name: block for name, block in DEMO.items() if name != "sampling"}
+    path = write(tmp_path, yaml.safe_dump({"default": "mine", "profiles": {"mine": blocks}}))
+    assert error_of(path=path, profile=None).startswith("sampling is missing")
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    """PyYAML keeps the last one without a word."""
+    path = write(tmp_path, "default: demo\nprofiles: {}\ndefault: other\n")
+    assert "line 3: key default stands twice" in error_of(path=path)
+
+
+# --- rules between fields ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["speculation.ngram_min=4"], "speculation.ngram_min must be <= speculation.ngram_max"),
+        (["decoding.width=12"], "decoding.width must be a multiple of 8"),
+        (["speculation.k=8", "decoding.width=8"], "must be 0 or >= speculation.k + 1, here 9"),
+        (
+            ["run.methods=[speculative]", "decoding.bit_exact=false", "decoding.width=5"],
+            "must be 0 or >= speculation.k + 1, here 6",
+        ),
+        (["decoding.bit_exact=false"], "decoding.bit_exact must be true for the method reference"),
+        (["humaneval=null"], "profile demo must hold a humaneval or an xsum block"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(overrides, rule):
+    assert rule in error_of(*overrides)
+
+
+@pytest.mark.parametrize(("k", "width"), [(1, 8), (5, 8), (7, 8), (8, 16), (15, 16), (16, 24)])
+def test_width_0_is_the_next_multiple_of_8_above_k(k, width):
+    assert demo(f"speculation.k={k}").width == width
+
+
+def test_a_width_that_is_set_is_kept():
+    assert demo("decoding.width=24").width == 24
+    free = ("run.methods=[speculative]", "decoding.bit_exact=false", "decoding.width=6")
+    assert demo(*free).width == 6
+
+
+# --- overrides ---------------------------------------------------------------------
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_wins():
+    config = demo(
+        "run.methods=[autoregressive, speculative]",
+        "run.limit=10",
+        "models.draft=target-layers:4",
+        "models.tokenizer=null",
+        r'humaneval.stop_strings=["\ndef", "a=b"]',
+        "speculation.k=3",
+        "speculation.k=4",
+    )
+    assert config.run.methods == ("autoregressive", "speculative")
+    assert config.run.limit == 10
+    assert config.models.draft == "target-layers:4"
+    assert config.models.tokenizer is None
+    assert config.humaneval.stop_strings == ("\ndef", "a=b")
+    assert config.speculation.k == 4
+
+
+def test_overrides_leave_the_other_values_alone():
+    changed = config_as_dict(demo("speculation.k=7"))
+    changed["speculation"]["k"] = 5
+    assert changed == config_as_dict(demo())
+
+
+@pytest.mark.parametrize("override", ["speculation.k", "=3", "speculation.=3", ".k=3", ""])
+def test_an_override_without_key_and_value_is_refused(override):
+    assert error_of(override).startswith("--set must be key.path=value (got ")
+
+
+def test_an_override_below_a_value_is_refused():
+    assert error_of("speculation.k.x=3").startswith("speculation.k must be a block")
+
+
+def test_an_override_that_is_not_yaml_is_refused():
+    assert error_of("run.methods=[a").startswith("--set run.methods must be valid YAML (got ")
+
+
+# --- the file ----------------------------------------------------------------------
+
+
+def test_a_missing_file_is_one_line():
+    message = error_of(path="nowhere.yaml")
+    assert message.startswith("config must be a YAML file (got nowhere.yaml: No such file")
+
+
+def test_a_folder_and_a_binary_file_are_one_line(tmp_path):
+    assert "must be a YAML file" in error_of(path=tmp_path)
+    binary = tmp_path / "config.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in error_of(path=binary)
+
+
+def test_a_syntax_error_names_the_line(tmp_path):
+    path = write(tmp_path, "default: demo\nprofiles:\n  demo: [\n")
+    message = error_of(path=path)
+    assert f"{path} must be valid YAML (got line 4: " in message
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "must be a block"),
+        ("- a", "must be a block"),
+        ("default: demo", "profiles is missing"),
+        ("default: demo\nprofile: {}", "did you mean profiles?"),
+        ("default: 3\nprofiles: {}", "default must be a string"),
+        ("default: demo\nprofiles: {demo: 3}", "profiles.demo must be a block"),
+        ("default: demo\nprofiles: {1: {}}", "key 1 is not a word"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(tmp_path, text, problem):
+    assert problem in error_of(path=write(tmp_path, text))
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest():
+    message = error_of(profile="exp2-t5")
+    assert "demo, exp1-rtx3050, exp2-t4" in message
+    assert "did you mean exp2-t4?" in message
+
+
+def test_a_task_without_a_block_is_refused():
+    assert require_task(demo(), "humaneval").prompt_style == "chat"
+    with pytest.raises(ConfigError, match="xsum must be a block of profile demo"):
+        require_task(demo(), "xsum")
+
+
+# --- the hash ----------------------------------------------------------------------
+
+
+def test_the_dict_survives_json():
+    plain = config_as_dict(demo())
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_the_hash_is_the_same_for_the_same_values():
+    assert config_hash(demo()) == config_hash(demo("sampling.temperature=0.0", "speculation.k=5"))
+    assert len(config_hash(demo())) == 16
+
+
+def test_the_hash_ignores_what_changes_no_row(tmp_path):
+    renamed = write(tmp_path, yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}}))
+    assert config_hash(load_config(renamed)) == config_hash(demo())
+    for override in (
+        "run.limit=3",
+        "run.methods=[speculative]",
+        "run.warmup=0",
+        "humaneval.timeout_seconds=9",
+        "humaneval.memory_mb=512",
+    ):
+        assert config_hash(demo(override)) == config_hash(demo()), override
+
+
+def test_the_hash_changes_with_what_changes_rows():
+    overrides = (
+        "models.target=other",
+        "models.draft=target-layers:2",
+        "models.dtype=float32",
+        "models.target_quantization=int8",
+        "speculation.k=4",
+        "speculation.ngram_max=4",
+        "decoding.max_new_tokens=64",
+        "decoding.width=16",
+        "sampling.temperature=0.5",
+        "sampling.seed=1",
+        "sampling.num_samples=2",
+        "run.threads=1",
+        "humaneval.prompt_style=completion",
+        'humaneval.stop_strings=["\\ndef"]',
+    )
+    assert len({config_hash(demo(override)) for override in overrides}) == len(overrides)
+    assert config_hash(demo()) not in {config_hash(demo(override)) for override in overrides}
+
+
+# --- the shipped file --------------------------------------------------------------
+
+
+def test_shipped_demo_is_the_default_and_needs_no_hub():
+    config = load_config(SHIPPED)
+    assert config.profile == "demo"
+    assert config.models.target == "embedded:smollm2-135m"
+    assert config.models.tokenizer is None
+    assert (config.models.dtype, config.models.device) == ("auto", "auto")
+    assert config.decoding.bit_exact
+    assert config.decoding.max_new_tokens == 256
+    assert config.sampling.temperature == 0
+    assert config.run.methods == ("autoregressive", "reference", "speculative")
+    assert config.run.limit is None
+    assert config.humaneval is not None
+    assert config.humaneval.prompt_style == "chat"
+    assert config.humaneval.stop_strings == ()
+    assert config.xsum is None
+
+
+def test_shipped_exp1_is_xsum_with_the_two_gpt_neos():
+    config = load_config(SHIPPED, "exp1-rtx3050")
+    assert config.models.target == "mia-llm/gpt-neo-1.3B-xsum-roya"
+    assert config.models.draft == "mia-llm/gpt-neo-125m-xsum-roya"
+    assert config.models.tokenizer == "EleutherAI/gpt-neo-125m"
+    assert (config.models.dtype, config.models.device) == ("float16", "cuda")
+    assert (config.speculation.k, config.decoding.max_new_tokens) == (5, 256)
+    assert config.sampling.temperature == 0
+    assert config.humaneval is None
+    assert config.xsum is not None
+    assert (config.xsum.dataset, config.xsum.split) == ("EdinburghNLP/xsum", "test")
+    assert config.xsum.prompt_style == "completion"
+    template = "Generate a short Summary for this article: {document}"
+    assert (config.xsum.prompt_template, config.xsum.num_shots) == (template, 0)
+
+
+def test_shipped_exp2_is_humaneval_with_an_8_bit_target():
+    config = load_config(SHIPPED, "exp2-t4")
+    assert config.models.target == "deepseek-ai/deepseek-coder-6.7b-base"
+    assert config.models.draft == "deepseek-ai/deepseek-coder-1.3b-base"
+    assert config.models.target_quantization == "int8"
+    assert config.models.draft_quantization == "none"
+    assert (config.models.dtype, config.models.device) == ("float16", "cuda")
+    assert (config.speculation.k, config.decoding.max_new_tokens) == (5, 256)
+    assert not config.decoding.bit_exact
+    assert config.run.methods == ("autoregressive", "speculative")
+    assert config.humaneval is not None
+    assert config.humaneval.prompt_style == "completion"
+    assert config.humaneval.stop_strings == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

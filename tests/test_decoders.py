@@ -1,0 +1,357 @@
+"""Greedy decoding: speculative == autoregressive == Hugging Face, token for token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
+
+from autoregressive import autoregressive
+from specsampling.drafts import ModelDraft, NgramDraft, NgramProposer, first_layers
+from specsampling.sampling import Sampling, one_hot
+from specsampling.session import Session
+from speculative import speculative
+
+PROMPTS = ([5], [7, 3, 9, 3, 9, 3], list(range(20, 50)))
+
+
+def hugging_face(model, prompt, num_tokens):
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def all_drafts(model_of, architecture):
+    target = model_of(architecture)
+    return {
+        "other": ModelDraft(model_of(architecture, seed=1)),
+        "itself": ModelDraft(target),
+        "first layer": ModelDraft(first_layers(target, 1)),
+        "n-gram": NgramDraft(),
+    }
+
+
+@pytest.mark.parametrize("width", [None, 16])
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_outputs_are_the_same_tokens(architecture, k, width, model_of):
+    target = model_of(architecture)
+    for prompt in PROMPTS:
+        expected = hugging_face(target, prompt, 20)
+        baseline = autoregressive(target, prompt, max_new_tokens=20, width=width)
+        assert baseline.token_ids == expected
+        for name, draft in all_drafts(model_of, architecture).items():
+            generation = speculative(target, draft, prompt, k=k, max_new_tokens=20, width=width)
+            assert generation.token_ids == expected, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_outputs_are_bit_exact_in_bfloat16(architecture, model_of):
+    """Without one fixed width, 16-bit argmaxes flip at near-ties and the outputs part."""
+    target = model_of(architecture, seed=7).to(torch.bfloat16)
+    drafts = {"n-gram": NgramDraft(), "first layer": ModelDraft(first_layers(target, 1))}
+    for prompt in PROMPTS:
+        expected = autoregressive(target, prompt, max_new_tokens=60, width=8).token_ids
+        for k in (2, 5, 7):
+            for name, draft in drafts.items():
+                generation = speculative(target, draft, prompt, k=k, max_new_tokens=60, width=8)
+                assert generation.token_ids == expected, (name, k)
+
+
+def test_a_draft_equal_to_the_target_is_always_accepted(llama):
+    """A draft cache one token short after a fully accepted cycle spoils the next proposals."""
+    generation = speculative(llama, ModelDraft(llama), [1, 2, 3], k=4, max_new_tokens=50)
+    assert generation.accepted == generation.drafted
+    assert generation.drafted == [4] * 10
+    assert generation.target_calls == 10
+    assert generation.draft_calls == 40
+
+
+def test_no_draft_token_is_fed_twice(llama, model_of):
+    draft_model = model_of("llama", seed=1)
+    fed = []
+    hook = draft_model.model.embed_tokens.register_forward_hook(
+        lambda _, inputs, output: fed.append(inputs[0].shape[1])
+    )
+    generation = speculative(llama, ModelDraft(draft_model), [1, 2, 3], k=3, max_new_tokens=20)
+    hook.remove()
+    # A cycle's first draft call feeds what the cache lacks (two after full acceptance), others one.
+    assert fed[0] == 2
+    assert set(fed[1:]) <= {1, 2}
+    assert len(fed) == 1 + generation.draft_calls
+
+
+@pytest.mark.parametrize(("target_vocab", "draft_vocab"), [(100, 104), (104, 100), (100, 90)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)])
+def test_vocabularies_padded_to_different_widths_work(
+    target_vocab, draft_vocab, sampling, model_of
+):
+    """Heads of 151,936 and 152,064 rows met in one subtraction."""
+    target = model_of("llama", vocab_size=target_vocab)
+    draft = ModelDraft(model_of("llama", seed=1, vocab_size=draft_vocab))
+    generation = speculative(
+        target,
+        draft,
+        [1, 2],
+        k=3,
+        max_new_tokens=60,
+        sampling=sampling,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert len(generation.token_ids) == 60
+    if sampling == Sampling():
+        assert generation.token_ids == autoregressive(target, [1, 2], max_new_tokens=60).token_ids
+
+
+def test_same_generator_seed_same_text(llama, model_of):
+    def decode(seed):
+        return speculative(
+            llama,
+            ModelDraft(model_of("llama", seed=1)),
+            [1, 2],
+            k=3,
+            max_new_tokens=30,
+            sampling=Sampling(1.0),
+            generator=torch.Generator().manual_seed(seed),
+        ).token_ids
+
+    assert decode(0) == decode(0)
+    assert decode(0) != decode(1)
+
+
+def test_the_draft_reports_what_it_sampled_from(llama):
+    """The warp on one model only, or a reported distribution that is not the sampled one."""
+    sampling = Sampling(0.7, top_k=5)
+    proposer = ModelDraft(llama).start(llama, 64, sampling, torch.Generator().manual_seed(0))
+    proposer.prefill([1, 2, 3])
+    tokens, probs = proposer.propose([1, 2, 3, 4], 6)
+    assert (probs > 0).sum(-1).tolist() == [5] * 6
+    session = Session(llama, 64)
+    session.prefill([1, 2, 3])
+    for i in range(6):
+        logits = session.score([1, 2, 3, 4, *tokens[:i]], last=1)[0]
+        kept = probs[i] > 0
+        assert kept[tokens[i]]
+        assert torch.allclose(probs[i][kept], (logits[kept] / 0.7).softmax(-1), atol=1e-5)
+
+
+# --- n-gram lookup ---------------------------------------------------------------------
+
+
+def propose(tokens, k, longest=3, shortest=1):
+    proposer = NgramProposer(longest, shortest, VOCAB_SIZE, torch.device("cpu"))
+    ids, probs = proposer.propose(tokens, k)
+    assert torch.equal(probs, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE))
+    return ids
+
+
+def test_lookup_proposes_what_followed_the_last_occurrence():
+    assert propose([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3], 2) == [5, 6]
+
+
+def test_lookup_prefers_the_longer_match():
+    assert propose([1, 2, 3, 50, 3, 60, 2, 3], 1, longest=2) == [50]
+
+
+def test_lookup_runs_on_into_its_own_proposals():
+    assert propose([8, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+
+
+def test_lookup_without_a_match_proposes_nothing():
+    assert propose([1, 2, 3, 4], 3) == []
+    assert propose([1, 2, 3, 9, 3], 3, longest=3, shortest=2) == []
+    assert propose([1], 3) == []
+
+
+# --- the shallow draft -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_first_layers_share_the_targets_tensors(architecture, model_of):
+    target = model_of(architecture)
+    shallow = first_layers(target, 1)
+    theirs = {tensor.data_ptr() for tensor in target.parameters()}
+    ours = {tensor.data_ptr() for tensor in shallow.parameters()}
+    assert ours < theirs
+    assert shallow.config.num_hidden_layers == 1
+    assert target.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("num_layers", [0, 3])
+def test_first_layers_must_be_some_of_the_targets(num_layers, llama):
+    with pytest.raises(ValueError, match="between 1 and 2"):
+        first_layers(llama, num_layers)
+
+
+# --- stopping --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScriptedDraft:
+    """Proposes a known text, wrong at some positions: forces accepted, corrected and bonus tokens."""
+
+    text: tuple[int, ...]
+    wrong_at: frozenset[int] = frozenset()
+
+    def start(self, target, capacity, sampling, generator):
+        return ScriptedProposer(self)
+
+
+class ScriptedProposer:
+    num_calls = 0
+    forward_seconds = 0.0
+
+    def __init__(self, draft):
+        self.draft = draft
+
+    def prefill(self, tokens):
+        self.num_prompt_tokens = len(tokens) + 1
+
+    def propose(self, tokens, k):
+        at = len(tokens) - self.num_prompt_tokens
+        ids = [
+            (self.draft.text[i] + 1) % VOCAB_SIZE if i in self.draft.wrong_at else self.draft.text[i]
+            for i in range(at, min(at + k, len(self.draft.text)))
+        ]
+        return ids, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE)
+
+    def rollback(self, length):
+        pass
+
+
+PROMPT = [11, 12, 13]
+
+
+@pytest.fixture
+def text(llama):
+    """30 greedy tokens, each position distinguishable enough for these tests."""
+    return autoregressive(llama, PROMPT, max_new_tokens=30).token_ids
+
+
+def both(llama, text, wrong_at=(), k=4, **options):
+    """Speculative and autoregressive, which must end alike."""
+    baseline = autoregressive(llama, PROMPT, **options)
+    draft = ScriptedDraft(tuple(text), frozenset(wrong_at))
+    generation = speculative(llama, draft, PROMPT, k=k, **options)
+    assert generation.token_ids == baseline.token_ids
+    assert generation.finish_reason == baseline.finish_reason
+    return generation
+
+
+def first_at(text, position):
+    """An end-of-text id that occurs first at or after `position`, and where that is."""
+    for i in range(position, len(text)):
+        if text[i] not in text[:i]:
+            return text[i], i
+    raise AssertionError("the text repeats too much for this test")
+
+
+def test_eos_ends_the_text_among_accepted_tokens(llama, text):
+    eos, at = first_at(text, 1)
+    generation = both(llama, text, max_new_tokens=30, eos_ids=[eos], k=8)
+    assert generation.token_ids == text[: at + 1]
+    assert generation.kinds()[-1] == "accepted"
+    assert generation.finish_reason == "eos"
+
+
+def test_eos_ends_the_text_as_correction(llama, text):
+    """EOS was looked for among accepted tokens only."""
+    eos, at = first_at(text, 1)
+    generation = both(llama, text, wrong_at=[at], max_new_tokens=30, eos_ids=[eos], k=8)
+    assert generation.token_ids == text[: at + 1]
+    assert generation.kinds()[-1] == "correction"
+
+
+def test_eos_ends_the_text_as_bonus(llama, text):
+    eos, at = first_at(text, 1)
+    generation = both(llama, text, max_new_tokens=30, eos_ids=[eos], k=at)
+    assert generation.token_ids == text[: at + 1]
+    assert generation.kinds()[-1] == "bonus"
+
+
+def test_of_several_eos_ids_the_earliest_position_counts(llama, text):
+    """The first id in the list was taken instead of the earliest position."""
+    early, at = first_at(text, 1)
+    late, _ = first_at(text, at + 1)
+    generation = both(llama, text, max_new_tokens=30, eos_ids=[late, early], k=8)
+    assert generation.token_ids == text[: at + 1]
+
+
+@pytest.mark.parametrize("max_new_tokens", range(1, 13))
+def test_the_token_limit_is_exact(max_new_tokens, llama, text):
+    """The limit was overshot by up to k."""
+    generation = both(llama, text, max_new_tokens=max_new_tokens)
+    assert generation.token_ids == text[:max_new_tokens]
+    assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("length", range(1, 7))
+@pytest.mark.parametrize("end", range(7, 14))
+def test_a_stop_is_found_also_when_it_crosses_a_cycles_edge(end, length, llama, text):
+    """A stop string that begins in one cycle and ends in the next was missed."""
+    wanted = text[end - length : end]
+
+    def is_stop(new_ids):
+        return list(new_ids[-length:]) == wanted
+
+    first_end = next(i for i in range(length, end + 1) if text[i - length : i] == wanted)
+    generation = both(llama, text, max_new_tokens=30, is_stop=is_stop)
+    assert generation.token_ids == text[:first_end]
+    assert generation.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("width", [None, 8])
+def test_the_context_limit_is_exact(architecture, width, model_of):
+    target = model_of(architecture)
+    prompt = [i % VOCAB_SIZE for i in range(CONTEXT - 11)]
+    options = {"max_new_tokens": 50, "width": width}
+    baseline = autoregressive(target, prompt, **options)
+    assert len(baseline.token_ids) == 11
+    assert baseline.finish_reason == "context"
+    for draft in all_drafts(model_of, architecture).values():
+        assert speculative(target, draft, prompt, k=7, **options).token_ids == baseline.token_ids
+
+
+def test_a_draft_with_a_shorter_context_falls_silent(model_of):
+    target = model_of("llama")
+    draft_model = model_of("gpt2", seed=1)
+    draft_model.config.n_positions = 40
+    prompt = list(range(30))
+    try:
+        generation = speculative(target, ModelDraft(draft_model), prompt, k=4, max_new_tokens=40)
+    finally:
+        draft_model.config.n_positions = CONTEXT
+    assert generation.token_ids == autoregressive(target, prompt, max_new_tokens=40).token_ids
+    assert generation.drafted[0] == 4
+    assert generation.drafted[-1] == 0
+
+
+@pytest.mark.parametrize("prompt", [[], list(range(CONTEXT))], ids=["empty", "full context"])
+def test_prompts_that_leave_no_room_are_refused(prompt, llama):
+    with pytest.raises(ValueError, match="prompt must"):
+        autoregressive(llama, prompt, max_new_tokens=5)
+    with pytest.raises(ValueError, match="prompt must"):
+        speculative(llama, NgramDraft(), prompt, k=2, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(("k", "width"), [(0, None), (8, 8)])
+def test_k_out_of_range_is_refused(k, width, llama):
+    with pytest.raises(ValueError, match="k must be"):
+        speculative(llama, NgramDraft(), [1], k=k, width=width, max_new_tokens=5)
+
+
+def test_the_counts_add_up(llama, text):
+    generation = both(llama, text, wrong_at=[2, 7, 8, 20], max_new_tokens=25)
+    assert sum(generation.accepted) + len(generation.accepted) == 25
+    assert generation.target_calls == len(generation.accepted) == len(generation.drafted)
+    assert generation.kinds().count("accepted") == sum(generation.accepted)
+    assert 0 < generation.forward_seconds < generation.prefill_seconds + generation.decode_seconds

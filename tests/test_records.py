@@ -1,0 +1,408 @@
+"""records.py: append, resume after a kill, refuse what does not belong, scores beside rows."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from specsampling import records
+from specsampling.records import (
+    RecordsError,
+    Row,
+    RunFile,
+    read_meta,
+    read_objects,
+    read_rows,
+    read_scores,
+    write_scores,
+)
+
+META = {"config_hash": "0123", "precision": "bfloat16", "device": "cpu", "date": "Monday"}
+ROW = Row(
+    example_id="HumanEval/0",
+    method="speculative",
+    sample_index=0,
+    completion="    return 'é'\n",
+    token_ids=[5, 6, 7],
+    finish_reason="eos",
+    num_prompt_tokens=120,
+    accepted=[2, 0],
+    drafted=[5, 5],
+    target_calls=2,
+    draft_calls=0,
+    prefill_seconds=0.25,
+    decode_seconds=0.125,
+    forward_seconds=0.3,
+    seed=0,
+    task_id="HumanEval/0",
+)
+OTHER = dataclasses.replace(ROW, method="reference", accepted=[], drafted=[])
+SCORE = {
+    "example_id": "HumanEval/0",
+    "method": "speculative",
+    "sample_index": 0,
+    "passed": False,
+    "result": "failed: NameError",
+}
+HOLD_OPEN = """
+import json, sys, time
+from specsampling.records import Row, RunFile
+run = RunFile.open(sys.argv[1], json.loads(sys.argv[2]))
+run.append(Row(**json.loads(sys.argv[3])))
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "results.jsonl"
+
+
+def write_run(path, *rows, meta=META):
+    with RunFile.open(path, meta) as run:
+        for row in rows:
+            run.append(row)
+
+
+def error_of(call, *arguments, **options):
+    """The one line that a user sees."""
+    with pytest.raises(RecordsError) as caught:
+        call(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- append and resume -------------------------------------------------------------
+
+
+def test_rows_and_meta_come_back_as_they_were_written(path):
+    write_run(path, ROW, OTHER)
+    assert read_rows(path) == [ROW, OTHER]
+    assert read_meta(path) == META
+    assert path.with_name("results.meta.json").exists()
+
+
+def test_a_row_is_in_the_file_as_soon_as_append_returns(path):
+    with RunFile.open(path, META) as run:
+        run.append(ROW)
+        assert read_rows(path) == [ROW]
+
+
+def test_none_is_left_out_of_the_json(path):
+    write_run(path, ROW)
+    fields = json.loads(path.read_text())
+    assert "reference" not in fields
+    assert fields["task_id"] == "HumanEval/0"
+
+
+def test_key_and_number_of_new_tokens():
+    assert ROW.key == ("HumanEval/0", "speculative", 0)
+    assert ROW.num_new_tokens == 3
+
+
+def test_resume_knows_the_rows_that_are_there_and_appends(path):
+    write_run(path, ROW)
+    with RunFile.open(path, META) as run:
+        assert run.rows == [ROW]
+        assert run.done == {ROW.key}
+        run.append(OTHER)
+        assert run.done == {ROW.key, OTHER.key}
+    assert read_rows(path) == [ROW, OTHER]
+
+
+def test_folders_are_made(tmp_path):
+    path = tmp_path / "new" / "folder" / "results.jsonl"
+    write_run(path, ROW)
+    assert read_rows(path) == [ROW]
+
+
+def test_a_key_is_written_once(path):
+    with RunFile.open(path, META) as run:
+        run.append(ROW)
+        message = error_of(run.append, ROW)
+        assert "already holds a row for ('HumanEval/0', 'speculative', 0)" in message
+    assert read_rows(path) == [ROW]
+
+
+def test_fresh_drops_rows_meta_and_scores(path):
+    """Scores of the old rows would be counted for new rows with the same keys."""
+    write_run(path, ROW, OTHER)
+    write_scores(path, [SCORE])
+    with RunFile.open(path, {**META, "config_hash": "4567"}, fresh=True) as run:
+        assert run.rows == []
+        assert run.done == set()
+        run.append(OTHER)
+    assert read_rows(path) == [OTHER]
+    assert read_meta(path)["config_hash"] == "4567"
+    assert "cannot be read" in error_of(read_scores, path)
+
+
+def test_the_meta_keeps_what_made_the_first_rows_and_notes_what_changed_since(path):
+    write_run(path, ROW)
+    write_run(path, OTHER, meta={**META, "date": "Tuesday"})
+    assert read_meta(path) == {**META, "resumed": [{"date": "Tuesday"}]}
+
+
+def test_opening_a_finished_run_leaves_its_meta_alone(path):
+    """Printing the table of a finished run must not change its committed files."""
+    write_run(path, ROW)
+    write_run(path, meta={**META, "date": "Tuesday"})
+    assert read_meta(path) == META
+
+
+# --- torn and broken lines ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", [b'{"example_id": "Hum', b"\0\0\0\0", b'{"exam\n', b"{}"])
+def test_a_torn_last_line_is_dropped_from_the_file(path, tail):
+    write_run(path, ROW)
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    assert read_rows(path) == [ROW]
+    assert path.read_bytes() == whole + tail  # reading changes nothing
+    write_run(path, OTHER)
+    assert path.read_bytes().startswith(whole)
+    assert read_rows(path) == [ROW, OTHER]
+
+
+def test_a_torn_first_line_starts_over(path):
+    write_run(path, ROW)
+    path.write_bytes(path.read_bytes()[:-1])
+    write_run(path, ROW)
+    assert read_rows(path) == [ROW]
+
+
+@pytest.mark.parametrize("read", [read_rows, lambda path: RunFile.open(path, META)])
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_changed(path, read):
+    write_run(path, ROW, OTHER)
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"{broken\n" + second)
+    before = path.read_bytes()
+    assert f"{path}, line 2, is not a JSON object" in error_of(read, path)
+    assert path.read_bytes() == before
+
+
+def test_a_broken_line_before_a_torn_one_is_not_dropped(path):
+    """A kill tears one line; two broken ones have another cause."""
+    write_run(path, ROW)
+    path.write_bytes(path.read_bytes() + b"{broken\n{torn")
+    assert "line 2, is not a JSON object" in error_of(read_rows, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"speed": 3}, "has a field that is not known: speed"),
+        ({"seed": None}, "has a wrong seed"),
+        ({"sample_index": True}, "has a wrong sample_index: 'True'"),
+        ({"accepted": [1.5]}, "has a wrong accepted: '[1.5]'"),
+        ({"completion": 7}, "has a wrong completion: '7'"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused(path, change, problem):
+    write_run(path, ROW)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}) + "\n")
+    assert f"line 1, {problem}" in error_of(read_rows, path)
+
+
+def test_a_missing_field_is_named(path):
+    write_run(path, ROW)
+    fields = json.loads(path.read_text())
+    del fields["decode_seconds"]
+    path.write_text(json.dumps(fields) + "\n")
+    assert "line 1, has no decode_seconds" in error_of(read_rows, path)
+
+
+def test_a_row_that_stands_twice_is_named(path):
+    write_run(path, ROW)
+    path.write_bytes(path.read_bytes() * 2)
+    message = error_of(read_rows, path)
+    assert "line 2, repeats the row for ('HumanEval/0', 'speculative', 0)" in message
+
+
+# --- files that do not belong ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config_hash", "precision", "device"])
+def test_rows_made_with_something_else_are_refused(path, name):
+    write_run(path, ROW)
+    before = path.read_bytes()
+    message = error_of(RunFile.open, path, {**META, name: "other"})
+    assert f'{name} was "{META[name]}", is now "other"' in message
+    assert "--fresh" in message
+    assert "--output" in message
+    assert path.read_bytes() == before
+
+
+def test_another_configuration_is_told_by_its_fields(path):
+    write_run(path, ROW, meta={**META, "config": {"speculation": {"k": 5, "ngram_max": 3}}})
+    other = {"config_hash": "4567", "config": {"speculation": {"k": 4, "ngram_max": 3}}}
+    message = error_of(RunFile.open, path, {**META, **other})
+    assert "speculation.k was 5, is now 4" in message
+    assert "ngram_max" not in message
+
+
+@pytest.mark.parametrize("meta", [None, "", "[]", "{torn"])
+def test_rows_without_a_readable_meta_are_refused(path, meta):
+    write_run(path, ROW)
+    meta_path = path.with_suffix(".meta.json")
+    meta_path.unlink()
+    if meta is not None:
+        meta_path.write_text(meta)
+    message = error_of(RunFile.open, path, META)
+    assert "results.meta.json" in message
+    assert "--fresh" in message
+    assert read_rows(path) == [ROW]
+
+
+def test_a_file_that_is_no_run_of_ours_is_not_cut(path):
+    """Its only line looks torn; dropping it would delete somebody's text."""
+    path.write_text("my notes, without a newline")
+    assert "--output" in error_of(RunFile.open, path, META)
+    assert path.read_text() == "my notes, without a newline"
+
+
+def test_an_output_that_is_no_jsonl_file_is_refused(tmp_path):
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    for output in (folder, tmp_path, tmp_path / "results.json", ""):
+        assert "ends in .jsonl" in error_of(RunFile.open, output, META, fresh=True)
+
+
+def test_an_output_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(RunFile.open, tmp_path / "file" / "results.jsonl", META)
+    assert "cannot be written" in message
+
+
+def test_a_missing_file_to_read_is_one_line(path):
+    for read in (read_rows, read_meta, read_scores):
+        assert "cannot be read (No such file" in error_of(read, path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a file size limit")
+def test_a_full_disk_leaves_no_part_of_a_row(path):
+    """The half row would stand in the middle once later rows are appended."""
+    import resource
+
+    with RunFile.open(path, META) as run:
+        run.append(ROW)
+        whole = path.read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))
+        try:
+            message = error_of(run.append, OTHER)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "cannot be written" in message
+        assert path.read_bytes() == whole
+        run.append(OTHER)
+    assert read_rows(path) == [ROW, OTHER]
+
+
+# --- one process at a time ---------------------------------------------------------
+
+
+@pytest.fixture
+def holder(path):
+    """Another process that has appended `OTHER` and keeps the file open."""
+    row = json.dumps(dataclasses.asdict(OTHER))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD_OPEN, str(path), json.dumps(META), row],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout.readline() == "open\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_refused_and_may_read(path, holder):
+    for fresh in (False, True):
+        message = error_of(RunFile.open, path, META, fresh=fresh)
+        assert "is being written by another process" in message
+    assert read_rows(path) == [OTHER]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs kill -9")
+def test_a_killed_process_leaves_no_lock(path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with RunFile.open(path, META) as run:
+        assert run.rows == [OTHER]
+        run.append(ROW)
+
+
+def test_the_same_process_cannot_open_a_file_twice(path):
+    with RunFile.open(path, META):
+        assert "another process" in error_of(RunFile.open, path, META)
+    RunFile.open(path, META).close()
+
+
+def test_a_refused_file_is_let_go(path):
+    write_run(path, ROW)
+    error_of(RunFile.open, path, {**META, "device": "cuda"})
+    RunFile.open(path, META).close()
+
+
+# --- scores ------------------------------------------------------------------------
+
+
+def test_scores_come_back_as_they_were_written(path):
+    write_scores(path, [SCORE])
+    assert read_scores(path) == [SCORE]
+    assert path.with_name("results.scores.jsonl").exists()
+
+
+def test_scores_are_replaced_as_a_whole(path):
+    write_scores(path, [SCORE, {**SCORE, "method": "reference"}])
+    passed = {**SCORE, "passed": True, "result": "passed"}
+    write_scores(path, [passed])
+    assert read_scores(path) == [passed]
+
+
+def test_a_rewrite_that_fails_leaves_the_old_scores_and_no_litter(path, monkeypatch):
+    write_scores(path, [SCORE])
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", fail)
+    assert "No space left on device" in error_of(write_scores, path, [])
+    assert read_scores(path) == [SCORE]
+    assert [file.name for file in path.parent.iterdir()] == ["results.scores.jsonl"]
+
+
+def test_a_score_of_the_wrong_type_is_refused(path):
+    write_scores(path, [{**SCORE, "passed": "yes"}])
+    assert "line 1, has a wrong passed: 'yes'" in error_of(read_scores, path)
+
+
+# --- files of others ---------------------------------------------------------------
+
+
+def test_objects_of_another_file_keep_their_other_fields_and_may_repeat(path):
+    """Other tools write other fields, several samples per problem, and no last newline."""
+    samples = [{"task_id": "HumanEval/0", "completion": "pass", "logprob": -1.5}] * 2
+    path.write_text("\n".join(json.dumps(sample) for sample in samples))
+    assert read_objects(path, {"task_id": str, "completion": str}) == samples
+
+
+def test_an_object_without_a_field_that_is_needed_is_named(path):
+    path.write_text('{"task_id": "HumanEval/0"}\n')
+    message = error_of(read_objects, path, {"task_id": str, "completion": str})
+    assert "line 1, has no completion" in message
+
+
+def test_an_empty_file_holds_no_objects(path):
+    path.write_text("")
+    assert read_objects(path, {"task_id": str}) == []

@@ -1,0 +1,284 @@
+"""Tables and figures of synthetic runs whose numbers are known."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.colors
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from test_metrics import make_row
+
+from specsampling import report
+from specsampling.records import Row, Score
+
+META = {
+    "config": {
+        "models": {"target": "embedded:smollm2-135m", "draft": "ngram"},
+        "speculation": {"k": 5},
+        "decoding": {"max_new_tokens": 256},
+        "sampling": {"temperature": 0, "top_k": 0, "top_p": 1.0, "seed": 0, "num_samples": 1},
+    },
+    "config_hash": "0123456789abcdef",
+    "profile": "demo",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "device": "cpu",
+    "device_name": "A Processor",
+    "precision": "bfloat16",
+    "threads": 2,
+    "git_commit": "abc1234",
+    "date": "2030-01-02",
+    "command": "python main_exp2.py",
+    "bit_exact": "32 of 32 rows of logits were bitwise equal",
+}
+TOKENS_PER_SECOND = {"autoregressive": 40, "reference": 32, "speculative": 80}
+
+
+def make_run(num_problems=12, num_samples=1, methods=report.METHODS) -> list[Row]:
+    """Rows of a lossless run: 40, 32 and 80 tokens/s, 2.5 tokens per call, 3 of 8 accepted."""
+    return [
+        make_row(
+            f"HumanEval/{problem}",
+            method,
+            sample,
+            num_tokens,
+            task_id=f"HumanEval/{problem}",
+            target_calls=num_tokens * 2 // 5 if method == "speculative" else num_tokens,
+            accepted=[3, 0, 0] if method == "speculative" else [],
+            drafted=[5, 0, 3] if method == "speculative" else [],
+            prefill_seconds=0.5,
+            decode_seconds=num_tokens / TOKENS_PER_SECOND[method],
+            forward_seconds=0.5 + 0.9 * num_tokens / TOKENS_PER_SECOND[method],
+        )
+        for problem in range(num_problems)
+        for num_tokens in [20 + 10 * (problem % 3)]
+        for sample in range(num_samples)
+        for method in methods
+    ]
+
+
+def score_every_fourth(rows: list[Row]) -> list[Score]:
+    return [
+        Score(
+            example_id=row.example_id,
+            method=row.method,
+            sample_index=row.sample_index,
+            passed=passed,
+            result="passed" if passed else "failed: NameError",
+        )
+        for row in rows
+        for passed in [int(row.example_id.split("/")[1]) % 4 == 0]
+    ]
+
+
+def line_of(table: pd.DataFrame, method: str) -> pd.Series:
+    return table.set_index("method").loc[method]
+
+
+# --- tables --------------------------------------------------------------------------
+
+
+def test_table_has_one_line_per_method_in_a_fixed_order():
+    rows = make_run()[::-1]
+    table = report.summary_table(rows, score_every_fourth(rows), "greedy")
+    assert list(table["method"]) == ["autoregressive", "reference", "speculative"]
+    assert list(table["n"]) == [12, 12, 12]
+    assert list(table["pass@1"]) == [0.25, 0.25, 0.25]
+    assert list(table["tokens/s"]) == pytest.approx([40, 32, 80])
+    assert list(table["speedup"]) == pytest.approx([1, 0.8, 2])
+    assert list(table["block efficiency"]) == pytest.approx([1, 1, 2.5])
+    assert list(table["identical outputs"]) == ["", "", "12/12"]
+
+
+def test_table_holds_fractions_and_text_holds_percentages():
+    rows = make_run()
+    table = report.summary_table(rows, score_every_fourth(rows), "greedy")
+    assert line_of(table, "speculative")["draft acceptance rate"] == 3 / 8
+    text = line_of(report.printable(table), "speculative")
+    assert text["draft acceptance rate"] == "37.5%"
+    assert text["pass@1"].startswith("25.0% [") and text["pass@1"].endswith("%]")
+    assert text["speedup"] == "2.00 [2.00, 2.00]"
+    assert text["sampling"] == "greedy"
+
+
+def test_end_to_end_speedup_and_overhead_include_the_prefill():
+    line = line_of(report.summary_table(make_run(num_problems=3)), "speculative")
+    # 20 + 30 + 40 tokens: 1.5 s of prefill beside 90/40 s and 90/80 s of decoding.
+    assert line["end-to-end speedup"] == pytest.approx((1.5 + 2.25) / (1.5 + 1.125))
+    assert line["time outside forwards"] == pytest.approx(0.1 * 1.125 / (1.5 + 1.125))
+
+
+def test_a_different_output_shows_in_the_table():
+    rows = make_run()
+    rows[-1] = replace(rows[-1], token_ids=[*rows[-1].token_ids[:-1], 99])
+    table = report.summary_table(rows)
+    assert line_of(table, "speculative")["identical outputs"] == "11/12"
+    assert "identical outputs: same token ids as method reference" in table.attrs["notes"]
+
+
+def test_without_a_reference_outputs_are_compared_with_the_baseline():
+    table = report.summary_table(make_run(methods=("autoregressive", "speculative")))
+    assert line_of(table, "speculative")["identical outputs"] == "12/12"
+    assert "identical outputs: same token ids as method autoregressive" in table.attrs["notes"]
+
+
+def test_a_run_stopped_midway_compares_what_all_methods_have():
+    """The baseline's last, slow problem has no partner: no line of the table may count it."""
+    rows = make_run()
+    extra = make_row("HumanEval/163", "autoregressive", 0, 10, decode_seconds=1000.0)
+    table = report.summary_table([*rows, extra])
+    complete = report.summary_table(rows)
+    pd.testing.assert_frame_equal(table, complete)
+    assert "1 rows left out: another method lacks their example" in table.attrs["notes"]
+
+
+def test_without_the_baseline_there_is_no_speedup():
+    table = report.summary_table(make_run(methods=("speculative",)))
+    line = line_of(table, "speculative")
+    assert math.isnan(line["speedup"])
+    assert line["identical outputs"] == ""
+    assert line_of(report.printable(table), "speculative")["speedup"] == "-"
+
+
+def test_unscored_rows_are_named():
+    rows = make_run()
+    table = report.summary_table(rows, score_every_fourth(rows)[:-1])
+    assert "speculative: only 11 of 12 rows are scored" in table.attrs["notes"]
+
+
+def test_several_samples_add_pass_at_k():
+    rows = make_run(num_problems=4, num_samples=10)
+    table = report.summary_table(rows, score_every_fourth(rows))
+    assert list(table["pass@10"]) == [0.25, 0.25, 0.25]
+    assert "pass@100" not in table
+    assert list(table["n"]) == [40, 40, 40]
+
+
+def test_terminal_table_is_aligned_and_fits():
+    rows = make_run(num_problems=164)
+    lines = report.format_table(
+        report.summary_table(rows, score_every_fourth(rows), "greedy")
+    ).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[5].split()[0] == "speculative"
+    assert "164/164" in lines[5] and "37.5%" in lines[5] and "2.00 [2.00, 2.00]" in lines[5]
+    assert len({len(line) for line in lines[1:6]}) == 1
+    assert lines[6] == "identical outputs: same token ids as method reference"
+
+
+def test_terminal_table_of_no_rows_says_so():
+    assert report.format_table(report.summary_table([])) == "no rows to show"
+
+
+def test_published_figures_stand_beside_ours_under_their_own_label():
+    both = pd.concat(
+        {
+            "ours": report.summary_table(make_run()).set_index("method"),
+            "published": report.published_table().set_index("method"),
+        }
+    )
+    published = report.printable(both).loc["published"]
+    assert list(published["pass@1"]) == ["35.0%", "40.0%"]
+    assert list(published["speedup"]) == ["-", "2.52"]
+    assert list(published["draft acceptance rate"]) == ["-", "75.0%"]
+    assert list(published["n"]) == ["-", "-"]
+    assert list(report.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
+
+
+# --- sentences -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"temperature": 0, "top_k": 5, "top_p": 0.9}, "greedy"),
+        ({"temperature": 0.8, "top_k": 0, "top_p": 0.95}, "temperature 0.8, top-p 0.95"),
+        ({"temperature": 1, "top_k": 40, "top_p": 1.0}, "temperature 1, top-k 40"),
+    ],
+)
+def test_sampling_in_words(sampling, words):
+    assert report.describe_sampling(sampling) == words
+
+
+def test_run_in_words_names_hardware_precision_config_and_command():
+    text = report.describe_run(META)
+    for part in ("A Processor", "bfloat16", "2 threads", "0123456789abcdef", "k = 5", "greedy"):
+        assert part in text
+    for part in ("python main_exp2.py", "torch 2.13.0", META["bit_exact"], "abc1234"):
+        assert part in text
+
+
+# --- figures -------------------------------------------------------------------------
+
+FIGURES = [report.speedup_figure, report.accepted_figure, report.tokens_per_second_figure]
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+@pytest.mark.parametrize("methods", [report.METHODS, ("autoregressive",), ("speculative",)])
+@pytest.mark.filterwarnings("error")
+def test_figures_are_titled_and_labelled_whatever_was_run(draw, methods):
+    figure = draw(make_run(methods=methods))
+    (axes,) = figure.axes
+    assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+    figure.draw_without_rendering()
+
+
+def test_speedup_figure_shows_every_problem_and_the_total():
+    (axes,) = report.speedup_figure(make_run()).axes
+    dots, total, one = axes.get_lines()
+    assert list(dots.get_ydata()) == pytest.approx([2.0] * 12)
+    assert total.get_ydata()[0] == pytest.approx(2.0)
+    assert one.get_ydata()[0] == 1
+    assert axes.get_title() == "Speculative decoding is faster on 12 of 12 problems"
+
+
+def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
+    (axes,) = report.accepted_figure(make_run()).axes
+    labels = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
+    heights = [bar.get_height() for bar in axes.patches]
+    assert labels == ["no draft", "0", "1", "2", "3", "4", "5"]
+    assert heights == pytest.approx([100 / 3, 100 / 3, 0, 0, 100 / 3, 0, 0])
+
+
+def test_speed_figure_has_a_box_and_a_total_per_method():
+    (axes,) = report.tokens_per_second_figure(make_run()).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(report.METHODS)
+    assert [text.get_text() for text in axes.texts] == ["40.0", "32.0", "80.0"]
+
+
+def test_colours_stay_apart_in_greyscale():
+    shades = [
+        sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), rgb, strict=True))
+        for rgb in map(matplotlib.colors.to_rgb, (report.DARK, report.MIDDLE, report.LIGHT))
+    ]
+    assert shades[1] - shades[0] > 0.25 and shades[2] - shades[1] > 0.25
+
+
+def test_figures_are_saved_twice_and_the_same_each_time(tmp_path):
+    """A rerun on the same rows must not show up as a change in version control."""
+    for folder in ("first", "second"):
+        report.save_figure(report.accepted_figure(make_run()), tmp_path / folder, "accepted")
+    for suffix in (".png", ".svg"):
+        first, second = (tmp_path / folder / f"accepted{suffix}" for folder in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_figures_are_not_left_open():
+    """Jupyter draws what pyplot holds at a cell's end: the figure would come out twice."""
+    before = plt.get_fignums()
+    report.accepted_figure(make_run())
+    assert plt.get_fignums() == before
+
+
+def test_report_imports_no_model_library_and_no_matplotlib():
+    code = (
+        "import sys, specsampling.report;"
+        "print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    imported = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True
+    )
+    assert imported.strip() == "set()"

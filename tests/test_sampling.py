@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from specsampling.sampling import GREEDY, Sampling, one_hot, probs_from_logits, sample
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 3.5, 1.0]])
+
+
+def test_temperature_zero_is_one_hot_at_the_argmax():
+    probs = probs_from_logits(LOGITS, GREEDY)
+    assert probs.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def test_temperature_one_is_the_softmax():
+    assert torch.allclose(probs_from_logits(LOGITS, Sampling(1.0)), LOGITS.softmax(-1))
+
+
+def test_temperature_divides_the_logits():
+    assert torch.allclose(probs_from_logits(LOGITS, Sampling(0.5)), (LOGITS * 2).softmax(-1))
+
+
+def test_top_k_keeps_the_k_most_probable():
+    probs = probs_from_logits(LOGITS, Sampling(1.0, top_k=2))
+    kept = LOGITS[0, :2].softmax(-1)
+    assert torch.allclose(probs[0], torch.tensor([*kept, 0, 0]))
+    assert (probs > 0).sum(-1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.62, 0.9, 0.999])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
+    probs = LOGITS.softmax(-1)
+    warped = probs_from_logits(LOGITS, Sampling(1.0, top_p=top_p))
+    for row, full in zip(warped, probs, strict=True):
+        kept = row > 0
+        mass = full[kept].sum()
+        assert mass >= top_p
+        assert mass - full[kept].min() < top_p  # without its least probable it would not reach it
+        assert torch.allclose(row[kept], full[kept] / mass)
+
+
+def test_warp_agrees_with_hugging_face():
+    """The warp's order (temperature, top-k, top-p) is the one that users know."""
+    from transformers import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(1)) * 3
+    theirs = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8)]
+    )(torch.zeros(16, 1, dtype=torch.long), logits.clone()).softmax(-1)
+    assert torch.allclose(probs_from_logits(logits, Sampling(0.7, 20, 0.8)), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_probabilities_are_float32_and_finite_at_extreme_logits(dtype):
+    """A half-precision softmax underflows to 0/0 = nan, and min(1, nan) accepts."""
+    logits = torch.tensor([[60000.0, -60000.0, 0.0, 59000.0]]).to(dtype)
+    for sampling in (GREEDY, Sampling(1.0), Sampling(0.1, 2, 0.5)):
+        probs = probs_from_logits(logits, sampling)
+        assert probs.dtype == torch.float32
+        assert torch.isfinite(probs).all()
+        assert probs.sum(-1) == pytest.approx(1)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    assert {sample(probs, generator) for _ in range(300)} == {1, 3}
+
+
+def test_one_hot_of_no_tokens_has_no_rows():
+    assert one_hot(torch.tensor([], dtype=torch.long), 7).shape == (0, 7)
