@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsampling.config import Config, ConfigError, config_as_dict, config_hash, load_config
+from specsampling.decoding import PromptError
 from specsampling.embedded import ModelError
 from specsampling.records import RecordsError, Row, RunFile
 from specsampling.sandbox import SandboxError
@@ -48,7 +49,7 @@ def exit_code(
     """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130."""
     try:
         return main(arguments)
-    except (ConfigError, RecordsError, ModelError, SandboxError) as error:
+    except (ConfigError, ModelError, PromptError, RecordsError, SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -141,7 +142,7 @@ def run_experiment(
     """Load, check, decode every example with every method; the rows of the finished file.
 
     Raises:
-        ConfigError, RecordsError, ModelError: a mistake of the user's, in one line.
+        ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
     import torch
 
@@ -177,7 +178,8 @@ def run_experiment(
     meta = run_meta(config, pair.target.device, precision(pair.target), exactness)
     meta["threads"] = torch.get_num_threads()
     with RunFile.open(output, meta, fresh=fresh) as run_file:
-        print(f"  rows go to {output}", file=sys.stderr)
+        there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
+        print(f"  rows go to {output}{there}", file=sys.stderr)
         run(
             task,
             pair,

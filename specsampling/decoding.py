@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+
+class PromptError(ValueError):
+    """A prompt cannot be decoded, in one line: empty, or too long for the context."""
+
+
 StopCheck = Callable[[Sequence[int]], bool]
 """Given the new ids so far, says whether the text ends with the newest of them."""
 
@@ -76,14 +81,15 @@ class Text:
             is_stop: asked after each new token.
 
         Raises:
-            ValueError: an empty prompt, one that fills the context, or no room for a token.
+            PromptError: an empty prompt, or one that fills the context.
+            ValueError: max_new_tokens below 1.
         """
         if not prompt:
-            raise ValueError("the prompt must have at least one token (got 0)")
+            raise PromptError("the prompt must have at least one token (got 0)")
         if len(prompt) >= context:
-            raise ValueError(
+            raise PromptError(
                 f"the prompt must be shorter than the context of {context} tokens "
-                f"(got {len(prompt)}); shorten it"
+                f"(got {len(prompt)}); shorten it, or choose a model with a longer context"
             )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1 (got {max_new_tokens})")

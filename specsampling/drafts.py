@@ -219,4 +219,4 @@ def _shallow_copy(module: PreTrainedModel) -> PreTrainedModel:
 
 def num_logits(model: PreTrainedModel) -> int:
     """Width of the model's output, padding included."""
-    return model.get_output_embeddings().weight.shape[0]
+    return model.get_output_embeddings().out_features

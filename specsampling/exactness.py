@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specsampling.drafts import num_logits
+from specsampling.embedded import ModelError
 from specsampling.session import Session
 
 NUM_PREFILLED = 40
@@ -52,7 +53,7 @@ def check_exactness(target: PreTrainedModel, width: int, capacity: int) -> Exact
         capacity: tokens of cache, as large as in the run to come.
 
     Raises:
-        ValueError: the cache gives other logits than the model without one, by far more
+        ModelError: the cache gives other logits than the model without one, by far more
             than rounding: this architecture cannot be decoded here.
     """
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +74,7 @@ def check_exactness(target: PreTrainedModel, width: int, capacity: int) -> Exact
         uncached = target(input_ids=ids, use_cache=False).logits[0, NUM_PREFILLED:][:NUM_ALONE]
     error = (logits_together - uncached).float().norm() / uncached.float().norm()
     if not error < 0.1:
-        raise ValueError(
+        raise ModelError(
             f"{target.config.model_type} models cannot be decoded with a preallocated cache "
             f"(its logits are off by {error:.0%}); choose another architecture"
         )

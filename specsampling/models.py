@@ -21,8 +21,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from specsampling.attention import NAME as GROUPED_SDPA
 from specsampling.drafts import Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.embedded import ModelError, embedded_folder
+from specsampling.packed import can_pack, pack_linears
 
 EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
@@ -136,6 +138,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load one model for inference, straight onto its device.
 
+    Its attention becomes `attention.grouped_sdpa`; on a CPU in bfloat16 its linear layers are
+    packed (`packed.py`). Both are the same products in the same precision.
+
     Raises:
         ModelError: it cannot be found, loaded or quantised.
     """
@@ -152,6 +157,10 @@ def load_model(
         raise ModelError(
             f"cannot load model {spec} ({_first_line(error)}); {_way_out(error)}"
         ) from error
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        model.set_attn_implementation(GROUPED_SDPA)
+    if quantization == "none" and can_pack(model):
+        pack_linears(model)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm import tqdm
 
-from specsampling.decoding import Generation, StopCheck
+from specsampling.decoding import Generation, PromptError, StopCheck
 from specsampling.models import Pair
 from specsampling.records import Row, RunFile
 from specsampling.tasks.task import Example, StopStrings, Task
@@ -46,6 +46,10 @@ def run(
         num_samples: texts per example and method.
         limit: only the first `limit` examples.
         warmup: examples decoded by every method, and thrown away, before the clock counts.
+
+    Raises:
+        PromptError: an example's prompt does not fit the context.
+        RecordsError: a row cannot be written.
     """
     examples = task.examples()[:limit]
     names = list(methods)
@@ -62,7 +66,10 @@ def run(
         prompt = task.prompt_ids(example, pair)
         row_seed = sample_seed(seed, example.id, name, sample_index)
         generator = torch.Generator(pair.target.device).manual_seed(row_seed)
-        generation = methods[name](prompt, generator, is_stop)
+        try:
+            generation = methods[name](prompt, generator, is_stop)
+        except PromptError as error:
+            raise PromptError(f"{example.id}: {error}") from error
         return Row(
             example_id=example.id,
             method=name,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     GPT2Config,
     GPTNeoConfig,
@@ -15,49 +16,50 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 VOCAB_SIZE = 120
 CONTEXT = 128
 
 CONFIGS = {
-    "llama": lambda vocab: LlamaConfig(
+    "llama": lambda vocab, context: LlamaConfig(
         vocab_size=vocab,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     ),
-    "gpt_neo": lambda vocab: GPTNeoConfig(
+    "gpt_neo": lambda vocab, context: GPTNeoConfig(
         vocab_size=vocab,
         hidden_size=48,
         num_layers=2,
         num_heads=4,
         attention_types=[[["global", "local"], 1]],
         window_size=8,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     ),
-    "gpt2": lambda vocab: GPT2Config(
-        vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=CONTEXT
+    "gpt2": lambda vocab, context: GPT2Config(
+        vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=context
     ),
-    "qwen2": lambda vocab: Qwen2Config(
+    "qwen2": lambda vocab, context: Qwen2Config(
         vocab_size=vocab,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     ),
 }
 ARCHITECTURES = tuple(CONFIGS)
 
 
-def make_model(architecture: str, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedModel:
+def make_model(
+    architecture: str, seed: int = 0, vocab_size: int = VOCAB_SIZE, context: int = CONTEXT
+) -> PreTrainedModel:
     """A random model whose greedy text varies: larger weights than the usual initialisation."""
-    config = CONFIGS[architecture](vocab_size)
+    config = CONFIGS[architecture](vocab_size, context)
     config.initializer_range = 0.3
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     torch.manual_seed(seed)
@@ -117,7 +119,7 @@ def model_folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
     for architecture in ARCHITECTURES:
         for seed, role in enumerate(("target", "draft")):
             folder = tmp_path_factory.mktemp(f"{architecture}-{role}")
-            model = make_model(architecture, seed=seed, vocab_size=len(tokenizer))
+            model = make_model(architecture, seed, vocab_size=len(tokenizer), context=1024)
             model.generation_config.eos_token_id = tokenizer.eos_token_id
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -218,7 +218,9 @@ class ScriptedProposer:
     def propose(self, tokens, k):
         at = len(tokens) - self.num_prompt_tokens
         ids = [
-            (self.draft.text[i] + 1) % VOCAB_SIZE if i in self.draft.wrong_at else self.draft.text[i]
+            (self.draft.text[i] + 1) % VOCAB_SIZE
+            if i in self.draft.wrong_at
+            else self.draft.text[i]
             for i in range(at, min(at + k, len(self.draft.text)))
         ]
         return ids, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE)

@@ -1,0 +1,66 @@
+"""Attention of a few queries over a long cache, without copying the keys for grouped heads.
+
+Where several query heads share a key head, transformers copies keys and values once per
+query head whenever there is a mask. A decode call of fixed width always has one, over the
+whole cache. Here the queries that share a key head stand together as more rows of one head,
+which gives the same products and reads the cache as it lies.
+
+Importing this registers it with transformers as "grouped_sdpa"; calls it has nothing to
+gain from go to transformers' own "sdpa".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "grouped_sdpa"
+
+
+def grouped_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """Attention with the signature of transformers' implementations.
+
+    Args:
+        module: the attention layer.
+        query: [batch, query heads, rows, head_dim].
+        key: [batch, key heads, keys, head_dim].
+        value: [batch, key heads, keys, head_dim].
+        attention_mask: [batch, 1, rows, keys], True (or 0.0) where a row sees a key.
+        dropout: 0 when decoding.
+        scaling: of the products, before the softmax.
+        options: passed on to transformers' own.
+
+    Returns:
+        [batch, rows, query heads, head_dim], and None where others return weights.
+    """
+    batch, num_heads, num_rows, head_dim = query.shape
+    group = num_heads // key.shape[1]
+    if group == 1 or attention_mask is None or attention_mask.shape[1] != 1 or num_rows == 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **options
+        )
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, -1, group * num_rows, head_dim),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, group, 1),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.view(batch, num_heads, num_rows, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, grouped_sdpa)
+AttentionMaskInterface.register(NAME, sdpa_mask)

