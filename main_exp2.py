@@ -11,6 +11,7 @@ one stopped; Benchmarks/bench2.ipynb shows the result.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from specsampling.console import exit_code, experiment_parser, read_config, run_
 from specsampling.metrics import pass_at_k
 from specsampling.records import RecordsError, Score, read_objects, write_scores
 from specsampling.report import describe_sampling, format_table, summary_table
+from specsampling.sandbox import platform_limits
 from specsampling.tasks.humaneval import HumanEval, Solution, score
 
 
@@ -73,6 +75,9 @@ def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
     """Run the tests of every completion in a file; one score per line, in order."""
     from tqdm import tqdm
 
+    for name, limit in platform_limits().items():
+        if limit.startswith("missing"):
+            print(f"sandbox: no limit on {name} here ({limit})", file=sys.stderr)
     samples = read_objects(path, {"task_id": str, "completion": str})
     if not samples:
         raise RecordsError(f"{path} must hold at least one row to score (got 0)")

@@ -11,6 +11,8 @@ gain from go to transformers' own "sdpa".
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -28,7 +30,7 @@ def grouped_sdpa(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the signature of transformers' implementations.
 

@@ -164,16 +164,10 @@ def run_experiment(
         "eos_ids": pair.eos_ids,
     }
     k = config.speculation.k
-    decoders = {
+    decoders: dict[str, Decode] = {
         "autoregressive": partial(autoregressive, pair.target, **shared),
         "reference": partial(autoregressive, pair.target, width=width, **shared),
         "speculative": partial(speculative, pair.target, pair.draft, k=k, width=width, **shared),
-    }
-    methods: dict[str, Decode] = {
-        name: lambda prompt, generator, is_stop, decode=decoders[name]: decode(
-            prompt, generator=generator, is_stop=is_stop
-        )
-        for name in config.run.methods
     }
     meta = run_meta(config, pair.target.device, precision(pair.target), exactness)
     meta["threads"] = torch.get_num_threads()
@@ -183,7 +177,7 @@ def run_experiment(
         run(
             task,
             pair,
-            methods,
+            {name: decoders[name] for name in config.run.methods},
             run_file,
             seed=warp.seed,
             num_samples=warp.num_samples,

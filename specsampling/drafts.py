@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,8 @@ class ModelProposer:
         generator: torch.Generator | None,
     ):
         self._session = session
-        self._last_id = session.model.get_input_embeddings().num_embeddings - 1
+        embeddings: Any = session.model.get_input_embeddings()
+        self._last_id: int = embeddings.num_embeddings - 1
         self._vocab_size = vocab_size
         self._sampling = sampling
         self._generator = generator
@@ -210,7 +211,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     return shallow
 
 
-def _shallow_copy(module: PreTrainedModel) -> PreTrainedModel:
+def _shallow_copy(module: Any) -> Any:
     """A new module over the same children and tensors."""
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
@@ -219,4 +220,5 @@ def _shallow_copy(module: PreTrainedModel) -> PreTrainedModel:
 
 def num_logits(model: PreTrainedModel) -> int:
     """Width of the model's output, padding included."""
-    return model.get_output_embeddings().out_features
+    head: Any = model.get_output_embeddings()
+    return head.out_features

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -71,7 +72,8 @@ class Pair:
                 f"({self.tokenizer.name_or_path} has none); choose prompt_style: completion"
             )
         chat = [{"role": "user", "content": message}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        encoded: Any = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        return encoded["input_ids"]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out and spaces as they are."""
@@ -144,12 +146,14 @@ def load_model(
     Raises:
         ModelError: it cannot be found, loaded or quantised.
     """
-    options: dict = {"dtype": dtype, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantization != "none":
         options["quantization_config"] = quantization_config(quantization, dtype)
+    model: Any
     try:
         if is_gguf(spec):
-            model = load_gguf(Path(spec))[0].to(device=device, dtype=dtype)
+            model = load_gguf(Path(spec))[0]
+            model = model.to(device=device, dtype=dtype)
         else:
             with _quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(_location(spec), **options)
@@ -184,6 +188,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 
 def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A `.gguf` file as a float32 model and its tokenizer (transformers dequantises it)."""
+    model: Any
     with _quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32

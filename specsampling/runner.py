@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -17,8 +18,17 @@ from specsampling.models import Pair
 from specsampling.records import Row, RunFile
 from specsampling.tasks.task import Example, StopStrings, Task
 
-Decode = Callable[[Sequence[int], torch.Generator, StopCheck | None], Generation]
-"""A method: decodes one prompt, given its randomness and its stop check."""
+
+class Decode(Protocol):
+    """A method: decodes one prompt, given its randomness and its stop check."""
+
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        *,
+        generator: torch.Generator,
+        is_stop: StopCheck | None,
+    ) -> Generation: ...
 
 
 def run(
@@ -67,7 +77,7 @@ def run(
         row_seed = sample_seed(seed, example.id, name, sample_index)
         generator = torch.Generator(pair.target.device).manual_seed(row_seed)
         try:
-            generation = methods[name](prompt, generator, is_stop)
+            generation = methods[name](prompt, generator=generator, is_stop=is_stop)
         except PromptError as error:
             raise PromptError(f"{example.id}: {error}") from error
         return Row(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
@@ -100,7 +101,7 @@ class Session:
         self.forward_seconds = 0.0
         num_layers = model.config.get_text_config().num_hidden_layers
         self._layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
-        self._cache = Cache(layers=self._layers)
+        self._cache = Cache(layers=[*self._layers])
 
     @property
     def length(self) -> int:
@@ -148,7 +149,7 @@ class Session:
         self.length = len(tokens)
         return logits
 
-    def _forward(self, module: torch.nn.Module, fed: list[int], **options):
+    def _forward(self, module: torch.nn.Module, fed: list[int], **options: Any) -> Any:
         start = synchronized_seconds(self.device)
         context = context_limit(self.model)
         if self.length + len(fed) > context:  # padding behind the last position there is
@@ -190,7 +191,8 @@ def _gpt_neo_masks(
     if model.config.model_type != "gpt_neo":
         yield
         return
-    attentions = [block.attn.attention for block in model.base_model.h]
+    blocks: Any = model.base_model.h
+    attentions = [block.attn.attention for block in blocks]
     originals = [attention.bias for attention in attentions]
     key = torch.arange(capacity, device=model.device)
     query = torch.arange(length, length + width, device=model.device)[:, None]

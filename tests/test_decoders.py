@@ -196,7 +196,7 @@ def test_first_layers_must_be_some_of_the_targets(num_layers, llama):
 
 @dataclass(frozen=True)
 class ScriptedDraft:
-    """Proposes a known text, wrong at some positions: forces accepted, corrected and bonus tokens."""
+    """Proposes a known text, wrong at some positions: chooses what is accepted and corrected."""
 
     text: tuple[int, ...]
     wrong_at: frozenset[int] = frozenset()
@@ -218,10 +218,8 @@ class ScriptedProposer:
     def propose(self, tokens, k):
         at = len(tokens) - self.num_prompt_tokens
         ids = [
-            (self.draft.text[i] + 1) % VOCAB_SIZE
-            if i in self.draft.wrong_at
-            else self.draft.text[i]
-            for i in range(at, min(at + k, len(self.draft.text)))
+            (token + (i in self.draft.wrong_at)) % VOCAB_SIZE
+            for i, token in enumerate(self.draft.text[at : at + k], start=at)
         ]
         return ids, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE)
 

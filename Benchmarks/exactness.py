@@ -1,0 +1,130 @@
+"""Do a row's bits depend on how tokens are grouped into calls? The evidence behind `bit_exact`.
+
+    python Benchmarks/exactness.py
+
+Feeds the same tokens one by one and in random groups, all calls of one width, and counts the rows
+of logits that are bitwise equal: with attention over the cache's whole capacity, as the sessions
+do it, and, to show what breaks it, over the filled part only. Models: random weights of four
+architectures at real widths, and the embedded target. A few minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from specsampling.attention import NAME as GROUPED_SDPA
+from specsampling.console import device_name
+from specsampling.models import load_model, resolve_device
+from specsampling.packed import can_pack, pack_linears
+from specsampling.session import Session
+
+VOCAB = 1000
+NUM_ROWS = 40
+CONTEXTS = (37, 300, 505, 700)
+CONFIGS = {
+    "Llama, 2,048 wide": LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
+    "Qwen2, 896 wide": Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=3,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+    ),
+    "GPT-Neo, 768 wide": GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=768,
+        num_layers=4,
+        num_heads=12,
+        attention_types=[[["global", "local"], 2]],
+    ),
+    "GPT-2, 768 wide": GPT2Config(vocab_size=VOCAB, n_layer=3),
+}
+
+
+class FilledPartSession(Session):
+    """Attention over the filled part of the cache: another number of keys in every call."""
+
+    @contextlib.contextmanager
+    def _whole_capacity(self) -> Iterator[None]:
+        yield
+
+
+def score(session: Session, tokens: list[int], context: int, groups: list[int]) -> torch.Tensor:
+    """[NUM_ROWS, V] logits of the tokens after `context`, scored in groups of these sizes."""
+    session.prefill(tokens[:context])
+    rows, end = [], context
+    for size in groups:
+        end += size
+        rows.append(session.score(tokens[:end], last=size))
+    return torch.cat(rows)
+
+
+def count_equal(model: PreTrainedModel, kind: type[Session], width: int) -> int:
+    """Rows that have the same bits alone and in random groups."""
+    chooser, num_equal = random.Random(0), 0
+    for context in CONTEXTS:
+        generator = torch.Generator().manual_seed(context)
+        tokens = torch.randint(VOCAB, (context + NUM_ROWS,), generator=generator).tolist()
+        groups: list[int] = []
+        while sum(groups) < NUM_ROWS:
+            groups.append(min(chooser.randint(1, width), NUM_ROWS - sum(groups)))
+        capacity = context + NUM_ROWS
+        alone = score(kind(model, capacity, width), tokens, context, [1] * NUM_ROWS)
+        grouped = score(kind(model, capacity, width), tokens, context, groups)
+        num_equal += int((alone == grouped).all(dim=-1).sum())
+    return num_equal
+
+
+def models(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, PreTrainedModel]]:
+    yield "SmolLM2-135M-Instruct", load_model("embedded:smollm2-135m", dtype, device)
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(GROUPED_SDPA)
+        if can_pack(model):
+            pack_linears(model)
+        yield name, model
+
+
+def main() -> None:
+    device = resolve_device("auto")
+    total = NUM_ROWS * len(CONTEXTS)
+    print(f"{device_name(device)}, torch {torch.__version__}, contexts {CONTEXTS}")
+    print(f"rows of logits bitwise equal alone and in groups, of {total}\n")
+    print(f"{'model':24}{'precision':11}{'width':>5}{'whole capacity':>17}{'filled part':>14}")
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, model in models(dtype, device):
+            for width in (8, 16):
+                whole = count_equal(model, Session, width)
+                filled = count_equal(model, FilledPartSession, width)
+                precision = str(dtype).removeprefix("torch.")
+                print(f"{name:24}{precision:11}{width:5}{whole:17}{filled:14}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

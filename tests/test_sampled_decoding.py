@@ -1,0 +1,104 @@
+"""Sampled texts of the whole decoder have the target's distribution.
+
+`test_verify.py` enumerates one cycle's rule; this holds the plumbing around it (rows, caches,
+rollback, warps) to the same standard, by a chi-squared test with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from specsampling.drafts import ModelDraft
+from specsampling.sampling import Sampling, probs_from_logits
+from speculative import speculative
+
+VOCAB = 6
+PROMPT = [1, 4, 2]
+NUM_TEXTS = 1500
+NUM_TOKENS = 3
+FALSE_ALARM = 1e-4  # how often a right decoder would fail with another seed
+SAMPLING = Sampling(temperature=1.2, top_k=5, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def pair(model_of):
+    target, draft = model_of("llama", vocab_size=VOCAB), model_of("qwen2", 1, vocab_size=VOCAB)
+    return target, draft
+
+
+def exact_distribution(target) -> dict[tuple, float]:
+    """Probability of every text of NUM_TOKENS tokens, without any cache."""
+    masses = {(): 1.0}
+    for _ in range(NUM_TOKENS):
+        longer = {}
+        for text, mass in masses.items():
+            with torch.inference_mode():
+                logits = target(torch.tensor([PROMPT + list(text)])).logits[0, -1:]
+            for token, probability in enumerate(probs_from_logits(logits, SAMPLING)[0].tolist()):
+                if probability:
+                    longer[(*text, token)] = mass * probability
+        masses = longer
+    return masses
+
+
+def p_value(target, draft, width) -> float:
+    generator = torch.Generator().manual_seed(0)
+    counts = Counter(
+        tuple(
+            speculative(
+                target,
+                draft,
+                PROMPT,
+                k=2,
+                max_new_tokens=NUM_TOKENS,
+                sampling=SAMPLING,
+                generator=generator,
+                width=width,
+            ).token_ids
+        )
+        for _ in range(NUM_TEXTS)
+    )
+    exact = exact_distribution(target)
+    if not counts.keys() <= exact.keys():
+        return 0.0  # a text that the target never emits
+    common = [text for text, mass in exact.items() if mass * NUM_TEXTS >= 5]
+    observed = [counts[text] for text in common]
+    expected = [exact[text] * NUM_TEXTS for text in common]
+    observed.append(NUM_TEXTS - sum(observed))  # the rare texts together
+    expected.append(NUM_TEXTS - sum(expected))
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2).double()))
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_sampled_texts_have_the_targets_distribution(width, pair):
+    target, draft = pair
+    assert p_value(target, ModelDraft(draft), width) > FALSE_ALARM
+
+
+@dataclass(frozen=True)
+class DishonestDraft:
+    """Samples from the draft model and reports another distribution."""
+
+    honest: ModelDraft
+
+    def start(self, target, capacity, sampling, generator):
+        proposer = self.honest.start(target, capacity, sampling, generator)
+        propose = proposer.propose
+        proposer.propose = lambda tokens, k: self._misreport(*propose(tokens, k))
+        return proposer
+
+    @staticmethod
+    def _misreport(tokens, probs):
+        return tokens, torch.full_like(probs, 1 / VOCAB)
+
+
+def test_a_draft_that_misreports_its_distribution_is_noticed(pair):
+    """The negative control: 1,500 texts are enough to tell a wrong decoder."""
+    target, draft = pair
+    assert p_value(target, DishonestDraft(ModelDraft(draft)), None) < FALSE_ALARM
