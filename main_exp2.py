@@ -20,7 +20,7 @@ from typing import Any
 from specsampling.config import HumanEvalConfig, require_task
 from specsampling.console import exit_code, experiment_parser, read_config, run_experiment
 from specsampling.metrics import pass_at_k
-from specsampling.records import RecordsError, Score, read_objects, write_scores
+from specsampling.records import RecordsError, Score, read_objects, read_rows, write_scores
 from specsampling.report import describe_sampling, format_table, summary_table
 from specsampling.sandbox import platform_limits
 from specsampling.tasks.humaneval import HumanEval, Solution, score
@@ -56,8 +56,6 @@ def score_file(path: Path, settings: HumanEvalConfig) -> int:
     by_method: dict[str, list[Score]] = defaultdict(list)
     for item in scores:
         by_method[item["method"]].append(item)
-    if "" not in by_method:  # rows of ours: keep the scores for the notebook
-        write_scores(path, scores)
     summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
     for method, summary in summaries.items():
         failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
@@ -67,8 +65,18 @@ def score_file(path: Path, settings: HumanEvalConfig) -> int:
         )
     # The outputs in question are the speculative ones; a foreign file has one method.
     summary = summaries.get("speculative") or next(iter(summaries.values()))
+    if is_ours(path):
+        write_scores(path, scores)  # for the notebook
     print(json.dumps(summary | ({"by_method": summaries} if len(summaries) > 1 else {})))
     return 0
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file holds rows of a run, and not somebody else's completions."""
+    try:
+        return bool(read_rows(path))
+    except RecordsError:
+        return False
 
 
 def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
@@ -79,6 +87,7 @@ def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
         if limit.startswith("missing"):
             print(f"sandbox: no limit on {name} here ({limit})", file=sys.stderr)
     samples = read_objects(path, {"task_id": str, "completion": str})
+    ours = is_ours(path)
     if not samples:
         raise RecordsError(f"{path} must hold at least one row to score (got 0)")
     solutions = [Solution(sample["task_id"], sample["completion"]) for sample in samples]
@@ -95,17 +104,18 @@ def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
     num_seen: Counter[tuple[str, str]] = Counter()
     scores = []
     for sample, outcome in zip(samples, outcomes, strict=True):
-        method = sample.get("method", "")
+        task_id = sample["task_id"]
+        method = sample["method"] if ours else ""
         scores.append(
             Score(
-                example_id=sample.get("example_id", sample["task_id"]),
+                example_id=task_id,
                 method=method,
-                sample_index=sample.get("sample_index", num_seen[sample["task_id"], method]),
+                sample_index=sample["sample_index"] if ours else num_seen[task_id, method],
                 passed=outcome.passed,
                 result=outcome.result,
             )
         )
-        num_seen[sample["task_id"], method] += 1
+        num_seen[task_id, method] += 1
     return scores
 
 

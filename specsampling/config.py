@@ -162,15 +162,16 @@ class Config:
 
     def __post_init__(self) -> None:
         """Hold the rules between fields; a ConfigError names the one that is broken."""
-        draft, decoding = self.speculation, self.decoding
-        if draft.ngram_min > draft.ngram_max:
+        speculation, decoding = self.speculation, self.decoding
+        if speculation.ngram_min > speculation.ngram_max:
             raise ConfigError(
-                f"speculation.ngram_min must be <= speculation.ngram_max, here {draft.ngram_max} "
-                f"(got {draft.ngram_min}); lower the one or raise the other"
+                f"speculation.ngram_min must be <= speculation.ngram_max, here "
+                f"{speculation.ngram_max} (got {speculation.ngram_min}); lower the one or raise "
+                "the other"
             )
-        if 0 < decoding.width <= draft.k:
+        if 0 < decoding.width <= speculation.k:
             raise ConfigError(
-                f"decoding.width must be 0 or >= speculation.k + 1, here {draft.k + 1} "
+                f"decoding.width must be 0 or >= speculation.k + 1, here {speculation.k + 1} "
                 f"(got {decoding.width}); 0 chooses it from speculation.k"
             )
         if decoding.bit_exact and decoding.width % WIDTH_STEP:
@@ -182,6 +183,18 @@ class Config:
             raise ConfigError(
                 "decoding.bit_exact must be true for the method reference (got false); "
                 "set it, or take reference out of run.methods"
+            )
+        models = self.models
+        has_model_draft = models.draft != "ngram" and not models.draft.startswith("target-layers:")
+        if models.draft_quantization != "none" and not has_model_draft:
+            raise ConfigError(
+                f"models.draft_quantization must be none for the draft {models.draft}, which has "
+                f"no weights of its own (got {models.draft_quantization}); set it to none"
+            )
+        if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
+            raise ConfigError(
+                "humaneval.stop_strings must be [] for humaneval.prompt_style: chat, where the "
+                f"code itself holds them (got {_show(self.humaneval.stop_strings)}); set it to []"
             )
         if self.humaneval is None and self.xsum is None:
             raise ConfigError(

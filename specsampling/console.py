@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from specsampling.config import Config, ConfigError, config_as_dict, config_hash, load_config
 from specsampling.decoding import PromptError
 from specsampling.embedded import ModelError
-from specsampling.records import RecordsError, Row, RunFile
+from specsampling.records import RecordsError, Row, RunFile, require_resumable
 from specsampling.sandbox import SandboxError
 
 if TYPE_CHECKING:
@@ -52,8 +52,17 @@ def exit_code(
     except (ConfigError, ModelError, PromptError, RecordsError, SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+            raise
+        print(
+            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
+            "nf4 quantization, or smaller models",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it stopped", file=sys.stderr)
+        print("\nstopped; finished rows are kept, and the same command goes on", file=sys.stderr)
         return 130
 
 
@@ -125,8 +134,8 @@ def load_configured_pair(config: Config) -> Pair:
         ngram_max=config.speculation.ngram_max,
         ngram_min=config.speculation.ngram_min,
     )
-    target = pair.target
-    print(f"  {device_name(target.device)} ({target.device}), {precision(target)}", file=sys.stderr)
+    device = pair.target.device
+    print(f"  {device_name(device)} ({device}), {precision(config, device)}", file=sys.stderr)
     return pair
 
 
@@ -144,20 +153,21 @@ def run_experiment(
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
-    import torch
-
     from specsampling.exactness import check_exactness
-    from specsampling.runner import Decode, run
+    from specsampling.runner import Decode, encode_prompts, run
     from specsampling.sampling import Sampling
 
+    meta = run_meta(config)
+    if not fresh:
+        require_resumable(output, meta)  # before minutes of loading
     pair = load_configured_pair(config)
     decoding, warp = config.decoding, config.sampling
-    width = config.width if decoding.bit_exact else None
-    exactness = "not asked for (decoding.bit_exact: false)"
-    if width is not None:
-        check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)
-        exactness = f"{check}, at width {width}"
-    print(f"  bit-exact decoding: {exactness}", file=sys.stderr)
+    width = call_width(config)
+    check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)
+    meta["bit_exact"] = "not asked for (decoding.bit_exact: false)"
+    if decoding.bit_exact:
+        meta["bit_exact"] = f"{check}, at width {width}"
+    print(f"  bit-exact decoding: {meta['bit_exact']}", file=sys.stderr)
     shared: dict[str, Any] = {
         "max_new_tokens": decoding.max_new_tokens,
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
@@ -169,36 +179,43 @@ def run_experiment(
         "reference": partial(autoregressive, pair.target, width=width, **shared),
         "speculative": partial(speculative, pair.target, pair.draft, k=k, width=width, **shared),
     }
-    meta = run_meta(config, pair.target.device, precision(pair.target), exactness)
-    meta["threads"] = torch.get_num_threads()
+    prompts = encode_prompts(task, pair, config.run.limit)
     with RunFile.open(output, meta, fresh=fresh) as run_file:
         there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{there}", file=sys.stderr)
         run(
-            task,
             pair,
+            task,
+            prompts,
             {name: decoders[name] for name in config.run.methods},
             run_file,
             seed=warp.seed,
             num_samples=warp.num_samples,
-            limit=config.run.limit,
             warmup=config.run.warmup,
         )
         return list(run_file.rows)
 
 
-def run_meta(
-    config: Config, device: torch.device, precision: str, exactness: str
-) -> dict[str, Any]:
-    """What a run's rows were made with, for its `.meta.json`."""
+def call_width(config: Config) -> int | None:
+    """Rows of every decode call; None for as many as there are new tokens."""
+    return config.width if config.decoding.bit_exact else config.decoding.width or None
+
+
+def run_meta(config: Config) -> dict[str, Any]:
+    """What a run's rows are made with, for its `.meta.json`; known before a model is loaded."""
+    import torch
+
+    from specsampling.models import resolve_device
+
+    device = resolve_device(config.models.device)
     return {
         "profile": config.profile,
         "config": config_as_dict(config),
         "config_hash": config_hash(config),
         "device": device.type,
         "device_name": device_name(device),
-        "precision": precision,
-        "bit_exact": exactness,
+        "precision": precision(config, device),
+        "threads": config.run.threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": _versions(),
         "git_commit": _git_commit(),
@@ -207,12 +224,13 @@ def run_meta(
     }
 
 
-def precision(target: Any) -> str:
-    """The target's precision as it was loaded: "bfloat16", or "int8 (float16)"."""
-    name = str(target.dtype).removeprefix("torch.")
-    if getattr(target, "is_loaded_in_8bit", False):
-        return f"int8 ({name})"
-    return f"nf4 ({name})" if getattr(target, "is_loaded_in_4bit", False) else name
+def precision(config: Config, device: torch.device) -> str:
+    """The target's precision: "bfloat16", or "int8 (float16)"."""
+    from specsampling.models import resolve_dtype
+
+    dtype = str(resolve_dtype(config.models.dtype, device)).removeprefix("torch.")
+    quantization = config.models.target_quantization
+    return dtype if quantization == "none" else f"{quantization} ({dtype})"
 
 
 def device_name(device: torch.device) -> str:
@@ -255,6 +273,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
     import torch
 
+    from specsampling.runner import sample_seed
     from specsampling.sampling import Sampling
 
     parser = argparse.ArgumentParser(description="Decode one prompt with speculative sampling.")
@@ -266,6 +285,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     pair = load_configured_pair(config)
     encode = pair.encode_chat if options.chat else pair.encode
     warp = config.sampling
+    seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
     generation = speculative(
         pair.target,
         pair.draft,
@@ -273,8 +293,8 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
         k=config.speculation.k,
         max_new_tokens=config.decoding.max_new_tokens,
         sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
-        generator=torch.Generator(pair.target.device).manual_seed(warp.seed),
-        width=config.width if config.decoding.bit_exact else None,
+        generator=torch.Generator(pair.target.device).manual_seed(seed),
+        width=call_width(config),
         eos_ids=pair.eos_ids,
     )
     print(coloured(generation.token_ids, generation.kinds(), pair.decode))

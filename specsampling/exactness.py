@@ -44,25 +44,27 @@ class ExactnessCheck:
         )
 
 
-def check_exactness(target: PreTrainedModel, width: int, capacity: int) -> ExactnessCheck:
+def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -> ExactnessCheck:
     """Feed the same tokens one by one and in one call, and compare the logits' bits.
 
     Args:
         target: the loaded model.
-        width: rows of every decode call.
-        capacity: tokens of cache, as large as in the run to come.
+        width: rows of every decode call, or None: not exact then, but the cache is checked.
+        capacity: tokens of cache, about as many as in the run to come.
 
     Raises:
         ModelError: the cache gives other logits than the model without one, by far more
             than rounding: this architecture cannot be decoded here.
     """
     generator = torch.Generator().manual_seed(0)
-    num_tokens = NUM_PREFILLED + width
+    num_together = width or 8
+    num_tokens = NUM_PREFILLED + num_together
+    capacity = max(capacity, num_tokens)
     tokens = torch.randint(num_logits(target), (num_tokens,), generator=generator).tolist()
 
     together = Session(target, capacity, width)
     together.prefill(tokens[:NUM_PREFILLED])
-    logits_together = together.score(tokens, last=width)[:NUM_ALONE]
+    logits_together = together.score(tokens, last=num_together)[:NUM_ALONE]
 
     alone = Session(target, capacity, width)
     alone.prefill(tokens[:NUM_PREFILLED])

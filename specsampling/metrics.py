@@ -77,16 +77,13 @@ def tokens_per_second(rows: Sequence[Row]) -> float:
     return _divide(_num_tokens(rows), sum(row.decode_seconds for row in rows))
 
 
-def seconds_per_token(rows: Sequence[Row], *, with_prefill: bool = False) -> float:
-    """Seconds per new token, over the decoding or over prefill and decoding."""
-    return _divide(sum(_seconds(row, with_prefill) for row in rows), _num_tokens(rows))
-
-
 def overhead_share(rows: Sequence[Row]) -> float:
-    """Share of prefill and decode time that is spent outside model forwards."""
-    return 1 - _divide(
-        sum(row.forward_seconds for row in rows), sum(_seconds(row, True) for row in rows)
-    )
+    """Time outside model forwards, the prefill's included, as a share of decode time.
+
+    An upper bound of the share of decoding itself: a prefill has little such time.
+    """
+    outside = sum(_seconds(row, True) - row.forward_seconds for row in rows)
+    return _divide(outside, sum(row.decode_seconds for row in rows))
 
 
 def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
@@ -155,15 +152,17 @@ def pass_at_k(scores: Iterable[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
         ks: the values of k wanted.
 
     Returns:
-        k -> pass@k, for those `ks` that every problem has enough samples for.
+        k -> pass@k, for those `ks` that every problem has enough samples for, and for the
+        largest k that they have.
     """
     passed = list(_passed_by_problem(scores).values())
     num_samples = [len(samples) for samples in passed]
     num_correct = [sum(samples) for samples in passed]
+    largest = min(num_samples, default=0)
     return {
         k: float(np.mean(estimate_pass_at_k(num_samples, num_correct, k)))
-        for k in ks
-        if k <= min(num_samples, default=0)
+        for k in sorted({*ks, largest})
+        if 0 < k <= largest
     }
 
 

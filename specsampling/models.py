@@ -7,12 +7,14 @@ silently: what `auto` became is in the pair, and the scripts print it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +31,9 @@ from specsampling.packed import can_pack, pack_linears
 
 EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
+
+# Missing or broken files, an unknown architecture, a package or memory that is lacking.
+LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, NotImplementedError, SafetensorError)
 
 # Where two tokenizers usually part: code, spaces, digits, other scripts, special tokens.
 TOKENIZER_PROBES = (
@@ -130,6 +135,12 @@ def load_pair(
             require_same_tokenizer(shared, load_tokenizer(draft), target, draft)
         draft_model = load_model(draft, chosen_dtype, chosen_device, draft_quantization)
         proposes = ModelDraft(draft_model)
+    num_embedded = cast(Any, target_model.get_input_embeddings()).num_embeddings
+    if len(shared) > num_embedded:
+        raise ModelError(
+            f"the tokenizer must fit the target's {num_embedded} embeddings (got {len(shared)} "
+            "tokens); set models.tokenizer to the target's own"
+        )
     eos = target_model.generation_config.eos_token_id if target_model.generation_config else None
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return Pair(target_model, proposes, shared, eos_ids)
@@ -152,15 +163,20 @@ def load_model(
     model: Any
     try:
         if is_gguf(spec):
-            model = load_gguf(Path(spec))[0]
+            model = load_gguf(Path(spec))
             model = model.to(device=device, dtype=dtype)
         else:
             with _quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(_location(spec), **options)
-    except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load model {spec} ({_first_line(error)}); {_way_out(error)}"
         ) from error
+    if not hasattr(model.config.get_text_config(), "max_position_embeddings"):
+        raise ModelError(
+            f"cannot decode with {spec}: {model.config.model_type} models name no context limit "
+            "(max_position_embeddings); choose another model"
+        )
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(GROUPED_SDPA)
     if quantization == "none" and can_pack(model):
@@ -178,34 +194,37 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         with _quiet_transformers():
             if is_gguf(spec):
                 path = Path(spec)
-                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            return AutoTokenizer.from_pretrained(_location(spec))
-    except (OSError, ValueError, ImportError) as error:
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(_location(spec))
+    except LOAD_ERRORS as error:
         raise ModelError(
-            f"cannot load the tokenizer of {spec} ({_first_line(error)}); {_way_out(error)}"
+            f"cannot load the tokenizer of {spec} ({_first_line(error)}); set models.tokenizer "
+            f"if the model ships without one, or {_way_out(error)}"
         ) from error
+    if not tokenizer(TOKENIZER_PROBES[0])["input_ids"]:  # what is made where no files are
+        raise ModelError(f"{spec} ships without a tokenizer; set models.tokenizer to one that fits")
+    return tokenizer
 
 
-def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A `.gguf` file as a float32 model and its tokenizer (transformers dequantises it)."""
+def load_gguf(path: Path) -> PreTrainedModel:
+    """A `.gguf` file as a float32 model (transformers dequantises it)."""
     model: Any
     with _quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # Dequantised, it is an ordinary model: without this mark it can be cast and saved.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model, tokenizer
+    return model
 
 
 def _gguf_to_folder(gguf: Path, folder: Path) -> None:
     """Keep the GGUF's exact values, in float32: other precisions are cast from it."""
-    model, tokenizer = load_gguf(gguf)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    load_gguf(gguf).save_pretrained(folder)
+    load_tokenizer(str(gguf)).save_pretrained(folder)
 
 
 def is_gguf(spec: str) -> bool:
@@ -285,18 +304,18 @@ def _location(spec: str) -> str:
     return spec
 
 
-class _quiet_transformers:
-    """Hides transformers' load reports and bars for a moment: the scripts have their own."""
-
-    def __enter__(self) -> None:
-        self._verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        self._bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers_logging.set_verbosity(self._verbosity)
-        if self._bars:
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' load reports and bars for a moment: the scripts have their own."""
+    verbosity = transformers_logging.get_verbosity()
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
             transformers_logging.enable_progress_bar()
 
 

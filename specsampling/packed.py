@@ -37,9 +37,10 @@ def can_pack(model: nn.Module) -> bool:
     """Whether this machine has the kernels and the model is in plain bfloat16 on the CPU."""
     parameters = list(model.parameters())
     return (
-        all(p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in parameters)
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and all(p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in parameters)
     )
 
 

@@ -170,6 +170,15 @@ class RunFile:
         self.close()
 
 
+def require_resumable(path: str | Path, meta: dict[str, Any]) -> None:
+    """Raise the RecordsError that `RunFile.open` would raise for another run's rows."""
+    path = Path(path)
+    with _one_line_errors(path, "read"):
+        has_rows = path.is_file() and path.stat().st_size > 0
+    if has_rows:
+        _resumed_meta(path, meta)
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a finished or a running run, without a last line that is torn."""
     values, _ = _parse(Path(path), _read(Path(path)), get_type_hints(Row))
@@ -219,10 +228,12 @@ def _parse(
     seen: set[Key] = set()
     num_bytes = 0
     for number, line in enumerate(lines, start=1):
+        if not exact and not line.strip():
+            continue
         try:
             value = json.loads(line)
         except ValueError:
-            if number == len(lines) and not torn:
+            if exact and number == len(lines) and not torn:
                 break
             value = None
         problem = _problem(value, hints, exact)

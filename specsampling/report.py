@@ -71,7 +71,9 @@ def summary_table(
                 notes.append(f"{method}: only {len(scored)} of {len(of_method)} rows are scored")
         line |= _speed_columns(of_method, kept.get(BASELINE, []))
         line["identical outputs"] = ""
-        if method == "speculative" and compared_with in kept:
+        # Under sampling each method has a random stream of its own: texts must differ.
+        is_greedy = sampling in ("", "greedy")
+        if method == "speculative" and compared_with in kept and is_greedy:
             num_identical, num_compared = metrics.count_identical(of_method, kept[compared_with])
             line["identical outputs"] = f"{num_identical}/{num_compared}"
             notes.append(f"identical outputs: same token ids as method {compared_with}")

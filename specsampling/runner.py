@@ -16,6 +16,7 @@ from tqdm import tqdm
 from specsampling.decoding import Generation, PromptError, StopCheck
 from specsampling.models import Pair
 from specsampling.records import Row, RunFile
+from specsampling.session import context_limit
 from specsampling.tasks.task import Example, StopStrings, Task
 
 
@@ -31,15 +32,32 @@ class Decode(Protocol):
     ) -> Generation: ...
 
 
+def encode_prompts(task: Task, pair: Pair, limit: int | None) -> list[tuple[Example, list[int]]]:
+    """The first `limit` examples with their prompts' ids, before anything is decoded or lost.
+
+    Raises:
+        PromptError: a prompt leaves no room in the target's context.
+    """
+    prompts = [(example, task.prompt_ids(example, pair)) for example in task.examples()[:limit]]
+    context = context_limit(pair.target)
+    for example, prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise PromptError(
+                f"the prompt of {example.id} must have 1 to {context - 1} tokens, the target's "
+                f"context less one (got {len(prompt)}); choose a model with a longer context"
+            )
+    return prompts
+
+
 def run(
-    task: Task,
     pair: Pair,
+    task: Task,
+    prompts: Sequence[tuple[Example, Sequence[int]]],
     methods: dict[str, Decode],
     run_file: RunFile,
     *,
     seed: int,
     num_samples: int = 1,
-    limit: int | None = None,
     warmup: int = 0,
 ) -> None:
     """Decode every example with every method and append a row for each as it is finished.
@@ -48,38 +66,36 @@ def run(
     to the next, so that a machine that slows down slows them all.
 
     Args:
-        task: examples, prompts, stop strings, completions.
         pair: the loaded models.
+        task: stop strings and completions.
+        prompts: the examples and their prompts' ids.
         methods: by name, in the order of the table.
         run_file: where rows go.
         seed: of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
-        limit: only the first `limit` examples.
         warmup: examples decoded by every method, and thrown away, before the clock counts.
 
     Raises:
-        PromptError: an example's prompt does not fit the context.
         RecordsError: a row cannot be written.
     """
-    examples = task.examples()[:limit]
     names = list(methods)
     jobs = [
-        (example, sample_index, name)
-        for turn, example in enumerate(examples)
+        (example, prompt, sample_index, name)
+        for turn, (example, prompt) in enumerate(prompts)
         for sample_index in range(num_samples)
         for name in names[turn % len(names) :] + names[: turn % len(names)]
     ]
-    pending = [job for job in jobs if (job[0].id, job[2], job[1]) not in run_file.done]
+    pending = [
+        (example, prompt, sample_index, name)
+        for example, prompt, sample_index, name in jobs
+        if (example.id, name, sample_index) not in run_file.done
+    ]
     is_stop = StopStrings(task.stop_strings, pair.decode) if task.stop_strings else None
 
-    def decode(example: Example, sample_index: int, name: str) -> Row:
-        prompt = task.prompt_ids(example, pair)
+    def decode(example: Example, prompt: Sequence[int], sample_index: int, name: str) -> Row:
         row_seed = sample_seed(seed, example.id, name, sample_index)
         generator = torch.Generator(pair.target.device).manual_seed(row_seed)
-        try:
-            generation = methods[name](prompt, generator=generator, is_stop=is_stop)
-        except PromptError as error:
-            raise PromptError(f"{example.id}: {error}") from error
+        generation = methods[name](prompt, generator=generator, is_stop=is_stop)
         return Row(
             example_id=example.id,
             method=name,
@@ -96,12 +112,12 @@ def run(
     with tqdm(total=len(jobs), initial=len(jobs) - len(pending), unit="row") as bar:
         if pending:
             bar.set_description("warm-up")
-            for example in examples[:warmup]:
+            for example, prompt in prompts[:warmup]:
                 for name in names:
-                    decode(example, 0, name)
-        for example, sample_index, name in pending:
+                    decode(example, prompt, 0, name)
+        for example, prompt, sample_index, name in pending:
             bar.set_description(example.id)
-            row = decode(example, sample_index, name)
+            row = decode(example, prompt, sample_index, name)
             run_file.append(row)
             progress.add(row)
             bar.set_postfix_str(str(progress), refresh=False)

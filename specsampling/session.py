@@ -209,8 +209,10 @@ def _gpt_neo_masks(
 
 
 def _as_last_rows(mask: Tensor, num_rows: int) -> Tensor:
-    """[width, capacity] -> [1, 1, num_rows, capacity] whose last rows are `mask`."""
-    return torch.nn.functional.pad(mask, (0, 0, num_rows - len(mask), 0))[None, None]
+    """[width, capacity] -> [1, 1, num_rows, capacity]; only the last rows are looked at."""
+    rows = mask.new_empty(1, 1, num_rows, mask.shape[1])
+    rows[0, 0, num_rows - len(mask) :] = mask
+    return rows
 
 
 def context_limit(model: PreTrainedModel) -> int:

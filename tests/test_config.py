@@ -183,6 +183,11 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             "must be 0 or >= speculation.k + 1, here 6",
         ),
         (["decoding.bit_exact=false"], "decoding.bit_exact must be true for the method reference"),
+        (
+            ["humaneval.stop_strings=['\\ndef']"],
+            "humaneval.stop_strings must be [] for humaneval.prompt_style: chat",
+        ),
+        (["models.draft_quantization=int8"], "models.draft_quantization must be none"),
         (["humaneval=null"], "profile demo must hold a humaneval or an xsum block"),
     ],
 )

@@ -1,4 +1,7 @@
+import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,13 +34,13 @@ def test_local_folders_make_a_pair(architecture, model_folders):
     assert speculative(pair.target, pair.draft, prompt, k=4, **options).token_ids == expected
 
 
-def test_three_lines_of_python(model_folders):
-    """The README's example: load a pair, generate, print."""
-    pair = load_pair(str(model_folders["llama-target"]), "ngram", dtype="float32", device="cpu")
-    generation = speculative(
-        pair.target, pair.draft, pair.encode("def add(a, b):"), k=5, max_new_tokens=32
-    )
-    assert pair.decode(generation.token_ids)
+def test_the_readmes_example_runs(model_folders, capsys):
+    """Load a pair, generate, print."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    assert "embedded:smollm2-135m" in example
+    exec(example.replace("embedded:smollm2-135m", str(model_folders["llama-target"])), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_draft_words(model_folders):
@@ -107,12 +110,29 @@ def test_no_network_is_one_clear_line(monkeypatch, tmp_path):
 
 
 def test_quantization_without_bitsandbytes_names_the_extra(model_folders):
-    pytest.importorskip("transformers")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(ModelError, match=r"quant"):
-            load_model(str(model_folders["llama-target"]), torch.float32, CPU, "int8")
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ModelError, match=r'pip install "\.\[quant\]"'):
+        load_model(str(model_folders["llama-target"]), torch.float32, CPU, "int8")
+
+
+def test_broken_weights_are_one_clear_line(model_folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama-target"], folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot load model") as caught:
+        load_pair(str(folder), device="cpu", dtype="float32")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_without_a_tokenizer_names_the_field_to_set(architecture, model_folders, tmp_path):
+    """A GPT-2 folder without tokenizer files loaded an empty tokenizer."""
+    model = load_model(str(model_folders[f"{architecture}-target"]), torch.float32, CPU)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"models\.tokenizer"):
+        load_pair(str(tmp_path), device="cpu", dtype="float32")
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -397,6 +397,14 @@ def test_objects_of_another_file_keep_their_other_fields_and_may_repeat(path):
     assert read_objects(path, {"task_id": str, "completion": str}) == samples
 
 
+def test_blank_lines_of_another_file_are_skipped_and_broken_ones_named(path):
+    """A broken last line was dropped without a word, and the score was over fewer rows."""
+    path.write_text('\n{"task_id": "a"}\n\n{"task_id": "b"}\n\n')
+    assert read_objects(path, {"task_id": str}) == [{"task_id": "a"}, {"task_id": "b"}]
+    path.write_text('{"task_id": "a"}\n{"task_i')
+    assert "line 2, is not a JSON object" in error_of(read_objects, path, {"task_id": str})
+
+
 def test_an_object_without_a_field_that_is_needed_is_named(path):
     path.write_text('{"task_id": "HumanEval/0"}\n')
     message = error_of(read_objects, path, {"task_id": str, "completion": str})

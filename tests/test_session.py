@@ -1,12 +1,21 @@
+import contextlib
 import random
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 
+from specsampling.models import load_model
 from specsampling.session import Session
 
 TOKENS = torch.randint(VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+class FilledPartSession(Session):
+    """Calls of one width, but attention over the filled part of the cache only."""
+
+    def _whole_capacity(self):
+        return contextlib.nullcontext()
 
 
 def uncached_logits(model, tokens):
@@ -43,14 +52,23 @@ def test_cached_logits_equal_uncached_logits(architecture, width, model_of):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_rows_bits_do_not_depend_on_the_grouping(architecture, width, dtype, model_of):
+def test_a_rows_bits_do_not_depend_on_the_grouping(architecture, width, dtype, model_folders):
     """In 16 bit another call shape gives other bits, and greedy argmaxes flip at near-ties."""
-    model = model_of(architecture, seed=5).to(dtype)
+    folder = str(model_folders[f"{architecture}-target"])
+    model = load_model(folder, dtype, torch.device("cpu"))  # packed, grouped heads
     alone = score_in_groups(Session(model, 100, width), 37, [1] * 50)
     for seed in range(3):
         groups = random_groups(50, width, seed)
         assert torch.equal(alone, score_in_groups(Session(model, 100, width), 37, groups))
-    model.float()
+
+
+def test_another_number_of_keys_gives_other_bits(model_folders):
+    """The negative control: attention over the filled part only is not independent of grouping."""
+    model = load_model(str(model_folders["llama-target"]), torch.float32, torch.device("cpu"))
+    alone = score_in_groups(FilledPartSession(model, 100, 8), 37, [1] * 50)
+    grouped = score_in_groups(FilledPartSession(model, 100, 8), 37, random_groups(50, 8, 0))
+    assert torch.allclose(alone, grouped, atol=1e-4)
+    assert not torch.equal(alone, grouped)
 
 
 @pytest.mark.parametrize("width", [None, 8])

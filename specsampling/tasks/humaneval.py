@@ -6,7 +6,10 @@ prompt + completion + the problem's tests, in `specsampling/sandbox.py`.
 
 from __future__ import annotations
 
+import ast
 import re
+import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ BENCHMARK_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 INDENT = "    "
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
 CHAT_REQUEST = """\
 Complete the following Python function. Answer with the whole function in one code block.
 
@@ -29,7 +34,7 @@ Complete the following Python function. Answer with the whole function in one co
 {prompt}
 ```"""
 
-CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+CODE_BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 class HumanEval:
@@ -62,14 +67,17 @@ class HumanEval:
 
     def completion(self, example: Example, text: str) -> str:
         """The code that goes behind the problem's prompt."""
-        text = cut_at(text, self.stop_strings)
-        return code_block(text) if self._settings.prompt_style == "chat" else INDENT + text
+        if self._settings.prompt_style == "chat":
+            entry_point = self._problems[example.id]["entry_point"]
+            return cut_completion(code_block(text), entry_point)
+        return INDENT + cut_at(text, self.stop_strings)
 
 
 def code_block(answer: str) -> str:
     """The first fenced block of a chat answer (to the end if it is not closed), else all of it."""
+    answer = answer.replace("\r\n", "\n")
     found = CODE_BLOCK.search(answer)
-    return found[1] if found else answer
+    return textwrap.dedent(found[1]) if found else answer
 
 
 @dataclass(frozen=True)
@@ -80,18 +88,36 @@ class Solution:
     completion: str
 
 
-def scored_completion(solution: Solution, entry_point: str) -> str:
+def cut_completion(completion: str, entry_point: str) -> str:
     """What of a completion is run: the function, not what the model wrote after its end.
 
-    A continuation is cut at the benchmark's stop strings. A completion that starts at the
-    margin and defines the function itself (a chat answer) is a program of its own and is
-    taken whole.
+    A continuation of the prompt is cut at the benchmark's stop strings. A completion that
+    starts at the margin and defines the function itself (a chat answer) is a program of its
+    own: its definitions and imports stay, and what stands before them; the examples and tests
+    that a model adds behind its function go, and so does an unfinished end.
     """
-    first_line = next((line for line in solution.completion.splitlines() if line.strip()), "")
-    defines_it = re.search(rf"^def {re.escape(entry_point)}\b", solution.completion, re.MULTILINE)
-    if defines_it and not first_line[0].isspace():
-        return solution.completion
-    return cut_at(solution.completion, BENCHMARK_STOPS)
+    first_line = next((line for line in completion.splitlines() if line.strip()), "")
+    defines_it = re.search(rf"^def {re.escape(entry_point)}\b", completion, re.MULTILINE)
+    if not defines_it or first_line[0].isspace():
+        return cut_at(completion, BENCHMARK_STOPS)
+    lines = completion.split("\n")
+    parsed = None
+    while parsed is None and lines:
+        try:
+            with warnings.catch_warnings():  # such as those of "\d" in a string
+                warnings.simplefilter("ignore")
+                parsed = ast.parse("\n".join(lines))
+        except (SyntaxError, ValueError):
+            lines.pop()
+    kept, is_behind = [], False
+    for node in parsed.body if parsed else []:
+        is_definition = isinstance(node, DEFINITIONS)
+        if is_definition or (not is_behind and not isinstance(node, ast.Expr)):
+            decorators = getattr(node, "decorator_list", [])
+            start = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+            kept += lines[start - 1 : node.end_lineno]
+        is_behind |= is_definition and getattr(node, "name", "") == entry_point
+    return "\n".join(kept) if is_behind else completion
 
 
 def score(
@@ -127,7 +153,7 @@ def score(
 
     def run(solution: Solution) -> Outcome:
         problem = problems[solution.task_id]
-        completion = scored_completion(solution, problem["entry_point"])
+        completion = cut_completion(solution.completion, problem["entry_point"])
         outcome = run_program(
             check_program(problem, completion),
             timeout_seconds=timeout_seconds,
@@ -136,9 +162,12 @@ def score(
         on_done()
         return outcome
 
-    with ThreadPoolExecutor(num_workers) as workers:
+    workers = ThreadPoolExecutor(num_workers)
+    try:
         pending = {solution: workers.submit(run, solution) for solution in dict.fromkeys(solutions)}
         return [pending[solution].result() for solution in solutions]
+    finally:  # after Ctrl-C only the runs under way are waited for
+        workers.shutdown(cancel_futures=True)
 
 
 def check_program(problem: dict[str, str], completion: str) -> str:

@@ -1,0 +1,104 @@
+"""The runner with decoders that only count: order, warm-up, resuming, seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from specsampling.decoding import Generation, PromptError
+from specsampling.models import Pair, load_pair
+from specsampling.records import RunFile
+from specsampling.runner import encode_prompts, run, sample_seed
+from specsampling.tasks.task import Example
+
+META = {"config_hash": "x", "precision": "float32", "device": "cpu"}
+
+
+class Words:
+    """A task over four short texts, with one stop string."""
+
+    stop_strings = ("stop",)
+
+    def examples(self):
+        return [Example(id=name, text=name, reference="r") for name in ("a", "b", "c", "d")]
+
+    def prompt_ids(self, example, encoder):
+        return encoder.encode(example.text)
+
+    def completion(self, example, text):
+        return f"{example.id}:{text}"
+
+
+@pytest.fixture
+def pair(model_folders) -> Pair:
+    return load_pair(str(model_folders["llama-target"]), dtype="float32", device="cpu")
+
+
+def counting(calls, name):
+    def decode(prompt, *, generator, is_stop):
+        calls.append((name, tuple(prompt), generator.initial_seed(), is_stop is not None))
+        return Generation(token_ids=[40, 41], finish_reason="length", decode_seconds=1.0)
+
+    return decode
+
+
+def run_words(pair, path, methods=("one", "two", "three"), limit=None, **options):
+    calls: list[tuple] = []
+    prompts = encode_prompts(Words(), pair, limit)
+    with RunFile.open(path, META) as run_file:
+        decoders = {name: counting(calls, name) for name in methods}
+        run(pair, Words(), prompts, decoders, run_file, seed=0, **options)
+        return calls, list(run_file.rows)
+
+
+def test_warm_up_decodes_every_method_and_leaves_no_row(pair, tmp_path):
+    """Without one, the first method pays for what the machine does only once."""
+    calls, rows = run_words(pair, tmp_path / "r.jsonl", limit=2, warmup=1)
+    assert [call[0] for call in calls[:3]] == ["one", "two", "three"]
+    assert len(calls) == 3 + 6
+    assert len(rows) == 6
+
+
+def test_no_warm_up_when_nothing_is_left_to_do(pair, tmp_path):
+    run_words(pair, tmp_path / "r.jsonl", warmup=1)
+    calls, rows = run_words(pair, tmp_path / "r.jsonl", warmup=1)
+    assert calls == []
+    assert len(rows) == 12
+
+
+def test_the_order_of_methods_rotates(pair, tmp_path):
+    _, rows = run_words(pair, tmp_path / "r.jsonl")
+    firsts = [row.method for row in rows[::3]]
+    assert firsts == ["one", "two", "three", "one"]
+
+
+def test_finished_rows_are_skipped_and_the_rest_is_done(pair, tmp_path):
+    run_words(pair, tmp_path / "r.jsonl", methods=("two",), limit=3)
+    calls, rows = run_words(pair, tmp_path / "r.jsonl", methods=("one", "two"))
+    assert [call[0] for call in calls].count("two") == 1
+    assert {row.key for row in rows} == {(e, m, 0) for e in "abcd" for m in ("one", "two")}
+
+
+def test_samples_have_streams_of_their_own(pair, tmp_path):
+    calls, _ = run_words(pair, tmp_path / "r.jsonl", num_samples=3)
+    seeds = [call[2] for call in calls]
+    assert len(set(seeds)) == len(seeds) == 36
+    assert sample_seed(0, "a", "one", 0) in seeds
+    assert sample_seed(0, "a", "one", 0) != sample_seed(1, "a", "one", 0)
+
+
+def test_rows_hold_what_the_task_and_the_decoder_say(pair, tmp_path):
+    calls, rows = run_words(pair, tmp_path / "r.jsonl", limit=1)
+    assert all(call[3] for call in calls)  # the stop strings reach the decoder
+    assert rows[0].completion == "a:" + pair.decode([40, 41])
+    assert rows[0].reference == "r"
+    assert rows[0].num_prompt_tokens == len(pair.encode("a"))
+
+
+def test_a_prompt_beyond_the_context_is_told_before_anything_is_decoded(pair, tmp_path):
+    class TooLong(Words):
+        def prompt_ids(self, example, encoder):
+            return [1] * (1024 if example.id == "c" else 5)
+
+    with pytest.raises(PromptError, match=r"prompt of c must have 1 to 1023 tokens.*got 1024"):
+        encode_prompts(TooLong(), pair, None)
+    assert len(encode_prompts(TooLong(), pair, 2)) == 2
