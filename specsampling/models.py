@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -135,12 +135,6 @@ def load_pair(
             require_same_tokenizer(shared, load_tokenizer(draft), target, draft)
         draft_model = load_model(draft, chosen_dtype, chosen_device, draft_quantization)
         proposes = ModelDraft(draft_model)
-    num_embedded = cast(Any, target_model.get_input_embeddings()).num_embeddings
-    if len(shared) > num_embedded:
-        raise ModelError(
-            f"the tokenizer must fit the target's {num_embedded} embeddings (got {len(shared)} "
-            "tokens); set models.tokenizer to the target's own"
-        )
     eos = target_model.generation_config.eos_token_id if target_model.generation_config else None
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return Pair(target_model, proposes, shared, eos_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -36,15 +36,23 @@ def encode_prompts(task: Task, pair: Pair, limit: int | None) -> list[tuple[Exam
     """The first `limit` examples with their prompts' ids, before anything is decoded or lost.
 
     Raises:
-        PromptError: a prompt leaves no room in the target's context.
+        PromptError: a prompt leaves no room in the target's context, or has ids that the target
+            does not know.
     """
     prompts = [(example, task.prompt_ids(example, pair)) for example in task.examples()[:limit]]
     context = context_limit(pair.target)
+    embeddings: Any = pair.target.get_input_embeddings()
     for example, prompt in prompts:
         if not 0 < len(prompt) < context:
             raise PromptError(
                 f"the prompt of {example.id} must have 1 to {context - 1} tokens, the target's "
                 f"context less one (got {len(prompt)}); choose a model with a longer context"
+            )
+        if max(prompt) >= embeddings.num_embeddings:
+            raise PromptError(
+                f"the prompt of {example.id} must have token ids below "
+                f"{embeddings.num_embeddings}, the number of the target's embeddings "
+                f"(got {max(prompt)}); set models.tokenizer to the target's own"
             )
     return prompts
 

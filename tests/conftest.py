@@ -17,6 +17,10 @@ from transformers import (
     Qwen2Config,
 )
 
+# Threads only get in each other's way at these sizes; `all_threads` is for the tests of bits.
+NUM_THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+
 VOCAB_SIZE = 120
 CONTEXT = 128
 
@@ -64,6 +68,14 @@ def make_model(
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     torch.manual_seed(seed)
     return Auto.from_config(config).eval()
+
+
+@pytest.fixture
+def all_threads():
+    """As many threads as a run has: how work is split among them must not change a row's bits."""
+    torch.set_num_threads(NUM_THREADS)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

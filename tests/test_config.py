@@ -151,7 +151,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
 
 def test_a_missing_key_is_named_with_its_rule(tmp_path):
     text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}})
-    path = write(tmp_path, text.replace("      k: 5\n", ""))
+    path = write(tmp_path, text.replace("      k: 7\n", ""))
     assert error_of(path=path, profile=None) == (
         "speculation.k is missing; it must be an integer >= 1"
     )
@@ -180,7 +180,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
         (["speculation.k=8", "decoding.width=8"], "must be 0 or >= speculation.k + 1, here 9"),
         (
             ["run.methods=[speculative]", "decoding.bit_exact=false", "decoding.width=5"],
-            "must be 0 or >= speculation.k + 1, here 6",
+            "must be 0 or >= speculation.k + 1, here 8",
         ),
         (["decoding.bit_exact=false"], "decoding.bit_exact must be true for the method reference"),
         (
@@ -202,8 +202,8 @@ def test_width_0_is_the_next_multiple_of_8_above_k(k, width):
 
 def test_a_width_that_is_set_is_kept():
     assert demo("decoding.width=24").width == 24
-    free = ("run.methods=[speculative]", "decoding.bit_exact=false", "decoding.width=6")
-    assert demo(*free).width == 6
+    free = ("run.methods=[speculative]", "decoding.bit_exact=false", "decoding.width=9")
+    assert demo(*free).width == 9
 
 
 # --- overrides ---------------------------------------------------------------------
@@ -215,6 +215,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins():
         "run.limit=10",
         "models.draft=target-layers:4",
         "models.tokenizer=null",
+        "humaneval.prompt_style=completion",
         r'humaneval.stop_strings=["\ndef", "a=b"]',
         "speculation.k=3",
         "speculation.k=4",
@@ -228,8 +229,8 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins():
 
 
 def test_overrides_leave_the_other_values_alone():
-    changed = config_as_dict(demo("speculation.k=7"))
-    changed["speculation"]["k"] = 5
+    changed = config_as_dict(demo("speculation.k=4"))
+    changed["speculation"]["k"] = 7
     assert changed == config_as_dict(demo())
 
 
@@ -304,7 +305,7 @@ def test_the_dict_survives_json():
 
 
 def test_the_hash_is_the_same_for_the_same_values():
-    assert config_hash(demo()) == config_hash(demo("sampling.temperature=0.0", "speculation.k=5"))
+    assert config_hash(demo()) == config_hash(demo("sampling.temperature=0.0", "speculation.k=7"))
     assert len(config_hash(demo())) == 16
 
 
@@ -336,10 +337,11 @@ def test_the_hash_changes_with_what_changes_rows():
         "sampling.num_samples=2",
         "run.threads=1",
         "humaneval.prompt_style=completion",
-        'humaneval.stop_strings=["\\ndef"]',
     )
-    assert len({config_hash(demo(override)) for override in overrides}) == len(overrides)
-    assert config_hash(demo()) not in {config_hash(demo(override)) for override in overrides}
+    hashes = {config_hash(demo(override)) for override in overrides}
+    stops = ("humaneval.prompt_style=completion", 'humaneval.stop_strings=["\\ndef"]')
+    hashes |= {config_hash(demo()), config_hash(demo(*stops))}
+    assert len(hashes) == len(overrides) + 2
 
 
 # --- the shipped file --------------------------------------------------------------

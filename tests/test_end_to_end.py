@@ -161,7 +161,7 @@ def test_ctrl_c_is_one_line_and_loses_nothing(config, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "the same command continues" in errors
+    assert "finished rows are kept" in errors
     assert len(read_rows(output)) >= 2
 
 

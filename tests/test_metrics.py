@@ -188,7 +188,7 @@ def test_speedup_of_nothing_is_nan(num_tokens):
 def test_pass_at_k_is_the_mean_of_the_unbiased_estimates():
     # n = 4 samples, c correct: 1 - C(4 - c, 2) / C(4, 2) is 1/2 for c = 1 and 5/6 for c = 2.
     scores = make_scores(one=[True, False, False, False], two=[False, True, True, False])
-    assert metrics.pass_at_k(scores, ks=(1, 2)) == pytest.approx({1: 3 / 8, 2: 2 / 3})
+    assert metrics.pass_at_k(scores, ks=(1, 2)) == pytest.approx({1: 3 / 8, 2: 2 / 3, 4: 1})
 
 
 def test_pass_at_k_stops_at_the_problem_with_the_fewest_samples():

@@ -99,6 +99,12 @@ def test_a_prompt_beyond_the_context_is_told_before_anything_is_decoded(pair, tm
         def prompt_ids(self, example, encoder):
             return [1] * (1024 if example.id == "c" else 5)
 
+    class Foreign(Words):
+        def prompt_ids(self, example, encoder):
+            return [1, 10_000]
+
+    with pytest.raises(PromptError, match=r"prompt of a must have token ids below 400"):
+        encode_prompts(Foreign(), pair, None)
     with pytest.raises(PromptError, match=r"prompt of c must have 1 to 1023 tokens.*got 1024"):
         encode_prompts(TooLong(), pair, None)
     assert len(encode_prompts(TooLong(), pair, 2)) == 2

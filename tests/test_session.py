@@ -49,6 +49,7 @@ def test_cached_logits_equal_uncached_logits(architecture, width, model_of):
     assert torch.allclose(rows, uncached_logits(model, TOKENS[:80])[20:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
