@@ -33,7 +33,7 @@ EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
 
 # Missing or broken files, an unknown architecture, a package or memory that is lacking.
-LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, NotImplementedError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 
 # Where two tokenizers usually part: code, spaces, digits, other scripts, special tokens.
 TOKENIZER_PROBES = (

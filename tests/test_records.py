@@ -351,7 +351,8 @@ def test_the_same_process_cannot_open_a_file_twice(path):
 def test_a_refused_file_is_let_go(path):
     write_run(path, ROW)
     error_of(RunFile.open, path, {**META, "device": "cuda"})
-    RunFile.open(path, META).close()
+    with RunFile.open(path, META) as run:
+        assert run.rows == [ROW]
 
 
 # --- scores ------------------------------------------------------------------------
