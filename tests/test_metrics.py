@@ -10,7 +10,7 @@ import pytest
 
 from specsampling import metrics
 from specsampling.metrics import Interval
-from specsampling.records import Row, Score
+from specsampling.records import RougeScore, Row, Score
 
 
 def make_row(example_id="a", method="speculative", sample_index=0, num_tokens=10, **fields) -> Row:
@@ -209,6 +209,62 @@ def test_pass_at_1_interval_lies_around_the_rate():
 def test_pass_at_1_counts_problems_and_not_samples():
     scores = make_scores(many=[False] * 9, one=[True])
     assert metrics.pass_at_1_interval(scores).estimate == 0.5
+
+
+# --- ROUGE ---------------------------------------------------------------------------
+
+
+def make_rouge(method="speculative", **rouge1_by_example: list[float]) -> list[RougeScore]:
+    """Scores whose rouge2 and rougeL are a half and a quarter of the rouge1 given."""
+    return [
+        RougeScore(
+            example_id=example_id,
+            method=method,
+            sample_index=sample_index,
+            rouge1=value,
+            rouge2=value / 2,
+            rougeL=value / 4,
+        )
+        for example_id, samples in rouge1_by_example.items()
+        for sample_index, value in enumerate(samples)
+    ]
+
+
+def test_mean_rouge_is_over_samples():
+    """Three samples of one article and one of another: not the mean of the articles' means."""
+    scores = make_rouge(many=[0.2, 0.2, 0.2], one=[0.6])
+    assert metrics.rouge_interval(scores, "rouge1").estimate == pytest.approx(0.3)
+    assert metrics.rouge_interval(scores, "rouge2").estimate == pytest.approx(0.15)
+    assert metrics.rouge_interval(scores, "rougeL").estimate == pytest.approx(0.075)
+
+
+def test_rouge_interval_lies_around_the_mean():
+    scores = make_rouge(**{f"article{i}": [float(i % 4 == 0)] for i in range(100)})
+    interval = metrics.rouge_interval(scores, "rouge1")
+    assert interval == metrics.bootstrap_mean([float(i % 4 == 0) for i in range(100)])
+
+
+def test_rouge_difference_is_paired_by_article():
+    """Articles differ by far more than methods do: unpaired, the interval would be wide."""
+    articles = {f"article{i}": [i / 100] for i in range(100)}
+    better = {name: [value + 0.01] for name, (value,) in articles.items()}
+    found = metrics.rouge_difference(
+        make_rouge(**better), make_rouge("reference", **articles), "rouge1"
+    )
+    assert [found.estimate, found.low, found.high] == pytest.approx([0.01] * 3)
+
+
+def test_rouge_difference_is_over_the_samples_that_both_have():
+    ours = make_rouge(a=[0.5, 0.9], b=[0.4], only_ours=[1.0])
+    theirs = make_rouge("reference", b=[0.3], a=[0.3], only_theirs=[0.0])
+    found = metrics.rouge_difference(ours, theirs, "rouge1")
+    assert found.estimate == pytest.approx((0.2 + 0.1) / 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rouge_of_nothing_is_nan():
+    assert math.isnan(metrics.rouge_interval([], "rouge1").estimate)
+    assert math.isnan(metrics.rouge_difference(make_rouge(a=[1.0]), [], "rouge1").estimate)
 
 
 # --- the bootstrap -------------------------------------------------------------------

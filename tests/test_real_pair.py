@@ -41,7 +41,7 @@ def test_float32_outputs_equal_hugging_faces(task):
     options = {"max_new_tokens": 128, "eos_ids": pair.eos_ids}
     drafts = {2: NgramDraft(), 4: ModelDraft(first_layers(pair.target, 3)), 7: NgramDraft()}
     for example in task.examples()[:20]:
-        prompt = task.prompt_ids(example, pair)
+        prompt = task.prompt(example, pair, max_tokens=1024).token_ids
         ids = torch.tensor([prompt])
         theirs = pair.target.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False
@@ -62,7 +62,7 @@ def test_bfloat16_outputs_are_bit_exact(task):
     options = {"max_new_tokens": 96, "eos_ids": pair.eos_ids, "width": 8}
     shallow = ModelDraft(first_layers(pair.target, 3))
     for example in task.examples()[20:26]:
-        prompt = task.prompt_ids(example, pair)
+        prompt = task.prompt(example, pair, max_tokens=1024).token_ids
         expected = autoregressive(pair.target, prompt, **options).token_ids
         for k, draft in ((3, NgramDraft()), (7, NgramDraft()), (4, shallow)):
             assert speculative(pair.target, draft, prompt, k=k, **options).token_ids == expected

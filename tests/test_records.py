@@ -14,6 +14,7 @@ from specsampling.records import (
     RecordsError,
     Row,
     RunFile,
+    is_run,
     read_meta,
     read_objects,
     read_rows,
@@ -47,6 +48,14 @@ SCORE = {
     "sample_index": 0,
     "passed": False,
     "result": "failed: NameError",
+}
+ROUGE_SCORE = {
+    "example_id": "article-01",
+    "method": "speculative",
+    "sample_index": 0,
+    "rouge1": 0.5,
+    "rouge2": 0.25,
+    "rougeL": 0.375,
 }
 HOLD_OPEN = """
 import json, sys, time
@@ -386,6 +395,37 @@ def test_a_rewrite_that_fails_leaves_the_old_scores_and_no_litter(path, monkeypa
 def test_a_score_of_the_wrong_type_is_refused(path):
     write_scores(path, [{**SCORE, "passed": "yes"}])
     assert "line 1, has a wrong passed: 'yes'" in error_of(read_scores, path)
+    write_scores(path, [{**ROUGE_SCORE, "rougeL": None}])
+    assert "line 1, has a wrong rougeL" in error_of(read_scores, path)
+
+
+def test_rouge_scores_come_back_as_they_were_written(path):
+    scores = [ROUGE_SCORE, {**ROUGE_SCORE, "method": "reference", "rouge1": 0}]
+    write_scores(path, scores)
+    assert read_scores(path) == scores
+
+
+def test_two_kinds_of_scores_in_one_file_are_refused(path):
+    """A mean over rows of which half have no such score is the mean of something else."""
+    write_scores(path, [ROUGE_SCORE, SCORE])
+    assert "line 2, has a field that is not known: passed" in error_of(read_scores, path)
+    write_scores(path, [SCORE, ROUGE_SCORE])
+    assert "line 2, has a field that is not known: rouge1" in error_of(read_scores, path)
+
+
+def test_committed_rows_and_scores_stay_readable():
+    """Fields that came later must not be asked of older files."""
+    results = Path(__file__).parents[1] / "Results" / "results2.jsonl"
+    assert {row.num_cut_tokens for row in read_rows(results)} == {None}
+    assert all("passed" in score for score in read_scores(results))
+
+
+def test_rows_of_a_run_are_told_from_other_files(path, tmp_path):
+    write_run(path, ROW)
+    assert is_run(path)
+    (tmp_path / "other.jsonl").write_text('{"task_id": "HumanEval/0", "completion": "pass"}\n')
+    assert not is_run(tmp_path / "other.jsonl")
+    assert not is_run(tmp_path / "missing.jsonl")
 
 
 # --- files of others ---------------------------------------------------------------

@@ -10,10 +10,10 @@ import matplotlib.colors
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from test_metrics import make_row
+from test_metrics import make_rouge, make_row
 
 from specsampling import report
-from specsampling.records import Row, Score
+from specsampling.records import RougeScore, Row, Score
 
 META = {
     "config": {
@@ -192,6 +192,67 @@ def test_published_figures_stand_beside_ours_under_their_own_label():
     assert list(published["draft acceptance rate"]) == ["-", "75.0%"]
     assert list(published["n"]) == ["-", "-"]
     assert list(report.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
+
+
+# --- ROUGE ---------------------------------------------------------------------------
+
+
+def make_rouge_scores(num_examples=12, **change_by_method: float) -> list[RougeScore]:
+    """rouge1 of 0.1, 0.2, 0.3 over and over, changed by a method's own number."""
+    return [
+        score
+        for method in report.METHODS
+        for score in make_rouge(
+            method,
+            **{
+                f"HumanEval/{i}": [0.1 + 0.1 * (i % 3) + change_by_method.get(method, 0.0)]
+                for i in range(num_examples)
+            },
+        )
+    ]
+
+
+def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
+    table = report.summary_table(make_run(), make_rouge_scores(autoregressive=0.1), "greedy")
+    assert list(table["rouge1"]) == pytest.approx([0.3, 0.2, 0.2])
+    assert list(table["rouge2"]) == pytest.approx([0.15, 0.1, 0.1])
+    assert list(table["rougeL"]) == pytest.approx([0.075, 0.05, 0.05])
+    assert all(table["rouge1 low"] < table["rouge1"]) and all(table["rougeL high"] > 0.05)
+    assert "pass@1" not in table
+    assert line_of(report.printable(table), "speculative")["rouge1"].startswith("0.200 [0.1")
+
+
+def test_rouge_differences_stand_below_the_table():
+    notes = report.summary_table(make_run(), make_rouge_scores(autoregressive=0.1)).attrs["notes"]
+    assert "rouge1, speculative less reference: +0.0000 [+0.0000, +0.0000]" in notes
+    assert "rouge1, speculative less autoregressive: -0.1000 [-0.1000, -0.1000]" in notes
+
+
+@pytest.mark.filterwarnings("error")
+def test_rouge_of_one_article_has_no_bounds_and_without_speculative_no_difference():
+    table = report.summary_table(make_run(num_problems=1), make_rouge_scores(1))
+    assert "rouge1, speculative less reference: +0.0000" in table.attrs["notes"]
+    table = report.summary_table(make_run(methods=("reference",)), make_rouge_scores())
+    assert table.attrs["notes"] == []
+
+
+def test_a_rouge_table_of_a_whole_test_split_fits_the_terminal():
+    table = report.summary_table(make_run(), make_rouge_scores(), "greedy")
+    table["n"], table["identical outputs"] = 11_334, "11334/11334"
+    lines = report.format_table(table).splitlines()
+    assert max(map(len, lines[:6])) <= 120
+    assert "rouge1" in lines[0] and "rouge2" in lines[1]
+    assert "0.200 [0.1" in lines[5] and "0.100" in lines[5]
+
+
+def test_cut_documents_are_counted_below_the_table():
+    rows = [
+        replace(row, num_cut_tokens=9) if row.example_id[-1] in "12" else row
+        for row in make_run(num_problems=10)
+    ]
+    notes = report.summary_table(rows).attrs["notes"]
+    assert "documents cut at their end to fit the context: 2" in notes
+    assert not any("cut" in note for note in report.summary_table(make_run()).attrs["notes"])
 
 
 # --- sentences -----------------------------------------------------------------------

@@ -6,9 +6,9 @@ import pytest
 
 from specsampling.decoding import Generation, PromptError
 from specsampling.models import Pair, load_pair
-from specsampling.records import RunFile
+from specsampling.records import RunFile, read_rows
 from specsampling.runner import encode_prompts, run, sample_seed
-from specsampling.tasks.task import Example
+from specsampling.tasks.task import Example, Prompt
 
 META = {"config_hash": "x", "precision": "float32", "device": "cpu"}
 
@@ -21,8 +21,8 @@ class Words:
     def examples(self):
         return [Example(id=name, text=name, reference="r") for name in ("a", "b", "c", "d")]
 
-    def prompt_ids(self, example, encoder):
-        return encoder.encode(example.text)
+    def prompt(self, example, encoder, max_tokens):
+        return Prompt(encoder.encode(example.text))
 
     def completion(self, example, text):
         return f"{example.id}:{text}"
@@ -43,7 +43,7 @@ def counting(calls, name):
 
 def run_words(pair, path, methods=("one", "two", "three"), limit=None, **options):
     calls: list[tuple] = []
-    prompts = encode_prompts(Words(), pair, limit)
+    prompts = encode_prompts(Words(), pair, limit, max_new_tokens=2)
     with RunFile.open(path, META) as run_file:
         decoders = {name: counting(calls, name) for name in methods}
         run(pair, Words(), prompts, decoders, run_file, seed=0, **options)
@@ -96,15 +96,30 @@ def test_rows_hold_what_the_task_and_the_decoder_say(pair, tmp_path):
 
 def test_a_prompt_beyond_the_context_is_told_before_anything_is_decoded(pair, tmp_path):
     class TooLong(Words):
-        def prompt_ids(self, example, encoder):
-            return [1] * (1024 if example.id == "c" else 5)
+        def prompt(self, example, encoder, max_tokens):
+            return Prompt([1] * (1024 if example.id == "c" else 5))
 
     class Foreign(Words):
-        def prompt_ids(self, example, encoder):
-            return [1, 10_000]
+        def prompt(self, example, encoder, max_tokens):
+            return Prompt([1, 10_000])
 
     with pytest.raises(PromptError, match=r"prompt of a must have token ids below 400"):
-        encode_prompts(Foreign(), pair, None)
+        encode_prompts(Foreign(), pair, None, 2)
     with pytest.raises(PromptError, match=r"prompt of c must have 1 to 1023 tokens.*got 1024"):
-        encode_prompts(TooLong(), pair, None)
-    assert len(encode_prompts(TooLong(), pair, 2)) == 2
+        encode_prompts(TooLong(), pair, None, 2)
+    assert len(encode_prompts(TooLong(), pair, 2, 2)) == 2
+
+
+def test_a_task_hears_how_long_a_prompt_may_be_and_rows_say_what_was_cut(pair, tmp_path):
+    """A summary of half an article was scored like any other, and no one could tell."""
+
+    class Cut(Words):
+        def prompt(self, example, encoder, max_tokens):
+            assert max_tokens == 1024 - 24  # the target's context less the new tokens
+            return Prompt([1, 2, 3], num_cut_tokens=7 if example.id == "b" else 0)
+
+    prompts = encode_prompts(Cut(), pair, 2, max_new_tokens=24)
+    with RunFile.open(tmp_path / "r.jsonl", META) as run_file:
+        run(pair, Cut(), prompts, {"one": counting([], "one")}, run_file, seed=0)
+    rows = read_rows(tmp_path / "r.jsonl")
+    assert [(row.num_prompt_tokens, row.num_cut_tokens) for row in rows] == [(3, None), (3, 7)]

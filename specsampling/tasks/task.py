@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+class TaskError(ValueError):
+    """A task's data cannot be had or are not what they must be, in one line with the way out."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt to decode.
@@ -22,6 +26,19 @@ class Example:
     text: str
     task_id: str | None = None
     reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given for an example.
+
+    Attributes:
+        token_ids: the prompt's.
+        num_cut_tokens: tokens of the example's text left out so that the prompt fits.
+    """
+
+    token_ids: list[int]
+    num_cut_tokens: int = 0
 
 
 class Encoder(Protocol):
@@ -44,8 +61,8 @@ class Task(Protocol):
     def examples(self) -> list[Example]:
         """Every example, in a fixed order."""
 
-    def prompt_ids(self, example: Example, encoder: Encoder) -> list[int]:
-        """The prompt's token ids."""
+    def prompt(self, example: Example, encoder: Encoder, max_tokens: int) -> Prompt:
+        """The prompt, of at most `max_tokens` where the task knows what may be cut."""
 
     def completion(self, example: Example, text: str) -> str:
         """What of the decoded new text is the answer."""

@@ -1,0 +1,105 @@
+"""Experiment 1: XSum with and without speculative sampling.
+
+    python main_exp1.py                          the demo: our own articles, no GPU, no hub
+    python main_exp1.py --profile exp1-rtx3050   GPT-Neo 1.3B with 125M on XSum
+    python main_exp1.py --score FILE             score any JSONL with prediction and reference
+
+Rows go to Results/results1.jsonl, ROUGE scores beside them. A rerun continues where the
+last one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from specsampling.config import require_task
+from specsampling.console import (
+    exit_code,
+    experiment_parser,
+    print_scores,
+    read_config,
+    run_experiment,
+)
+from specsampling.metrics import ROUGE_NAMES
+from specsampling.records import RecordsError, RougeScore, is_run, read_objects, write_scores
+from specsampling.report import describe_sampling, format_table, summary_table
+from specsampling.tasks.xsum import XSum
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = experiment_parser(__doc__, "Results/results1.jsonl").parse_args(arguments)
+    config = read_config(options)
+    if options.score:
+        print_scores(options.score, score_samples(options.score), summarise, describe)
+        return 0
+    settings = require_task(config, "xsum")
+
+    from autoregressive import autoregressive
+    from speculative import speculative
+
+    rows = run_experiment(
+        config,
+        XSum(settings),
+        options.output,
+        fresh=options.fresh,
+        autoregressive=autoregressive,
+        speculative=speculative,
+    )
+    scores = score_samples(options.output)
+    write_scores(options.output, scores)
+    print(format_table(summary_table(rows, scores, describe_sampling(vars(config.sampling)))))
+    return 0
+
+
+def score_samples(path: Path) -> list[RougeScore]:
+    """ROUGE of every prediction in a file; one score per line, in order.
+
+    Ours hold the prediction in `completion`, other files in `prediction` or `completion`.
+    """
+    samples = read_objects(path, {"reference": str})
+    if not samples:
+        raise RecordsError(f"{path} must hold at least one row to score (got 0)")
+    is_completion = "completion" in samples[0] and "prediction" not in samples[0]
+    name = "completion" if is_completion else "prediction"
+    read_objects(path, {name: str})
+
+    from specsampling.rouge import Rouge
+
+    found = Rouge().compute(
+        predictions=[sample[name] for sample in samples],
+        references=[sample["reference"] for sample in samples],
+        use_aggregator=False,
+    )
+    ours = is_run(path)
+    return [
+        RougeScore(
+            example_id=sample["example_id"] if ours else str(number),
+            method=sample["method"] if ours else "",
+            sample_index=sample["sample_index"] if ours else 0,
+            rouge1=found["rouge1"][number],
+            rouge2=found["rouge2"][number],
+            rougeL=found["rougeL"][number],
+        )
+        for number, sample in enumerate(samples)
+    ]
+
+
+def summarise(scores: Sequence[RougeScore]) -> dict[str, Any]:
+    """Mean ROUGE over one method's samples, and the number of examples behind it."""
+    return {
+        **{name: fmean(score[name] for score in scores) for name in ROUGE_NAMES},
+        "num_examples": len({score["example_id"] for score in scores}),
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A `summarise` in one line."""
+    rouge = ", ".join(f"{name} {summary[name]:.4f}" for name in ROUGE_NAMES)
+    return f"{rouge} over {summary['num_examples']} examples"
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,53 @@
+"""ROUGE (Lin 2004) behind evaluate's interface, with nothing fetched from the hub.
+
+`evaluate.load("rouge")` runs a script from the hub; this class needs only the packages
+`evaluate` and `rouge-score`. Knows texts, and neither rows nor files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import evaluate
+from datasets import Features, Value
+from rouge_score.rouge_scorer import RougeScorer
+
+from specsampling.metrics import ROUGE_NAMES
+
+
+class Rouge(evaluate.Metric):
+    """F1 of rouge1, rouge2 and rougeL, words stemmed, as `rouge_score` computes them.
+
+    `compute(predictions=..., references=...)` gives {"rouge1": mean over the samples, ...}, and
+    with `use_aggregator=False` {"rouge1": [one per sample], ...}; all in [0, 1].
+
+    Differs from `evaluate.load("rouge")`: the mean is the samples' own, not the random middle
+    of a bootstrap; there is no rougeLsum; a reference is one text.
+    """
+
+    def __init__(self) -> None:
+        # evaluate makes its cache folder even if, as here, nothing is kept in it.
+        with tempfile.TemporaryDirectory() as folder:
+            super().__init__(keep_in_memory=True, cache_dir=folder)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="ROUGE F1 with Porter stemming",
+            citation="Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
+            features=Features({"predictions": Value("string"), "references": Value("string")}),
+        )
+
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], use_aggregator: bool = True
+    ) -> dict[str, Any]:
+        scorer = RougeScorer(list(ROUGE_NAMES), use_stemmer=True)
+        scores = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
+        samples: dict[str, list[float]] = {
+            name: [score[name].fmeasure for score in scores] for name in ROUGE_NAMES
+        }
+        if not use_aggregator:
+            return samples
+        return {name: fmean(values) for name, values in samples.items()}

@@ -1,0 +1,90 @@
+"""ROUGE must be rouge_score's own numbers, and need nothing but its packages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from specsampling.rouge import Rouge
+
+NAMES = ["rouge1", "rouge2", "rougeL"]
+PAIRS = [  # prediction, reference
+    ("The bridge was closed on Monday.", "A bridge has been closing since Monday, police said."),
+    ("police close bridge", "Bridge closed by police"),
+    ("", "An empty summary scores nothing."),
+    ("naïve café in Zürich", "A café in Zürich, 3.5 miles away"),
+    ("same words, same order", "same words, same order"),
+    ("one\ntwo", "one two three two"),
+]
+
+
+def score(**options):
+    predictions, references = zip(*PAIRS, strict=True)
+    return Rouge().compute(predictions=predictions, references=references, **options)
+
+
+def expected() -> dict[str, list[float]]:
+    scorer = RougeScorer(NAMES, use_stemmer=True)
+    scores = [scorer.score(reference, prediction) for prediction, reference in PAIRS]
+    return {name: [score[name].fmeasure for score in scores] for name in NAMES}
+
+
+def test_samples_have_the_scores_of_the_scorer_itself():
+    assert score(use_aggregator=False) == expected()
+
+
+def test_the_mean_is_the_samples_own():
+    """evaluate's own metric returns the middle of a random bootstrap, another one each time."""
+    means = {name: sum(values) / len(PAIRS) for name, values in expected().items()}
+    assert score() == pytest.approx(means, abs=1e-4)
+    assert score() == score()
+
+
+def test_words_are_stemmed_and_order_counts_where_it_should():
+    found = Rouge().compute(
+        predictions=["closed bridges", "b a"],
+        references=["closing bridge", "a b"],
+        use_aggregator=False,
+    )
+    assert found == {"rouge1": [1.0, 1.0], "rouge2": [1.0, 0.0], "rougeL": [1.0, 0.5]}
+
+
+def test_batches_may_be_added_one_after_another():
+    metric = Rouge()
+    for prediction, reference in PAIRS:
+        metric.add_batch(predictions=[prediction], references=[reference])
+    assert metric.compute(use_aggregator=False) == expected()
+
+
+def test_a_missing_reference_is_an_error_and_not_a_shorter_mean():
+    with pytest.raises(ValueError, match="Mismatch in the number"):
+        Rouge().compute(predictions=["a", "b"], references=["a"])
+
+
+def test_nothing_is_fetched_and_nothing_is_left_in_the_users_home(tmp_path):
+    """`evaluate.load("rouge")` fetches a script, and a metric leaves a folder in the cache."""
+    code = """
+import json, socket
+def refuse(*arguments):
+    raise AssertionError("went to the network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from specsampling.rouge import Rouge
+print(json.dumps(Rouge().compute(predictions=["closed"], references=["closing"])))
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    variables = {name: os.environ[name] for name in os.environ if name[:3] not in ("HF_", "XDG")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**variables, "HOME": str(home), "USERPROFILE": str(home)},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": 1.0}
+    assert list(home.rglob("*")) == []
