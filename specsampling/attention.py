@@ -51,8 +51,7 @@ def grouped_sdpa(
     batch, num_heads, num_rows, head_dim = query.shape
     group = num_heads // key.shape[1]
     is_special = any(options.get(name) is not None for name in SPECIAL)
-    has_gain = group > 1 and num_rows > 1
-    if is_special or not has_gain or attention_mask is None or attention_mask.shape[1] != 1:
+    if is_special or group == 1 or attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )

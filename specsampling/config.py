@@ -78,9 +78,10 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. The n-gram lengths matter to the `ngram` draft only."""
+    """How much is drafted. The n-gram lengths matter to lookups, `model_k` to `ngram+` drafts."""
 
     k: Annotated[int, _at_least(1, "choose run.methods: [autoregressive] to draft nothing")]
+    model_k: Count
     ngram_max: Count
     ngram_min: Count
 
@@ -185,7 +186,8 @@ class Config:
                 "set it, or take reference out of run.methods"
             )
         models = self.models
-        has_model_draft = models.draft != "ngram" and not models.draft.startswith("target-layers:")
+        draft = models.draft.removeprefix("ngram+")
+        has_model_draft = draft != "ngram" and not draft.startswith("target-layers:")
         if models.draft_quantization != "none" and not has_model_draft:
             raise ConfigError(
                 f"models.draft_quantization must be none for the draft {models.draft}, which has "

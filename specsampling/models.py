@@ -1,8 +1,9 @@
 """Load a target and its draft: embedded, hub, local folder, GGUF, 8 or 4 bit.
 
 A model's spec is one word: `embedded:smollm2-135m`, a hub id, a local folder, or a
-`.gguf` file. A draft may also be `ngram` or `target-layers:N`. Nothing is chosen
-silently: what `auto` became is in the pair, and the scripts print it.
+`.gguf` file. A draft may also be `ngram` or `target-layers:N`, and `ngram+` before a model
+looks up first. Nothing is chosen silently: what `auto` became is in the pair, and the scripts
+print it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from specsampling.attention import NAME as GROUPED_SDPA
-from specsampling.drafts import Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.distilled import assemble, lists_head_tokens, trim_head
+from specsampling.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.embedded import ModelError, embedded_folder
 from specsampling.packed import can_pack, pack_linears
 
 EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
+LOOKUP_FIRST = "ngram+"
 
 # Missing or broken files, an unknown architecture, a package or memory that is lacking.
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
@@ -100,19 +103,22 @@ def load_pair(
     draft_quantization: str = "none",
     ngram_max: int = 3,
     ngram_min: int = 1,
+    model_k: int = 4,
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
     Args:
         target: a model's spec.
-        draft: a model's spec, `ngram`, or `target-layers:N` (the target's first N layers).
+        draft: a model's spec, `target-layers:N` (the target's first N layers), `ngram`, or
+            `ngram+` and a model, which is asked where the lookup finds nothing.
         tokenizer: a spec for both; None takes the target's and compares the draft's with it.
         dtype: "float32", "float16", "bfloat16", or "auto" (see `resolve_dtype`).
         device: "cpu", "cuda", "cuda:N", "mps", or "auto" (a GPU if there is one).
         target_quantization: "none", "int8" or "nf4" (needs the extra `quant`).
         draft_quantization: the same for a draft model of its own.
-        ngram_max: longest n-gram that the `ngram` draft looks up.
+        ngram_max: longest n-gram that `ngram` looks up.
         ngram_min: shortest.
+        model_k: the most tokens that the model of an `ngram+` draft proposes in a cycle.
 
     Raises:
         ModelError: in one line, what could not be loaded, why, and the way out.
@@ -121,23 +127,28 @@ def load_pair(
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     target_model = load_model(target, chosen_dtype, chosen_device, target_quantization)
     shared = load_tokenizer(tokenizer or target)
-    proposes: Draft
-    if draft == "ngram":
-        proposes = NgramDraft(ngram_max, ngram_min)
-    elif draft.startswith(TARGET_LAYERS):
-        try:
-            num_layers = int(draft.removeprefix(TARGET_LAYERS))
-            proposes = ModelDraft(first_layers(target_model, num_layers))
-        except ValueError as error:
-            raise ModelError(f"models.draft {draft}: {error}") from error
-    else:
-        if tokenizer is None:
-            require_same_tokenizer(shared, load_tokenizer(draft), target, draft)
-        draft_model = load_model(draft, chosen_dtype, chosen_device, draft_quantization)
-        proposes = ModelDraft(draft_model)
+    lookup = NgramDraft(ngram_max, ngram_min)
+    proposes: Draft = lookup
+    if draft != "ngram":
+        spec = draft.removeprefix(LOOKUP_FIRST)
+        if spec.startswith(TARGET_LAYERS):
+            proposes = _target_layers(target_model, spec)
+        else:
+            if tokenizer is None:
+                require_same_tokenizer(shared, load_tokenizer(spec), target, spec)
+            proposes = ModelDraft(load_model(spec, chosen_dtype, chosen_device, draft_quantization))
+        if spec != draft:
+            proposes = CompositeDraft(lookup, proposes, model_k)
     eos = target_model.generation_config.eos_token_id if target_model.generation_config else None
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return Pair(target_model, proposes, shared, eos_ids)
+
+
+def _target_layers(target: PreTrainedModel, spec: str) -> ModelDraft:
+    try:
+        return ModelDraft(first_layers(target, int(spec.removeprefix(TARGET_LAYERS))))
+    except ValueError as error:
+        raise ModelError(f"models.draft {spec}: {error}") from error
 
 
 def load_model(
@@ -160,8 +171,11 @@ def load_model(
             model = load_gguf(Path(spec))
             model = model.to(device=device, dtype=dtype)
         else:
+            location = model_location(spec)
             with _quiet_transformers():
-                model = AutoModelForCausalLM.from_pretrained(_location(spec), **options)
+                model = AutoModelForCausalLM.from_pretrained(location, **options)
+            if lists_head_tokens(location):
+                trim_head(model, Path(location))
     except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load model {spec} ({_first_line(error)}); {_way_out(error)}"
@@ -190,7 +204,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
                 path = Path(spec)
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             else:
-                tokenizer = AutoTokenizer.from_pretrained(_location(spec))
+                tokenizer = AutoTokenizer.from_pretrained(model_location(spec))
     except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load the tokenizer of {spec} ({_first_line(error)}); set models.tokenizer "
@@ -291,10 +305,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _location(spec: str) -> str:
-    """What `from_pretrained` takes: a local folder or a hub id."""
+def model_location(spec: str) -> str:
+    """What `from_pretrained` takes: a local folder or a hub id.
+
+    The folder of an embedded model is an ordinary Hugging Face folder, made at the first call;
+    other tools can load it.
+
+    Raises:
+        ModelError: the embedded model is unknown or cannot be had.
+    """
     if spec.startswith(EMBEDDED):
-        return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder))
+        return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder, assemble))
     return spec
 
 

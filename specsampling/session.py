@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class PreallocatedLayer(CacheLayerMixin):
-    """One layer's keys and values, [1, heads, capacity, head_dim], allocated at the first call."""
+    """One layer's keys and values, [batch, heads, capacity, head_dim], made at the first call."""
 
     is_sliding = False  # sliding-window models keep every key; their mask hides the old ones
     is_compileable = (
@@ -46,9 +46,9 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
-        _, heads, _, head_dim = key_states.shape
-        self.keys = key_states.new_zeros(1, heads, self.capacity, head_dim)
-        self.values = value_states.new_zeros(1, heads, self.capacity, value_states.shape[-1])
+        batch, heads, _, head_dim = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.capacity, head_dim)
+        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
     def update(

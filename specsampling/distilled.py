@@ -1,0 +1,85 @@
+"""A draft distilled from its target: a few layers of its own, the rest the target's.
+
+Such a draft is shipped without what the target already holds. `assemble` joins it with the
+target's embedding to an ordinary Hugging Face folder, which any tool can load. The folder
+also lists the frequent tokens: `trim_head` lets the draft's head score only these, which is
+most of a small model's work. To the verifier the draft remains a distribution over the whole
+vocabulary, in which the other tokens have probability 0; exactness is not touched.
+
+How one is trained: `training/distill.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+HEAD_TOKENS = "head_tokens.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+TARGETS_OWN = ("model*.safetensors*", "config.json")  # files that the draft has its own of
+
+
+def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
+    """Make a draft's Hugging Face folder.
+
+    Args:
+        target_folder: the target's Hugging Face folder, its embedding tied to its head.
+        shipped: the file of the draft's own tensors: `layers.*` and `norm.weight` as in the
+            target's base model, and `head_tokens`, [H] ids.
+        folder: where the draft goes; must not exist.
+    """
+    tensors = load_file(shipped)
+    head_tokens = tensors.pop("head_tokens")
+    dtype = tensors["norm.weight"].dtype
+    config = AutoConfig.from_pretrained(target_folder)
+    config.num_hidden_layers = 1 + max(
+        int(name.split(".")[1]) for name in tensors if name.startswith("layers.")
+    )
+    with torch.device("meta"):
+        draft = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with safe_open(target_folder / "model.safetensors", framework="pt") as weights:
+        embedding = weights.get_tensor(EMBEDDING).to(dtype)
+    state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    draft.load_state_dict(state | {EMBEDDING: embedding}, strict=False, assign=True)
+    draft.tie_weights()
+    shutil.copytree(target_folder, folder, ignore=shutil.ignore_patterns(*TARGETS_OWN))
+    draft.save_pretrained(folder)
+    save_file({"head_tokens": head_tokens}, folder / HEAD_TOKENS)
+
+
+class TrimmedHead(nn.Module):
+    """A language model's head that scores some of the tokens; the others get -inf."""
+
+    def __init__(self, head: nn.Linear, token_ids: Tensor):
+        """Keep the rows `token_ids`, [H], of `head`, [V, d]."""
+        super().__init__()
+        self.out_features = head.out_features
+        self.linear = nn.Linear(head.in_features, len(token_ids), bias=False)
+        self.linear.weight = nn.Parameter(head.weight.data[token_ids], requires_grad=False)
+        self.register_buffer("token_ids", token_ids, persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., d] -> [..., V]."""
+        scores = self.linear(rows)
+        logits = scores.new_full((*scores.shape[:-1], self.out_features), -torch.inf)
+        logits[..., self.token_ids] = scores
+        return logits
+
+
+def trim_head(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model whose folder lists its frequent tokens a head for these, in place."""
+    token_ids = load_file(folder / HEAD_TOKENS)["head_tokens"].long().to(model.device)
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear) and head.bias is None
+    model.set_output_embeddings(TrimmedHead(head, token_ids))
+
+
+def lists_head_tokens(spec: str) -> bool:
+    """Whether a model's spec is a folder that lists its frequent tokens."""
+    return (Path(spec) / HEAD_TOKENS).is_file()

@@ -1,0 +1,147 @@
+"""Make a small draft model for the embedded target by distillation.
+
+    python training/distill.py [data] [train] [evaluate] [export]
+
+`data` lets the target answer prompts and read texts, and keeps what it thought at each
+token. `train` fits a few layers to that. `evaluate` counts how often the draft's most
+probable token is the target's. `export` writes the file that ships with the package. Each
+stage goes on where it was stopped, to the same result. Settings: training/distill.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+FOLDER = Path(__file__).resolve().parent
+PROJECT = FOLDER.parent
+sys.path[:0] = [str(PROJECT), str(FOLDER)]  # runs as a script, installed or not
+
+from data import make_data  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from train import (  # noqa: E402
+    EVALUATIONS,
+    evaluate_rows,
+    load_samples,
+    new_student,
+    train,
+)
+
+from specsampling.console import exit_code  # noqa: E402
+from specsampling.distilled import assemble  # noqa: E402
+from specsampling.models import load_model, model_location, resolve_device  # noqa: E402
+
+DRAFT = "smollm2-135m-draft"
+
+
+def make_draft(settings: dict[str, Any], work: Path) -> None:
+    """Train from the shards; `work`/draft.pt is the result."""
+    train(settings, _target(settings), work)
+
+
+def evaluate(settings: dict[str, Any], work: Path) -> None:
+    """Agreement on every evaluation set, and the curve's figure, to `work`."""
+    target = _target(settings)
+    saved = torch.load(work / "draft.pt", weights_only=True)
+    student = new_student(target, settings["draft"]["layers"])
+    student.model.load_state_dict(saved["student"], strict=False)
+    report: dict[str, Any] = {}
+    for name in EVALUATIONS:
+        samples = load_samples(sorted((work / "data").glob(f"{name}-*.safetensors")))
+        rows = evaluate_rows(student, samples, saved["head_ids"])
+        report[name] = {
+            "agreement": sum(map(sum, rows)) / sum(map(len, rows)),
+            "num_tokens": sum(map(len, rows)),
+            "num_texts": len(rows),
+            "tokens_per_call": {k: tokens_per_call(rows, k) for k in (1, 2, 3, 4, 5, 6, 7)},
+        }
+    (work / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    plot(work)
+
+
+def tokens_per_call(rows: list[list[bool]], k: int) -> float:
+    """Greedy block efficiency with k drafted tokens: a draft is right until it first is not."""
+    num_tokens = num_calls = 0
+    for right in rows:
+        at = 0
+        while at < len(right):
+            accepted = 0
+            while accepted < k and at + accepted < len(right) and right[at + accepted]:
+                accepted += 1
+            at += accepted + 1
+            num_calls += 1
+        num_tokens += len(right)
+    return num_tokens / num_calls
+
+
+def plot(work: Path) -> None:
+    """Loss and agreement by step, as `work`/curve.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in log]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(steps, [line["divergence"] for line in log], color="black")
+    left.set(xlabel="step", ylabel="divergence from the target (nats per token)", ylim=(0, None))
+    for name, style in zip(EVALUATIONS, ("-", "--", ":"), strict=True):
+        right.plot(steps, [100 * line[name] for line in log], style, color="black", label=name)
+    right.set(xlabel="step", ylabel="greedy agreement (%)", ylim=(0, 100))
+    right.legend()
+    figure.savefig(work / "curve.png", dpi=150)
+
+
+def export(settings: dict[str, Any], work: Path) -> None:
+    """Write what is not the target's to `work`/export, and the whole draft as a folder."""
+    saved = torch.load(work / "draft.pt", weights_only=True)
+    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in saved["student"].items()}
+    tensors["head_tokens"] = saved["head_ids"].int()
+    shipped = work / "draft.safetensors"
+    save_file(tensors, shipped, {"format": "pt", "target": settings["target"]})
+    folder = work / DRAFT
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there; move it away to export again")
+    assemble(Path(model_location(settings["target"])), shipped, folder)
+    digest = hashlib.sha256(shipped.read_bytes()).hexdigest()
+    print(f"{folder}: an ordinary Hugging Face folder, for --set models.draft={folder}")
+    print(f"{shipped}: {shipped.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
+    print(f"To ship it: put it into specsampling/data/{DRAFT} and its sha256 into embedded.py")
+
+
+def _target(settings: dict[str, Any]) -> Any:
+    return load_model(settings["target"], torch.float32, resolve_device("auto"))
+
+
+STAGES = {"data": make_data, "train": make_draft, "evaluate": evaluate, "export": export}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all four")
+    parser.add_argument("--config", type=Path, default=FOLDER / "distill.yaml")
+    parser.add_argument("--work", type=Path, default=FOLDER / "work", help="where all files go")
+    options = parser.parse_args(arguments)
+    unknown = set(options.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"STAGE must be one of {', '.join(STAGES)} (got {', '.join(unknown)})")
+    settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    for stage in options.stages or STAGES:
+        STAGES[stage](settings, options.work)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
