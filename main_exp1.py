@@ -11,6 +11,7 @@ last one stopped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_scores(options.score, score_samples(options.score), summarise, describe)
         return 0
     settings = require_task(config, "xsum")
+    config = replace(config, humaneval=None)  # the other task's block has no part in this run
 
     from autoregressive import autoregressive
     from speculative import speculative

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = experiment_parser(__doc__, "Results/results2.jsonl").parse_args(arguments)
     config = read_config(options)
     settings = require_task(config, "humaneval")
+    config = replace(config, xsum=None)  # the other task's block has no part in this run
     if options.score:
         scores = score_samples(options.score, settings)
         print_scores(options.score, scores, summarise, describe)

@@ -59,7 +59,13 @@ Device = Annotated[
 ]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4"]
-Method = Literal["autoregressive", "reference", "speculative"]
+Method = Annotated[
+    str,
+    _Rule(
+        ": autoregressive, reference, speculative, or speculative:DRAFT",
+        re.compile(r"autoregressive|reference|speculative(:.+)?").fullmatch,
+    ),
+]
 PromptStyle = Literal["completion", "chat"]
 
 
@@ -78,10 +84,10 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. The n-gram lengths matter to lookups, `model_k` to `ngram+` drafts."""
+    """How much is drafted. The n-gram lengths matter to lookups only, `model_k` to models."""
 
     k: Annotated[int, _at_least(1, "choose run.methods: [autoregressive] to draft nothing")]
-    model_k: Count
+    model_k: Annotated[int, _at_least(1, "null is as many as k")] | None
     ngram_max: Count
     ngram_min: Count
 

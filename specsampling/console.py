@@ -38,6 +38,7 @@ from specsampling.tasks.task import TaskError
 if TYPE_CHECKING:
     import torch
 
+    from specsampling.drafts import Draft
     from specsampling.models import Pair
     from specsampling.tasks.task import Task
 
@@ -152,13 +153,31 @@ def load_configured_pair(config: Config) -> Pair:
         device=models.device,
         target_quantization=models.target_quantization,
         draft_quantization=models.draft_quantization,
-        ngram_max=config.speculation.ngram_max,
-        ngram_min=config.speculation.ngram_min,
-        model_k=config.speculation.model_k,
+        **_draft_options(config),
     )
     device = pair.target.device
     print(f"  {device_name(device)} ({device}), {precision(config, device)}", file=sys.stderr)
     return pair
+
+
+def _draft_options(config: Config) -> dict[str, Any]:
+    speculation = config.speculation
+    return {name: getattr(speculation, name) for name in ("ngram_max", "ngram_min", "model_k")}
+
+
+def load_other_draft(config: Config, pair: Pair, spec: str) -> Draft:
+    """The draft of a method `speculative:DRAFT`, for the pair's target."""
+    from specsampling.models import load_draft, resolve_dtype
+
+    print(f"Loading the draft {spec} ...", file=sys.stderr, flush=True)
+    return load_draft(
+        spec,
+        pair.target,
+        resolve_dtype(config.models.dtype, pair.target.device),
+        compare_with=None if config.models.tokenizer else pair.tokenizer,
+        quantization=config.models.draft_quantization,
+        **_draft_options(config),
+    )
 
 
 def run_experiment(
@@ -196,11 +215,16 @@ def run_experiment(
         "eos_ids": pair.eos_ids,
     }
     k = config.speculation.k
-    decoders: dict[str, Decode] = {
-        "autoregressive": partial(autoregressive, pair.target, **shared),
-        "reference": partial(autoregressive, pair.target, width=width, **shared),
-        "speculative": partial(speculative, pair.target, pair.draft, k=k, width=width, **shared),
-    }
+    decoders: dict[str, Decode] = {}
+    for method in config.run.methods:
+        _, _, spec = method.partition(":")
+        if method == "autoregressive":
+            decoders[method] = partial(autoregressive, pair.target, **shared)
+        elif method == "reference":
+            decoders[method] = partial(autoregressive, pair.target, width=width, **shared)
+        else:
+            draft = load_other_draft(config, pair, spec) if spec else pair.draft
+            decoders[method] = partial(speculative, pair.target, draft, k=k, width=width, **shared)
     prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     with RunFile.open(output, meta, fresh=fresh) as run_file:
         there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
@@ -209,7 +233,7 @@ def run_experiment(
             pair,
             task,
             prompts,
-            {name: decoders[name] for name in config.run.methods},
+            decoders,
             run_file,
             seed=warp.seed,
             num_samples=warp.num_samples,

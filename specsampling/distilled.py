@@ -1,10 +1,11 @@
 """A draft distilled from its target: a few layers of its own, the rest the target's.
 
-Such a draft is shipped without what the target already holds. `assemble` joins it with the
-target's embedding to an ordinary Hugging Face folder, which any tool can load. The folder
-also lists the frequent tokens: `trim_head` lets the draft's head score only these, which is
-most of a small model's work. To the verifier the draft remains a distribution over the whole
-vocabulary, in which the other tokens have probability 0; exactness is not touched.
+Such a draft is shipped without what the target already holds, its matrices in 8 bit. `assemble`
+joins it with the target's embedding to an ordinary Hugging Face folder in bfloat16, which any
+tool can load. The folder also lists the frequent tokens: `trim_head` lets the draft's head score
+only these, which is most of a small model's work. To the verifier the draft remains a
+distribution over the whole vocabulary, in which the other tokens have probability 0; exactness is
+not touched.
 
 How one is trained: `training/distill.py`.
 """
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 HEAD_TOKENS = "head_tokens.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
+SCALE = ".scale"
 TARGETS_OWN = ("model*.safetensors*", "config.json")  # files that the draft has its own of
 
 
@@ -30,13 +32,12 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
 
     Args:
         target_folder: the target's Hugging Face folder, its embedding tied to its head.
-        shipped: the file of the draft's own tensors: `layers.*` and `norm.weight` as in the
-            target's base model, and `head_tokens`, [H] ids.
+        shipped: the file of the draft's own tensors, as `shrink` makes them.
         folder: where the draft goes; must not exist.
     """
-    tensors = load_file(shipped)
-    head_tokens = tensors.pop("head_tokens")
-    dtype = tensors["norm.weight"].dtype
+    tensors, head_tokens = expand(load_file(shipped))
+    dtype = torch.bfloat16
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     config = AutoConfig.from_pretrained(target_folder)
     config.num_hidden_layers = 1 + max(
         int(name.split(".")[1]) for name in tensors if name.startswith("layers.")
@@ -51,6 +52,33 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
     shutil.copytree(target_folder, folder, ignore=shutil.ignore_patterns(*TARGETS_OWN))
     draft.save_pretrained(folder)
     save_file({"head_tokens": head_tokens}, folder / HEAD_TOKENS)
+
+
+def shrink(tensors: dict[str, Tensor], head_tokens: Tensor) -> dict[str, Tensor]:
+    """A draft as it is shipped: matrices in int8 with a scale per row, the rest in float32.
+
+    Args:
+        tensors: `layers.*` and `norm.weight` as in the target's base model.
+        head_tokens: [H] ids that the head scores.
+    """
+    shrunk = {"head_tokens": head_tokens.int()}
+    for name, tensor in tensors.items():
+        shrunk[name] = tensor.float()
+        if tensor.dim() == 2:
+            scale = shrunk[name].abs().amax(1, keepdim=True).clamp(min=1e-12) / 127  # [rows, 1]
+            shrunk[name + SCALE] = scale
+            shrunk[name] = (shrunk[name] / scale).round().to(torch.int8)
+    return shrunk
+
+
+def expand(shrunk: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """`shrink` undone, up to its rounding: the tensors in float32, and the head's ids."""
+    tensors = {
+        name: tensor.float() * shrunk[name + SCALE] if name + SCALE in shrunk else tensor.float()
+        for name, tensor in shrunk.items()
+        if name != "head_tokens" and not name.endswith(SCALE)
+    }
+    return tensors, shrunk["head_tokens"].long()
 
 
 class TrimmedHead(nn.Module):

@@ -63,9 +63,15 @@ class Draft(Protocol):
 
 @dataclass(frozen=True)
 class ModelDraft:
-    """A smaller model, warped and sampled from as the target is."""
+    """A smaller model, warped and sampled from as the target is.
+
+    Attributes:
+        model: the model.
+        max_k: the most tokens that it proposes in a cycle; None for as many as it is asked for.
+    """
 
     model: PreTrainedModel
+    max_k: int | None = None
 
     def start(
         self,
@@ -75,7 +81,7 @@ class ModelDraft:
         generator: torch.Generator | None,
     ) -> ModelProposer:
         session = Session(self.model, min(capacity, context_limit(self.model)))
-        return ModelProposer(session, num_logits(target), sampling, generator)
+        return ModelProposer(session, num_logits(target), sampling, generator, self.max_k)
 
 
 class ModelProposer:
@@ -85,6 +91,7 @@ class ModelProposer:
         vocab_size: int,
         sampling: Sampling,
         generator: torch.Generator | None,
+        max_k: int | None,
     ):
         self._session = session
         embeddings: Any = session.model.get_input_embeddings()
@@ -92,6 +99,7 @@ class ModelProposer:
         self._vocab_size = vocab_size
         self._sampling = sampling
         self._generator = generator
+        self._max_k = max_k
 
     @property
     def num_calls(self) -> int:
@@ -105,6 +113,7 @@ class ModelProposer:
         self._session.prefill(self._known(tokens[: self._session.capacity]))
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        k = min(k, self._max_k or k)
         k = max(0, min(k, self._session.capacity - len(tokens) + 1))  # a full context is silent
         sequence = list(tokens)
         draft_probs = torch.zeros(k, self._vocab_size, device=self._session.device)
@@ -190,18 +199,12 @@ class CompositeDraft:
     """Looks up first, and asks the model where the text so far has no answer.
 
     A lookup costs nothing, so it may propose all k tokens of a cycle; each of the model's
-    takes a call, so it has a limit of its own. Who proposes depends on the accepted text
+    takes a call, so `max_k` may hold it back. Who proposes depends on the accepted text
     alone, and each proposal comes with the distribution it was drawn from: as exact as either.
-
-    Attributes:
-        lookup: asked first.
-        model: asked where the lookup finds nothing.
-        model_k: the most tokens that the model proposes in a cycle.
     """
 
     lookup: NgramDraft
     model: ModelDraft
-    model_k: int
 
     def start(
         self,
@@ -213,15 +216,13 @@ class CompositeDraft:
         return CompositeProposer(
             self.lookup.start(target, capacity, sampling, generator),
             self.model.start(target, capacity, sampling, generator),
-            self.model_k,
         )
 
 
 class CompositeProposer:
-    def __init__(self, lookup: Proposer, model: Proposer, model_k: int):
+    def __init__(self, lookup: Proposer, model: Proposer):
         self._lookup = lookup
         self._model = model
-        self._model_k = model_k
 
     @property
     def num_calls(self) -> int:
@@ -237,9 +238,7 @@ class CompositeProposer:
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         proposed, draft_probs = self._lookup.propose(tokens, k)
-        if proposed:
-            return proposed, draft_probs
-        return self._model.propose(tokens, min(k, self._model_k))
+        return (proposed, draft_probs) if proposed else self._model.propose(tokens, k)
 
     def rollback(self, length: int) -> None:
         self._lookup.rollback(length)

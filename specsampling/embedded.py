@@ -57,7 +57,7 @@ class EmbeddedDraft:
 DRAFTS = {
     "smollm2-135m-draft": EmbeddedDraft(
         target="smollm2-135m",
-        sha256="",
+        sha256="06fea260e076eb7154376b2ebd4fc5c7d42e509b39c0bf311bfa0312f44b631c",
     )
 }
 DATA = Path(__file__).parent / "data"

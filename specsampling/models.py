@@ -103,7 +103,7 @@ def load_pair(
     draft_quantization: str = "none",
     ngram_max: int = 3,
     ngram_min: int = 1,
-    model_k: int = 4,
+    model_k: int | None = None,
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
@@ -118,7 +118,7 @@ def load_pair(
         draft_quantization: the same for a draft model of its own.
         ngram_max: longest n-gram that `ngram` looks up.
         ngram_min: shortest.
-        model_k: the most tokens that the model of an `ngram+` draft proposes in a cycle.
+        model_k: the most tokens that a draft model proposes in a cycle; None for all k.
 
     Raises:
         ModelError: in one line, what could not be loaded, why, and the way out.
@@ -127,26 +127,57 @@ def load_pair(
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     target_model = load_model(target, chosen_dtype, chosen_device, target_quantization)
     shared = load_tokenizer(tokenizer or target)
-    lookup = NgramDraft(ngram_max, ngram_min)
-    proposes: Draft = lookup
-    if draft != "ngram":
-        spec = draft.removeprefix(LOOKUP_FIRST)
-        if spec.startswith(TARGET_LAYERS):
-            proposes = _target_layers(target_model, spec)
-        else:
-            if tokenizer is None:
-                require_same_tokenizer(shared, load_tokenizer(spec), target, spec)
-            proposes = ModelDraft(load_model(spec, chosen_dtype, chosen_device, draft_quantization))
-        if spec != draft:
-            proposes = CompositeDraft(lookup, proposes, model_k)
     eos = target_model.generation_config.eos_token_id if target_model.generation_config else None
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    proposes = load_draft(
+        draft,
+        target_model,
+        chosen_dtype,
+        compare_with=None if tokenizer else shared,
+        quantization=draft_quantization,
+        ngram_max=ngram_max,
+        ngram_min=ngram_min,
+        model_k=model_k,
+    )
     return Pair(target_model, proposes, shared, eos_ids)
 
 
-def _target_layers(target: PreTrainedModel, spec: str) -> ModelDraft:
+def load_draft(
+    draft: str,
+    target: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    compare_with: PreTrainedTokenizerBase | None = None,
+    quantization: str = "none",
+    ngram_max: int = 3,
+    ngram_min: int = 1,
+    model_k: int | None = None,
+) -> Draft:
+    """Load a draft for a target that is there; see `load_pair`.
+
+    Args:
+        compare_with: a tokenizer that a draft model's own must equal; None asks no question.
+
+    Raises:
+        ModelError: in one line, what could not be loaded, why, and the way out.
+    """
+    lookup = NgramDraft(ngram_max, ngram_min)
+    if draft == "ngram":
+        return lookup
+    spec = draft.removeprefix(LOOKUP_FIRST)
+    if spec.startswith(TARGET_LAYERS):
+        model = _first_layers(target, spec)
+    else:
+        if compare_with:
+            require_same_tokenizer(compare_with, load_tokenizer(spec), spec)
+        model = load_model(spec, dtype, target.device, quantization)
+    proposes = ModelDraft(model, model_k)
+    return proposes if spec == draft else CompositeDraft(lookup, proposes)
+
+
+def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:
     try:
-        return ModelDraft(first_layers(target, int(spec.removeprefix(TARGET_LAYERS))))
+        return first_layers(target, int(spec.removeprefix(TARGET_LAYERS)))
     except ValueError as error:
         raise ModelError(f"models.draft {spec}: {error}") from error
 
@@ -249,22 +280,20 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
 
 
 def require_same_tokenizer(
-    target: PreTrainedTokenizerBase,
-    draft: PreTrainedTokenizerBase,
-    target_spec: str,
-    draft_spec: str,
+    target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, spec: str
 ) -> None:
     """Compare what two tokenizers encode, not only how many tokens they have.
 
     Raises:
-        ModelError: they encode a probe differently, so draft ids mean nothing to the target.
+        ModelError: they encode a probe differently, so the ids of the draft `spec` mean nothing
+            to the target.
     """
     for probe in TOKENIZER_PROBES:
         if target(probe)["input_ids"] != draft(probe)["input_ids"]:
             raise ModelError(
-                f"target {target_spec} and draft {draft_spec} must share a tokenizer "
-                f"(they encode {probe[:24]!r} differently); choose a draft of the target's "
-                "family, or draft: ngram"
+                f"the draft {spec} must share its tokenizer with the target "
+                f"{target.name_or_path} (they encode {probe[:24]!r} differently); choose a draft "
+                "of the target's family, or draft: ngram"
             )
 
 

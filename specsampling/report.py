@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a ta
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METHODS = ("autoregressive", "reference", "speculative")
+METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
 
 DARK, MIDDLE, LIGHT = "#1b3a57", "#7d93a8", "#d5dde5"  # apart in greyscale too
@@ -74,11 +74,12 @@ def summary_table(
         line["identical outputs"] = ""
         # Under sampling each method has a random stream of its own: texts must differ.
         is_greedy = sampling in ("", "greedy")
-        if method == "speculative" and compared_with in kept and is_greedy:
+        if method.startswith("speculative") and compared_with in kept and is_greedy:
             num_identical, num_compared = metrics.count_identical(of_method, kept[compared_with])
             line["identical outputs"] = f"{num_identical}/{num_compared}"
-            notes.append(f"identical outputs: same token ids as method {compared_with}")
         lines.append(line)
+    if any(line["identical outputs"] for line in lines):
+        notes.append(f"identical outputs: same token ids as method {compared_with}")
     if scores is not None and _is_rouge(scores):
         notes += _rouge_differences(kept, scores)
     cut = {row.example_id for row in rows if row.num_cut_tokens}
@@ -157,10 +158,12 @@ def describe_sampling(sampling: Mapping[str, Any]) -> str:
 def describe_run(meta: Mapping[str, Any]) -> str:
     """What was run, on what, and by which command: a few lines from a run's meta."""
     config = meta["config"]
+    k, model_k = (config["speculation"].get(name) for name in ("k", "model_k"))
+    limit = f" (at most {model_k} from a model)" if model_k else ""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     return f"""\
 models:   target {config["models"]["target"]}, draft {config["models"]["draft"]}
-decoding: k = {config["speculation"]["k"]}, {describe_sampling(config["sampling"])}, \
+decoding: k = {k}{limit}, {describe_sampling(config["sampling"])}, \
 at most {config["decoding"]["max_new_tokens"]} new tokens
 exact:    {meta["bit_exact"]}
 machine:  {meta["device_name"]} ({meta["device"]}), {meta["precision"]}, {meta["threads"]} threads
@@ -240,7 +243,8 @@ def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
         label = "all tokens / all seconds" if position == 1 else None
         axes.plot(position, total, "D", color=DARK, label=label)
         axes.annotate(f"{total:.1f}", (position + 0.25, total), va="center")
-    axes.set_xticks(range(1, len(speeds) + 1), list(speeds))
+    labels = [method.replace(":", ":\n") for method in speeds]
+    axes.set_xticks(range(1, len(speeds) + 1), labels)
     num_problems = max(map(len, speeds.values()))
     axes.set_title(f"Decoding speed of each method over {num_problems} problems")
     axes.set_xlabel("box: middle half of the problems and their median; whiskers: 5% to 95%")
@@ -265,9 +269,10 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
 
 def _rows_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found = {row.method for row in rows}
+    others = sorted(found - set(METHODS))
     return {
         method: [row for row in rows if row.method == method]
-        for method in METHODS
+        for method in (*METHODS, *others)
         if method in found
     }
 

@@ -61,7 +61,10 @@ def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
         ("models.target=5", "models.target must be a string that is not empty (got 5)"),
         ("models.target=", "models.target must be a string that is not empty (got null)"),
         ("run.limit=all", 'run.limit must be null or an integer >= 1 (got "all")'),
-        ("run.methods=speculative", "run.methods must be a list, each item one of"),
+        (
+            "run.methods=speculative",
+            "run.methods must be a list, each item a string: autoregressive",
+        ),
         ("humaneval.stop_strings=[1]", "each item a string that is not empty (got [1])"),
     ],
 )
@@ -78,6 +81,8 @@ def test_a_value_of_the_wrong_type_is_refused(override, rule):
         ("models.device='cuda:'", "auto, cpu, cuda, cuda:N or mps"),
         ("models.draft_quantization=int4", "one of none, int8, nf4"),
         ("speculation.ngram_min=0", "an integer >= 1"),
+        ("speculation.model_k=0", "null or an integer >= 1"),
+        ("run.methods=['speculative:']", "or speculative:DRAFT"),
         ("decoding.max_new_tokens=0", "an integer >= 1"),
         ("decoding.width=-8", "an integer >= 0"),
         ("sampling.temperature=-0.1", "a number >= 0"),
@@ -90,7 +95,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, rule):
         ("sampling.num_samples=0", "an integer >= 1"),
         ("run.methods=[]", "at least one, none twice"),
         ("run.methods=[speculative, speculative]", "at least one, none twice"),
-        ("run.methods=[greedy]", "one of autoregressive, reference, speculative"),
+        ("run.methods=[greedy]", "autoregressive, reference, speculative, or speculative:DRAFT"),
         ("run.limit=0", "null or an integer >= 1"),
         ("run.warmup=-1", "an integer >= 0"),
         ("humaneval.stop_strings=['']", "a string that is not empty"),
@@ -187,8 +192,8 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             ["humaneval.stop_strings=['\\ndef']"],
             "humaneval.stop_strings must be [] for humaneval.prompt_style: chat",
         ),
-        (["models.draft_quantization=int8"], "models.draft_quantization must be none"),
-        (["humaneval=null"], "profile demo must hold a humaneval or an xsum block"),
+        (["models.draft=ngram", "models.draft_quantization=int8"], "models.draft_quantization must be none"),
+        (["humaneval=null", "xsum=null"], "profile demo must hold a humaneval or an xsum block"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, rule):
@@ -293,7 +298,7 @@ def test_an_unknown_profile_is_refused_with_the_nearest():
 def test_a_task_without_a_block_is_refused():
     assert require_task(demo(), "humaneval").prompt_style == "chat"
     with pytest.raises(ConfigError, match="xsum must be a block of profile demo"):
-        require_task(demo(), "xsum")
+        require_task(demo("xsum=null"), "xsum")
 
 
 # --- the hash ----------------------------------------------------------------------
@@ -330,6 +335,7 @@ def test_the_hash_changes_with_what_changes_rows():
         "models.target_quantization=int8",
         "speculation.k=4",
         "speculation.ngram_max=4",
+        "speculation.model_k=2",
         "decoding.max_new_tokens=64",
         "decoding.width=16",
         "sampling.temperature=0.5",
@@ -361,7 +367,8 @@ def test_shipped_demo_is_the_default_and_needs_no_hub():
     assert config.humaneval is not None
     assert config.humaneval.prompt_style == "chat"
     assert config.humaneval.stop_strings == ()
-    assert config.xsum is None
+    assert config.xsum is not None
+    assert (config.xsum.dataset, config.xsum.prompt_style) == ("embedded:articles", "chat")
 
 
 def test_shipped_exp1_is_xsum_with_the_two_gpt_neos():

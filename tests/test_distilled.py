@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from autoregressive import autoregressive
 from specsampling import embedded
-from specsampling.distilled import HEAD_TOKENS, TrimmedHead, assemble
+from specsampling.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
 from specsampling.drafts import CompositeDraft, ModelDraft, NgramDraft
 from specsampling.embedded import DRAFTS, ModelError, embedded_folder
 from specsampling.models import load_model, load_pair
@@ -46,8 +46,8 @@ def folders(tmp_path_factory, tokenizer):
     state = target.model.state_dict()
     own = {n: t.clone() for n, t in state.items() if n.startswith("layers.0.")}
     own |= {"norm.weight": state["norm.weight"].clone()}
-    own["head_tokens"] = torch.arange(0, len(tokenizer), 3, dtype=torch.int32)
-    save_file(own, root / "draft.safetensors", {"format": "pt"})
+    shrunk = shrink(own, torch.arange(0, len(tokenizer), 3))
+    save_file(shrunk, root / "draft.safetensors", {"format": "pt"})
     assemble(root / "target", root / "draft.safetensors", root / "draft")
     return root
 
@@ -55,18 +55,34 @@ def folders(tmp_path_factory, tokenizer):
 def test_the_assembled_folder_is_an_ordinary_one(folders):
     """Any tool can load it: the target's embedding, tokenizer and end, the draft's own layers."""
     target = AutoModelForCausalLM.from_pretrained(folders / "target")
-    draft = AutoModelForCausalLM.from_pretrained(folders / "draft")
+    draft = AutoModelForCausalLM.from_pretrained(folders / "draft", dtype=torch.float32)
     assert draft.config.num_hidden_layers == 1
-    assert torch.equal(draft.model.embed_tokens.weight, target.model.embed_tokens.weight)
-    assert torch.equal(draft.lm_head.weight, target.lm_head.weight)
+    embedding = target.model.embed_tokens.weight.bfloat16().float()
+    assert torch.equal(draft.model.embed_tokens.weight, embedding)
+    assert torch.equal(draft.lm_head.weight, embedding)
     for name, tensor in target.model.layers[0].state_dict().items():
-        assert torch.equal(draft.model.layers[0].state_dict()[name], tensor)
+        ours = draft.model.layers[0].state_dict()[name].float()
+        torch.testing.assert_close(ours, tensor, atol=float(tensor.abs().max()) / 90, rtol=0)
     tokenizers = [AutoTokenizer.from_pretrained(folders / name) for name in ("target", "draft")]
     assert tokenizers[0]("def f(x):") == tokenizers[1]("def f(x):")
     ids = torch.tensor([[5, 6, 7]])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     plain = target.generate(ids, **options)
     assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
+
+
+def test_8_bit_matrices_are_off_by_half_a_step_at_most():
+    own = {"layers.0.w.weight": torch.randn(6, 40) * torch.logspace(-3, 2, 6)[:, None]}
+    own |= {"layers.0.z.weight": torch.zeros(2, 3), "norm.weight": torch.randn(40)}
+    shrunk = shrink(own, torch.tensor([1, 5]))
+    assert shrunk["layers.0.w.weight"].dtype == torch.int8
+    tensors, head_tokens = expand(shrunk)
+    assert tensors.keys() == own.keys() and head_tokens.tolist() == [1, 5]
+    assert torch.equal(tensors["norm.weight"], own["norm.weight"])
+    assert torch.equal(tensors["layers.0.z.weight"], own["layers.0.z.weight"])
+    wide = own["layers.0.w.weight"]
+    step = wide.abs().amax(1, keepdim=True) / 127
+    assert ((tensors["layers.0.w.weight"] - wide).abs() <= step * 0.501).all()
 
 
 def test_a_trimmed_head_scores_as_the_full_one_and_nothing_else():

@@ -127,6 +127,26 @@ def test_another_configuration_is_refused_with_the_way_out(finished, config):
     assert finished[0].read_bytes() == before
 
 
+def test_another_draft_is_a_method_of_its_own(config, tmp_path):
+    """Drafts are compared in one run, under the same conditions, on the same prompts."""
+    output = tmp_path / "rows.jsonl"
+    methods = ["autoregressive", "reference", "speculative", "speculative:ngram"]
+    code, printed, errors = run(
+        "--config", config, "--limit", 1, "--output", output, "--methods", ",".join(methods)
+    )
+    assert code == 0, errors
+    texts = {row.method: row.token_ids for row in read_rows(output)}
+    assert sorted(texts) == sorted(methods)
+    assert texts["speculative"] == texts["speculative:ngram"] == texts["reference"]
+    assert sum("1/1" in line for line in printed.splitlines()) == 2
+    code, _, errors = run(
+        *("--config", config, "--output", tmp_path / "no.jsonl"),
+        *("--methods", "speculative:target-layers:99"),
+    )
+    assert code == 2
+    assert "target-layers:99: the number of layers must be between" in errors
+
+
 def test_a_killed_run_continues(config, tmp_path):
     """What was generated before a kill -9 is on the disk, and is not generated again."""
     output = tmp_path / "results2.jsonl"

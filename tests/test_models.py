@@ -38,8 +38,13 @@ def test_the_readmes_example_runs(model_folders, capsys):
     """Load a pair, generate, print."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     example = readme.split("```python\n")[1].split("```")[0]
-    assert "embedded:smollm2-135m" in example
-    exec(example.replace("embedded:smollm2-135m", str(model_folders["llama-target"])), {})
+    for spec, role in (
+        ("embedded:smollm2-135m-draft", "draft"),
+        ("embedded:smollm2-135m", "target"),
+    ):
+        assert f'"{spec}"' in example
+        example = example.replace(f'"{spec}"', repr(str(model_folders[f"llama-{role}"])))
+    exec(example, {})
     assert capsys.readouterr().out.strip()
 
 
@@ -74,7 +79,7 @@ def test_tokenizers_that_encode_differently_are_refused(model_folders, tmp_path)
     draft = load_model(str(model_folders["llama-draft"]), torch.float32, CPU)
     draft.save_pretrained(tmp_path)
     make_tokenizer(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="must share a tokenizer"):
+    with pytest.raises(ModelError, match="must share its tokenizer"):
         load_pair(str(model_folders["llama-target"]), str(tmp_path), device="cpu", dtype="float32")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
@@ -191,14 +192,16 @@ def test_tokens_per_call_counts_the_corrections():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, settings, model_folders):
-    """A whole recipe small enough for a test, and the folder where its data was made."""
+    """A whole recipe small enough for a test, and the folder where its data was made.
+
+    One of its sources holds an evaluation problem.
+    """
     small = {
         **settings,
         "target": str(model_folders["llama-target"]),
         "data": settings["data"]
         | {
-            "packages": [],
-            "num_files": 12,
+            "num_files": 6,
             "batch": 4,
             "max_new_tokens": 8,
             "exercises": 4,
@@ -209,13 +212,21 @@ def small(tmp_path_factory, settings, model_folders):
             "english_tokens": 0,
             "text_length": 64,
         },
-        "draft": {"layers": [0, 1], "head_size": 100},
+        "draft": {"layers": [0], "head_size": 100},
         "training": settings["training"]
         | {"steps": 12, "batch_tokens": 512, "warmup_steps": 2, "checkpoint_every": 4},
     }
     work = tmp_path_factory.mktemp("work")
-    make_data(small, work)
-    return small, work
+    problem, articles = evaluation_problems()[0], evaluation_articles()
+    planted = work / "planted.py"
+    planted.write_text((problem[0] + problem[1]) * 2)
+    files = [planted, *sorted(Path(json.__file__).parent.glob("*.py"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.source_files", lambda packages, seed: files)
+        patch.setattr("data.evaluation_problems", lambda: [problem])
+        patch.setattr("data.evaluation_articles", lambda: articles[:2])
+        make_data(small, work)
+        yield small, work
 
 
 def test_data_is_the_same_after_a_kill(small, tmp_path):
@@ -233,13 +244,14 @@ def test_data_is_the_same_after_a_kill(small, tmp_path):
         assert (tmp_path / "data" / name).read_bytes() == (work / "data" / name).read_bytes()
 
 
-def test_no_evaluation_text_is_trained_on(small, decontamination, tokenizer):
+def test_no_evaluation_text_is_trained_on(small, tokenizer):
     _, work = small
-    samples = load_samples(training_paths(work / "data"))
-    assert samples
-    assert not any(decontamination.finds(tokenizer.decode(sample.tokens)) for sample in samples)
-    names = {path.name for path in training_paths(work / "data")}
-    assert not any(name.startswith("eval-") for name in names)
+    texts = [tokenizer.decode(s.tokens) for s in load_samples(training_paths(work / "data"))]
+    clean = Decontamination(evaluation_problems()[0])
+    assert texts and not any(clean.finds(text) for text in texts)
+    with safe_open(work / "data" / "python-000.safetensors", "pt") as shard:
+        assert int(shard.metadata()["num_overlapping"]) >= 4  # the planted problem's passages
+    assert not any(path.name.startswith("eval-") for path in training_paths(work / "data"))
 
 
 def test_training_learns_and_survives_a_kill(small, tmp_path):

@@ -79,13 +79,13 @@ def make_data(settings: dict[str, Any], work: Path) -> None:
     invented = [invented_exercise(text) for text in shards.answers("exercises")]
     heads = sorted({head for head in invented if head})
     functions = sorted({head for source in sources for head in documented_functions(source)})
-    heads += chance.sample(functions, min(len(functions), data["code_prompts"] - len(heads)))
+    heads += some(chance, functions, data["code_prompts"] - len(heads))
     heads = [head for head in heads if not decontamination.finds(head)]
     answer("code", [code(head) for head in heads], data["temperatures"], data["max_new_tokens"])
 
     documents = [text.strip() for text in shards.answers("articles")]
     passages = sorted({text for source in sources for text in english_paragraphs(source)})
-    documents += chance.sample(passages, min(len(passages), data["documents"] - len(documents)))
+    documents += some(chance, passages, data["documents"] - len(documents))
     documents = [text for text in documents if not decontamination.finds(text)]
     prompts = [summary(document, i) for i, document in enumerate(documents)]
     answer("summaries", prompts, data["temperatures"], 96)
@@ -96,7 +96,7 @@ def make_data(settings: dict[str, Any], work: Path) -> None:
         shards.read(name, list(token_rows(pair, texts, data["text_length"], num)))
 
     # Like the training prompts, but never trained on: what choices are made by.
-    others = chance.sample(sorted(set(functions) - set(heads)), data["batch"])
+    others = some(chance, sorted(set(functions) - set(heads)), data["batch"])
     answer("eval-code", [code(head) for head in others], [0], data["max_new_tokens"])
 
 
@@ -187,6 +187,11 @@ def token_rows(pair: Pair, texts: Sequence[str], length: int, num: int) -> Itera
             if len(row) == length:
                 num -= 1
                 yield row
+
+
+def some(chance: random.Random, items: list[str], num: int) -> list[str]:
+    """`num` of the items at random, or all of them in random order if there are fewer."""
+    return chance.sample(items, max(0, min(len(items), num)))
 
 
 def grouped(items: list, size: int) -> Iterator[list]:

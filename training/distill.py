@@ -1,11 +1,11 @@
 """Make a small draft model for the embedded target by distillation.
 
-    python training/distill.py [data] [train] [evaluate] [export]
+    python training/distill.py [data] [train] [export] [evaluate]
 
 `data` lets the target answer prompts and read texts, and keeps what it thought at each
-token. `train` fits a few layers to that. `evaluate` counts how often the draft's most
-probable token is the target's. `export` writes the file that ships with the package. Each
-stage goes on where it was stopped, to the same result. Settings: training/distill.yaml.
+token. `train` fits a few layers to that. `export` writes the file that ships with the package.
+`evaluate` counts how often its most probable token is the target's. Each stage goes on where
+it was stopped, to the same result. Settings: training/distill.yaml.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ PROJECT = FOLDER.parent
 sys.path[:0] = [str(PROJECT), str(FOLDER)]  # runs as a script, installed or not
 
 from data import make_data  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from train import (  # noqa: E402
     EVALUATIONS,
     evaluate_rows,
@@ -36,10 +37,11 @@ from train import (  # noqa: E402
 )
 
 from specsampling.console import exit_code  # noqa: E402
-from specsampling.distilled import assemble  # noqa: E402
+from specsampling.distilled import assemble, expand, shrink  # noqa: E402
 from specsampling.models import load_model, model_location, resolve_device  # noqa: E402
 
 DRAFT = "smollm2-135m-draft"
+SHIPPED = "draft.safetensors"
 
 
 def make_draft(settings: dict[str, Any], work: Path) -> None:
@@ -48,15 +50,15 @@ def make_draft(settings: dict[str, Any], work: Path) -> None:
 
 
 def evaluate(settings: dict[str, Any], work: Path) -> None:
-    """Agreement on every evaluation set, and the curve's figure, to `work`."""
+    """The exported draft's agreement on every evaluation set, and the curve's figure, to `work`."""
     target = _target(settings)
-    saved = torch.load(work / "draft.pt", weights_only=True)
+    tensors, head_tokens = expand(load_file(work / SHIPPED))
     student = new_student(target, settings["draft"]["layers"])
-    student.model.load_state_dict(saved["student"], strict=False)
+    student.model.load_state_dict(tensors, strict=False)
     report: dict[str, Any] = {}
     for name in EVALUATIONS:
         samples = load_samples(sorted((work / "data").glob(f"{name}-*.safetensors")))
-        rows = evaluate_rows(student, samples, saved["head_ids"])
+        rows = evaluate_rows(student, samples, head_tokens)
         report[name] = {
             "agreement": sum(map(sum, rows)) / sum(map(len, rows)),
             "num_tokens": sum(map(len, rows)),
@@ -103,15 +105,12 @@ def plot(work: Path) -> None:
 
 
 def export(settings: dict[str, Any], work: Path) -> None:
-    """Write what is not the target's to `work`/export, and the whole draft as a folder."""
+    """Write what is not the target's to `work`, in 8 bit, and the whole draft as a folder."""
     saved = torch.load(work / "draft.pt", weights_only=True)
-    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in saved["student"].items()}
-    tensors["head_tokens"] = saved["head_ids"].int()
-    shipped = work / "draft.safetensors"
-    save_file(tensors, shipped, {"format": "pt", "target": settings["target"]})
-    folder = work / DRAFT
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there; move it away to export again")
+    shipped, folder = work / SHIPPED, work / DRAFT
+    shrunk = shrink(saved["student"], saved["head_ids"])
+    save_file(shrunk, shipped, {"format": "pt", "target": settings["target"]})
+    shutil.rmtree(folder, ignore_errors=True)
     assemble(Path(model_location(settings["target"])), shipped, folder)
     digest = hashlib.sha256(shipped.read_bytes()).hexdigest()
     print(f"{folder}: an ordinary Hugging Face folder, for --set models.draft={folder}")
@@ -123,7 +122,7 @@ def _target(settings: dict[str, Any]) -> Any:
     return load_model(settings["target"], torch.float32, resolve_device("auto"))
 
 
-STAGES = {"data": make_data, "train": make_draft, "evaluate": evaluate, "export": export}
+STAGES = {"data": make_data, "train": make_draft, "export": export, "evaluate": evaluate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
