@@ -29,7 +29,7 @@ from specsampling.attention import NAME as GROUPED_SDPA
 from specsampling.distilled import assemble, lists_head_tokens, trim_head
 from specsampling.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.embedded import ModelError, embedded_folder
-from specsampling.packed import can_pack, pack_linears
+from specsampling.packed import can_pack, pack_linears, to_int8
 
 EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
@@ -188,7 +188,9 @@ def load_model(
     """Load one model for inference, straight onto its device.
 
     Its attention becomes `attention.grouped_sdpa`; on a CPU in bfloat16 its linear layers are
-    packed (`packed.py`). Both are the same products in the same precision.
+    packed (`packed.py`). Both are the same products in the same precision. A distilled draft's
+    head is trimmed, and on a CPU its matrices stay in 8 bit as they are shipped
+    (`distilled.py`).
 
     Raises:
         ModelError: it cannot be found, loaded or quantised.
@@ -207,6 +209,8 @@ def load_model(
                 model = AutoModelForCausalLM.from_pretrained(location, **options)
             if lists_head_tokens(location):
                 trim_head(model, Path(location))
+                if device.type == "cpu":
+                    to_int8(model)  # as it is shipped
     except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load model {spec} ({_first_line(error)}); {_way_out(error)}"

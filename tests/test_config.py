@@ -192,7 +192,10 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             ["humaneval.stop_strings=['\\ndef']"],
             "humaneval.stop_strings must be [] for humaneval.prompt_style: chat",
         ),
-        (["models.draft=ngram", "models.draft_quantization=int8"], "models.draft_quantization must be none"),
+        (
+            ["models.draft=ngram", "models.draft_quantization=int8"],
+            "models.draft_quantization must be none",
+        ),
         (["humaneval=null", "xsum=null"], "profile demo must hold a humaneval or an xsum block"),
     ],
 )

@@ -71,5 +71,25 @@ def test_a_token_without_probability_is_never_drawn():
     assert {sample(probs, generator) for _ in range(300)} == {1, 3}
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1e-17, 0.5, 1 - 2**-53])
+def test_the_ends_of_the_uniform_stay_within_the_distribution(uniform, monkeypatch):
+    """Rounding must lead neither past the last token nor to one without probability."""
+    monkeypatch.setattr(torch, "rand", lambda *s, **o: torch.tensor(uniform, dtype=torch.float64))
+    for probs in ([0.0, 0.5, 0.0, 0.5, 0.0], [1 / 3] * 3, [0.0, 1.0, 0.0], [1e-30, 1.0]):
+        assert probs[sample(torch.tensor(probs), None)] > 0
+
+
+def test_samples_have_the_distribution():
+    """A chi-squared test with 3 degrees of freedom: 27 is exceeded once in 200,000 seeds."""
+    generator, num = torch.Generator().manual_seed(0), 20_000
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.001, 0.199])
+    counts = torch.bincount(
+        torch.tensor([sample(probs, generator) for _ in range(num)]), minlength=5
+    )
+    assert counts[1] == 0
+    expected = num * probs[probs > 0]
+    assert ((counts[probs > 0] - expected) ** 2 / expected).sum() < 27
+
+
 def test_one_hot_of_no_tokens_has_no_rows():
     assert one_hot(torch.tensor([], dtype=torch.long), 7).shape == (0, 7)
