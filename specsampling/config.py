@@ -84,10 +84,11 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. The n-gram lengths matter to lookups only, `model_k` to models."""
+    """How much is drafted. `ngram_*` matter to lookups only, the last two to models."""
 
     k: Annotated[int, _at_least(1, "choose run.methods: [autoregressive] to draft nothing")]
     model_k: Annotated[int, _at_least(1, "null is as many as k")] | None
+    min_confidence: Annotated[float, _Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Count
     ngram_min: Count
 

@@ -161,8 +161,9 @@ def load_configured_pair(config: Config) -> Pair:
 
 
 def _draft_options(config: Config) -> dict[str, Any]:
-    speculation = config.speculation
-    return {name: getattr(speculation, name) for name in ("ngram_max", "ngram_min", "model_k")}
+    options = vars(config.speculation).copy()
+    del options["k"]
+    return options
 
 
 def load_other_draft(config: Config, pair: Pair, spec: str) -> Draft:

@@ -68,10 +68,14 @@ class ModelDraft:
     Attributes:
         model: the model.
         max_k: the most tokens that it proposes in a cycle; None for as many as it is asked for.
+        min_confidence: a cycle's proposals end with the first for which the model gave no token
+            this probability (before the warp); 0 is off. Each token proposed is verified, so
+            where they end may depend on the model.
     """
 
     model: PreTrainedModel
     max_k: int | None = None
+    min_confidence: float = 0.0
 
     def start(
         self,
@@ -81,25 +85,25 @@ class ModelDraft:
         generator: torch.Generator | None,
     ) -> ModelProposer:
         session = Session(self.model, min(capacity, context_limit(self.model)))
-        return ModelProposer(session, num_logits(target), sampling, generator, self.max_k)
+        return ModelProposer(self, session, num_logits(target), sampling, generator)
 
 
 class ModelProposer:
     def __init__(
         self,
+        draft: ModelDraft,
         session: Session,
         vocab_size: int,
         sampling: Sampling,
         generator: torch.Generator | None,
-        max_k: int | None,
     ):
+        self._draft = draft
         self._session = session
         embeddings: Any = session.model.get_input_embeddings()
         self._last_id: int = embeddings.num_embeddings - 1
         self._vocab_size = vocab_size
         self._sampling = sampling
         self._generator = generator
-        self._max_k = max_k
 
     @property
     def num_calls(self) -> int:
@@ -113,7 +117,7 @@ class ModelProposer:
         self._session.prefill(self._known(tokens[: self._session.capacity]))
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
-        k = min(k, self._max_k or k)
+        k = min(k, self._draft.max_k or k)
         k = max(0, min(k, self._session.capacity - len(tokens) + 1))  # a full context is silent
         sequence = list(tokens)
         draft_probs = torch.zeros(k, self._vocab_size, device=self._session.device)
@@ -124,7 +128,14 @@ class ModelProposer:
             logits = logits[:, : self._vocab_size]
             draft_probs[i, : logits.shape[1]] = probs_from_logits(logits, self._sampling)[0]
             sequence.append(sample(draft_probs[i], self._generator))
-        return sequence[len(tokens) :], draft_probs
+            if i + 1 < k and not self._is_confident(logits):
+                break
+        return sequence[len(tokens) :], draft_probs[: len(sequence) - len(tokens)]
+
+    def _is_confident(self, logits: Tensor) -> bool:
+        """Whether a token of [1, V] logits is probable enough to draft another."""
+        limit = self._draft.min_confidence
+        return limit == 0 or float(logits.float().softmax(-1).max()) >= limit
 
     def rollback(self, length: int) -> None:
         self._session.length = min(self._session.length, length)

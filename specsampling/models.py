@@ -104,6 +104,7 @@ def load_pair(
     ngram_max: int = 3,
     ngram_min: int = 1,
     model_k: int | None = None,
+    min_confidence: float = 0.0,
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
@@ -119,6 +120,7 @@ def load_pair(
         ngram_max: longest n-gram that `ngram` looks up.
         ngram_min: shortest.
         model_k: the most tokens that a draft model proposes in a cycle; None for all k.
+        min_confidence: see `drafts.ModelDraft`; 0 is off.
 
     Raises:
         ModelError: in one line, what could not be loaded, why, and the way out.
@@ -138,6 +140,7 @@ def load_pair(
         ngram_max=ngram_max,
         ngram_min=ngram_min,
         model_k=model_k,
+        min_confidence=min_confidence,
     )
     return Pair(target_model, proposes, shared, eos_ids)
 
@@ -152,6 +155,7 @@ def load_draft(
     ngram_max: int = 3,
     ngram_min: int = 1,
     model_k: int | None = None,
+    min_confidence: float = 0.0,
 ) -> Draft:
     """Load a draft for a target that is there; see `load_pair`.
 
@@ -171,7 +175,7 @@ def load_draft(
         if compare_with:
             require_same_tokenizer(compare_with, load_tokenizer(spec), spec)
         model = load_model(spec, dtype, target.device, quantization)
-    proposes = ModelDraft(model, model_k)
+    proposes = ModelDraft(model, model_k, min_confidence)
     return proposes if spec == draft else CompositeDraft(lookup, proposes)
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 
 from autoregressive import autoregressive
-from specsampling.drafts import ModelDraft, NgramDraft, NgramProposer, first_layers
+from specsampling.drafts import CompositeDraft, ModelDraft, NgramDraft, NgramProposer, first_layers
 from specsampling.models import load_model
 from specsampling.sampling import Sampling, one_hot
 from specsampling.session import Session
@@ -37,6 +37,9 @@ def all_drafts(model_of, architecture):
         "itself": ModelDraft(target),
         "first layer": ModelDraft(first_layers(target, 1)),
         "n-gram": NgramDraft(),
+        "composite": CompositeDraft(
+            NgramDraft(3, 2), ModelDraft(model_of(architecture, seed=1), 3, min_confidence=0.3)
+        ),
     }
 
 
@@ -75,6 +78,29 @@ def test_a_draft_equal_to_the_target_is_always_accepted(llama):
     assert generation.drafted == [4] * 10
     assert generation.target_calls == 10
     assert generation.draft_calls == 40
+
+
+def test_a_model_stops_drafting_when_it_is_unsure(llama):
+    """The token it is unsure of is still proposed, with its distribution; none follows it."""
+    sure, unsure = (
+        ModelDraft(llama, min_confidence=limit).start(llama, 64, Sampling(), None)
+        for limit in (0.0, 0.3)
+    )
+    tokens, num_shorter = [1, 2, 3], 0
+    for _ in range(12):
+        all_tokens, _ = sure.propose(tokens, 5)
+        proposed, probs = unsure.propose(tokens, 5)
+        assert proposed == all_tokens[: len(proposed)] and len(probs) == len(proposed) >= 1
+        with torch.inference_mode():
+            logits = llama(torch.tensor([tokens + all_tokens])).logits[0, len(tokens) - 1 : -1]
+        confident = (logits.softmax(-1).max(-1).values >= 0.3).tolist()
+        num_expected = (confident.index(False) if False in confident else 4) + 1
+        assert len(proposed) == min(num_expected, 5)
+        num_shorter += len(proposed) < 5
+        tokens.append(all_tokens[0])
+        for proposer in (sure, unsure):
+            proposer.rollback(len(tokens) - 1)
+    assert num_shorter > 0
 
 
 def test_no_draft_token_is_fed_twice(llama, model_of):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from autoregressive import autoregressive
 from specsampling.config import HumanEvalConfig
-from specsampling.drafts import ModelDraft, NgramDraft, first_layers
+from specsampling.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.exactness import check_exactness
-from specsampling.models import load_pair
+from specsampling.models import (
+    load_draft,
+    load_model,
+    load_pair,
+    load_tokenizer,
+    model_location,
+)
+from specsampling.sampling import Sampling, one_hot
 from specsampling.tasks.humaneval import HumanEval
 from speculative import speculative
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
+CPU = torch.device("cpu")
+DRAFT = "embedded:smollm2-135m-draft"
 TIE = 1e-4  # a top-2 logit gap below this is a tie: other kernels may break it another way
 
 
@@ -54,6 +66,78 @@ def test_float32_outputs_equal_hugging_faces(task):
             generation = speculative(pair.target, draft, prompt, k=k, width=8, **options)
             assert generation.token_ids == reference, (example.id, k)
         print(example.id, len(theirs), theirs == baseline == reference)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_shipped_draft_is_lossless_and_useful(dtype, task):
+    """Alone and behind a lookup: the target's very tokens, in fewer calls."""
+    pair = load_pair("embedded:smollm2-135m", DRAFT, dtype=dtype, device="cpu")
+    composite = CompositeDraft(NgramDraft(3, 2), pair.draft)
+    options = {"max_new_tokens": 96, "eos_ids": pair.eos_ids, "width": 8}
+    num_tokens = num_calls = 0
+    for example in task.examples()[30:36]:
+        prompt = task.prompt(example, pair, max_tokens=1024).token_ids
+        expected = autoregressive(pair.target, prompt, **options).token_ids
+        for k, draft in ((3, pair.draft), (7, pair.draft), (7, composite)):
+            generation = speculative(pair.target, draft, prompt, k=k, **options)
+            assert generation.token_ids == expected, (example.id, k)
+            num_tokens += len(expected)
+            num_calls += generation.target_calls
+    assert num_tokens / num_calls > 2
+
+
+def test_sampled_tokens_have_the_targets_distribution(task):
+    """Chi-squared over the next token at a few prefixes; with a wrong rule, it rejects."""
+    pair = load_pair("embedded:smollm2-135m", DRAFT, dtype="float32", device="cpu")
+    for example in task.examples()[:2]:
+        prompt = task.prompt(example, pair, max_tokens=1024).token_ids
+        prefix = prompt + autoregressive(pair.target, prompt, max_new_tokens=20).token_ids
+        assert p_value(pair, pair.draft, prefix) > 0.01 / 2, example.id
+    assert p_value(pair, Dishonest(pair.draft), prefix) < 0.01 / 2
+
+
+@dataclass(frozen=True)
+class Dishonest:
+    """Reports that it was surer of its proposals than it was."""
+
+    honest: Draft
+
+    def start(self, *options):
+        proposer = self.honest.start(*options)
+        propose = proposer.propose
+
+        def misreport(tokens, k):
+            ids, probs = propose(tokens, k)
+            return ids, one_hot(torch.tensor(ids), probs.shape[1])
+
+        proposer.propose = misreport
+        return proposer
+
+
+def p_value(pair, draft, prefix, num=250) -> float:
+    """Of the first new token in `num` speculative samples, against the target's softmax."""
+    sampling, generator = Sampling(temperature=1.0), torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        probs = pair.target(torch.tensor([prefix])).logits[0, -1].softmax(-1).double()
+    options = {"k": 1, "max_new_tokens": 2, "sampling": sampling, "generator": generator}
+    drawn = [speculative(pair.target, draft, prefix, **options).token_ids[0] for _ in range(num)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(probs)).double()
+    common = probs * num >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = torch.cat([probs[common], probs[~common].sum()[None]]) * num
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(
+        torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2)
+    )
+
+
+def test_loading_the_shipped_draft_takes_less_than_a_second():
+    target, dtype = load_model("embedded:smollm2-135m", torch.bfloat16, CPU), torch.bfloat16
+    tokenizer = load_tokenizer("embedded:smollm2-135m")
+    model_location(DRAFT)  # made once
+    start = time.perf_counter()
+    load_draft(DRAFT, target, dtype, compare_with=tokenizer)
+    assert time.perf_counter() - start < 1
 
 
 def test_bfloat16_outputs_are_bit_exact(task):

@@ -6,13 +6,15 @@ rollback, warps) to the same standard, by a chi-squared test with a fixed seed.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from specsampling.drafts import ModelDraft
+from specsampling.distilled import TrimmedHead
+from specsampling.drafts import CompositeDraft, ModelDraft, NgramDraft
 from specsampling.sampling import Sampling, probs_from_logits
 from speculative import speculative
 
@@ -79,6 +81,23 @@ def p_value(target, draft, width) -> float:
 def test_sampled_texts_have_the_targets_distribution(width, pair):
     target, draft = pair
     assert p_value(target, ModelDraft(draft), width) > FALSE_ALARM
+
+
+def test_a_composite_that_stops_when_unsure_keeps_the_distribution(pair):
+    """Who proposes, and how many, depends on the text and on the draft's distributions."""
+    target, draft = pair
+    composite = CompositeDraft(NgramDraft(2, 1), ModelDraft(draft, min_confidence=0.5))
+    assert p_value(target, composite, None) > FALSE_ALARM
+
+
+def test_a_trimmed_head_keeps_the_distribution(pair):
+    """Tokens that the draft can never propose must come out as often as the target wants them."""
+    target, draft = pair
+    trimmed = copy.deepcopy(draft)
+    trimmed.set_output_embeddings(
+        TrimmedHead(draft.get_output_embeddings(), torch.tensor([0, 2, 5]))
+    )
+    assert p_value(target, ModelDraft(trimmed), None) > FALSE_ALARM
 
 
 @dataclass(frozen=True)
