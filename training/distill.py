@@ -96,7 +96,7 @@ def plot(work: Path) -> None:
     steps = [line["step"] for line in log]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot(steps, [line["divergence"] for line in log], color="black")
-    left.set(xlabel="step", ylabel="divergence from the target (nats per token)", ylim=(0, None))
+    left.set(xlabel="step", ylabel="divergence (nats per token)", ylim=(0, None))
     for name, style in zip(EVALUATIONS, ("-", "--", ":"), strict=True):
         right.plot(steps, [100 * line[name] for line in log], style, color="black", label=name)
     right.set(xlabel="step", ylabel="greedy agreement (%)", ylim=(0, 100))
