@@ -19,7 +19,7 @@ from specsampling.models import (
     load_tokenizer,
     model_location,
 )
-from specsampling.sampling import Sampling, one_hot
+from specsampling.sampling import Sampling
 from specsampling.tasks.humaneval import HumanEval
 from speculative import speculative
 
@@ -96,7 +96,10 @@ def test_sampled_tokens_have_the_targets_distribution(all_threads):
 
 @dataclass(frozen=True)
 class Dishonest:
-    """Reports that it was surer of its proposals than it was."""
+    """Reports a uniform distribution: whatever the target likes at all is then accepted.
+
+    (To report one-hot rows would be no lie: the rule is exact for any token that is given.)
+    """
 
     honest: Draft
 
@@ -106,7 +109,7 @@ class Dishonest:
 
         def misreport(tokens, k):
             ids, probs = propose(tokens, k)
-            return ids, one_hot(torch.tensor(ids), probs.shape[1])
+            return ids, torch.full_like(probs, 1 / probs.shape[1])
 
         proposer.propose = misreport
         return proposer
