@@ -21,7 +21,7 @@ from corpus import (
     invented_exercise,
 )
 from data import batches_by_length, evaluation_articles, evaluation_problems, make_data
-from distill import tokens_per_call
+from distill import claim, main, tokens_per_call
 from generate import generate, read
 from train import (
     EVALUATIONS,
@@ -37,6 +37,7 @@ from train import (
 )
 
 from autoregressive import autoregressive
+from specsampling.console import exit_code
 from specsampling.models import load_model
 
 SETTINGS = Path(__file__).parent.parent / "training" / "distill.yaml"
@@ -188,6 +189,23 @@ def test_tokens_per_call_counts_the_corrections():
     assert tokens_per_call([right], 1) == 6 / 4  # TT F... : 2, 1, 2, 1
     assert tokens_per_call([right], 2) == 6 / 3  # TTF, TF, F
     assert tokens_per_call([[True] * 8], 3) == 8 / 2
+
+
+def test_a_mistake_is_one_line(tmp_path, settings, capsys):
+    """Shards are found by their names: another recipe's would silently be trained on."""
+    work, changed = tmp_path / "work", tmp_path / "changed.yaml"
+    claim(work, settings)
+    claim(work, settings)
+    changed.write_text(yaml.safe_dump(settings | {"seed": 1}))
+    for recipe, message in (
+        (changed, "begun with others"),
+        (tmp_path / "none.yaml", "No such file"),
+        (SETTINGS, "run the stages in order"),  # nothing was trained that could be exported
+    ):
+        options = ["export", "--config", str(recipe), "--work", str(work)]
+        assert exit_code(main, options) == 2
+        errors = capsys.readouterr().err
+        assert message in errors and errors.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

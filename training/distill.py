@@ -36,6 +36,7 @@ from train import (  # noqa: E402
     train,
 )
 
+from specsampling.config import ConfigError  # noqa: E402
 from specsampling.console import exit_code  # noqa: E402
 from specsampling.distilled import assemble, expand, shrink  # noqa: E402
 from specsampling.models import load_model, model_location, resolve_device  # noqa: E402
@@ -136,10 +137,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(options.stages) - set(STAGES)
     if unknown:
         parser.error(f"STAGE must be one of {', '.join(STAGES)} (got {', '.join(unknown)})")
-    settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    for stage in options.stages or STAGES:
-        STAGES[stage](settings, options.work)
+    try:
+        settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+        claim(options.work, settings)
+        for stage in options.stages or STAGES:
+            STAGES[stage](settings, options.work)
+    except (OSError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"the recipe must be readable and {options.work} writable ({text}); name the recipe "
+            "with --config, and run the stages in order: " + ", ".join(STAGES)
+        ) from error
     return 0
+
+
+def claim(work: Path, settings: dict[str, Any]) -> None:
+    """Keep a work folder to one recipe: files of another one would be taken for its own.
+
+    Raises:
+        ConfigError: the folder was begun with other settings.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    begun, mine = work / "settings.json", json.dumps(settings, indent=1)
+    if not begun.exists():
+        begun.write_text(mine)
+    elif begun.read_text() != mine:
+        raise ConfigError(
+            f"--work must be a folder for these settings (got {work}, begun with others: see "
+            f"{begun}); choose another folder, or delete this one"
+        )
 
 
 if __name__ == "__main__":
