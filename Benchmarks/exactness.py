@@ -28,10 +28,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from specsampling.attention import NAME as GROUPED_SDPA
 from specsampling.console import device_name
-from specsampling.models import load_model, resolve_device
-from specsampling.packed import can_pack, pack_linears
+from specsampling.models import load_model, make_fast, resolve_device
 from specsampling.session import Session
 
 VOCAB = 1000
@@ -104,10 +102,7 @@ def models(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, PreT
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(GROUPED_SDPA)
-        if can_pack(model):
-            pack_linears(model)
+        make_fast(model)
         yield name, model
 
 

@@ -3,7 +3,8 @@
 Where several query heads share a key head, transformers copies keys and values once per
 query head whenever there is a mask. A decode call of fixed width always has one, over the
 whole cache. Here the queries that share a key head stand together as more rows of one head,
-which gives the same products and reads the cache as it lies.
+which gives the same products and reads the cache as it lies. The mask is made with these rows
+once per call, and in the form that the kernel adds to the products, not once per layer.
 
 Importing this registers it with transformers as "grouped_sdpa"; calls it has nothing to
 gain from go to transformers' own "sdpa".
@@ -40,7 +41,9 @@ def grouped_sdpa(
         query: [batch, query heads, rows, head_dim].
         key: [batch, key heads, keys, head_dim].
         value: [batch, key heads, keys, head_dim].
-        attention_mask: [batch, 1, rows, keys], True (or 0.0) where a row sees a key.
+        attention_mask: [batch, 1, rows, keys] or, as `grouped_mask` makes it, [batch, 1,
+            query heads / key heads * rows, keys]; True (or 0.0) where a row sees a key. None:
+            the last row sees all keys, each before it one less.
         dropout: 0 when decoding.
         scaling: of the products, before the softmax.
         options: passed on to transformers' own.
@@ -50,21 +53,36 @@ def grouped_sdpa(
     """
     batch, num_heads, num_rows, head_dim = query.shape
     group = num_heads // key.shape[1]
+    is_grouped = attention_mask is not None and attention_mask.shape[2] == group * num_rows
     is_special = any(options.get(name) is not None for name in SPECIAL)
-    if is_special or group == 1 or attention_mask is None or attention_mask.shape[1] != 1:
+    if is_special or group == 1 or (attention_mask is None and num_rows > 1):
+        if attention_mask is not None and is_grouped:
+            attention_mask = attention_mask[:, :, :num_rows]
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
+    if attention_mask is not None and not is_grouped:
+        attention_mask = attention_mask.repeat(1, 1, group, 1)
     output = torch.nn.functional.scaled_dot_product_attention(
         query.reshape(batch, -1, group * num_rows, head_dim),
         key,
         value,
-        attn_mask=attention_mask.repeat(1, 1, group, 1),
+        attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
     )
     return output.view(batch, num_heads, num_rows, -1).transpose(1, 2).contiguous(), None
 
 
+def grouped_mask(*args: Any, config: Any, dtype: torch.dtype, **options: Any) -> Tensor | None:
+    """transformers' mask with the rows of `grouped_sdpa`: 0 where a row sees a key, else -inf."""
+    mask = sdpa_mask(*args, config=config, dtype=dtype, **options)
+    if mask is None:
+        return None
+    added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return added.repeat(1, 1, config.num_attention_heads // num_key_heads, 1)
+
+
 AttentionInterface.register(NAME, grouped_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, grouped_mask)

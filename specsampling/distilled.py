@@ -111,3 +111,8 @@ def trim_head(model: PreTrainedModel, folder: Path) -> None:
 def lists_head_tokens(spec: str) -> bool:
     """Whether a model's spec is a folder that lists its frequent tokens."""
     return (Path(spec) / HEAD_TOKENS).is_file()
+
+
+def is_distilled(model: PreTrainedModel) -> bool:
+    """Whether a model's head is trimmed."""
+    return isinstance(model.get_output_embeddings(), TrimmedHead)

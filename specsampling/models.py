@@ -26,10 +26,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from specsampling.attention import NAME as GROUPED_SDPA
-from specsampling.distilled import assemble, lists_head_tokens, trim_head
+from specsampling.distilled import assemble, is_distilled, lists_head_tokens, trim_head
 from specsampling.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.embedded import ModelError, embedded_folder
-from specsampling.packed import can_pack, pack_linears, to_int8
+from specsampling.fused import fuse_layers
+from specsampling.packed import can_int8, can_pack, pack_linears, to_int8
 
 EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
@@ -191,10 +192,10 @@ def load_model(
 ) -> PreTrainedModel:
     """Load one model for inference, straight onto its device.
 
-    Its attention becomes `attention.grouped_sdpa`; on a CPU in bfloat16 its linear layers are
-    packed (`packed.py`). Both are the same products in the same precision. A distilled draft's
-    head is trimmed, and on a CPU its matrices stay in 8 bit as they are shipped
-    (`distilled.py`).
+    Unless it is quantised, its attention becomes `attention.grouped_sdpa`, a Llama's layers
+    become `fused.FusedLayer`s, and on a CPU in bfloat16 its linear layers are packed
+    (`packed.py`): the same products in the same precision. A distilled draft's head is trimmed,
+    and on a CPU its matrices stay in 8 bit as they are shipped (`distilled.py`).
 
     Raises:
         ModelError: it cannot be found, loaded or quantised.
@@ -213,8 +214,6 @@ def load_model(
                 model = AutoModelForCausalLM.from_pretrained(location, **options)
             if lists_head_tokens(location):
                 trim_head(model, Path(location))
-                if device.type == "cpu":
-                    to_int8(model)  # as it is shipped
     except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot load model {spec} ({_first_line(error)}); {_way_out(error)}"
@@ -224,11 +223,20 @@ def load_model(
             f"cannot decode with {spec}: {model.config.model_type} models name no context limit "
             "(max_position_embeddings); choose another model"
         )
+    if quantization == "none":
+        make_fast(model)
+    return model.eval()
+
+
+def make_fast(model: PreTrainedModel) -> None:
+    """Prepare a model's layers for decoding, in place: see `load_model`."""
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(GROUPED_SDPA)
-    if quantization == "none" and can_pack(model):
+        fuse_layers(model)
+    if is_distilled(model) and model.device.type == "cpu" and can_int8():
+        to_int8(model)
+    elif can_pack(model):
         pack_linears(model)
-    return model.eval()
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:

@@ -11,10 +11,10 @@ Knows nothing of decoding. Other devices and precisions keep their own layers.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
-
-INT8_STEP = 32  # the widest vector's number of elements, in bfloat16
 
 
 class PackedLinear(nn.Module):
@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return torch.ops.mkldnn._linear_pointwise(
+        return torch.ops.mkldnn._linear_pointwise.default(
             rows, self.packed_weight, self.bias, "none", [], ""
         )
 
@@ -55,32 +55,39 @@ def pack_linears(model: nn.Module, num_rows: int = 8) -> None:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer for inference with weights in int8, a scale per output, inputs as they are."""
+    """A linear layer for inference in 8 bit: weights for good, inputs while it runs.
+
+    Weights have a scale per output, inputs one per call. In and out goes float32.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.data.float()
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # [out]
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
-        self.bias = linear.bias
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        with warnings.catch_warnings():  # torch 2.13 announces the end of these types
+            warnings.simplefilter("ignore")
+            quantized = torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
+            bias = None if linear.bias is None else linear.bias.data.float()
+            self.packed_weight = torch.ops.quantized.linear_prepack(quantized, bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        flat = rows.reshape(-1, self.in_features)
-        product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
-        product = product.view(*rows.shape[:-1], self.out_features)
-        return product if self.bias is None else product + self.bias
+        """[..., in_features] -> [..., out_features], both float32."""
+        # Without VNNI the kernel's sums of two products overflow 16 bit: inputs get 7 bit there.
+        has_vnni = torch.cpu._is_vnni_supported()
+        return torch.ops.quantized.linear_dynamic.default(rows, self.packed_weight, not has_vnni)
+
+
+def can_int8() -> bool:
+    """Whether this processor has the kernels."""
+    return torch.backends.quantized.engine == "x86"
 
 
 def to_int8(model: nn.Module) -> None:
-    """Replace the `nn.Linear`s of a model on the CPU in place, its head included.
-
-    Layers that the kernel cannot take stay: torch 2.13 reads past the end of rows whose length
-    is not a multiple of a vector's.
-    """
+    """Make a model on the CPU float32 with all its `nn.Linear`s in int8, in place."""
+    model.float()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.in_features % INT8_STEP == 0:
+            if type(child) is nn.Linear:
                 setattr(module, name, Int8Linear(child))

@@ -34,9 +34,7 @@ class PreallocatedLayer(CacheLayerMixin):
     """One layer's keys and values, [batch, heads, capacity, head_dim], made at the first call."""
 
     is_sliding = False  # sliding-window models keep every key; their mask hides the old ones
-    is_compileable = (
-        True  # tells the mask code not to drop the mask of a call over the whole capacity
-    )
+    is_compileable = False  # a one-row call's mask may be dropped; not one over the whole capacity
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -169,13 +167,13 @@ class Session:
     def _whole_capacity(self) -> Iterator[None]:
         """Let attention see the cache's whole capacity, the unfilled part masked."""
         for layer in self._layers:
-            layer.shows_capacity = True
+            layer.shows_capacity = layer.is_compileable = True
         try:
             with _gpt_neo_masks(self.model, self.length, self.width or 0, self.capacity):
                 yield
         finally:
             for layer in self._layers:
-                layer.shows_capacity = False
+                layer.shows_capacity = layer.is_compileable = False
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def test_the_self_check_confirms_the_loaded_models(architecture, dtype, model_fo
 def test_the_self_check_does_not_confirm_layers_that_mix_rows(model_folders):
     """LLM.int8() picks outlier columns from all rows of a call: no row's bits are its own."""
     model = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
-    model.model.layers[0].mlp.register_forward_hook(
+    model.model.layers[0].down_proj.register_forward_hook(
         lambda _, inputs, output: output + 1e-3 * output.mean(dim=1, keepdim=True)
     )
     check = check_exactness(model, 8, capacity=300)
@@ -174,7 +174,7 @@ def test_the_self_check_does_not_confirm_layers_that_mix_rows(model_folders):
 
 def test_the_self_check_refuses_a_cache_that_gives_other_logits(model_folders):
     model = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
-    model.model.layers[0].self_attn.k_proj.register_forward_hook(
+    model.model.layers[0].qkv_proj.register_forward_hook(
         lambda _, inputs, output: output * (3.0 if inputs[0].shape[1] < 30 else 1.0)
     )
     with pytest.raises(ModelError, match="choose another architecture"):

@@ -35,10 +35,10 @@ from train import (
     train,
     training_paths,
 )
+from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.console import exit_code
-from specsampling.models import load_model
 
 SETTINGS = Path(__file__).parent.parent / "training" / "distill.yaml"
 
@@ -275,7 +275,7 @@ def test_no_evaluation_text_is_trained_on(small, tokenizer):
 def test_training_learns_and_survives_a_kill(small, tmp_path):
     """Killed in the middle and started again, it ends with the very same weights and log."""
     settings, work = small
-    target = load_model(settings["target"], torch.float32, torch.device("cpu"))
+    target = AutoModelForCausalLM.from_pretrained(settings["target"])
     train(settings, target, work)
     whole = torch.load(work / "draft.pt", weights_only=True)
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
@@ -308,7 +308,7 @@ def interrupt_at(step: int):
 def test_the_targets_own_layers_agree_with_it(small):
     """All of the target's layers and the whole vocabulary: what is counted is agreement."""
     settings, work = small
-    target = load_model(settings["target"], torch.float32, torch.device("cpu"))
+    target = AutoModelForCausalLM.from_pretrained(settings["target"])
     student = new_student(target, [0, 1])
     student.lm_head, untied = target.lm_head, target.lm_head.weight
     student.model.embed_tokens.weight.data.copy_(target.model.embed_tokens.weight)

@@ -35,11 +35,12 @@ from train import (  # noqa: E402
     new_student,
     train,
 )
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specsampling.config import ConfigError  # noqa: E402
 from specsampling.console import exit_code  # noqa: E402
 from specsampling.distilled import assemble, expand, shrink  # noqa: E402
-from specsampling.models import load_model, model_location, resolve_device  # noqa: E402
+from specsampling.models import model_location, resolve_device  # noqa: E402
 
 DRAFT = "smollm2-135m-draft"
 SHIPPED = "draft.safetensors"
@@ -120,7 +121,12 @@ def export(settings: dict[str, Any], work: Path) -> None:
 
 
 def _target(settings: dict[str, Any]) -> Any:
-    return load_model(settings["target"], torch.float32, resolve_device("auto"))
+    """As transformers loads it: decoding's `load_model` would fuse the layers that are copied."""
+    return AutoModelForCausalLM.from_pretrained(
+        model_location(settings["target"]),
+        dtype=torch.float32,
+        device_map={"": resolve_device("auto")},
+    )
 
 
 STAGES = {"data": make_data, "train": make_draft, "export": export, "evaluate": evaluate}

@@ -1,0 +1,100 @@
+"""A Llama's layers in fewer operations, for decoding.
+
+A decode call of a small model is many short operations, and much of its time passes between
+them. Here queries, keys and values are one product, and so are the two halves of the gated
+MLP; what they have in common is computed once. The same numbers are multiplied as in
+transformers' layers (`models/llama`, `models/qwen2`), which these replace in place: embedding,
+masks, positions, cache and head stay transformers'. On two AMD EPYC cores the calls of a
+135M-parameter model took three quarters of their time.
+
+Knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from specsampling.attention import grouped_sdpa
+
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer)
+
+
+class FusedLayer(nn.Module):
+    """Attention and gated MLP of one layer, with the signature of the layer it replaces."""
+
+    is_causal = True  # read by transformers' attention
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_key_value_groups = attention.num_key_value_groups
+        self.scaling = attention.scaling
+        self.num_key_features = attention.k_proj.out_features
+        self.eps = layer.input_layernorm.variance_epsilon
+        self.input_weight = layer.input_layernorm.weight
+        self.post_attention_weight = layer.post_attention_layernorm.weight
+        self.qkv_proj = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = attention.o_proj
+        self.gate_up_proj = joined(mlp.gate_proj, mlp.up_proj)
+        self.act_fn = mlp.act_fn
+        self.down_proj = mlp.down_proj
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        """[batch, rows, d] -> [batch, rows, d]."""
+        assert position_embeddings is not None
+        cos, sin = position_embeddings  # [batch, rows, head_dim]
+        batch, num_rows, width = hidden_states.shape
+        normed = nn.functional.rms_norm(hidden_states, (width,), self.input_weight, self.eps)
+        heads = self.qkv_proj(normed).view(batch, num_rows, -1, self.head_dim).transpose(1, 2)
+        num_keys = self.num_key_features // self.head_dim
+        rotated, values = heads[:, :-num_keys], heads[:, -num_keys:]
+        rotated = rotated * cos[:, None] + rotate_half(rotated) * sin[:, None]
+        queries, keys = rotated[:, :-num_keys], rotated[:, -num_keys:]
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        seen, _ = grouped_sdpa(
+            self, queries, keys, values, attention_mask, scaling=self.scaling, **options
+        )
+        hidden_states = hidden_states + self.o_proj(seen.reshape(batch, num_rows, -1))
+        normed = nn.functional.rms_norm(
+            hidden_states, (width,), self.post_attention_weight, self.eps
+        )
+        gate, up = self.gate_up_proj(normed).chunk(2, -1)
+        return hidden_states + self.down_proj(self.act_fn(gate) * up)
+
+
+def joined(*linears: nn.Linear) -> nn.Linear:
+    """One layer whose outputs are those of several, side by side; all have a bias or none has."""
+    weight = torch.cat([linear.weight.data for linear in linears])
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias.data for linear in linears])
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Replace the layers that this module knows, in place; others stay as they are.
+
+    Their weights must be plain `nn.Linear`s: neither quantised nor packed yet.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) in LAYERS:
+                setattr(parent, name, FusedLayer(child))
