@@ -5,7 +5,7 @@
     python main_exp1.py --score FILE             score any JSONL with prediction and reference
 
 Rows go to Results/results1.jsonl, ROUGE scores beside them. A rerun continues where the
-last one stopped.
+last one stopped; Benchmarks/bench1.ipynb shows the result.
 """
 
 from __future__ import annotations

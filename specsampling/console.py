@@ -32,6 +32,7 @@ from specsampling.records import (
     require_resumable,
     write_scores,
 )
+from specsampling.report import text_pieces
 from specsampling.sandbox import SandboxError
 from specsampling.tasks.task import TaskError
 
@@ -390,14 +391,6 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
 def coloured(
     token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> str:
-    """The text with each token in its kind's colour.
-
-    A character made of several tokens has the colour of the token that completes it.
-    """
-    parts, shown = [], ""
-    for i, kind in enumerate(kinds):
-        text = decode(token_ids[: i + 1])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            parts.append(f"{COLOURS[kind]}{text[len(shown) :]}{PLAIN}")
-            shown = text
-    return "".join(parts)
+    """The text with each token in its kind's colour; see `text_pieces`."""
+    pieces = text_pieces(token_ids, kinds, decode)
+    return "".join(f"{COLOURS[kind]}{text}{PLAIN}" for kind, text in pieces)

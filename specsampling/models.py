@@ -36,6 +36,8 @@ EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"
 LOOKUP_FIRST = "ngram+"
 
+QUIET = {"verbose": False}  # no warning of a long text: the caller cuts it or says so
+
 # Missing or broken files, an unknown architecture, a package or memory that is lacking.
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 
@@ -67,7 +69,7 @@ class Pair:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds."""
-        return self.tokenizer(text)["input_ids"]
+        return self.tokenizer(text, **QUIET)["input_ids"]
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a user's message in the chat template, up to where the answer begins.
@@ -81,7 +83,9 @@ class Pair:
                 f"({self.tokenizer.name_or_path} has none); choose prompt_style: completion"
             )
         chat = [{"role": "user", "content": message}]
-        encoded: Any = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        encoded: Any = self.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
+        )
         return encoded["input_ids"]
 
     def decode(self, token_ids: Sequence[int]) -> str:

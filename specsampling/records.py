@@ -85,6 +85,15 @@ class RougeScore(ScoredRow):
 Scores = Sequence[Score] | Sequence[RougeScore]  # of one run: its task says which
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run as its three files hold it; `scores` is None before the scoring."""
+
+    rows: list[Row]
+    meta: dict[str, Any]
+    scores: Scores | None
+
+
 class RunFile:
     """The rows of a run, open for appending in one process at a time.
 
@@ -217,6 +226,12 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         if isinstance(meta, dict):
             return meta
     raise RecordsError(f"{meta_path} must hold one JSON object (got {data[:40]!r})")
+
+
+def read_run(path: str | Path) -> Run:
+    """A finished or a running run, with its scores if they are there."""
+    is_scored = Path(path).with_suffix(".scores.jsonl").exists()
+    return Run(read_rows(path), read_meta(path), read_scores(path) if is_scored else None)
 
 
 def is_run(path: str | Path) -> bool:

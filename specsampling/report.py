@@ -7,15 +7,21 @@ to be read in greyscale. Knows rows, scores and a run's meta; decodes nothing.
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from specsampling import metrics
-from specsampling.records import RougeScore, Row, Score, Scores
+from specsampling.decoding import Generation
+from specsampling.records import RougeScore, Row, Run, Score, Scores
 
 if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a table needs none
     from matplotlib.axes import Axes
@@ -38,6 +44,43 @@ TERMINAL_HEADERS = {  # the header's two lines
     "block efficiency": ("tokens", "/call"),
     "time outside forwards": ("outside", "forwards"),
     "identical outputs": ("identical", "outputs"),
+    "result": ("result", "[95%]"),
+    "difference": ("less autoregressive's", "[95%]"),
+    "ms/token": ("ms", "/token"),
+}
+
+PUBLISHED = {  # by the earlier attempt at this reproduction: autoregressive, speculative
+    "xsum": {
+        "rouge1": [0.160, 0.159],
+        "speedup": [math.nan, 1.84],
+        "draft acceptance rate": [math.nan, 0.32],
+    },
+    "humaneval": {
+        "pass@1": [0.35, 0.40],
+        "speedup": [math.nan, 2.52],
+        "draft acceptance rate": [math.nan, 0.75],
+    },
+}
+
+# The grid of Chen et al. 2023, Table 1, and greedy HumanEval, which the paper does not have.
+TABLE1_CELLS = ("xsum-nucleus", "xsum-greedy", "humaneval-nucleus", "humaneval-greedy")
+TABLE1_KEYS = ["benchmark", "sampling", "method"]
+TABLE1_HEADINGS = ["source", "benchmark", "sampling"]  # in a terminal: lines of their own
+TABLE1_MEASURES = {"rouge2": "XSum (ROUGE-2)", "pass@1": "HumanEval (pass@1)"}
+PAPER = "published by Chen et al. 2023, not measured here"
+PAPER_SETUP = "the paper's: Chinchilla 70B, draft of 4B, K = 4, 16 TPU v4; 100 samples on HumanEval"
+
+TOKEN_MARKS = {  # a token by its origin; what is bold or underlined stays apart in greyscale
+    "accepted": '<span style="color: #1b7837">{}</span>',
+    "correction": '<b style="color: #b2182b"><u>{}</u></b>',
+    "bonus": '<b style="color: #2166ac"><i>{}</i></b>',
+    "target": "<span>{}</span>",
+}
+TOKEN_ORIGINS = {
+    "accepted": "drafted and accepted",
+    "correction": "the target's, after a rejection",
+    "bonus": "the target's, with nothing rejected",
+    "target": "the target's, without a draft",
 }
 
 
@@ -81,7 +124,10 @@ def summary_table(
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs: same token ids as method {compared_with}")
     if scores is not None and _is_rouge(scores):
-        notes += _rouge_differences(kept, scores)
+        differences = _rouge_differences(kept, scores)
+        for other, found in differences.items():
+            difference = _interval_text("rouge1 difference", *astuple(found["rouge1"]))
+            notes.append(f"rouge1, speculative less {other}: {difference}")
     cut = {row.example_id for row in rows if row.num_cut_tokens}
     if cut:
         notes.append(f"documents cut at their end to fit the context: {len(cut)}")
@@ -90,16 +136,109 @@ def summary_table(
     return table
 
 
-def published_table() -> pd.DataFrame:
-    """HumanEval as the earlier attempt at this reproduction published it: not our figures."""
+def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
+    """A task as the earlier attempt at this reproduction published it: not our figures."""
+    return pd.DataFrame({"method": ["autoregressive", "speculative"], **PUBLISHED[task]})
+
+
+def rouge_difference_table(rows: Sequence[Row], scores: Scores) -> pd.DataFrame:
+    """ROUGE of the speculative outputs less that of each other method, paired by sample.
+
+    One line per method that they are compared with; `reference` must give 0 in a greedy run.
+    """
+    lines = []
+    for other, differences in _rouge_differences(_shared_rows(rows), scores).items():
+        line: dict[str, Any] = {"speculative less": other}
+        for name, difference in differences.items():
+            line |= _interval_columns(f"{name} difference", difference)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def example_table(
+    rows: Sequence[Row],
+    documents: Mapping[str, str],
+    num_examples: int = 3,
+    num_characters: int = 300,
+) -> pd.DataFrame:
+    """The first examples side by side: the document's start, the reference, and the outputs.
+
+    Args:
+        rows: of the methods wanted; of several samples, the first is shown.
+        documents: example id -> text, for any of the examples.
+        num_examples: how many to show.
+        num_characters: where a document is cut.
+    """
+    lines: dict[str, dict[str, str | None]] = {}
+    for method, of_method in _shared_rows(rows).items():
+        for row in [row for row in of_method if row.sample_index == 0][:num_examples]:
+            document = documents.get(row.example_id, "")
+            start = textwrap.shorten(document, num_characters, placeholder=" ...")
+            line = {"document": start, "reference summary": row.reference}
+            lines.setdefault(row.example_id, line)[method] = row.completion
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def table1_paths(folder: str | Path) -> dict[str, Path]:
+    """Where the rows of each cell of the grid are, in the paper's order."""
+    return {cell: Path(folder, f"table1-{cell}.jsonl") for cell in TABLE1_CELLS}
+
+
+def table1(runs: Sequence[Run]) -> pd.DataFrame:
+    """Table 1 of Chen et al. 2023 over our runs: a line per cell of the grid and method.
+
+    A `summary_table` of each run with the paper's measure of quality (ROUGE-2 or pass@1), how
+    much higher it is than `autoregressive`'s, and `ms/token`: decode milliseconds / new tokens.
+    """
+    parts, notes = [], []
+    for run in runs:
+        config = run.meta["config"]
+        measure = "pass@1" if config["xsum"] is None else "rouge2"
+        sampling = describe_sampling(config["sampling"])
+        part = summary_table(run.rows, run.scores, sampling)
+        notes += [f"{TABLE1_MEASURES[measure]}, {sampling}: {n}" for n in part.attrs["notes"]]
+        part["benchmark"] = TABLE1_MEASURES[measure]
+        part["ms/token"] = 1000 / part["tokens/s"]
+        parts.append(part.join(_quality_differences(run, measure), on="method"))
+    columns = [*TABLE1_KEYS, "n"]
+    for measure in TABLE1_MEASURES:
+        columns += [*_interval_names(measure), *_interval_names(f"{measure} difference")]
+    columns += ["ms/token", *_interval_names("speedup"), "identical outputs"]
+    ks = {name.removeprefix("pass@") for part in parts for name in part} - {"1"}
+    columns += [f"pass@{k}" for k in sorted(filter(str.isdigit, ks), key=int)]
+    table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
+    table.attrs["notes"] = notes
+    return table
+
+
+def paper_table1() -> pd.DataFrame:
+    """Table 1 as Chen et al. 2023 published it, in the columns of `table1`: not our figures."""
+    xsum, humaneval = TABLE1_MEASURES.values()
+    nan = math.nan
     return pd.DataFrame(
-        {
-            "method": ["autoregressive", "speculative"],
-            "pass@1": [0.35, 0.40],
-            "speedup": [math.nan, 2.52],
-            "draft acceptance rate": [math.nan, 0.75],
-        }
+        [
+            (xsum, "temperature 1, top-p 0.8", "autoregressive", 0.112, nan, 14.1, 1.0),
+            (xsum, "temperature 1, top-p 0.8", "speculative", 0.114, nan, 7.52, 1.92),
+            (xsum, "greedy", "autoregressive", 0.157, nan, 14.1, 1.0),
+            (xsum, "greedy", "speculative", 0.156, nan, 7.00, 2.01),
+            (humaneval, "temperature 0.8, top-p 0.95", "autoregressive", nan, 0.451, 14.1, 1.0),
+            (humaneval, "temperature 0.8, top-p 0.95", "speculative", nan, 0.470, 5.73, 2.46),
+        ],
+        columns=[*TABLE1_KEYS, "rouge2", "pass@1", "ms/token", "speedup"],
     )
+
+
+def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """A `table1` as text, the paper's own below it; `result` is the benchmark's measure."""
+    both = pd.concat(
+        {"this run": table.set_index(TABLE1_KEYS), PAPER: paper_table1().set_index(TABLE1_KEYS)},
+        names=["source"],
+    )
+    text = printable(both)
+    for position, (name, suffix) in enumerate({"result": "", "difference": " difference"}.items()):
+        rouge2, passed = text.pop(f"rouge2{suffix}"), text.pop(f"pass@1{suffix}")
+        text.insert(position + 1, name, rouge2.where(rouge2 != "-", passed))
+    return text
 
 
 def printable(table: pd.DataFrame) -> pd.DataFrame:
@@ -108,15 +247,11 @@ def printable(table: pd.DataFrame) -> pd.DataFrame:
     for name in table.columns:
         if name.endswith((" low", " high")):
             continue
-        columns[name] = [_as_text(name, value) for value in table[name]]
         if f"{name} low" in table:
-            bounds = zip(table[f"{name} low"], table[f"{name} high"], strict=True)
-            columns[name] = [
-                cell
-                if math.isnan(low)
-                else f"{cell} [{_as_text(name, low)}, {_as_text(name, high)}]"
-                for cell, (low, high) in zip(columns[name], bounds, strict=True)
-            ]
+            intervals = zip(*(table[part] for part in _interval_names(name)), strict=True)
+            columns[name] = [_interval_text(name, *interval) for interval in intervals]
+        else:
+            columns[name] = [_as_text(name, value) for value in table[name]]
     return pd.DataFrame(columns, index=table.index)
 
 
@@ -127,9 +262,31 @@ def format_table(table: pd.DataFrame) -> str:
     unseen = ["end-to-end speedup low", "end-to-end speedup high"]
     if "rouge1" in table:
         unseen += ["rouge2 low", "rouge2 high", "rougeL", "time outside forwards"]
-    text = printable(table.drop(columns=unseen))
+    text = printable(table.drop(columns=[*unseen, "sampling"]))
+    return "\n".join([*_aligned(text), *table.attrs["notes"]])
+
+
+def format_table1(table: pd.DataFrame) -> str:
+    """A `table1` for a terminal, under a heading per cell, and the paper's own below it."""
+    text = table1_beside_paper(table).reset_index()
+    first, second, rule, *lines = _aligned(text.drop(columns=TABLE1_HEADINGS))
+    shown, above = [first, second], ("", "", "")
+    headings = text[TABLE1_HEADINGS].itertuples(index=False, name=None)
+    for line, heading in zip(lines, headings, strict=True):
+        source, benchmark, sampling = heading
+        if source != above[0]:
+            shown += [rule, f"{source}:"]
+        if heading != above:
+            shown.append(f"{benchmark}, {sampling}")
+        above = heading
+        shown.append(line)
+    return "\n".join([*shown, rule, *table.attrs["notes"], PAPER_SETUP])
+
+
+def _aligned(text: pd.DataFrame) -> list[str]:
+    """Lines of equal columns: the header's two, a rule, and one per line of `text`."""
     columns = []
-    for name in text.columns.drop("sampling"):
+    for name in map(str, text):
         cells = [*TERMINAL_HEADERS.get(name, ("", name)), *text[name]]
         width = max(map(len, cells))
         columns.append(
@@ -137,7 +294,7 @@ def format_table(table: pd.DataFrame) -> str:
         )
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
     lines.insert(2, "-" * max(map(len, lines)))
-    return "\n".join([*lines, *table.attrs["notes"]])
+    return lines
 
 
 # --- sentences -----------------------------------------------------------------------
@@ -177,20 +334,20 @@ versions: {versions}"""
 
 
 def speedup_figure(rows: Sequence[Row]) -> Figure:
-    """Each problem's speedup, sorted, with the ratio of totals and its interval as a line."""
+    """Each example's speedup, sorted, with the ratio of totals and its interval as a line."""
     by_method = _shared_rows(rows)
     compared = metrics.speedup(by_method.get(BASELINE, []), by_method.get("speculative", []))
     ratios = sorted(compared.per_problem.values())
     total = compared.of_totals
     figure, axes = _new_figure()
-    axes.plot(range(1, len(ratios) + 1), ratios, ".", color=DARK, label="one problem")
+    axes.plot(range(1, len(ratios) + 1), ratios, ".", color=DARK, label="one example")
     total_label = f"ratio of totals: {_as_text('speedup', total.estimate)}"
     axes.axhline(total.estimate, color=DARK, label=total_label)
     axes.axhspan(total.low, total.high, color=LIGHT, linewidth=0, label="its 95% interval")
     axes.axhline(1, color="black", linestyle="--", linewidth=1, label="as fast as the baseline")
     num_faster = sum(ratio > 1 for ratio in ratios)
-    axes.set_title(f"Speculative decoding is faster on {num_faster} of {len(ratios)} problems")
-    axes.set_xlabel("problems, sorted by speedup")
+    axes.set_title(f"Speculative decoding is faster on {num_faster} of {len(ratios)} examples")
+    axes.set_xlabel("examples, sorted by speedup")
     axes.set_ylabel("speedup\n(baseline s/token ÷ speculative s/token)")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -221,7 +378,7 @@ def accepted_figure(rows: Sequence[Row]) -> Figure:
 
 
 def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
-    """Decoding speed of each method: the spread over problems, and the total."""
+    """Decoding speed of each method: the spread over examples, and the total."""
     by_method = _shared_rows(rows)
     speeds = {
         method: [
@@ -245,12 +402,57 @@ def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
         axes.annotate(f"{total:.1f}", (position + 0.25, total), va="center")
     labels = [method.replace(":", ":\n") for method in speeds]
     axes.set_xticks(range(1, len(speeds) + 1), labels)
-    num_problems = max(map(len, speeds.values()))
-    axes.set_title(f"Decoding speed of each method over {num_problems} problems")
-    axes.set_xlabel("box: middle half of the problems and their median; whiskers: 5% to 95%")
+    num_examples = max(map(len, speeds.values()))
+    axes.set_title(f"Decoding speed of each method over {num_examples} examples")
+    axes.set_xlabel("box: middle half of the examples and their median; whiskers: 5% to 95%")
     axes.set_ylabel("tokens per second (prefill left out)")
     axes.set_ylim(bottom=0)
     axes.legend()
+    return figure
+
+
+def table1_figure(table: pd.DataFrame) -> Figure:
+    """The speedup in each cell of a `table1`, with its interval, beside the paper's own."""
+    keys = ["benchmark", "sampling"]
+    ours, paper = (
+        part[part["method"] == "speculative"].set_index(keys) for part in (table, paper_table1())
+    )
+    paper = paper.reindex(ours.index)
+    positions = np.arange(len(ours))
+    bounds = [ours["speedup"] - ours["speedup low"], ours["speedup high"] - ours["speedup"]]
+    figure, axes = _new_figure()
+    axes.errorbar(
+        ours["speedup"],
+        positions,
+        xerr=np.nan_to_num(bounds),
+        fmt="D",
+        color=DARK,
+        capsize=4,
+        label="this run, with its 95% interval",
+    )
+    axes.plot(
+        paper["speedup"],
+        positions + 0.25,
+        "s",
+        color=MIDDLE,
+        markerfacecolor="white",
+        markersize=8,
+        label="the paper's, on its own models and hardware",
+    )
+    for position, speedup, published in zip(positions, ours["speedup"], paper["speedup"]):
+        label = _as_text("speedup", speedup)
+        axes.annotate(label, (speedup, position - 0.1), ha="center", va="bottom")
+        if published > 0:
+            label = f"   {_as_text('speedup', published)}"
+            axes.annotate(label, (published, position + 0.25), va="center")
+    axes.axvline(1, color="black", linestyle="--", linewidth=1, label="as fast as the baseline")
+    axes.set_yticks(positions, [",\n".join(map(str, cell)) for cell in ours.index])
+    axes.set_title("Speedup of speculative sampling, cell by cell")
+    axes.set_xlabel("speedup (baseline s/token ÷ speculative s/token)")
+    axes.set_ylabel("benchmark and sampling")
+    axes.set_xlim(left=0)
+    axes.set_ylim(len(ours) - 0.5, -0.7)
+    figure.legend(loc="outside lower center", ncols=1)
     return figure
 
 
@@ -262,6 +464,46 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
     with mpl.rc_context({"svg.hashsalt": name}):  # with no date: same figure, same file
         figure.savefig(Path(folder, f"{name}.png"), dpi=150)
         figure.savefig(Path(folder, f"{name}.svg"), metadata={"Date": None})
+
+
+# --- tokens --------------------------------------------------------------------------
+
+
+def text_pieces(
+    token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> list[tuple[str, str]]:
+    """The text cut into its tokens: (kind, text) of each.
+
+    A character made of several tokens belongs to the token that completes it.
+    """
+    pieces, shown = [], ""
+    for i, kind in enumerate(kinds):
+        text = decode(token_ids[: i + 1])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            pieces.append((kind, text[len(shown) :]))
+            shown = text
+    return pieces
+
+
+def tokens_html(row: Row, decode: Callable[[Sequence[int]], str]) -> str:
+    """A row's text as HTML, each token coloured by its origin, above a legend with counts.
+
+    Args:
+        row: of any method.
+        decode: token ids -> text.
+    """
+    generation = Generation(row.token_ids, row.finish_reason, row.accepted, row.drafted)
+    kinds = generation.kinds()
+    pieces = text_pieces(row.token_ids, kinds, decode)
+    text = "".join(TOKEN_MARKS[kind].format(html.escape(piece)) for kind, piece in pieces)
+    counts = Counter(kinds)
+    legend = "; ".join(
+        f"{TOKEN_MARKS[kind].format(kind)} ({origin}): {counts[kind]}"
+        for kind, origin in TOKEN_ORIGINS.items()
+        if counts[kind]
+    )
+    style = "white-space: pre-wrap; background: white; color: black; padding: 0.5em"
+    return f'<p style="{style}">{text}</p>\n<p style="{style}">{legend}</p>'
 
 
 # --- the parts they share ------------------------------------------------------------
@@ -316,16 +558,34 @@ def _rouge_columns(scores: Sequence[RougeScore]) -> dict[str, float]:
     return columns
 
 
-def _rouge_differences(by_method: Mapping[str, Sequence[Row]], scores: Scores) -> list[str]:
-    """A sentence per method that the speculative one is compared with; `reference` must give 0."""
+def _rouge_differences(
+    by_method: Mapping[str, Sequence[Row]], scores: Scores
+) -> dict[str, dict[str, metrics.Interval]]:
+    """ROUGE of the speculative method less each other's: method -> name -> difference."""
     scored = {method: _scores_of(rows, scores) for method, rows in by_method.items()}
     ours = scored.pop("speculative", [])
-    sentences = []
-    for method, theirs in scored.items():
-        found = metrics.rouge_difference(ours, theirs, "rouge1")
-        bounds = "" if math.isnan(found.low) else f" [{found.low:+.4f}, {found.high:+.4f}]"
-        sentences.append(f"rouge1, speculative less {method}: {found.estimate:+.4f}{bounds}")
-    return sentences if ours else []
+    return {
+        method: {name: metrics.rouge_difference(ours, theirs, name) for name in metrics.ROUGE_NAMES}
+        for method, theirs in scored.items()
+        if ours
+    }
+
+
+def _quality_differences(run: Run, measure: str) -> pd.DataFrame:
+    """By method: how much higher the paper's measure is than the baseline's."""
+    scored = {
+        method: _scores_of(rows, run.scores or [])
+        for method, rows in _shared_rows(run.rows).items()
+    }
+    baseline = scored.pop(BASELINE, [])
+    lines = {}
+    for method, scores in scored.items():
+        if measure == "rouge2":
+            difference = metrics.rouge_difference(scores, baseline, "rouge2")
+        else:
+            difference = metrics.pass_at_1_difference(scores, baseline)
+        lines[method] = _interval_columns(f"{measure} difference", difference)
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def _speed_columns(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float]:
@@ -342,13 +602,25 @@ def _speed_columns(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, fl
 
 
 def _interval_columns(name: str, interval: metrics.Interval) -> dict[str, float]:
-    return {name: interval.estimate, f"{name} low": interval.low, f"{name} high": interval.high}
+    return dict(zip(_interval_names(name), astuple(interval), strict=True))
+
+
+def _interval_names(name: str) -> list[str]:
+    return [name, f"{name} low", f"{name} high"]
+
+
+def _interval_text(name: str, estimate: float, low: float, high: float) -> str:
+    """An estimate of column `name`, and its bounds if it has any."""
+    bounds = "" if math.isnan(low) else f" [{_as_text(name, low)}, {_as_text(name, high)}]"
+    return _as_text(name, estimate) + bounds
 
 
 def _as_text(name: str, value: Any) -> str:
     """One cell of column `name`."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return "-"
+    if name.endswith(" difference"):
+        return f"{value:+.1%}" if name.startswith("pass@") else f"{value:+.4f}"
     if name.startswith("pass@") or name in ("draft acceptance rate", "time outside forwards"):
         return f"{value:.1%}"
     if name in metrics.ROUGE_NAMES:

@@ -131,7 +131,8 @@ def model_folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
     for architecture in ARCHITECTURES:
         for seed, role in enumerate(("target", "draft")):
             folder = tmp_path_factory.mktemp(f"{architecture}-{role}")
-            model = make_model(architecture, seed, vocab_size=len(tokenizer), context=1024)
+            context = 2048 if architecture == "gpt_neo" else 1024  # GPT-Neo's own
+            model = make_model(architecture, seed, vocab_size=len(tokenizer), context=context)
             model.generation_config.eos_token_id = tokenizer.eos_token_id
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

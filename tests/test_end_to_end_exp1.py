@@ -19,7 +19,7 @@ from specsampling.metrics import ROUGE_NAMES
 from specsampling.models import load_tokenizer
 from specsampling.records import read_meta, read_rows, read_scores
 
-CONTEXT = 1024  # of the tiny models
+CONTEXT = 2048  # GPT-Neo's
 SCORER = RougeScorer(list(ROUGE_NAMES), use_stemmer=True)
 
 # The tiny tokenizer and models know nothing but such text.

@@ -211,6 +211,24 @@ def test_pass_at_1_counts_problems_and_not_samples():
     assert metrics.pass_at_1_interval(scores).estimate == 0.5
 
 
+def test_pass_at_1_difference_is_paired_by_sample():
+    """Unpaired, the interval would reach to both sides of 0: only one problem of 50 moved."""
+    passed = {f"problem{i}": [i % 2 == 0, i % 3 == 0] for i in range(50)}
+    theirs = make_scores(**passed)
+    assert metrics.pass_at_1_difference(theirs[::-1], theirs) == Interval(0.0, 0.0, 0.0)
+    ours = make_scores(**passed | {"problem1": [True, False]})
+    found = metrics.pass_at_1_difference(ours, theirs)
+    assert found.estimate == pytest.approx(0.01)
+    assert found.low == 0.0 and found.high < 0.05
+
+
+def test_pass_at_1_difference_is_over_the_samples_that_both_have():
+    ours = make_scores(a=[True, True], b=[False], only_ours=[True])
+    theirs = make_scores(b=[True], a=[True], only_theirs=[True])
+    assert metrics.pass_at_1_difference(ours, theirs).estimate == pytest.approx(-0.5)
+    assert math.isnan(metrics.pass_at_1_difference(ours, []).estimate)
+
+
 # --- ROUGE ---------------------------------------------------------------------------
 
 

@@ -1,14 +1,16 @@
 """The notebooks run on synthetic rows, and hold neither logic nor errors."""
 
 import ast
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from test_report import META, make_run, score_every_fourth
+from test_report import META, make_grid, make_rouge_scores, make_run, score_every_fourth
 
 from specsampling.records import RunFile, write_scores
 
@@ -16,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "Benchmarks").glob("*.ipynb"))
 
 
-def write_results(folder: Path, rows) -> Path:
-    path = folder / "Results" / "results2.jsonl"
-    with RunFile.open(path, META) as file:
+def write_results(folder: Path, rows, name="results2", meta=META) -> Path:
+    path = folder / "Results" / f"{name}.jsonl"
+    with RunFile.open(path, meta) as file:
         for row in rows:
             file.append(row)
     return path
@@ -73,11 +75,95 @@ def test_bench2_runs_from_the_root_on_an_unscored_run_without_reference(tmp_path
     assert "1 rows left out" in text
 
 
-def test_bench2_without_results_says_which_command_makes_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("bench1.ipynb", "main_exp1.py"),
+        ("bench2.ipynb", "main_exp2.py"),
+        ("table1.ipynb", "Benchmarks/table1.py"),
+    ],
+)
+def test_without_results_a_notebook_says_which_command_makes_them(
+    name, command, tmp_path, monkeypatch
+):
     with pytest.raises(CellExecutionError) as stopped:
-        execute("bench2.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
+        execute(name, tmp_path, tmp_path / "Benchmarks", monkeypatch)
     assert stopped.value.ename == "SystemExit"
-    assert "`python main_exp2.py` makes them" in stopped.value.evalue
+    assert f"`python {command}` makes them" in stopped.value.evalue
+
+
+def write_xsum_results(folder: Path, tokenizer_folder: Path, rows) -> Path:
+    """Rows of a run from `folder`, over articles in a file there; one summary each."""
+    articles = [
+        {"id": row.example_id, "document": f"Document <{row.example_id}>.", "summary": "Short."}
+        for row in rows
+        if row.method == "speculative"
+    ]
+    text = "".join(json.dumps(article) + "\n" for article in articles)
+    (folder / "articles.jsonl").write_text(text)
+    config = META["config"] | {
+        "models": {"target": str(tokenizer_folder), "draft": "ngram", "tokenizer": None},
+        "xsum": {"dataset": "articles.jsonl", "split": "test"},
+    }
+    rows = [replace(row, reference="Short.", completion=f"By {row.method}.") for row in rows]
+    return write_results(folder, rows, "results1", META | {"config": config})
+
+
+def test_bench1_shows_rouge_examples_and_where_tokens_came_from(
+    tmp_path, monkeypatch, model_folders
+):
+    path = write_xsum_results(tmp_path, model_folders["llama-target"], make_run())
+    write_scores(path, make_rouge_scores(autoregressive=0.1))
+    notebook = execute("bench1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
+    text = "\n".join(outputs_of(notebook, "text/plain"))
+    pages = outputs_of(notebook, "text/html")
+    (table,) = (page for page in pages if "earlier attempt" in page)
+    for number in ("12/12", "37.5%", "2.50", "2.00 [2.00, 2.00]", "0.200 [", "0.159", "1.84"):
+        assert number in table
+    (differences,) = (page for page in pages if "rougeL difference" in page)
+    assert "-0.0500 [-0.0500, -0.0500]" in differences
+    assert "12 of 12 speculative outputs have the token ids of method reference" in text
+    (examples,) = (page for page in pages if "reference summary" in page)
+    for words in ("Document &lt;HumanEval/2&gt;.", "By autoregressive.", "By speculative."):
+        assert words in examples
+    assert "By reference." not in examples  # with greedy decoding the speculative text again
+    (tokens,) = (page for page in pages if "after a rejection" in page)
+    # Ids 1 to 4 of the tiny tokenizer are the first of its alphabet: ! " # $.
+    assert tokens.index("&quot;") < tokens.index("<u>#</u>") < tokens.index("<i>$</i>")
+    assert len(outputs_of(notebook, "image/png")) == 3
+    saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
+    names = ("exp1_accepted", "exp1_speedup", "exp1_tokens_per_second")
+    assert saved == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+
+
+def test_bench1_runs_on_an_unscored_run_without_speculative_rows(
+    tmp_path, monkeypatch, model_folders
+):
+    rows = make_run()
+    write_xsum_results(tmp_path, model_folders["llama-target"], rows)
+    path = tmp_path / "Results" / "results1.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"speculative"' not in line))
+    notebook = execute("bench1.ipynb", tmp_path, tmp_path, monkeypatch)
+    assert "The rows are not scored yet" in "\n".join(outputs_of(notebook, "text/plain"))
+
+
+def test_table1_shows_our_grid_beside_the_papers(tmp_path, monkeypatch):
+    names = ("xsum-nucleus", "humaneval-nucleus", "humaneval-greedy")
+    for name, run in zip(names, make_grid(), strict=True):
+        path = write_results(tmp_path, run.rows, f"table1-{name}", run.meta)
+        write_scores(path, run.scores)
+    write_results(tmp_path, [], "table1-xsum-greedy")  # stopped before its first row
+    notebook = execute("table1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
+    text = "\n".join(outputs_of(notebook, "text/plain"))
+    (table,) = outputs_of(notebook, "text/html")
+    for words in ("XSum (ROUGE-2)", "+0.1000 [+0.1000", "12.50", "7.52", "2.46", "not measured"):
+        assert words in table
+    assert "xsum-greedy\nno rows yet" in text
+    assert "16 TPU v4" in text and "A Processor (cpu)" in text
+    assert len(outputs_of(notebook, "image/png")) == 1
+    saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
+    assert saved == {"table1_speedup.png", "table1_speedup.svg"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

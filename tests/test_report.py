@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.colors
@@ -13,7 +14,7 @@ import pytest
 from test_metrics import make_rouge, make_row
 
 from specsampling import report
-from specsampling.records import RougeScore, Row, Score
+from specsampling.records import RougeScore, Row, Run, Score
 
 META = {
     "config": {
@@ -183,7 +184,7 @@ def test_published_figures_stand_beside_ours_under_their_own_label():
     both = pd.concat(
         {
             "ours": report.summary_table(make_run()).set_index("method"),
-            "published": report.published_table().set_index("method"),
+            "published": report.published_table("humaneval").set_index("method"),
         }
     )
     published = report.printable(both).loc["published"]
@@ -192,6 +193,14 @@ def test_published_figures_stand_beside_ours_under_their_own_label():
     assert list(published["draft acceptance rate"]) == ["-", "75.0%"]
     assert list(published["n"]) == ["-", "-"]
     assert list(report.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
+
+
+def test_each_experiment_has_its_own_published_figures():
+    published = report.printable(report.published_table("xsum"))
+    assert list(published["rouge1"]) == ["0.160", "0.159"]
+    assert list(published["speedup"]) == ["-", "1.84"]
+    assert list(published["draft acceptance rate"]) == ["-", "32.0%"]
+    assert "pass@1" not in published
 
 
 # --- ROUGE ---------------------------------------------------------------------------
@@ -228,6 +237,16 @@ def test_rouge_differences_stand_below_the_table():
     assert "rouge1, speculative less autoregressive: -0.1000 [-0.1000, -0.1000]" in notes
 
 
+def test_rouge_differences_are_a_table_of_all_three_measures():
+    table = report.rouge_difference_table(make_run(), make_rouge_scores(autoregressive=0.1))
+    text = report.printable(table.set_index("speculative less"))
+    assert list(text.columns) == ["rouge1 difference", "rouge2 difference", "rougeL difference"]
+    assert list(text.loc["autoregressive"]) == [
+        f"{value} [{value}, {value}]" for value in ("-0.1000", "-0.0500", "-0.0250")
+    ]
+    assert text.loc["reference"].iloc[0] == "+0.0000 [+0.0000, +0.0000]"
+
+
 @pytest.mark.filterwarnings("error")
 def test_rouge_of_one_article_has_no_bounds_and_without_speculative_no_difference():
     table = report.summary_table(make_run(num_problems=1), make_rouge_scores(1))
@@ -253,6 +272,115 @@ def test_cut_documents_are_counted_below_the_table():
     notes = report.summary_table(rows).attrs["notes"]
     assert "documents cut at their end to fit the context: 2" in notes
     assert not any("cut" in note for note in report.summary_table(make_run()).attrs["notes"])
+
+
+def test_examples_stand_side_by_side_with_the_documents_start():
+    rows = [
+        replace(row, completion=f"{row.method} of {row.example_id}", reference="Short.")
+        for row in make_run(num_samples=2, methods=("autoregressive", "speculative"))
+    ]
+    documents = {"HumanEval/0": "word " * 100, "HumanEval/1": "All of it."}
+    table = report.example_table(rows, documents, num_examples=2, num_characters=24)
+    assert list(table.index) == ["HumanEval/0", "HumanEval/1"]
+    assert list(table["document"]) == ["word word word word ...", "All of it."]
+    assert list(table["reference summary"]) == ["Short.", "Short."]
+    assert table.loc["HumanEval/1", "speculative"] == "speculative of HumanEval/1"
+    assert table.columns[2] == "autoregressive"
+
+
+# --- the paper's Table 1 -------------------------------------------------------------
+
+GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0}
+XSUM_NUCLEUS = {"temperature": 1, "top_k": 0, "top_p": 0.8}
+HUMANEVAL_NUCLEUS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
+
+
+def make_cell(task: str, sampling: dict, rows: list[Row], scores=None) -> Run:
+    config = META["config"] | {"xsum": None, "humaneval": None, task: {}, "sampling": sampling}
+    return Run(rows, META | {"config": config}, scores)
+
+
+def make_grid() -> list[Run]:
+    """Three cells, the paper's HumanEval one with 10 samples; only XSum's ROUGE moves, by 0.1."""
+    sampled = make_run(num_samples=10, methods=("autoregressive", "speculative"))
+    both = [row for row in make_run() if row.method != "reference"]
+    rouge = [item for item in make_rouge_scores(speculative=0.2) if item["method"] != "reference"]
+    return [
+        make_cell("xsum", XSUM_NUCLEUS, both, rouge),
+        make_cell("humaneval", HUMANEVAL_NUCLEUS, sampled, score_every_fourth(sampled)),
+        make_cell("humaneval", GREEDY, make_run(), score_every_fourth(make_run())),
+    ]
+
+
+def cell_of(table: pd.DataFrame, benchmark: str, sampling: str) -> pd.DataFrame:
+    is_cell = table["benchmark"].str.startswith(benchmark) & (table["sampling"] == sampling)
+    return table[is_cell].set_index("method")
+
+
+def test_table1_has_a_line_per_cell_and_method():
+    table = report.table1(make_grid())
+    xsum = cell_of(table, "XSum", "temperature 1, top-p 0.8")
+    assert list(xsum.index) == ["autoregressive", "speculative"]
+    assert list(xsum["rouge2"]) == pytest.approx([0.1, 0.2])
+    assert list(xsum["ms/token"]) == pytest.approx([25, 12.5])
+    assert list(xsum["speedup"]) == pytest.approx([1, 2])
+    assert xsum["pass@1"].isna().all()
+    greedy = cell_of(table, "HumanEval", "greedy")
+    assert list(greedy["pass@1"]) == [0.25] * 3
+    assert greedy.loc["speculative", "identical outputs"] == "12/12"
+    sampled = cell_of(table, "HumanEval", "temperature 0.8, top-p 0.95")
+    assert list(sampled["n"]) == [120, 120]
+    assert list(sampled["pass@10"]) == [0.25, 0.25]
+    assert sampled.loc["speculative", "identical outputs"] == ""
+
+
+def test_table1_shows_how_far_quality_is_from_the_baselines():
+    """A decoder that is not lossless must stand out: its interval does not hold 0."""
+    table = report.table1(make_grid())
+    xsum = cell_of(table, "XSum", "temperature 1, top-p 0.8")
+    difference = xsum.loc["speculative", ["rouge2 difference low", "rouge2 difference high"]]
+    assert list(difference) == pytest.approx([0.1, 0.1])
+    assert math.isnan(xsum.loc["autoregressive", "rouge2 difference"])
+    greedy = cell_of(table, "HumanEval", "greedy")
+    assert list(greedy["pass@1 difference"])[1:] == [0, 0]
+
+
+def test_terminal_table1_keeps_the_papers_figures_apart():
+    text = report.format_table1(report.table1(make_grid()))
+    ours, theirs = text.split("published by Chen et al. 2023, not measured here:")
+    assert "this run:" in ours and "Chinchilla 70B" in theirs and "16 TPU v4" in theirs
+    lines = ours.splitlines()
+    position = lines.index("XSum (ROUGE-2), temperature 1, top-p 0.8")
+    speculative = lines[position + 2]
+    for cell in ("0.200 [", "+0.1000 [+0.1000, +0.1000]", "12.50", "2.00 [2.00, 2.00]"):
+        assert cell in speculative
+    assert "+0.0% [+0.0%, +0.0%]" in ours
+    assert [line.split()[1:] for line in theirs.splitlines() if "speculative " in line][:3] == [
+        ["-", "0.114", "-", "7.52", "1.92", "-", "-"],
+        ["-", "0.156", "-", "7.00", "2.01", "-", "-"],
+        ["-", "47.0%", "-", "5.73", "2.46", "-", "-"],
+    ]
+    cells = [line for line in text.splitlines() if line.startswith(("XSum", "HumanEval"))]
+    assert [line for line in cells if ": " not in line] == [
+        "XSum (ROUGE-2), temperature 1, top-p 0.8",
+        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
+        "HumanEval (pass@1), greedy",
+        "XSum (ROUGE-2), temperature 1, top-p 0.8",
+        "XSum (ROUGE-2), greedy",
+        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
+    ]
+    assert max(len(line) for line in lines) <= 120
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("methods", [("autoregressive",), ("speculative",), report.METHODS])
+def test_table1_of_an_unfinished_grid_shows_what_there_is(methods):
+    """Stopped in its first cell, before the scoring."""
+    table = report.table1([make_cell("xsum", GREEDY, make_run(methods=methods))])
+    assert list(table["method"]) == list(methods)
+    assert table["rouge2"].isna().all()
+    assert "XSum (ROUGE-2), greedy" in report.format_table1(table)
+    report.table1_figure(table).draw_without_rendering()
 
 
 # --- sentences -----------------------------------------------------------------------
@@ -299,7 +427,7 @@ def test_speedup_figure_shows_every_problem_and_the_total():
     assert list(dots.get_ydata()) == pytest.approx([2.0] * 12)
     assert total.get_ydata()[0] == pytest.approx(2.0)
     assert one.get_ydata()[0] == 1
-    assert axes.get_title() == "Speculative decoding is faster on 12 of 12 problems"
+    assert axes.get_title() == "Speculative decoding is faster on 12 of 12 examples"
 
 
 def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
@@ -308,6 +436,19 @@ def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
     heights = [bar.get_height() for bar in axes.patches]
     assert labels == ["no draft", "0", "1", "2", "3", "4", "5"]
     assert heights == pytest.approx([100 / 3, 100 / 3, 0, 0, 100 / 3, 0, 0])
+
+
+def test_table1_figure_has_our_speedups_beside_the_papers():
+    (axes,) = report.table1_figure(report.table1(make_grid())).axes
+    ours, theirs = (line for line in axes.get_lines() if line.get_marker() in "Ds")
+    assert list(ours.get_xdata()) == pytest.approx([2, 2, 2])
+    assert list(theirs.get_xdata())[:2] == [1.92, 2.46]
+    assert math.isnan(theirs.get_xdata()[2])  # the paper has no greedy HumanEval
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0] == "XSum (ROUGE-2),\ntemperature 1, top-p 0.8"
+    numbers = [text.get_text().strip() for text in axes.texts]
+    assert numbers == ["2.00", "1.92", "2.00", "2.46", "2.00"]
+    assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
 
 
 def test_speed_figure_has_a_box_and_a_total_per_method():
@@ -338,6 +479,71 @@ def test_figures_are_not_left_open():
     before = plt.get_fignums()
     report.accepted_figure(make_run())
     assert plt.get_fignums() == before
+
+
+# --- tokens --------------------------------------------------------------------------
+
+
+class TaggedText(HTMLParser):
+    """The text of a page with the tags that it stands in: [("p b u", "text"), ...]."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.open_tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append((" ".join(self.open_tags), text))
+
+
+def letters(token_ids) -> str:
+    return "".join(map(chr, token_ids))
+
+
+def make_spoken_row(text: str, accepted: list[int], drafted: list[int]) -> Row:
+    return make_row(token_ids=[ord(c) for c in text], accepted=accepted, drafted=drafted)
+
+
+def test_tokens_are_marked_by_their_origin_without_colour_too():
+    """Two accepted and a bonus; a rejection at once; nothing drafted; the last cycle is cut."""
+    row = make_spoken_row("abcdefg", accepted=[2, 0, 0, 4], drafted=[2, 3, 0, 4])
+    page = report.tokens_html(row, letters)
+    assert TaggedText(page).texts[:7] == [
+        ("p span", "a"),
+        ("p span", "b"),
+        ("p b i", "c"),
+        ("p b u", "d"),
+        ("p b i", "e"),
+        ("p span", "f"),
+        ("p span", "g"),
+    ]
+    legend = "".join(text for _, text in TaggedText(page).texts[7:])
+    assert "accepted (drafted and accepted): 4" in legend
+    assert "correction (the target's, after a rejection): 1" in legend
+    assert "bonus (the target's, with nothing rejected): 2" in legend
+    assert "without a draft" not in legend
+
+
+def test_text_is_escaped_in_html():
+    """A model may write markup, and `{}`, and the page must show it."""
+    words = ["<script>", "&lt;", "{}"]
+    row = make_row(token_ids=[0, 1, 2], accepted=[3], drafted=[3])
+    parser = TaggedText(report.tokens_html(row, lambda ids: "".join(words[i] for i in ids)))
+    assert [text for _, text in parser.texts[:3]] == words
+
+
+def test_the_baselines_tokens_are_all_the_targets():
+    page = report.tokens_html(make_spoken_row("ab", [], []), letters)
+    assert "target (the target's, without a draft): 2" in "".join(
+        text for _, text in TaggedText(page).texts
+    )
 
 
 def test_report_imports_no_model_library_and_no_matplotlib():

@@ -1,0 +1,116 @@
+"""Table 1 of Chen et al. 2023: XSum and HumanEval, greedy and nucleus, with and without a draft.
+
+    python Benchmarks/table1.py              the demo pair: an hour and a half on two CPU cores
+    python Benchmarks/table1.py --limit 2    a first look; without --limit it goes on from there
+
+Each cell of the grid is a run of main_exp1.py or main_exp2.py with the paper's sampling: XSum
+with top-p 0.8, HumanEval with top-p 0.95 and temperature 0.8, and both greedily. Rows and scores
+go to Results/table1-CELL.jsonl. A rerun continues where the last one stopped. The table comes at
+the end, with the paper's own below it; Benchmarks/table1.ipynb shows both, and a figure.
+
+The time is an estimate: a demo summary takes about 3 s autoregressive and 2 s speculative, a
+program 6 s and 3 s, and the greedy cells also run the slower `reference`, to compare outputs
+token for token. Each further sample of the nucleus cells adds half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main_exp1
+import main_exp2
+from specsampling.config import load_config, require_task
+from specsampling.console import PROJECT, exit_code
+from specsampling.records import read_run
+from specsampling.report import format_table1, table1, table1_paths
+
+
+class Cell(NamedTuple):
+    """A run of the grid: its script, the block of the profile that it needs, its sampling."""
+
+    main: Callable[[Sequence[str] | None], int]
+    task: Literal["xsum", "humaneval"]
+    temperature: float
+    top_p: float
+    num_samples: int  # texts per example and method, unless --num-samples says otherwise
+
+
+CELLS = {
+    "xsum-greedy": Cell(main_exp1.main, "xsum", 0, 1, 1),
+    "xsum-nucleus": Cell(main_exp1.main, "xsum", 1, 0.8, 4),
+    "humaneval-greedy": Cell(main_exp2.main, "humaneval", 0, 1, 1),
+    "humaneval-nucleus": Cell(main_exp2.main, "humaneval", 0.8, 0.95, 1),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    overrides = {name: cell_overrides(cell, options) for name, cell in CELLS.items()}
+    for name, cell in CELLS.items():  # a mistake is told before hours of decoding
+        require_task(load_config(options.config, options.profile, overrides[name]), cell.task)
+    paths = table1_paths(options.output_folder)
+    for name, cell in CELLS.items():
+        print(f"\n{name}", flush=True)
+        cell_arguments = ["--config", str(options.config), "--output", str(paths[name])]
+        if options.profile is not None:
+            cell_arguments += ["--profile", options.profile]
+        for override in overrides[name]:
+            cell_arguments += ["--set", override]
+        cell.main(cell_arguments + ["--fresh"] * options.fresh)
+    print(f"\nTable 1\n{format_table1(table1([read_run(path) for path in paths.values()]))}")
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="a profile with the blocks xsum and humaneval"
+    )
+    parser.add_argument("--limit", metavar="N", help="only the first N examples of each benchmark")
+    parser.add_argument(
+        "--num-samples",
+        metavar="N",
+        help="samples per example in the nucleus cells (default: 4 of a summary, 1 of a program)",
+    )
+    parser.add_argument(
+        "--output-folder",
+        metavar="PATH",
+        type=Path,
+        default=Path("Results"),
+        help="folder of the rows (default: Results)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="start the cells' files over")
+    return parser.parse_args(arguments)
+
+
+def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
+    """What a cell changes in the profile, as `--set` takes it."""
+    is_greedy = cell.temperature == 0
+    is_bit_exact = load_config(options.config, options.profile).decoding.bit_exact
+    methods = ["autoregressive", *["reference"] * (is_greedy and is_bit_exact), "speculative"]
+    num_samples = cell.num_samples
+    if options.num_samples is not None and not is_greedy:
+        num_samples = options.num_samples
+    overrides = [
+        f"sampling.temperature={cell.temperature}",
+        "sampling.top_k=0",
+        f"sampling.top_p={cell.top_p}",
+        f"sampling.num_samples={num_samples}",
+        f"run.methods=[{', '.join(methods)}]",
+    ]
+    if options.limit is not None:
+        overrides.append(f"run.limit={options.limit}")
+    return overrides
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

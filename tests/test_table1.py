@@ -1,0 +1,155 @@
+"""Benchmarks/table1.py as a user runs it: the grid over a tiny pair, resuming, mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from test_end_to_end import PROJECT, run
+
+from Benchmarks import table1
+from specsampling.config import load_config
+from specsampling.console import exit_code
+from specsampling.records import read_meta, read_rows, read_scores
+
+NUM_ROWS = {  # of two examples: three methods, or two methods with three samples
+    "xsum-greedy": 6,
+    "xsum-nucleus": 12,
+    "humaneval-greedy": 6,
+    "humaneval-nucleus": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, model_folders) -> Path:
+    """The demo profile over the tiny Llama pair and three articles of its own."""
+    folder = tmp_path_factory.mktemp("config")
+    articles = [
+        {"id": f"article-{number}", "document": f"def f(x): return {number}", "summary": "return"}
+        for number in range(3)
+    ]
+    (folder / "articles.jsonl").write_text("".join(json.dumps(a) + "\n" for a in articles))
+    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    profile = values["profiles"]["demo"]
+    profile["models"] |= {
+        "target": str(model_folders["llama-target"]),
+        "draft": str(model_folders["llama-draft"]),
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    profile["decoding"]["max_new_tokens"] = 8
+    profile["run"]["warmup"] = 0
+    profile["xsum"]["dataset"] = str(folder / "articles.jsonl")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A finished grid over two examples each, and what the script printed."""
+    folder = tmp_path_factory.mktemp("grid") / "deep"
+    code, printed, errors = run(
+        *("--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", folder),
+        script="Benchmarks/table1.py",
+    )
+    assert code == 0, errors
+    return folder, printed, errors
+
+
+def test_the_grid_leaves_a_run_per_cell_with_the_papers_sampling(finished):
+    folder, _, errors = finished
+    assert "Traceback" not in errors
+    settings = {}
+    for name, num_rows in NUM_ROWS.items():
+        path = folder / f"table1-{name}.jsonl"
+        sampling = read_meta(path)["config"]["sampling"]
+        settings[name] = (sampling["temperature"], sampling["top_p"])
+        rows = read_rows(path)
+        assert len(rows) == len(read_scores(path)) == num_rows
+        assert any(row.method == "reference" for row in rows) == name.endswith("-greedy")
+    assert settings == {
+        "xsum-greedy": (0, 1),
+        "xsum-nucleus": (1, 0.8),
+        "humaneval-greedy": (0, 1),
+        "humaneval-nucleus": (0.8, 0.95),
+    }
+
+
+def test_the_table_comes_last_with_the_papers_below(finished):
+    table = finished[1].split("\nTable 1\n")[1]
+    ours, theirs = table.split("published by Chen et al. 2023")
+    headings = [line for line in ours.splitlines() if line.startswith(("XSum", "HumanEval"))][:4]
+    assert headings == [
+        "XSum (ROUGE-2), temperature 1, top-p 0.8",
+        "XSum (ROUGE-2), greedy",
+        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
+        "HumanEval (pass@1), greedy",
+    ]
+    assert ours.count("2/2") == 2  # greedy speculative outputs have the reference's token ids
+    assert "pass@3" in ours
+    assert "2.46" in theirs
+
+
+def test_a_rerun_goes_on_where_the_last_one_stopped(finished, config, tmp_path, capsys):
+    """Stopped in the third cell: what is finished stays, and only the rest is decoded."""
+    names = list(NUM_ROWS)
+    for name in names[:3]:
+        for path in finished[0].glob(f"table1-{name}.*"):
+            shutil.copy(path, tmp_path)
+    third = tmp_path / f"table1-{names[2]}.jsonl"
+    third.with_suffix(".scores.jsonl").unlink()
+    lines = third.read_text().splitlines(keepends=True)
+    third.write_text("".join(lines[:3]))
+    before = {name: (tmp_path / f"table1-{name}.jsonl").read_bytes() for name in names[:3]}
+    arguments = ["--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", tmp_path]
+    assert exit_code(table1.main, list(map(str, arguments))) == 0
+    for name, num_rows in NUM_ROWS.items():
+        path = tmp_path / f"table1-{name}.jsonl"
+        assert len(read_rows(path)) == len(read_scores(path)) == num_rows
+        assert path.read_bytes().startswith(before.get(name, b""))
+    assert (tmp_path / "table1-xsum-greedy.jsonl").read_bytes() == before["xsum-greedy"]
+    assert "3 are there" in capsys.readouterr().err
+
+
+def test_without_bit_exact_decoding_nothing_is_compared_with_reference(config):
+    """The method `reference` is an error then, and the option to leave it out is not ours."""
+    values = yaml.safe_load(config.read_text())
+    values["profiles"]["demo"]["decoding"]["bit_exact"] = False
+    values["profiles"]["demo"]["run"]["methods"] = ["autoregressive", "speculative"]
+    path = config.with_name("not_exact.yaml")
+    path.write_text(yaml.safe_dump(values))
+    options = table1.parse_options(["--config", str(path)])
+    overrides = table1.cell_overrides(table1.CELLS["xsum-greedy"], options)
+    assert load_config(path, None, overrides).run.methods == ("autoregressive", "speculative")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "exp1-rtx3050"], "humaneval must be a block of profile exp1-rtx3050"),
+        (["--profile", "dem"], "did you mean demo"),
+        (["--num-samples", "0"], "sampling.num_samples must be"),
+        (["--limit", "some"], "run.limit must be"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_before_anything_runs(
+    arguments, message, tmp_path, capsys
+):
+    """A profile without the second benchmark ran the first one's cells before it said so."""
+    assert exit_code(table1.main, [*arguments, "--output-folder", str(tmp_path / "out")]) == 2
+    printed, errors = capsys.readouterr()
+    assert message in errors
+    assert (printed, errors.count("\n")) == ("", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_another_configuration_are_not_mixed_in(finished, config, capsys):
+    folder, _, _ = finished
+    arguments = ["--config", str(config), "--limit", "2", "--output-folder", str(folder)]
+    assert exit_code(table1.main, [*arguments, "--num-samples", "2"]) == 2
+    assert "sampling.num_samples was 3, is now 2" in capsys.readouterr().err.splitlines()[-1]
