@@ -4,9 +4,11 @@
     python Benchmarks/table1.py --limit 2    a first look; without --limit it goes on from there
 
 Each cell of the grid is a run of main_exp1.py or main_exp2.py with the paper's sampling: XSum
-with top-p 0.8, HumanEval with top-p 0.95 and temperature 0.8, and both greedily. Rows and scores
-go to Results/table1-CELL.jsonl. A rerun continues where the last one stopped. The table comes at
-the end, with the paper's own below it; Benchmarks/table1.ipynb shows both, and a figure.
+with top-p 0.8, HumanEval with top-p 0.95 and temperature 0.8, and both greedily. The greedy cells
+are the experiments as they are: Results/results1.jsonl and results2.jsonl, and what is there
+already is not decoded again. The others go to results1-nucleus.jsonl and results2-nucleus.jsonl.
+A rerun continues where the last one stopped. The table comes at the end, with the paper's own
+below it; Benchmarks/table1.ipynb shows both, and a figure.
 
 The time is an estimate: a demo summary takes about 3 s autoregressive and 2 s speculative, a
 program 6 s and 3 s, and the greedy cells also run the slower `reference`, to compare outputs

@@ -63,7 +63,12 @@ PUBLISHED = {  # by the earlier attempt at this reproduction: autoregressive, sp
 }
 
 # The grid of Chen et al. 2023, Table 1, and greedy HumanEval, which the paper does not have.
-TABLE1_CELLS = ("xsum-nucleus", "xsum-greedy", "humaneval-nucleus", "humaneval-greedy")
+TABLE1_FILES = {  # the greedy cells are the two experiments themselves
+    "xsum-nucleus": "results1-nucleus.jsonl",
+    "xsum-greedy": "results1.jsonl",
+    "humaneval-nucleus": "results2-nucleus.jsonl",
+    "humaneval-greedy": "results2.jsonl",
+}
 TABLE1_KEYS = ["benchmark", "sampling", "method"]
 TABLE1_HEADINGS = ["source", "benchmark", "sampling"]  # in a terminal: lines of their own
 TABLE1_MEASURES = {"rouge2": "XSum (ROUGE-2)", "pass@1": "HumanEval (pass@1)"}
@@ -181,7 +186,7 @@ def example_table(
 
 def table1_paths(folder: str | Path) -> dict[str, Path]:
     """Where the rows of each cell of the grid are, in the paper's order."""
-    return {cell: Path(folder, f"table1-{cell}.jsonl") for cell in TABLE1_CELLS}
+    return {cell: Path(folder, file) for cell, file in TABLE1_FILES.items()}
 
 
 def table1(runs: Sequence[Run]) -> pd.DataFrame:
@@ -195,7 +200,8 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
         config = run.meta["config"]
         measure = "pass@1" if config["xsum"] is None else "rouge2"
         sampling = describe_sampling(config["sampling"])
-        part = summary_table(run.rows, run.scores, sampling)
+        rows = [row for row in run.rows if row.method in METHODS]
+        part = summary_table(rows, run.scores, sampling)
         notes += [f"{TABLE1_MEASURES[measure]}, {sampling}: {n}" for n in part.attrs["notes"]]
         part["benchmark"] = TABLE1_MEASURES[measure]
         part["ms/token"] = 1000 / part["tokens/s"]

@@ -13,6 +13,7 @@ from nbclient.exceptions import CellExecutionError
 from test_report import META, make_grid, make_rouge_scores, make_run, score_every_fourth
 
 from specsampling.records import RunFile, write_scores
+from specsampling.report import TABLE1_FILES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "Benchmarks").glob("*.ipynb"))
@@ -151,9 +152,9 @@ def test_bench1_runs_on_an_unscored_run_without_speculative_rows(
 def test_table1_shows_our_grid_beside_the_papers(tmp_path, monkeypatch):
     names = ("xsum-nucleus", "humaneval-nucleus", "humaneval-greedy")
     for name, run in zip(names, make_grid(), strict=True):
-        path = write_results(tmp_path, run.rows, f"table1-{name}", run.meta)
+        path = write_results(tmp_path, run.rows, TABLE1_FILES[name].removesuffix(".jsonl"), run.meta)
         write_scores(path, run.scores)
-    write_results(tmp_path, [], "table1-xsum-greedy")  # stopped before its first row
+    write_results(tmp_path, [], "results1")  # stopped before its first row
     notebook = execute("table1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
     text = "\n".join(outputs_of(notebook, "text/plain"))
     (table,) = outputs_of(notebook, "text/html")

@@ -14,6 +14,7 @@ from Benchmarks import table1
 from specsampling.config import load_config
 from specsampling.console import exit_code
 from specsampling.records import read_meta, read_rows, read_scores
+from specsampling.report import table1_paths
 
 NUM_ROWS = {  # of two examples: three methods, or two methods with three samples
     "xsum-greedy": 6,
@@ -65,7 +66,7 @@ def test_the_grid_leaves_a_run_per_cell_with_the_papers_sampling(finished):
     assert "Traceback" not in errors
     settings = {}
     for name, num_rows in NUM_ROWS.items():
-        path = folder / f"table1-{name}.jsonl"
+        path = table1_paths(folder)[name]
         sampling = read_meta(path)["config"]["sampling"]
         settings[name] = (sampling["temperature"], sampling["top_p"])
         rows = read_rows(path)
@@ -96,22 +97,22 @@ def test_the_table_comes_last_with_the_papers_below(finished):
 
 def test_a_rerun_goes_on_where_the_last_one_stopped(finished, config, tmp_path, capsys):
     """Stopped in the third cell: what is finished stays, and only the rest is decoded."""
-    names = list(NUM_ROWS)
+    names, paths = list(NUM_ROWS), table1_paths(tmp_path)
     for name in names[:3]:
-        for path in finished[0].glob(f"table1-{name}.*"):
+        for path in finished[0].glob(f"{paths[name].stem}.*"):
             shutil.copy(path, tmp_path)
-    third = tmp_path / f"table1-{names[2]}.jsonl"
+    third = paths[names[2]]
     third.with_suffix(".scores.jsonl").unlink()
     lines = third.read_text().splitlines(keepends=True)
     third.write_text("".join(lines[:3]))
-    before = {name: (tmp_path / f"table1-{name}.jsonl").read_bytes() for name in names[:3]}
+    before = {name: paths[name].read_bytes() for name in names[:3]}
     arguments = ["--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", tmp_path]
     assert exit_code(table1.main, list(map(str, arguments))) == 0
     for name, num_rows in NUM_ROWS.items():
-        path = tmp_path / f"table1-{name}.jsonl"
+        path = paths[name]
         assert len(read_rows(path)) == len(read_scores(path)) == num_rows
         assert path.read_bytes().startswith(before.get(name, b""))
-    assert (tmp_path / "table1-xsum-greedy.jsonl").read_bytes() == before["xsum-greedy"]
+    assert paths["xsum-greedy"].read_bytes() == before["xsum-greedy"]
     assert "3 are there" in capsys.readouterr().err
 
 
