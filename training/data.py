@@ -91,7 +91,7 @@ def make_data(settings: dict[str, Any], work: Path) -> None:
     answer("summaries", prompts, data["temperatures"], 96)
 
     chance.shuffle(passages)
-    for name, texts in (("english", ["\n\n".join(passages)]), ("python", sources)):
+    for name, texts in (("english", passages), ("python", sources)):
         num = data[f"{name}_tokens"] // data["text_length"]
         shards.read(name, list(token_rows(pair, texts, data["text_length"], num)))
 
