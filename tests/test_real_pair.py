@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.config import HumanEvalConfig
@@ -50,12 +51,14 @@ def same_or_tied(model, prompt, ids, other_ids) -> bool:
 def test_float32_outputs_equal_hugging_faces(task):
     """20 problems x K in {2, 4, 7}: speculative == autoregressive == generate."""
     pair = load_pair("embedded:smollm2-135m", dtype="float32", device="cpu")
+    location = model_location("embedded:smollm2-135m")
+    huggingface = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
     options = {"max_new_tokens": 128, "eos_ids": pair.eos_ids}
     drafts = {2: NgramDraft(), 4: ModelDraft(first_layers(pair.target, 3)), 7: NgramDraft()}
     for example in task.examples()[:20]:
         prompt = task.prompt(example, pair, max_tokens=1024).token_ids
         ids = torch.tensor([prompt])
-        theirs = pair.target.generate(
+        theirs = huggingface.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False
         )[0, len(prompt) :].tolist()
         baseline = autoregressive(pair.target, prompt, **options).token_ids
