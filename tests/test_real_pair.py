@@ -118,7 +118,7 @@ class Dishonest:
         return proposer
 
 
-def p_value(pair, draft, prefix, num=250) -> float:
+def p_value(pair, draft, prefix, num=1000) -> float:
     """Of the first new token in `num` speculative samples, against the target's softmax."""
     sampling, generator = Sampling(temperature=1.0), torch.Generator().manual_seed(0)
     with torch.inference_mode():
