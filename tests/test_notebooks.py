@@ -152,7 +152,8 @@ def test_bench1_runs_on_an_unscored_run_without_speculative_rows(
 def test_table1_shows_our_grid_beside_the_papers(tmp_path, monkeypatch):
     names = ("xsum-nucleus", "humaneval-nucleus", "humaneval-greedy")
     for name, run in zip(names, make_grid(), strict=True):
-        path = write_results(tmp_path, run.rows, TABLE1_FILES[name].removesuffix(".jsonl"), run.meta)
+        stem = Path(TABLE1_FILES[name]).stem
+        path = write_results(tmp_path, run.rows, stem, run.meta)
         write_scores(path, run.scores)
     write_results(tmp_path, [], "results1")  # stopped before its first row
     notebook = execute("table1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
