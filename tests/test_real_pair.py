@@ -90,7 +90,7 @@ def test_the_shipped_draft_is_lossless_and_useful(dtype, task, all_threads):
 
 
 def test_sampled_tokens_have_the_targets_distribution(all_threads):
-    """Chi-squared over the next token at two prefixes; with a wrong rule, it rejects."""
+    """Chi-squared over the next token at two prefixes; with a lie it rejects. Many minutes."""
     pair = load_pair("embedded:smollm2-135m", DRAFT, dtype="float32", device="cpu")
     for text in ("def add(a, b):\n    return", "The weather in spring is"):
         assert p_value(pair, pair.draft, pair.encode(text)) > 0.01 / 2, text
