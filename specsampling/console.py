@@ -334,12 +334,21 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    """The checkout's commit, marked when files differ from it."""
+    """The checkout's commit, marked when tracked files outside Results/ differ from it."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!Results")
+    if commit is None or changes is None:
+        return "unknown"
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints about the checkout; None without git or a checkout."""
     try:
-        command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=12"]
+        command = ["git", "-C", str(PROJECT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
 
 
 COLOURS = {"accepted": "\033[32m", "correction": "\033[31m", "bonus": "\033[34m"}
