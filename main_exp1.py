@@ -25,8 +25,7 @@ from specsampling.console import (
     run_experiment,
 )
 from specsampling.metrics import ROUGE_NAMES
-from specsampling.records import RecordsError, RougeScore, is_run, read_objects, write_scores
-from specsampling.report import describe_sampling, format_table, summary_table
+from specsampling.records import RecordsError, RougeScore, is_run, read_objects
 from specsampling.tasks.xsum import XSum
 
 
@@ -36,23 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.score:
         print_scores(options.score, score_samples(options.score), summarise, describe)
         return 0
-    settings = require_task(config, "xsum")
-    config = replace(config, humaneval=None)  # the other task's block has no part in this run
+    task = XSum(require_task(config, "xsum"))
 
     from autoregressive import autoregressive
     from speculative import speculative
 
-    rows = run_experiment(
-        config,
-        XSum(settings),
-        options.output,
-        fresh=options.fresh,
-        autoregressive=autoregressive,
-        speculative=speculative,
-    )
-    scores = score_samples(options.output)
-    write_scores(options.output, scores)
-    print(format_table(summary_table(rows, scores, describe_sampling(vars(config.sampling)))))
+    config = replace(config, humaneval=None)  # the other task's block has no part in this run
+    run_experiment(config, task, options, autoregressive, speculative, score_samples)
     return 0
 
 

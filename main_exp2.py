@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ from specsampling.console import (
     run_experiment,
 )
 from specsampling.metrics import pass_at_k
-from specsampling.records import RecordsError, Score, is_run, read_objects, write_scores
-from specsampling.report import describe_sampling, format_table, summary_table
+from specsampling.records import RecordsError, Score, is_run, read_objects
 from specsampling.sandbox import platform_limits
 from specsampling.tasks.humaneval import HumanEval, Solution, score
 
@@ -36,26 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = experiment_parser(__doc__, "Results/results2.jsonl").parse_args(arguments)
     config = read_config(options)
     settings = require_task(config, "humaneval")
-    config = replace(config, xsum=None)  # the other task's block has no part in this run
+    score_file = partial(score_samples, settings=settings)
     if options.score:
-        scores = score_samples(options.score, settings)
-        print_scores(options.score, scores, summarise, describe)
+        print_scores(options.score, score_file(options.score), summarise, describe)
         return 0
 
     from autoregressive import autoregressive
     from speculative import speculative
 
-    rows = run_experiment(
-        config,
-        HumanEval(settings),
-        options.output,
-        fresh=options.fresh,
-        autoregressive=autoregressive,
-        speculative=speculative,
-    )
-    scores = score_samples(options.output, settings)
-    write_scores(options.output, scores)
-    print(format_table(summary_table(rows, scores, describe_sampling(vars(config.sampling)))))
+    config = replace(config, xsum=None)  # the other task's block has no part in this run
+    run_experiment(config, HumanEval(settings), options, autoregressive, speculative, score_file)
     return 0
 
 

@@ -25,14 +25,13 @@ from specsampling.decoding import PromptError
 from specsampling.embedded import ModelError
 from specsampling.records import (
     RecordsError,
-    Row,
     RunFile,
     Scores,
     is_run,
     require_resumable,
     write_scores,
 )
-from specsampling.report import text_pieces
+from specsampling.report import describe_sampling, format_table, summary_table, text_pieces
 from specsampling.sandbox import SandboxError
 from specsampling.tasks.task import TaskError
 
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from specsampling.drafts import Draft
     from specsampling.models import Pair
+    from specsampling.runner import Decode
     from specsampling.tasks.task import Task
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -185,38 +185,72 @@ def load_other_draft(config: Config, pair: Pair, spec: str) -> Draft:
 def run_experiment(
     config: Config,
     task: Task,
-    output: Path,
-    *,
-    fresh: bool,
+    options: argparse.Namespace,
     autoregressive: Callable,
     speculative: Callable,
-) -> list[Row]:
-    """Load, check, decode every example with every method; the rows of the finished file.
+    score: Callable[[Path], Scores],
+) -> None:
+    """Load, check, decode every example with every method, score, and print the table.
+
+    Args:
+        config: of the run, with this task's block alone.
+        task: whose examples are decoded.
+        options: of `experiment_parser`: where the rows go, and whether to start over.
+        autoregressive: the baseline decoder.
+        speculative: the decoder with a draft.
+        score: a finished file -> its scores.
 
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
     from specsampling.exactness import check_exactness
-    from specsampling.runner import Decode, encode_prompts, run
-    from specsampling.sampling import Sampling
+    from specsampling.runner import encode_prompts, run
 
+    output, decoding = options.output, config.decoding
     meta = run_meta(config)
-    if not fresh:
+    if not options.fresh:
         require_resumable(output, meta)  # before minutes of loading
     pair = load_configured_pair(config)
-    decoding, warp = config.decoding, config.sampling
     width = call_width(config)
     check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)
     meta["bit_exact"] = "not asked for (decoding.bit_exact: false)"
     if decoding.bit_exact:
         meta["bit_exact"] = f"{check}, at width {width}"
     print(f"  bit-exact decoding: {meta['bit_exact']}", file=sys.stderr)
+    decoders = _bind_decoders(config, pair, autoregressive, speculative)
+    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
+    with RunFile.open(output, meta, fresh=options.fresh) as run_file:
+        there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
+        print(f"  rows go to {output}{there}", file=sys.stderr)
+        run(
+            pair,
+            task,
+            prompts,
+            decoders,
+            run_file,
+            seed=config.sampling.seed,
+            num_samples=config.sampling.num_samples,
+            warmup=config.run.warmup,
+        )
+    scores = score(output)
+    write_scores(output, scores)
+    sampling = describe_sampling(vars(config.sampling))
+    print(format_table(summary_table(run_file.rows, scores, sampling)))
+
+
+def _bind_decoders(
+    config: Config, pair: Pair, autoregressive: Callable, speculative: Callable
+) -> dict[str, Decode]:
+    """Each method's decoder, with the models and everything else that a run does not change."""
+    from specsampling.sampling import Sampling
+
+    warp = config.sampling
     shared: dict[str, Any] = {
-        "max_new_tokens": decoding.max_new_tokens,
+        "max_new_tokens": config.decoding.max_new_tokens,
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
         "eos_ids": pair.eos_ids,
     }
-    k = config.speculation.k
+    width, k = call_width(config), config.speculation.k
     decoders: dict[str, Decode] = {}
     for method in config.run.methods:
         _, _, spec = method.partition(":")
@@ -227,21 +261,7 @@ def run_experiment(
         else:
             draft = load_other_draft(config, pair, spec) if spec else pair.draft
             decoders[method] = partial(speculative, pair.target, draft, k=k, width=width, **shared)
-    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
-    with RunFile.open(output, meta, fresh=fresh) as run_file:
-        there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
-        print(f"  rows go to {output}{there}", file=sys.stderr)
-        run(
-            pair,
-            task,
-            prompts,
-            decoders,
-            run_file,
-            seed=warp.seed,
-            num_samples=warp.num_samples,
-            warmup=config.run.warmup,
-        )
-        return list(run_file.rows)
+    return decoders
 
 
 def print_scores(
