@@ -109,6 +109,8 @@ def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
         f"sampling.num_samples={num_samples}",
         f"run.methods=[{', '.join(methods)}]",
     ]
+    if not is_greedy:  # nothing is compared token for token, so calls are as wide as they need be
+        overrides += ["decoding.bit_exact=false", "decoding.width=0"]
     if options.limit is not None:
         overrides.append(f"run.limit={options.limit}")
     return overrides

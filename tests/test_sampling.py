@@ -38,6 +38,20 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
         assert torch.allclose(row[kept], full[kept] / mass)
 
 
+@pytest.mark.parametrize("scale", [0.1, 3.0, 6.0])
+def test_top_p_is_the_same_in_a_large_vocabulary(scale):
+    """Only the most probable tokens are ordered, and all of them where these do not suffice."""
+    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(2)) * scale
+    ordered, order = logits.double().softmax(-1).sort(descending=True)
+    kept = ordered * (ordered.cumsum(-1) - ordered < 0.9)
+    expected = torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
+    assert torch.allclose(
+        probs_from_logits(logits, Sampling(1.0, top_p=0.9)).double(), expected, atol=1e-6
+    )
+    size = int((expected > 0).sum(-1).max())
+    assert (size > 4096, size > 256) == (scale < 1, scale < 5)  # each of the ways is taken
+
+
 def test_warp_agrees_with_hugging_face():
     """The warp's order (temperature, top-k, top-p) is the one that users know."""
     from transformers import (
