@@ -58,8 +58,12 @@ CONFIGS = {
         num_layers=4,
         num_heads=12,
         attention_types=[[["global", "local"], 2]],
+        bos_token_id=None,
+        eos_token_id=None,
     ),
-    "GPT-2, 768 wide": GPT2Config(vocab_size=VOCAB, n_layer=3),
+    "GPT-2, 768 wide": GPT2Config(
+        vocab_size=VOCAB, n_layer=3, bos_token_id=None, eos_token_id=None
+    ),
 }
 
 
