@@ -158,6 +158,23 @@ class RunFile:
         self._file = file
         self._unsaved_meta = resumed_meta if values else None
 
+    def require_same_examples(self, examples: Mapping[str, tuple[int, str | None]]) -> None:
+        """Refuse to go on when the data of rows that are there have changed since.
+
+        Args:
+            examples: id -> tokens of the prompt and reference, as they are now.
+
+        Raises:
+            RecordsError: a row was made from another prompt length or reference.
+        """
+        for row in self.rows:
+            was = row.num_prompt_tokens, row.reference
+            if examples.get(row.example_id, was) != was:
+                raise RecordsError(
+                    f"{self._path} has rows of another {row.example_id}: "
+                    f"the data have changed since; {_START_OVER}"
+                )
+
     def append(self, row: Row) -> None:
         """Write a row; it is on the disk when this returns.
 

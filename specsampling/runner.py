@@ -92,8 +92,11 @@ def run(
         warmup: examples decoded by every method, and thrown away, before the clock counts.
 
     Raises:
-        RecordsError: a row cannot be written.
+        RecordsError: a row cannot be written, or the file has rows of other data.
     """
+    run_file.require_same_examples(
+        {example.id: (len(prompt.token_ids), example.reference) for example, prompt in prompts}
+    )
     names = list(methods)
     jobs = [
         (example, prompt, sample_index, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from specsampling.decoding import Generation, PromptError
 from specsampling.models import Pair, load_pair
-from specsampling.records import RunFile, read_rows
+from specsampling.records import RecordsError, RunFile, read_rows
 from specsampling.runner import encode_prompts, run, sample_seed
 from specsampling.tasks.task import Example, Prompt
 
@@ -41,12 +43,12 @@ def counting(calls, name):
     return decode
 
 
-def run_words(pair, path, methods=("one", "two", "three"), limit=None, **options):
-    calls: list[tuple] = []
-    prompts = encode_prompts(Words(), pair, limit, max_new_tokens=2)
+def run_words(pair, path, methods=("one", "two", "three"), limit=None, task=None, **options):
+    calls, task = [], task or Words()
+    prompts = encode_prompts(task, pair, limit, max_new_tokens=2)
     with RunFile.open(path, META) as run_file:
         decoders = {name: counting(calls, name) for name in methods}
-        run(pair, Words(), prompts, decoders, run_file, seed=0, **options)
+        run(pair, task, prompts, decoders, run_file, seed=0, **options)
         return calls, list(run_file.rows)
 
 
@@ -76,6 +78,28 @@ def test_finished_rows_are_skipped_and_the_rest_is_done(pair, tmp_path):
     calls, rows = run_words(pair, tmp_path / "r.jsonl", methods=("one", "two"))
     assert [call[0] for call in calls].count("two") == 1
     assert {row.key for row in rows} == {(e, m, 0) for e in "abcd" for m in ("one", "two")}
+
+
+def test_rows_of_other_data_are_not_mixed_in(pair, tmp_path):
+    """A data file edited between a run and its continuation has the same configuration."""
+
+    class Corrected(Words):
+        def examples(self):
+            return [replace(example, reference="corrected") for example in super().examples()]
+
+    class Longer(Words):
+        def prompt(self, example, encoder, max_tokens):
+            return Prompt(encoder.encode(f"a longer {example.text}"))
+
+    run_words(pair, tmp_path / "r.jsonl", limit=2)
+    written = (tmp_path / "r.jsonl").read_bytes()
+    for task in (Corrected(), Longer()):
+        with pytest.raises(
+            RecordsError, match=r"rows of another a: the data have changed.*--fresh"
+        ):
+            run_words(pair, tmp_path / "r.jsonl", task=task)
+    assert (tmp_path / "r.jsonl").read_bytes() == written
+    assert len(run_words(pair, tmp_path / "r.jsonl")[1]) == 12
 
 
 def test_samples_have_streams_of_their_own(pair, tmp_path):
