@@ -32,7 +32,11 @@ import yaml
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
 
 # What chooses which rows are made, or limits their scoring, but changes no row.
-_NOT_HASHED = {"run": ("limit", "methods", "warmup"), "humaneval": ("timeout_seconds", "memory_mb")}
+_NOT_HASHED = {
+    "run": ("limit", "methods", "warmup"),
+    "sampling": ("num_samples",),  # more of them continue a run: each has its own random stream
+    "humaneval": ("timeout_seconds", "memory_mb"),
+}
 
 
 class ConfigError(ValueError):

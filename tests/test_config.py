@@ -325,6 +325,7 @@ def test_the_hash_ignores_what_changes_no_row(tmp_path):
         "run.limit=3",
         "run.methods=[speculative]",
         "run.warmup=0",
+        "sampling.num_samples=2",
         "humaneval.timeout_seconds=9",
         "humaneval.memory_mb=512",
     ):
@@ -345,7 +346,6 @@ def test_the_hash_changes_with_what_changes_rows():
         "decoding.width=16",
         "sampling.temperature=0.5",
         "sampling.seed=1",
-        "sampling.num_samples=2",
         "run.threads=1",
         "humaneval.prompt_style=completion",
     )

@@ -185,18 +185,22 @@ def test_ctrl_c_is_one_line_and_loses_nothing(config, tmp_path):
     assert len(read_rows(output)) >= 2
 
 
-def test_samples_are_the_same_whatever_the_limit(config, tmp_path):
-    """A sample's randomness depends on seed, example, method and index only."""
-    sampled = ("--set", "sampling.temperature=1.0", "--set", "sampling.num_samples=2")
-    rows = {}
-    for limit in (1, 2):
-        output = tmp_path / f"{limit}.jsonl"
-        code, _, errors = run("--config", config, *sampled, "--limit", limit, "--output", output)
+def test_samples_are_the_same_whatever_the_limit_and_their_number(config, tmp_path):
+    """A sample's randomness depends on seed, example, method and index only; a run can grow."""
+
+    def sample(name, limit, num_samples):
+        output = tmp_path / f"{name}.jsonl"
+        sampled = ("sampling.temperature=1.0", f"sampling.num_samples={num_samples}")
+        options = ("--set", sampled[0], "--set", sampled[1], "--limit", limit, "--output", output)
+        code, _, errors = run("--config", config, *options)
         assert code == 0, errors
-        rows[limit] = {row.key: row.token_ids for row in read_rows(output)}
-    assert len(rows[1]) == 6
-    assert rows[1].items() <= rows[2].items()
-    assert len({tuple(ids) for ids in rows[2].values()}) > 6
+        return {row.key: row.token_ids for row in read_rows(output)}
+
+    few, many = sample("few", 1, 2), sample("many", 2, 3)
+    assert (len(few), len(many)) == (6, 18)
+    assert few.items() <= many.items()
+    assert len({tuple(ids) for ids in many.values()}) > 12
+    assert sample("few", 2, 3) == many
 
 
 def test_scoring_a_finished_run_generates_nothing(finished):
