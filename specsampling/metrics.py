@@ -6,7 +6,7 @@ that does not exist (no tokens, nothing drafted) is NaN, never an error.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -148,7 +148,7 @@ def speedup(
 # --- quality -------------------------------------------------------------------------
 
 
-def pass_at_k(scores: Iterable[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
+def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
     """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374).
 
     Args:
@@ -159,20 +159,17 @@ def pass_at_k(scores: Iterable[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
         k -> pass@k, for those `ks` that every problem has enough samples for, and for the
         largest k that they have.
     """
-    passed = list(_passed_by_problem(scores).values())
-    num_samples = [len(samples) for samples in passed]
-    num_correct = [sum(samples) for samples in passed]
-    largest = min(num_samples, default=0)
+    largest = min(map(len, _passed_by_problem(scores).values()), default=0)
     return {
-        k: float(np.mean(estimate_pass_at_k(num_samples, num_correct, k)))
+        k: float(np.mean(list(_pass_at_k_by_problem(scores, k).values())))
         for k in sorted({*ks, largest})
         if 0 < k <= largest
     }
 
 
-def pass_at_1_interval(scores: Iterable[Score]) -> Interval:
-    """pass@1 of one method's scores, with its bootstrap interval over problems."""
-    return bootstrap_mean([np.mean(passed) for passed in _passed_by_problem(scores).values()])
+def pass_at_k_interval(scores: Sequence[Score], k: int) -> Interval:
+    """pass@k of one method's scores, with its bootstrap interval over problems."""
+    return bootstrap_mean(list(_pass_at_k_by_problem(scores, k).values()))
 
 
 def rouge_interval(scores: Iterable[RougeScore], name: RougeName) -> Interval:
@@ -180,15 +177,19 @@ def rouge_interval(scores: Iterable[RougeScore], name: RougeName) -> Interval:
     return _bootstrap_sample_mean((score["example_id"], score[name]) for score in scores)
 
 
-def pass_at_1_difference(scores: Iterable[Score], other_scores: Iterable[Score]) -> Interval:
-    """How much higher the pass rate is than another method's, over the samples that both have.
+def pass_at_k_difference(
+    scores: Sequence[Score], other_scores: Sequence[Score], k: int
+) -> Interval:
+    """How much higher pass@k is than another method's, over the samples that both have.
 
     The bootstrap draws problems, as `rouge_difference` draws examples.
     """
-    return _paired_difference(
-        {_sample(score): float(score["passed"]) for score in scores},
-        {_sample(score): float(score["passed"]) for score in other_scores},
+    shared = set(map(_sample, scores)) & set(map(_sample, other_scores))
+    ours, theirs = (
+        _pass_at_k_by_problem([score for score in group if _sample(score) in shared], k)
+        for group in (scores, other_scores)
     )
+    return bootstrap_mean([ours[problem] - theirs[problem] for problem in ours])
 
 
 def rouge_difference(
@@ -199,25 +200,16 @@ def rouge_difference(
     The bootstrap draws examples, each with both methods' scores: what makes an example hard
     makes it hard for both, and does not widen the interval.
     """
-    return _paired_difference(
-        {_sample(score): score[name] for score in scores},
-        {_sample(score): score[name] for score in other_scores},
+    others = {_sample(score): score[name] for score in other_scores}
+    return _bootstrap_sample_mean(
+        (score["example_id"], score[name] - others[_sample(score)])
+        for score in scores
+        if _sample(score) in others
     )
 
 
 def _sample(score: ScoredRow) -> Sample:
     return score["example_id"], score["sample_index"]
-
-
-def _paired_difference(
-    values: Mapping[Sample, float], other_values: Mapping[Sample, float]
-) -> Interval:
-    """Mean of value - other value over the samples that both have, by a bootstrap of examples."""
-    return _bootstrap_sample_mean(
-        (sample[0], value - other_values[sample])
-        for sample, value in values.items()
-        if sample in other_values
-    )
 
 
 # --- the bootstrap -------------------------------------------------------------------
@@ -288,6 +280,14 @@ def _passed_by_problem(scores: Iterable[Score]) -> dict[str, list[bool]]:
     for score in scores:
         groups.setdefault(score["example_id"], []).append(score["passed"])
     return groups
+
+
+def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
+    """Each problem's unbiased estimate: 1 - C(n - c, k) / C(n, k), c of its n samples passing."""
+    passed = _passed_by_problem(scores)
+    num_samples = list(map(len, passed.values()))
+    num_correct = list(map(sum, passed.values()))
+    return dict(zip(passed, map(float, estimate_pass_at_k(num_samples, num_correct, k))))
 
 
 def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:

@@ -128,11 +128,11 @@ def summary_table(
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs: same token ids as method {compared_with}")
-    if scores is not None and _is_rouge(scores):
-        differences = _rouge_differences(kept, scores)
-        for other, found in differences.items():
-            difference = _interval_text("rouge1 difference", *astuple(found["rouge1"]))
-            notes.append(f"rouge1, speculative less {other}: {difference}")
+    for other, differences in _differences(kept, scores or []).items():
+        for name, difference in differences.items():
+            if name not in ("rouge2", "rougeL"):
+                text = _interval_text(f"{name} difference", *astuple(difference))
+                notes.append(f"{name}, speculative less {other}: {text}")
     cut = {row.example_id for row in rows if row.num_cut_tokens}
     if cut:
         notes.append(f"documents cut at their end to fit the context: {len(cut)}")
@@ -152,7 +152,7 @@ def rouge_difference_table(rows: Sequence[Row], scores: Scores) -> pd.DataFrame:
     One line per method that they are compared with; `reference` must give 0 in a greedy run.
     """
     lines = []
-    for other, differences in _rouge_differences(_shared_rows(rows), scores).items():
+    for other, differences in _differences(_shared_rows(rows), scores).items():
         line: dict[str, Any] = {"speculative less": other}
         for name, difference in differences.items():
             line |= _interval_columns(f"{name} difference", difference)
@@ -553,7 +553,7 @@ def _scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
 def _pass_columns(scores: Sequence[Score]) -> dict[str, float]:
     """pass@1 with its interval, and larger k where every problem has enough samples."""
     larger = {f"pass@{k}": value for k, value in metrics.pass_at_k(scores).items() if k > 1}
-    return _interval_columns("pass@1", metrics.pass_at_1_interval(scores)) | larger
+    return _interval_columns("pass@1", metrics.pass_at_k_interval(scores, 1)) | larger
 
 
 def _rouge_columns(scores: Sequence[RougeScore]) -> dict[str, float]:
@@ -564,17 +564,28 @@ def _rouge_columns(scores: Sequence[RougeScore]) -> dict[str, float]:
     return columns
 
 
-def _rouge_differences(
+def _differences(
     by_method: Mapping[str, Sequence[Row]], scores: Scores
 ) -> dict[str, dict[str, metrics.Interval]]:
-    """ROUGE of the speculative method less each other's: method -> name -> difference."""
+    """Quality of the speculative method less each other's: method -> measure -> difference."""
     scored = {method: _scores_of(rows, scores) for method, rows in by_method.items()}
     ours = scored.pop("speculative", [])
+    names: list[str] = list(metrics.ROUGE_NAMES)
+    if not _is_rouge(scores):
+        names = [f"pass@{k}" for k in metrics.pass_at_k(ours)]
     return {
-        method: {name: metrics.rouge_difference(ours, theirs, name) for name in metrics.ROUGE_NAMES}
+        method: {name: _difference(ours, theirs, name) for name in names}
         for method, theirs in scored.items()
         if ours
     }
+
+
+def _difference(scores: list[Any], others: list[Any], name: str) -> metrics.Interval:
+    """How much higher a measure is than another method's: `rouge1`, `pass@1` and so on."""
+    if name.startswith("pass@"):
+        return metrics.pass_at_k_difference(scores, others, int(name.removeprefix("pass@")))
+    (rouge_name,) = (known for known in metrics.ROUGE_NAMES if known == name)
+    return metrics.rouge_difference(scores, others, rouge_name)
 
 
 def _quality_differences(run: Run, measure: str) -> pd.DataFrame:
@@ -584,13 +595,10 @@ def _quality_differences(run: Run, measure: str) -> pd.DataFrame:
         for method, rows in _shared_rows(run.rows).items()
     }
     baseline = scored.pop(BASELINE, [])
-    lines = {}
-    for method, scores in scored.items():
-        if measure == "rouge2":
-            difference = metrics.rouge_difference(scores, baseline, "rouge2")
-        else:
-            difference = metrics.pass_at_1_difference(scores, baseline)
-        lines[method] = _interval_columns(f"{measure} difference", difference)
+    lines = {
+        method: _interval_columns(f"{measure} difference", _difference(scores, baseline, measure))
+        for method, scores in scored.items()
+    }
     return pd.DataFrame.from_dict(lines, orient="index")
 
 

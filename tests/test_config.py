@@ -14,7 +14,8 @@ from specsampling.config import (
     require_task,
 )
 
-SHIPPED = Path(__file__).parents[1] / "config.yaml"
+PROJECT = Path(__file__).parents[1]
+SHIPPED, RESULTS = PROJECT / "config.yaml", PROJECT / "Results"
 DEMO = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))["profiles"]["demo"]
 
 
@@ -353,6 +354,16 @@ def test_the_hash_changes_with_what_changes_rows():
     stops = ("humaneval.prompt_style=completion", 'humaneval.stop_strings=["\\ndef"]')
     hashes |= {config_hash(demo()), config_hash(demo(*stops))}
     assert len(hashes) == len(overrides) + 2
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.meta.json")), ids=lambda path: path.name)
+def test_committed_runs_can_be_continued(path, tmp_path):
+    """A key that moved or came into the hash would leave the shipped rows to nobody."""
+    meta = json.loads(path.read_text())
+    blocks = {name: block for name, block in meta["config"].items() if block is not None}
+    profile = blocks.pop("profile")
+    run = write(tmp_path, yaml.safe_dump({"default": profile, "profiles": {profile: blocks}}))
+    assert config_hash(load_config(run)) == meta["config_hash"]
 
 
 # --- the shipped file --------------------------------------------------------------

@@ -197,9 +197,9 @@ def test_pass_at_k_stops_at_the_problem_with_the_fewest_samples():
     assert metrics.pass_at_k([]) == {}
 
 
-def test_pass_at_1_interval_lies_around_the_rate():
+def test_pass_at_k_interval_lies_around_the_rate():
     scores = make_scores(**{f"problem{i}": [i % 4 == 0] for i in range(100)})
-    interval = metrics.pass_at_1_interval(scores)
+    interval = metrics.pass_at_k_interval(scores, 1)
     assert interval.estimate == 0.25
     # Binomial: 0.25 +- 1.96 * sqrt(0.25 * 0.75 / 100) = 0.25 +- 0.085.
     assert interval.low == pytest.approx(0.165, abs=0.015)
@@ -208,25 +208,27 @@ def test_pass_at_1_interval_lies_around_the_rate():
 
 def test_pass_at_1_counts_problems_and_not_samples():
     scores = make_scores(many=[False] * 9, one=[True])
-    assert metrics.pass_at_1_interval(scores).estimate == 0.5
+    assert metrics.pass_at_k_interval(scores, 1).estimate == 0.5
 
 
-def test_pass_at_1_difference_is_paired_by_sample():
+def test_pass_at_k_difference_is_paired_by_sample():
     """Unpaired, the interval would reach to both sides of 0: only one problem of 50 moved."""
     passed = {f"problem{i}": [i % 2 == 0, i % 3 == 0] for i in range(50)}
     theirs = make_scores(**passed)
-    assert metrics.pass_at_1_difference(theirs[::-1], theirs) == Interval(0.0, 0.0, 0.0)
+    assert metrics.pass_at_k_difference(theirs[::-1], theirs, 1) == Interval(0.0, 0.0, 0.0)
     ours = make_scores(**passed | {"problem1": [True, False]})
-    found = metrics.pass_at_1_difference(ours, theirs)
+    found = metrics.pass_at_k_difference(ours, theirs, 1)
     assert found.estimate == pytest.approx(0.01)
     assert found.low == 0.0 and found.high < 0.05
+    # problem1 passed in none of its two samples, and now in one: so many more pass@2 problems
+    assert metrics.pass_at_k_difference(ours, theirs, 2).estimate == pytest.approx(1 / 50)
 
 
-def test_pass_at_1_difference_is_over_the_samples_that_both_have():
+def test_pass_at_k_difference_is_over_the_samples_that_both_have():
     ours = make_scores(a=[True, True], b=[False], only_ours=[True])
     theirs = make_scores(b=[True], a=[True], only_theirs=[True])
-    assert metrics.pass_at_1_difference(ours, theirs).estimate == pytest.approx(-0.5)
-    assert math.isnan(metrics.pass_at_1_difference(ours, []).estimate)
+    assert metrics.pass_at_k_difference(ours, theirs, 1).estimate == pytest.approx(-0.5)
+    assert math.isnan(metrics.pass_at_k_difference(ours, [], 1).estimate)
 
 
 # --- ROUGE ---------------------------------------------------------------------------

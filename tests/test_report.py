@@ -164,6 +164,19 @@ def test_several_samples_add_pass_at_k():
     assert list(table["n"]) == [40, 40, 40]
 
 
+def test_pass_rates_are_compared_for_every_k():
+    """A table with pass@10 said nothing of how far the methods' pass@10 may be apart by chance."""
+    rows = make_run(num_problems=4, num_samples=10, methods=("autoregressive", "speculative"))
+    scores = score_every_fourth(rows)
+    for score in scores:  # one more problem, in one of its ten samples
+        if score["example_id"] == "HumanEval/1" and score["method"] == "speculative":
+            score["passed"] |= score["sample_index"] == 3
+    notes = report.summary_table(rows, scores).attrs["notes"]
+    assert "pass@1, speculative less autoregressive: +2.5% [+0.0%, +7.5%]" in notes
+    assert "pass@10, speculative less autoregressive: +25.0% [+0.0%, +75.0%]" in notes
+    assert not any("pass@" in note for note in report.summary_table(rows).attrs["notes"])
+
+
 def test_terminal_table_is_aligned_and_fits():
     rows = make_run(num_problems=164)
     lines = report.format_table(
