@@ -11,9 +11,9 @@ already is not decoded again. The others go to results1-nucleus.jsonl and result
 A rerun continues where the last one stopped. The table comes at the end, with the paper's own
 below it; Benchmarks/table1.ipynb shows both, and a figure.
 
-On two AMD EPYC cores the nucleus cells took 14 and 63 minutes, XSum's greedy cell 6, and HumanEval's,
-without the other draft that the committed rows have, about 32. Each further sample of the nucleus
-cells adds some 20 minutes.
+On two AMD EPYC cores the nucleus cells took 14 and 63 minutes, XSum's greedy cell 6, and
+HumanEval's, without the other draft that the committed rows have, about 32. Each further sample
+of the nucleus cells adds some 20 minutes.
 """
 
 from __future__ import annotations
