@@ -283,8 +283,9 @@ def _passed_by_problem(scores: Iterable[Score]) -> dict[str, list[bool]]:
 
 
 def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
-    """Each problem's unbiased estimate: 1 - C(n - c, k) / C(n, k), c of its n samples passing."""
-    passed = _passed_by_problem(scores)
+    """1 - C(n - c, k) / C(n, k) of each problem with n >= k samples, c of which pass."""
+    groups = _passed_by_problem(scores)
+    passed = {problem: samples for problem, samples in groups.items() if len(samples) >= k}
     num_samples = list(map(len, passed.values()))
     num_correct = list(map(sum, passed.values()))
     return dict(zip(passed, map(float, estimate_pass_at_k(num_samples, num_correct, k))))

