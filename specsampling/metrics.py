@@ -182,7 +182,8 @@ def pass_at_k_difference(
 ) -> Interval:
     """How much higher pass@k is than another method's, over the samples that both have.
 
-    The bootstrap draws problems, as `rouge_difference` draws examples.
+    Problems with fewer than k such samples are left out. The bootstrap draws problems, as
+    `rouge_difference` draws examples.
     """
     shared = set(map(_sample, scores)) & set(map(_sample, other_scores))
     ours, theirs = (

@@ -151,11 +151,10 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_anything_runs(
 
 def test_rows_of_another_configuration_are_not_mixed_in(finished, config, capsys):
     folder, _, _ = finished
-    arguments = ["--config", str(config), "--limit", "2", "--output-folder", str(folder)]
     values = yaml.safe_load(config.read_text())
     values["profiles"]["demo"]["sampling"]["seed"] = 1
     other = config.with_name("other_seed.yaml")
     other.write_text(yaml.safe_dump(values))
-    arguments[1] = str(other)
+    arguments = ["--config", str(other), "--limit", "2", "--output-folder", str(folder)]
     assert exit_code(table1.main, arguments) == 2
     assert "sampling.seed was 0, is now 1" in capsys.readouterr().err.splitlines()[-1]
