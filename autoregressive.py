@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from specsampling.decoding import Generation, StopCheck, Text
-from specsampling.sampling import GREEDY, Sampling, probs_from_logits, sample
-from specsampling.session import Session, context_limit, synchronized_seconds
+from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
+from specsampling.method.session import Session, context_limit, synchronized_seconds
+from specsampling.method.text import Generation, StopCheck, Text
 
 
 def autoregressive(

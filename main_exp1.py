@@ -24,8 +24,8 @@ from specsampling.console import (
     read_config,
     run_experiment,
 )
-from specsampling.metrics import ROUGE_NAMES
-from specsampling.records import RecordsError, RougeScore, is_run, read_objects
+from specsampling.results.metrics import ROUGE_NAMES
+from specsampling.results.records import RecordsError, RougeScore, is_run, read_objects
 from specsampling.tasks.xsum import XSum
 
 
@@ -57,7 +57,7 @@ def score_samples(path: Path) -> list[RougeScore]:
     name = "completion" if is_completion else "prediction"
     read_objects(path, {name: str})
 
-    from specsampling.rouge import Rouge
+    from specsampling.tasks.rouge import Rouge
 
     found = Rouge().compute(
         predictions=[sample[name] for sample in samples],

@@ -26,10 +26,10 @@ from specsampling.console import (
     read_config,
     run_experiment,
 )
-from specsampling.metrics import pass_at_k
-from specsampling.records import RecordsError, Score, is_run, read_objects
-from specsampling.sandbox import platform_limits
+from specsampling.results.metrics import pass_at_k
+from specsampling.results.records import RecordsError, Score, is_run, read_objects
 from specsampling.tasks.humaneval import HumanEval, Solution, score
+from specsampling.tasks.sandbox import platform_limits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Speculative sampling (Chen et al. 2023, Algorithm 2).
 
 A draft proposes k tokens, the target scores them in one call, and a rejection rule
-(`specsampling/verify.py`) keeps exactly the target's distribution. Greedy decoding
+(`specsampling/method/verify.py`) keeps exactly the target's distribution. Greedy decoding
 gives the very tokens that the target alone would give.
 
     python speculative.py --prompt "def is_prime(n):"
@@ -16,11 +16,11 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from specsampling.decoding import Generation, StopCheck, Text
-from specsampling.drafts import Draft
-from specsampling.sampling import GREEDY, Sampling, probs_from_logits
-from specsampling.session import Session, context_limit, synchronized_seconds
-from specsampling.verify import verify
+from specsampling.method.drafts import Draft
+from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits
+from specsampling.method.session import Session, context_limit, synchronized_seconds
+from specsampling.method.text import Generation, StopCheck, Text
+from specsampling.method.verify import verify
 
 
 def speculative(
@@ -43,7 +43,7 @@ def speculative(
 
     Args:
         target: the model whose distribution the output has.
-        draft: who proposes (`specsampling/drafts.py`).
+        draft: who proposes (`specsampling/method/drafts.py`).
         prompt: token ids, at least one.
         k: draft tokens per cycle, at least 1.
         max_new_tokens: exact limit on the new tokens.

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from specsampling.console import device_name
-from specsampling.models import load_model, make_fast, resolve_device
-from specsampling.session import Session
+from specsampling.method.session import Session
+from specsampling.models.load import load_model, make_fast, resolve_device
 
 VOCAB = 1000
 NUM_ROWS = 40

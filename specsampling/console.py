@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsampling.config import Config, ConfigError, config_as_dict, config_hash, load_config
-from specsampling.decoding import PromptError
-from specsampling.embedded import ModelError
-from specsampling.records import (
+from specsampling.method.text import PromptError
+from specsampling.models.embedded import ModelError
+from specsampling.results.records import (
     RecordsError,
     RunFile,
     Scores,
@@ -31,15 +31,15 @@ from specsampling.records import (
     require_resumable,
     write_scores,
 )
-from specsampling.report import describe_sampling, format_table, summary_table, text_pieces
-from specsampling.sandbox import SandboxError
+from specsampling.results.tables import describe_sampling, format_table, summary_table, text_pieces
+from specsampling.tasks.sandbox import SandboxError
 from specsampling.tasks.task import TaskError
 
 if TYPE_CHECKING:
     import torch
 
-    from specsampling.drafts import Draft
-    from specsampling.models import Pair
+    from specsampling.method.drafts import Draft
+    from specsampling.models.load import Pair
     from specsampling.runner import Decode
     from specsampling.tasks.task import Task
 
@@ -140,7 +140,7 @@ def load_configured_pair(config: Config) -> Pair:
     """Load the models that a configuration names, and say what became of `auto`."""
     import torch
 
-    from specsampling.models import load_pair
+    from specsampling.models.load import load_pair
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -169,7 +169,7 @@ def _draft_options(config: Config) -> dict[str, Any]:
 
 def load_other_draft(config: Config, pair: Pair, spec: str) -> Draft:
     """The draft of a method `speculative:DRAFT`, for the pair's target."""
-    from specsampling.models import load_draft, resolve_dtype
+    from specsampling.models.load import load_draft, resolve_dtype
 
     print(f"Loading the draft {spec} ...", file=sys.stderr, flush=True)
     return load_draft(
@@ -203,7 +203,7 @@ def run_experiment(
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
-    from specsampling.exactness import check_exactness
+    from specsampling.models.exactness import check_exactness
     from specsampling.runner import encode_prompts, run
 
     output, decoding = options.output, config.decoding
@@ -242,7 +242,7 @@ def _bind_decoders(
     config: Config, pair: Pair, autoregressive: Callable, speculative: Callable
 ) -> dict[str, Decode]:
     """Each method's decoder, with the models and everything else that a run does not change."""
-    from specsampling.sampling import Sampling
+    from specsampling.method.sampling import Sampling
 
     warp = config.sampling
     shared: dict[str, Any] = {
@@ -302,7 +302,7 @@ def run_meta(config: Config) -> dict[str, Any]:
     """What a run's rows are made with, for its `.meta.json`; known before a model is loaded."""
     import torch
 
-    from specsampling.models import resolve_device
+    from specsampling.models.load import resolve_device
 
     device = resolve_device(config.models.device)
     return {
@@ -323,7 +323,7 @@ def run_meta(config: Config) -> dict[str, Any]:
 
 def precision(config: Config, device: torch.device) -> str:
     """The target's precision: "bfloat16", or "int8 (float16)"."""
-    from specsampling.models import resolve_dtype
+    from specsampling.models.load import resolve_dtype
 
     dtype = str(resolve_dtype(config.models.dtype, device)).removeprefix("torch.")
     quantization = config.models.target_quantization
@@ -379,8 +379,8 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
     import torch
 
+    from specsampling.method.sampling import Sampling
     from specsampling.runner import sample_seed
-    from specsampling.sampling import Sampling
 
     parser = argparse.ArgumentParser(description="Decode one prompt with speculative sampling.")
     parser.add_argument("--prompt", required=True, help="text to continue")

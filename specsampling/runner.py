@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from specsampling.decoding import Generation, PromptError, StopCheck
-from specsampling.models import Pair
-from specsampling.records import Row, RunFile
-from specsampling.session import context_limit
+from specsampling.method.session import context_limit
+from specsampling.method.text import Generation, PromptError, StopCheck
+from specsampling.models.load import Pair
+from specsampling.results.records import Row, RunFile
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 
 

@@ -13,8 +13,8 @@ from specsampling.config import (
     load_config,
     require_task,
 )
-from specsampling.records import read_meta
-from specsampling.report import TABLE1_FILES
+from specsampling.results.records import read_meta
+from specsampling.results.tables import TABLE1_FILES
 
 PROJECT = Path(__file__).parents[1]
 SHIPPED = PROJECT / "config.yaml"

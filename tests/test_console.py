@@ -1,5 +1,5 @@
 from specsampling.console import COLOURS, PLAIN, coloured
-from specsampling.decoding import Generation
+from specsampling.method.text import Generation
 
 
 def test_each_token_has_its_origins_colour():

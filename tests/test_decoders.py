@@ -9,10 +9,16 @@ import torch
 from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 
 from autoregressive import autoregressive
-from specsampling.drafts import CompositeDraft, ModelDraft, NgramDraft, NgramProposer, first_layers
-from specsampling.models import load_model
-from specsampling.sampling import Sampling, one_hot
-from specsampling.session import Session
+from specsampling.method.drafts import (
+    CompositeDraft,
+    ModelDraft,
+    NgramDraft,
+    NgramProposer,
+    first_layers,
+)
+from specsampling.method.sampling import Sampling, one_hot
+from specsampling.method.session import Session
+from specsampling.models.load import load_model
 from speculative import speculative
 
 PROMPTS = ([5], [7, 3, 9, 3, 9, 3], list(range(20, 50)))

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from autoregressive import autoregressive
-from specsampling import embedded
-from specsampling.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
-from specsampling.drafts import CompositeDraft, ModelDraft, NgramDraft
-from specsampling.embedded import DRAFTS, ModelError, embedded_folder
-from specsampling.models import load_model, load_pair
-from specsampling.packed import Int8Linear, can_int8, to_int8
-from specsampling.sampling import Sampling, probs_from_logits
-from specsampling.session import Session
+from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
+from specsampling.method.sampling import Sampling, probs_from_logits
+from specsampling.method.session import Session
+from specsampling.models import embedded
+from specsampling.models.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
+from specsampling.models.embedded import DRAFTS, ModelError, embedded_folder
+from specsampling.models.load import load_model, load_pair
+from specsampling.models.packed import Int8Linear, can_int8, to_int8
 from speculative import speculative
 
 CPU = torch.device("cpu")

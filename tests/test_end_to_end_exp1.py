@@ -15,9 +15,9 @@ from test_end_to_end import run as run_script
 
 import main_exp1
 from specsampling.console import exit_code
-from specsampling.metrics import ROUGE_NAMES
-from specsampling.models import load_tokenizer
-from specsampling.records import read_meta, read_rows, read_scores
+from specsampling.models.load import load_tokenizer
+from specsampling.results.metrics import ROUGE_NAMES
+from specsampling.results.records import read_meta, read_rows, read_scores
 
 CONTEXT = 2048  # GPT-Neo's
 SCORER = RougeScorer(list(ROUGE_NAMES), use_stemmer=True)

@@ -7,9 +7,9 @@ import torch
 from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from specsampling.attention import NAME as GROUPED_SDPA
-from specsampling.fused import FusedLayer, fuse_layers
-from specsampling.session import Session
+from specsampling.method.session import Session
+from specsampling.models.attention import NAME as GROUPED_SDPA
+from specsampling.models.fused import FusedLayer, fuse_layers
 
 TOKENS = [(31 * i + 7) % 120 for i in range(60)]
 BIASED = {"attention_bias": True, "mlp_bias": True}

@@ -1,4 +1,4 @@
-"""Imports point one way, and a notebook opens at once."""
+"""The folder listing is the architecture: imports point down, by wing; a notebook opens at once."""
 
 import ast
 import subprocess
@@ -10,25 +10,67 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "specsampling"
 SCRIPTS = {"autoregressive", "speculative", "main_exp1", "main_exp2"}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Each wing, or room of the hall, and what of ours it may import besides itself.
+ARROWS: dict[str, set[str]] = {
+    "method": set(),
+    "config": set(),
+    "models": {"method"},
+    "results": {"method.text", "config"},
+    "tasks": {"results", "method.text", "config"},
+    "runner": {"tasks", "results", "models", "method"},
+    "console": {"runner", "tasks", "results", "models", "method", "config"},
+}
 
 
 def imported(path: Path) -> set[str]:
+    """Dotted names of what a file imports; `from a import b` counts as a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def ours(path: Path) -> set[str]:
+    """What a file imports of the package, without the package's own name."""
+    start = "specsampling."
+    return {name.removeprefix(start) for name in imported(path) if name.startswith(start)}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_point_down_by_wing(path):
+    wing = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    allowed = {wing, *ARROWS.get(wing, set())}
+    for name in ours(path):
+        assert any(f"{name}.".startswith(f"{room}.") for room in allowed), name
+
+
+def test_the_arrows_make_no_circle():
+    below = {wing: {name.split(".")[0] for name in names} for wing, names in ARROWS.items()}
+    while below:
+        lowest = {wing for wing, names in below.items() if not names & below.keys()}
+        assert lowest, f"a circle among {sorted(below)}"
+        below = {wing: names for wing, names in below.items() if wing not in lowest}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_the_package_never_imports_the_scripts(path):
     assert not {name.split(".")[0] for name in imported(path)} & SCRIPTS
 
 
-@pytest.mark.parametrize("module", ["config", "records", "metrics", "report", "sandbox"])
+RESULTS = ("records", "metrics", "tables")
+LIGHT = ["config", "method.text", "models.embedded", "tasks.sandbox"]
+
+
+@pytest.mark.parametrize("module", [*LIGHT, *(f"results.{name}" for name in RESULTS)])
 def test_light_modules_import_neither_torch_nor_transformers(module):
     code = (
         f"import sys, specsampling.{module}; "
@@ -42,21 +84,17 @@ def test_light_modules_import_neither_torch_nor_transformers(module):
 
 @pytest.mark.parametrize("module", ["sampling", "verify"])
 def test_tensor_modules_know_only_tensors(module):
-    ours = {name for name in imported(PACKAGE / f"{module}.py") if name.startswith("specsampling")}
-    others = {name.split(".")[0] for name in imported(PACKAGE / f"{module}.py")}
-    assert ours <= {"specsampling.sampling"}
-    assert "transformers" not in others
+    path = PACKAGE / "method" / f"{module}.py"
+    assert not {name for name in imported(path) if name.startswith("transformers")}
+    assert {name.rpartition(".")[0] for name in ours(path)} <= {"method.sampling"}
 
 
 @pytest.mark.parametrize("script", ["autoregressive.py", "speculative.py"])
 def test_decoders_know_no_text(script):
     text = (PROJECT / script).read_text().split('if __name__ == "__main__"')[0]
     assert "tokenizer" not in text.replace("# tokenizer", "")
-    names = {name for name in imported(PROJECT / script) if name.startswith("specsampling")}
-    names.discard("specsampling.console")  # only under __main__
-    assert names <= {
-        f"specsampling.{name}" for name in ("decoding", "drafts", "sampling", "session", "verify")
-    }
+    names = {name for name in ours(PROJECT / script) if not name.startswith("console.")}
+    assert all(name.startswith("method.") for name in names)  # console: only under __main__
 
 
 def test_mistakes_in_the_configuration_are_told_before_torch_is_loaded():

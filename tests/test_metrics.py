@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specsampling import metrics
-from specsampling.metrics import Interval
-from specsampling.records import RougeScore, Row, Score
+from specsampling.results import metrics
+from specsampling.results.metrics import Interval
+from specsampling.results.records import RougeScore, Row, Score
 
 
 def make_row(example_id="a", method="speculative", sample_index=0, num_tokens=10, **fields) -> Row:
@@ -345,7 +345,10 @@ def test_bootstrap_of_equal_problems_has_width_0():
 
 
 def test_metrics_imports_no_model_library():
-    code = "import sys, specsampling.metrics; print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, specsampling.results.metrics; "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
     imported = subprocess.check_output(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True
     )

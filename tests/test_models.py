@@ -8,11 +8,11 @@ import torch
 from conftest import ARCHITECTURES, make_tokenizer
 
 from autoregressive import autoregressive
-from specsampling.drafts import ModelDraft, NgramDraft
-from specsampling.embedded import ModelError
-from specsampling.exactness import check_exactness
-from specsampling.models import load_model, load_pair, resolve_device, resolve_dtype
-from specsampling.packed import PackedLinear
+from specsampling.method.drafts import ModelDraft, NgramDraft
+from specsampling.models.embedded import ModelError
+from specsampling.models.exactness import check_exactness
+from specsampling.models.load import load_model, load_pair, resolve_device, resolve_dtype
+from specsampling.models.packed import PackedLinear
 from speculative import speculative
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from test_report import META, make_grid, make_rouge_scores, make_run, score_every_fourth
+from test_results import META, make_grid, make_rouge_scores, make_run, score_every_fourth
 
-from specsampling.records import RunFile, write_scores
-from specsampling.report import TABLE1_FILES
+from specsampling.results.records import RunFile, write_scores
+from specsampling.results.tables import TABLE1_FILES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "Benchmarks").glob("*.ipynb"))

@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.config import HumanEvalConfig
-from specsampling.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
-from specsampling.exactness import check_exactness
-from specsampling.models import (
+from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.method.sampling import Sampling
+from specsampling.models.exactness import check_exactness
+from specsampling.models.load import (
     load_draft,
     load_model,
     load_pair,
     load_tokenizer,
     model_location,
 )
-from specsampling.sampling import Sampling
 from specsampling.tasks.humaneval import HumanEval
 from speculative import speculative
 

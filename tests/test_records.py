@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from specsampling import records
-from specsampling.records import (
+from specsampling.results import records
+from specsampling.results.records import (
     RecordsError,
     Row,
     RunFile,
@@ -59,7 +59,7 @@ ROUGE_SCORE = {
 }
 HOLD_OPEN = """
 import json, sys, time
-from specsampling.records import Row, RunFile
+from specsampling.results.records import Row, RunFile
 run = RunFile.open(sys.argv[1], json.loads(sys.argv[2]))
 run.append(Row(**json.loads(sys.argv[3])))
 print("open", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from specsampling.rouge import Rouge
+from specsampling.tasks.rouge import Rouge
 
 NAMES = ["rouge1", "rouge2", "rougeL"]
 PAIRS = [  # prediction, reference
@@ -72,7 +72,7 @@ import json, socket
 def refuse(*arguments):
     raise AssertionError("went to the network")
 socket.socket.connect = socket.getaddrinfo = refuse
-from specsampling.rouge import Rouge
+from specsampling.tasks.rouge import Rouge
 print(json.dumps(Rouge().compute(predictions=["closed"], references=["closing"])))
 """
     home = tmp_path / "home"

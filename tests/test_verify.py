@@ -8,9 +8,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-import specsampling.verify as module
-from specsampling.sampling import GREEDY, Sampling, one_hot, probs_from_logits
-from specsampling.verify import Verdict, residual, verify
+import specsampling.method.verify as module
+from specsampling.method.sampling import GREEDY, Sampling, one_hot, probs_from_logits
+from specsampling.method.verify import Verdict, residual, verify
 
 VOCAB = 3
 STRATA = 2  # representative uniforms in each of the cells "accept" and "reject"

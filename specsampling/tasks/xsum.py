@@ -2,7 +2,7 @@
 
 The articles come from the hub, from local files, or are the demo articles of this project:
 anything with the columns `document` and `summary`. Summaries are scored with ROUGE, in
-`specsampling/rouge.py`.
+`specsampling/tasks/rouge.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.config import XSumConfig
-from specsampling.decoding import PromptError
+from specsampling.method.text import PromptError
 from specsampling.tasks.task import Encoder, Example, Prompt, TaskError, cut_at
 
 EMBEDDED = "embedded:"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from specsampling.drafts import num_logits
-from specsampling.embedded import ModelError
-from specsampling.session import Session
+from specsampling.method.drafts import num_logits
+from specsampling.method.session import Session
+from specsampling.models.embedded import ModelError
 
 NUM_PREFILLED = 40
 NUM_ALONE = 4

@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from specsampling.attention import NAME as GROUPED_SDPA
-from specsampling.distilled import assemble, is_distilled, lists_head_tokens, trim_head
-from specsampling.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
-from specsampling.embedded import ModelError, embedded_folder
-from specsampling.fused import fuse_layers
-from specsampling.packed import can_int8, can_pack, pack_linears, to_int8
+from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.models.attention import NAME as GROUPED_SDPA
+from specsampling.models.distilled import assemble, is_distilled, lists_head_tokens, trim_head
+from specsampling.models.embedded import ModelError, embedded_folder
+from specsampling.models.fused import fuse_layers
+from specsampling.models.packed import can_int8, can_pack, pack_linears, to_int8
 
 EMBEDDED = "embedded:"
 TARGET_LAYERS = "target-layers:"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specsampling.sampling import Sampling, one_hot, probs_from_logits, sample
-from specsampling.session import Session, context_limit
+from specsampling.method.sampling import Sampling, one_hot, probs_from_logits, sample
+from specsampling.method.session import Session, context_limit
 
 
 class Proposer(Protocol):

@@ -60,7 +60,7 @@ DRAFTS = {
         sha256="06fea260e076eb7154376b2ebd4fc5c7d42e509b39c0bf311bfa0312f44b631c",
     )
 }
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "data"
 
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specsampling.sampling import sample
+from specsampling.method.sampling import sample
 
 
 class Verdict(NamedTuple):

@@ -15,7 +15,7 @@ import evaluate
 from datasets import Features, Value
 from rouge_score.rouge_scorer import RougeScorer
 
-from specsampling.metrics import ROUGE_NAMES
+from specsampling.results.metrics import ROUGE_NAMES
 
 
 class Rouge(evaluate.Metric):

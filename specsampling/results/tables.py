@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from specsampling import metrics
-from specsampling.decoding import Generation
-from specsampling.records import RougeScore, Row, Run, Score, Scores
+from specsampling.method.text import Generation
+from specsampling.results import metrics
+from specsampling.results.records import RougeScore, Row, Run, Score, Scores
 
 if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a table needs none
     from matplotlib.axes import Axes

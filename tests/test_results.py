@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from test_metrics import make_rouge, make_row
 
-from specsampling import report
-from specsampling.records import RougeScore, Row, Run, Score
+from specsampling.results import tables as report
+from specsampling.results.records import RougeScore, Row, Run, Score
 
 META = {
     "config": {
@@ -561,7 +561,7 @@ def test_the_baselines_tokens_are_all_the_targets():
 
 def test_report_imports_no_model_library_and_no_matplotlib():
     code = (
-        "import sys, specsampling.report;"
+        "import sys, specsampling.results.tables;"
         "print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     )
     imported = subprocess.check_output(

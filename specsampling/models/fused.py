@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from specsampling.attention import grouped_sdpa
+from specsampling.models.attention import grouped_sdpa
 
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer)
 

@@ -1,0 +1,1 @@
+"""The papers: sampling, verifying, sessions, drafts. Tensors and token ids only."""
