@@ -31,7 +31,7 @@ import main_exp2
 from specsampling.config import load_config, require_task
 from specsampling.console import PROJECT, exit_code
 from specsampling.results.records import read_run
-from specsampling.results.tables import format_table1, table1, table1_paths
+from specsampling.results.table1 import format_table1, table1, table1_paths
 
 
 class Cell(NamedTuple):

@@ -31,7 +31,8 @@ from specsampling.results.records import (
     require_resumable,
     write_scores,
 )
-from specsampling.results.tables import describe_sampling, format_table, summary_table, text_pieces
+from specsampling.results.tables import describe_sampling, format_table, summary_table
+from specsampling.results.tokens import text_pieces
 from specsampling.tasks.sandbox import SandboxError
 from specsampling.tasks.task import TaskError
 

@@ -14,7 +14,7 @@ from specsampling.config import (
     require_task,
 )
 from specsampling.results.records import read_meta
-from specsampling.results.tables import TABLE1_FILES
+from specsampling.results.table1 import TABLE1_FILES
 
 PROJECT = Path(__file__).parents[1]
 SHIPPED = PROJECT / "config.yaml"

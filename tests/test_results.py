@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from test_metrics import make_rouge, make_row
 
-from specsampling.results import tables as report
+from specsampling.results import figures, tables, tokens
+from specsampling.results import table1 as grid
 from specsampling.results.records import RougeScore, Row, Run, Score
 
 META = {
@@ -38,7 +39,7 @@ META = {
 TOKENS_PER_SECOND = {"autoregressive": 40, "reference": 32, "speculative": 80}
 
 
-def make_run(num_problems=12, num_samples=1, methods=report.METHODS) -> list[Row]:
+def make_run(num_problems=12, num_samples=1, methods=tables.METHODS) -> list[Row]:
     """Rows of a lossless run: 40, 32 and 80 tokens/s, 2.5 tokens per call, 3 of 8 accepted."""
     return [
         make_row(
@@ -84,7 +85,7 @@ def line_of(table: pd.DataFrame, method: str) -> pd.Series:
 
 def test_table_has_one_line_per_method_in_a_fixed_order():
     rows = make_run()[::-1]
-    table = report.summary_table(rows, score_every_fourth(rows), "greedy")
+    table = tables.summary_table(rows, score_every_fourth(rows), "greedy")
     assert list(table["method"]) == ["autoregressive", "reference", "speculative"]
     assert list(table["n"]) == [12, 12, 12]
     assert list(table["pass@1"]) == [0.25, 0.25, 0.25]
@@ -96,9 +97,9 @@ def test_table_has_one_line_per_method_in_a_fixed_order():
 
 def test_table_holds_fractions_and_text_holds_percentages():
     rows = make_run()
-    table = report.summary_table(rows, score_every_fourth(rows), "greedy")
+    table = tables.summary_table(rows, score_every_fourth(rows), "greedy")
     assert line_of(table, "speculative")["draft acceptance rate"] == 3 / 8
-    text = line_of(report.printable(table), "speculative")
+    text = line_of(tables.printable(table), "speculative")
     assert text["draft acceptance rate"] == "37.5%"
     assert text["pass@1"].startswith("25.0% [") and text["pass@1"].endswith("%]")
     assert text["speedup"] == "2.00 [2.00, 2.00]"
@@ -106,7 +107,7 @@ def test_table_holds_fractions_and_text_holds_percentages():
 
 
 def test_end_to_end_speedup_and_overhead_include_the_prefill():
-    line = line_of(report.summary_table(make_run(num_problems=3)), "speculative")
+    line = line_of(tables.summary_table(make_run(num_problems=3)), "speculative")
     # 20 + 30 + 40 tokens: 1.5 s of prefill beside 90/40 s and 90/80 s of decoding.
     assert line["end-to-end speedup"] == pytest.approx((1.5 + 2.25) / (1.5 + 1.125))
     assert line["time outside forwards"] == pytest.approx(0.1)
@@ -115,19 +116,19 @@ def test_end_to_end_speedup_and_overhead_include_the_prefill():
 def test_a_different_output_shows_in_the_table():
     rows = make_run()
     rows[-1] = replace(rows[-1], token_ids=[*rows[-1].token_ids[:-1], 99])
-    table = report.summary_table(rows)
+    table = tables.summary_table(rows)
     assert line_of(table, "speculative")["identical outputs"] == "11/12"
     assert "identical outputs: same token ids as method reference" in table.attrs["notes"]
 
 
 def test_sampled_texts_are_not_compared_token_for_token():
     """Each method has a random stream of its own: 0/12 would look like a bug."""
-    table = report.summary_table(make_run(), sampling="temperature 0.8")
+    table = tables.summary_table(make_run(), sampling="temperature 0.8")
     assert line_of(table, "speculative")["identical outputs"] == ""
 
 
 def test_without_a_reference_outputs_are_compared_with_the_baseline():
-    table = report.summary_table(make_run(methods=("autoregressive", "speculative")))
+    table = tables.summary_table(make_run(methods=("autoregressive", "speculative")))
     assert line_of(table, "speculative")["identical outputs"] == "12/12"
     assert "identical outputs: same token ids as method autoregressive" in table.attrs["notes"]
 
@@ -136,29 +137,29 @@ def test_a_run_stopped_midway_compares_what_all_methods_have():
     """The baseline's last, slow problem has no partner: no line of the table may count it."""
     rows = make_run()
     extra = make_row("HumanEval/163", "autoregressive", 0, 10, decode_seconds=1000.0)
-    table = report.summary_table([*rows, extra])
-    complete = report.summary_table(rows)
+    table = tables.summary_table([*rows, extra])
+    complete = tables.summary_table(rows)
     pd.testing.assert_frame_equal(table, complete)
     assert "1 rows left out: another method lacks their example" in table.attrs["notes"]
 
 
 def test_without_the_baseline_there_is_no_speedup():
-    table = report.summary_table(make_run(methods=("speculative",)))
+    table = tables.summary_table(make_run(methods=("speculative",)))
     line = line_of(table, "speculative")
     assert math.isnan(line["speedup"])
     assert line["identical outputs"] == ""
-    assert line_of(report.printable(table), "speculative")["speedup"] == "-"
+    assert line_of(tables.printable(table), "speculative")["speedup"] == "-"
 
 
 def test_unscored_rows_are_named():
     rows = make_run()
-    table = report.summary_table(rows, score_every_fourth(rows)[:-1])
+    table = tables.summary_table(rows, score_every_fourth(rows)[:-1])
     assert "speculative: only 11 of 12 rows are scored" in table.attrs["notes"]
 
 
 def test_several_samples_add_pass_at_k():
     rows = make_run(num_problems=4, num_samples=10)
-    table = report.summary_table(rows, score_every_fourth(rows))
+    table = tables.summary_table(rows, score_every_fourth(rows))
     assert list(table["pass@10"]) == [0.25, 0.25, 0.25]
     assert "pass@100" not in table
     assert list(table["n"]) == [40, 40, 40]
@@ -171,16 +172,16 @@ def test_pass_rates_are_compared_for_every_k():
     for score in scores:  # one more problem, in one of its ten samples
         if score["example_id"] == "HumanEval/1" and score["method"] == "speculative":
             score["passed"] |= score["sample_index"] == 3
-    notes = report.summary_table(rows, scores).attrs["notes"]
+    notes = tables.summary_table(rows, scores).attrs["notes"]
     assert "pass@1, speculative less autoregressive: +2.5% [+0.0%, +7.5%]" in notes
     assert "pass@10, speculative less autoregressive: +25.0% [+0.0%, +75.0%]" in notes
-    assert not any("pass@" in note for note in report.summary_table(rows).attrs["notes"])
+    assert not any("pass@" in note for note in tables.summary_table(rows).attrs["notes"])
 
 
 def test_terminal_table_is_aligned_and_fits():
     rows = make_run(num_problems=164)
-    lines = report.format_table(
-        report.summary_table(rows, score_every_fourth(rows), "greedy")
+    lines = tables.format_table(
+        tables.summary_table(rows, score_every_fourth(rows), "greedy")
     ).splitlines()
     assert max(map(len, lines)) <= 120
     assert lines[5].split()[0] == "speculative"
@@ -190,26 +191,26 @@ def test_terminal_table_is_aligned_and_fits():
 
 
 def test_terminal_table_of_no_rows_says_so():
-    assert report.format_table(report.summary_table([])) == "no rows to show"
+    assert tables.format_table(tables.summary_table([])) == "no rows to show"
 
 
 def test_published_figures_stand_beside_ours_under_their_own_label():
     both = pd.concat(
         {
-            "ours": report.summary_table(make_run()).set_index("method"),
-            "published": report.published_table("humaneval").set_index("method"),
+            "ours": tables.summary_table(make_run()).set_index("method"),
+            "published": tables.published_table("humaneval").set_index("method"),
         }
     )
-    published = report.printable(both).loc["published"]
+    published = tables.printable(both).loc["published"]
     assert list(published["pass@1"]) == ["35.0%", "40.0%"]
     assert list(published["speedup"]) == ["-", "2.52"]
     assert list(published["draft acceptance rate"]) == ["-", "75.0%"]
     assert list(published["n"]) == ["-", "-"]
-    assert list(report.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
+    assert list(tables.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
 
 
 def test_each_experiment_has_its_own_published_figures():
-    published = report.printable(report.published_table("xsum"))
+    published = tables.printable(tables.published_table("xsum"))
     assert list(published["rouge1"]) == ["0.160", "0.159"]
     assert list(published["speedup"]) == ["-", "1.84"]
     assert list(published["draft acceptance rate"]) == ["-", "32.0%"]
@@ -223,7 +224,7 @@ def make_rouge_scores(num_examples=12, **change_by_method: float) -> list[RougeS
     """rouge1 of 0.1, 0.2, 0.3 over and over, changed by a method's own number."""
     return [
         score
-        for method in report.METHODS
+        for method in tables.METHODS
         for score in make_rouge(
             method,
             **{
@@ -235,24 +236,24 @@ def make_rouge_scores(num_examples=12, **change_by_method: float) -> list[RougeS
 
 
 def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
-    table = report.summary_table(make_run(), make_rouge_scores(autoregressive=0.1), "greedy")
+    table = tables.summary_table(make_run(), make_rouge_scores(autoregressive=0.1), "greedy")
     assert list(table["rouge1"]) == pytest.approx([0.3, 0.2, 0.2])
     assert list(table["rouge2"]) == pytest.approx([0.15, 0.1, 0.1])
     assert list(table["rougeL"]) == pytest.approx([0.075, 0.05, 0.05])
     assert all(table["rouge1 low"] < table["rouge1"]) and all(table["rougeL high"] > 0.05)
     assert "pass@1" not in table
-    assert line_of(report.printable(table), "speculative")["rouge1"].startswith("0.200 [0.1")
+    assert line_of(tables.printable(table), "speculative")["rouge1"].startswith("0.200 [0.1")
 
 
 def test_rouge_differences_stand_below_the_table():
-    notes = report.summary_table(make_run(), make_rouge_scores(autoregressive=0.1)).attrs["notes"]
+    notes = tables.summary_table(make_run(), make_rouge_scores(autoregressive=0.1)).attrs["notes"]
     assert "rouge1, speculative less reference: +0.0000 [+0.0000, +0.0000]" in notes
     assert "rouge1, speculative less autoregressive: -0.1000 [-0.1000, -0.1000]" in notes
 
 
 def test_rouge_differences_are_a_table_of_all_three_measures():
-    table = report.rouge_difference_table(make_run(), make_rouge_scores(autoregressive=0.1))
-    text = report.printable(table.set_index("speculative less"))
+    table = tables.rouge_difference_table(make_run(), make_rouge_scores(autoregressive=0.1))
+    text = tables.printable(table.set_index("speculative less"))
     assert list(text.columns) == ["rouge1 difference", "rouge2 difference", "rougeL difference"]
     assert list(text.loc["autoregressive"]) == [
         f"{value} [{value}, {value}]" for value in ("-0.1000", "-0.0500", "-0.0250")
@@ -262,16 +263,16 @@ def test_rouge_differences_are_a_table_of_all_three_measures():
 
 @pytest.mark.filterwarnings("error")
 def test_rouge_of_one_article_has_no_bounds_and_without_speculative_no_difference():
-    table = report.summary_table(make_run(num_problems=1), make_rouge_scores(1))
+    table = tables.summary_table(make_run(num_problems=1), make_rouge_scores(1))
     assert "rouge1, speculative less reference: +0.0000" in table.attrs["notes"]
-    table = report.summary_table(make_run(methods=("reference",)), make_rouge_scores())
+    table = tables.summary_table(make_run(methods=("reference",)), make_rouge_scores())
     assert table.attrs["notes"] == []
 
 
 def test_a_rouge_table_of_a_whole_test_split_fits_the_terminal():
-    table = report.summary_table(make_run(), make_rouge_scores(), "greedy")
+    table = tables.summary_table(make_run(), make_rouge_scores(), "greedy")
     table["n"], table["identical outputs"] = 11_334, "11334/11334"
-    lines = report.format_table(table).splitlines()
+    lines = tables.format_table(table).splitlines()
     assert max(map(len, lines[:6])) <= 120
     assert "rouge1" in lines[0] and "rouge2" in lines[1]
     assert "0.200 [0.1" in lines[5] and "0.100" in lines[5]
@@ -282,9 +283,9 @@ def test_cut_documents_are_counted_below_the_table():
         replace(row, num_cut_tokens=9) if row.example_id[-1] in "12" else row
         for row in make_run(num_problems=10)
     ]
-    notes = report.summary_table(rows).attrs["notes"]
+    notes = tables.summary_table(rows).attrs["notes"]
     assert "documents cut at their end to fit the context: 2" in notes
-    assert not any("cut" in note for note in report.summary_table(make_run()).attrs["notes"])
+    assert not any("cut" in note for note in tables.summary_table(make_run()).attrs["notes"])
 
 
 def test_examples_stand_side_by_side_with_the_documents_start():
@@ -293,7 +294,7 @@ def test_examples_stand_side_by_side_with_the_documents_start():
         for row in make_run(num_samples=2, methods=("autoregressive", "speculative"))
     ]
     documents = {"HumanEval/0": "word " * 100, "HumanEval/1": "All of it."}
-    table = report.example_table(rows, documents, num_examples=2, num_characters=24)
+    table = tables.example_table(rows, documents, num_examples=2, num_characters=24)
     assert list(table.index) == ["HumanEval/0", "HumanEval/1"]
     assert list(table["document"]) == ["word word word word ...", "All of it."]
     assert list(table["reference summary"]) == ["Short.", "Short."]
@@ -331,7 +332,7 @@ def cell_of(table: pd.DataFrame, benchmark: str, sampling: str) -> pd.DataFrame:
 
 
 def test_table1_has_a_line_per_cell_and_method():
-    table = report.table1(make_grid())
+    table = grid.table1(make_grid())
     xsum = cell_of(table, "XSum", "temperature 1, top-p 0.8")
     assert list(xsum.index) == ["autoregressive", "speculative"]
     assert list(xsum["rouge2"]) == pytest.approx([0.1, 0.2])
@@ -349,7 +350,7 @@ def test_table1_has_a_line_per_cell_and_method():
 
 def test_table1_shows_how_far_quality_is_from_the_baselines():
     """A decoder that is not lossless must stand out: its interval does not hold 0."""
-    table = report.table1(make_grid())
+    table = grid.table1(make_grid())
     xsum = cell_of(table, "XSum", "temperature 1, top-p 0.8")
     difference = xsum.loc["speculative", ["rouge2 difference low", "rouge2 difference high"]]
     assert list(difference) == pytest.approx([0.1, 0.1])
@@ -359,7 +360,7 @@ def test_table1_shows_how_far_quality_is_from_the_baselines():
 
 
 def test_terminal_table1_keeps_the_papers_figures_apart():
-    text = report.format_table1(report.table1(make_grid()))
+    text = grid.format_table1(grid.table1(make_grid()))
     ours, theirs = text.split("published by Chen et al. 2023, not measured here:")
     assert "this run:" in ours and "Chinchilla 70B" in theirs and "16 TPU v4" in theirs
     lines = ours.splitlines()
@@ -386,14 +387,14 @@ def test_terminal_table1_keeps_the_papers_figures_apart():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("methods", [("autoregressive",), ("speculative",), report.METHODS])
+@pytest.mark.parametrize("methods", [("autoregressive",), ("speculative",), tables.METHODS])
 def test_table1_of_an_unfinished_grid_shows_what_there_is(methods):
     """Stopped in its first cell, before the scoring."""
-    table = report.table1([make_cell("xsum", GREEDY, make_run(methods=methods))])
+    table = grid.table1([make_cell("xsum", GREEDY, make_run(methods=methods))])
     assert list(table["method"]) == list(methods)
     assert table["rouge2"].isna().all()
-    assert "XSum (ROUGE-2), greedy" in report.format_table1(table)
-    report.table1_figure(table).draw_without_rendering()
+    assert "XSum (ROUGE-2), greedy" in grid.format_table1(table)
+    grid.table1_figure(table).draw_without_rendering()
 
 
 # --- sentences -----------------------------------------------------------------------
@@ -408,11 +409,11 @@ def test_table1_of_an_unfinished_grid_shows_what_there_is(methods):
     ],
 )
 def test_sampling_in_words(sampling, words):
-    assert report.describe_sampling(sampling) == words
+    assert tables.describe_sampling(sampling) == words
 
 
 def test_run_in_words_names_hardware_precision_config_and_command():
-    text = report.describe_run(META)
+    text = tables.describe_run(META)
     for part in ("A Processor", "bfloat16", "2 threads", "0123456789abcdef", "k = 5", "greedy"):
         assert part in text
     for part in ("python main_exp2.py", "torch 2.13.0", META["bit_exact"], "abc1234"):
@@ -421,11 +422,11 @@ def test_run_in_words_names_hardware_precision_config_and_command():
 
 # --- figures -------------------------------------------------------------------------
 
-FIGURES = [report.speedup_figure, report.accepted_figure, report.tokens_per_second_figure]
+FIGURES = [figures.speedup_figure, figures.accepted_figure, figures.tokens_per_second_figure]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
-@pytest.mark.parametrize("methods", [report.METHODS, ("autoregressive",), ("speculative",)])
+@pytest.mark.parametrize("methods", [tables.METHODS, ("autoregressive",), ("speculative",)])
 @pytest.mark.filterwarnings("error")
 def test_figures_are_titled_and_labelled_whatever_was_run(draw, methods):
     figure = draw(make_run(methods=methods))
@@ -435,7 +436,7 @@ def test_figures_are_titled_and_labelled_whatever_was_run(draw, methods):
 
 
 def test_speedup_figure_shows_every_problem_and_the_total():
-    (axes,) = report.speedup_figure(make_run()).axes
+    (axes,) = figures.speedup_figure(make_run()).axes
     dots, total, one = axes.get_lines()
     assert list(dots.get_ydata()) == pytest.approx([2.0] * 12)
     assert total.get_ydata()[0] == pytest.approx(2.0)
@@ -444,7 +445,7 @@ def test_speedup_figure_shows_every_problem_and_the_total():
 
 
 def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
-    (axes,) = report.accepted_figure(make_run()).axes
+    (axes,) = figures.accepted_figure(make_run()).axes
     labels = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
     heights = [bar.get_height() for bar in axes.patches]
     assert labels == ["no draft", "0", "1", "2", "3", "4", "5"]
@@ -452,7 +453,7 @@ def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
 
 
 def test_table1_figure_has_our_speedups_beside_the_papers():
-    (axes,) = report.table1_figure(report.table1(make_grid())).axes
+    (axes,) = grid.table1_figure(grid.table1(make_grid())).axes
     ours, theirs = (line for line in axes.get_lines() if line.get_marker() in "Ds")
     assert list(ours.get_xdata()) == pytest.approx([2, 2, 2])
     assert list(theirs.get_xdata())[:2] == [1.92, 2.46]
@@ -465,15 +466,15 @@ def test_table1_figure_has_our_speedups_beside_the_papers():
 
 
 def test_speed_figure_has_a_box_and_a_total_per_method():
-    (axes,) = report.tokens_per_second_figure(make_run()).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(report.METHODS)
+    (axes,) = figures.tokens_per_second_figure(make_run()).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(tables.METHODS)
     assert [text.get_text() for text in axes.texts] == ["40.0", "32.0", "80.0"]
 
 
 def test_colours_stay_apart_in_greyscale():
     shades = [
         sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), rgb, strict=True))
-        for rgb in map(matplotlib.colors.to_rgb, (report.DARK, report.MIDDLE, report.LIGHT))
+        for rgb in map(matplotlib.colors.to_rgb, (figures.DARK, figures.MIDDLE, figures.LIGHT))
     ]
     assert shades[1] - shades[0] > 0.25 and shades[2] - shades[1] > 0.25
 
@@ -481,7 +482,7 @@ def test_colours_stay_apart_in_greyscale():
 def test_figures_are_saved_twice_and_the_same_each_time(tmp_path):
     """A rerun on the same rows must not show up as a change in version control."""
     for folder in ("first", "second"):
-        report.save_figure(report.accepted_figure(make_run()), tmp_path / folder, "accepted")
+        figures.save_figure(figures.accepted_figure(make_run()), tmp_path / folder, "accepted")
     for suffix in (".png", ".svg"):
         first, second = (tmp_path / folder / f"accepted{suffix}" for folder in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
@@ -490,7 +491,7 @@ def test_figures_are_saved_twice_and_the_same_each_time(tmp_path):
 def test_figures_are_not_left_open():
     """Jupyter draws what pyplot holds at a cell's end: the figure would come out twice."""
     before = plt.get_fignums()
-    report.accepted_figure(make_run())
+    figures.accepted_figure(make_run())
     assert plt.get_fignums() == before
 
 
@@ -527,7 +528,7 @@ def make_spoken_row(text: str, accepted: list[int], drafted: list[int]) -> Row:
 def test_tokens_are_marked_by_their_origin_without_colour_too():
     """Two accepted and a bonus; a rejection at once; nothing drafted; the last cycle is cut."""
     row = make_spoken_row("abcdefg", accepted=[2, 0, 0, 4], drafted=[2, 3, 0, 4])
-    page = report.tokens_html(row, letters)
+    page = tokens.tokens_html(row, letters)
     assert TaggedText(page).texts[:7] == [
         ("p span", "a"),
         ("p span", "b"),
@@ -548,12 +549,12 @@ def test_text_is_escaped_in_html():
     """A model may write markup, and `{}`, and the page must show it."""
     words = ["<script>", "&lt;", "{}"]
     row = make_row(token_ids=[0, 1, 2], accepted=[3], drafted=[3])
-    parser = TaggedText(report.tokens_html(row, lambda ids: "".join(words[i] for i in ids)))
+    parser = TaggedText(tokens.tokens_html(row, lambda ids: "".join(words[i] for i in ids)))
     assert [text for _, text in parser.texts[:3]] == words
 
 
 def test_the_baselines_tokens_are_all_the_targets():
-    page = report.tokens_html(make_spoken_row("ab", [], []), letters)
+    page = tokens.tokens_html(make_spoken_row("ab", [], []), letters)
     assert "target (the target's, without a draft): 2" in "".join(
         text for _, text in TaggedText(page).texts
     )

@@ -1,0 +1,118 @@
+"""Figures of a finished run: matplotlib, made to be read in greyscale.
+
+Knows rows and what `tables` makes of them; decodes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specsampling.results import metrics
+from specsampling.results.records import Row
+from specsampling.results.tables import BASELINE, as_text, rows_by_method, shared_rows
+
+if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a table needs none
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DARK, MIDDLE, LIGHT = "#1b3a57", "#7d93a8", "#d5dde5"  # apart in greyscale too
+
+
+def speedup_figure(rows: Sequence[Row]) -> Figure:
+    """Each example's speedup, sorted, with the ratio of totals and its interval as a line."""
+    by_method = shared_rows(rows)
+    compared = metrics.speedup(by_method.get(BASELINE, []), by_method.get("speculative", []))
+    ratios = sorted(compared.per_problem.values())
+    total = compared.of_totals
+    figure, axes = new_figure()
+    axes.plot(range(1, len(ratios) + 1), ratios, ".", color=DARK, label="one example")
+    total_label = f"ratio of totals: {as_text('speedup', total.estimate)}"
+    axes.axhline(total.estimate, color=DARK, label=total_label)
+    axes.axhspan(total.low, total.high, color=LIGHT, linewidth=0, label="its 95% interval")
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="as fast as the baseline")
+    num_faster = sum(ratio > 1 for ratio in ratios)
+    axes.set_title(f"Speculative decoding is faster on {num_faster} of {len(ratios)} examples")
+    axes.set_xlabel("examples, sorted by speedup")
+    axes.set_ylabel("speedup\n(baseline s/token ÷ speculative s/token)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def accepted_figure(rows: Sequence[Row]) -> Figure:
+    """Histogram of accepted tokens per cycle; cycles without a draft are a bar of their own."""
+    speculative = rows_by_method(rows).get("speculative", [])
+    counts = metrics.accepted_histogram(speculative)
+    without_draft = metrics.num_cycles_without_draft(speculative)
+    num_cycles = max(int(counts.sum()) + without_draft, 1)
+    bars = {"no\ndraft": without_draft} if without_draft else {}
+    bars |= {str(accepted): int(count) for accepted, count in enumerate(counts)}
+    figure, axes = new_figure()
+    drawn = axes.bar(
+        list(bars), [100 * count / num_cycles for count in bars.values()], color=MIDDLE
+    )
+    axes.bar_label(drawn, [f"{count:,}" for count in bars.values()], padding=2)
+    if without_draft:
+        drawn[0].set(facecolor="white", edgecolor=MIDDLE, hatch="///")
+    efficiency = metrics.block_efficiency(speculative)
+    axes.set_title(f"Tokens accepted per cycle: {efficiency:.2f} new tokens per target call")
+    axes.set_xlabel("accepted draft tokens in a cycle")
+    axes.set_ylabel("share of cycles (%)\n(number of cycles above the bar)")
+    axes.margins(y=0.1)
+    return figure
+
+
+def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
+    """Decoding speed of each method: the spread over examples, and the total."""
+    by_method = shared_rows(rows)
+    speeds = {
+        method: [
+            metrics.tokens_per_second(of_problem)
+            for of_problem in metrics.group_by_problem(of_method).values()
+        ]
+        for method, of_method in by_method.items()
+    }
+    figure, axes = new_figure()
+    axes.boxplot(
+        [[speed for speed in of_method if speed > 0] for of_method in speeds.values()],
+        widths=0.4,
+        whis=(5, 95),
+        flierprops={"marker": ".", "markersize": 3, "markeredgecolor": MIDDLE},
+        medianprops={"color": MIDDLE},
+    )
+    for position, of_method in enumerate(by_method.values(), start=1):
+        total = metrics.tokens_per_second(of_method)
+        label = "all tokens / all seconds" if position == 1 else None
+        axes.plot(position, total, "D", color=DARK, label=label)
+        axes.annotate(f"{total:.1f}", (position + 0.25, total), va="center")
+    labels = [method.replace(":", ":\n") for method in speeds]
+    axes.set_xticks(range(1, len(speeds) + 1), labels)
+    num_examples = max(map(len, speeds.values()))
+    axes.set_title(f"Decoding speed of each method over {num_examples} examples")
+    axes.set_xlabel("box: middle half of the examples and their median; whiskers: 5% to 95%")
+    axes.set_ylabel("tokens per second (prefill left out)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
+    """Write `name`.png and `name`.svg into `folder`, which is made if it is not there."""
+    import matplotlib as mpl
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": name}):  # with no date: same figure, same file
+        figure.savefig(Path(folder, f"{name}.png"), dpi=150)
+        figure.savefig(Path(folder, f"{name}.svg"), metadata={"Date": None})
+
+
+def new_figure() -> tuple[Figure, Axes]:
+    """A figure that pyplot has forgotten: a notebook then shows it once, where it is returned."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    plt.close(figure)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
