@@ -12,8 +12,9 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from specsampling.method.decode import decode_text
 from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
-from specsampling.method.session import Session, context_limit, synchronized_seconds
+from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
 
 
@@ -51,18 +52,9 @@ def autoregressive(
         is_stop=is_stop,
     )
     session = Session(target, capacity=text.limit, width=width)
-    start = synchronized_seconds(target.device)
-    session.prefill(text.tokens[:-1])
-    prefilled = synchronized_seconds(target.device)
-    while text.finish_reason is None:
+
+    def cycle() -> None:
         target_probs = probs_from_logits(session.score(text.tokens, last=1), sampling)  # [1, V]
         text.extend([sample(target_probs[0], generator)])
-    end = synchronized_seconds(target.device)
-    return Generation(
-        token_ids=text.new_tokens,
-        finish_reason=text.finish_reason,
-        target_calls=session.num_calls,
-        prefill_seconds=prefilled - start,
-        decode_seconds=end - prefilled,
-        forward_seconds=session.forward_seconds,
-    )
+
+    return decode_text(text, session, cycle)

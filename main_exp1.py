@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from speculative import speculative
 
     config = replace(config, humaneval=None)  # the other task's block has no part in this run
-    run_experiment(config, task, options, autoregressive, speculative, score_samples)
-    return 0
+    return run_experiment(config, task, options, autoregressive, speculative, score_samples)
 
 
 def score_samples(path: Path) -> list[RougeScore]:

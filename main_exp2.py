@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from speculative import speculative
 
     config = replace(config, xsum=None)  # the other task's block has no part in this run
-    run_experiment(config, HumanEval(settings), options, autoregressive, speculative, score_file)
-    return 0
+    return run_experiment(
+        config, HumanEval(settings), options, autoregressive, speculative, score_file
+    )
 
 
 def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:

@@ -16,9 +16,10 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from specsampling.method.drafts import Draft
+from specsampling.method.decode import Cycle, decode_text
+from specsampling.method.drafts import Draft, DraftTerms
 from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits
-from specsampling.method.session import Session, context_limit, synchronized_seconds
+from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
 from specsampling.method.verify import verify
 
@@ -66,14 +67,9 @@ def speculative(
         is_stop=is_stop,
     )
     session = Session(target, capacity=text.limit, width=width)
-    proposer = draft.start(target, text.limit, sampling, generator)
-    accepted, drafted = [], []
+    proposer = draft.start(DraftTerms.of(target, text.limit, sampling, generator))
 
-    start = synchronized_seconds(target.device)
-    session.prefill(text.tokens[:-1])
-    proposer.prefill(text.tokens[:-1])
-    prefilled = synchronized_seconds(target.device)
-    while text.finish_reason is None:
+    def cycle() -> Cycle:
         draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.room - 1))
         logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
         target_probs = probs_from_logits(logits, sampling)  # [k + 1, V]
@@ -81,20 +77,9 @@ def speculative(
         text.extend([*draft_tokens[: verdict.num_accepted], verdict.token])
         session.length = min(session.length, len(text.tokens) - 1)
         proposer.rollback(len(text.tokens) - 1)
-        accepted.append(verdict.num_accepted)
-        drafted.append(len(draft_tokens))
-    end = synchronized_seconds(target.device)
-    return Generation(
-        token_ids=text.new_tokens,
-        finish_reason=text.finish_reason,
-        accepted=accepted,
-        drafted=drafted,
-        target_calls=session.num_calls,
-        draft_calls=proposer.num_calls,
-        prefill_seconds=prefilled - start,
-        decode_seconds=end - prefilled,
-        forward_seconds=session.forward_seconds + proposer.forward_seconds,
-    )
+        return Cycle(verdict.num_accepted, len(draft_tokens))
+
+    return decode_text(text, session, cycle, proposer)
 
 
 if __name__ == "__main__":

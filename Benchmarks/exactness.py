@@ -30,7 +30,8 @@ from transformers import (
 
 from specsampling.console import device_name
 from specsampling.method.session import Session
-from specsampling.models.load import load_model, make_fast, resolve_device
+from specsampling.models.checkpoint import load_model, make_fast
+from specsampling.models.load import resolve_device
 
 VOCAB = 1000
 NUM_ROWS = 40

@@ -141,11 +141,14 @@ def load_configured_pair(config: Config) -> Pair:
     """Load the models that a configuration names, and say what became of `auto`."""
     import torch
 
-    from specsampling.models.load import load_pair
+    from specsampling.models.load import check_tokenizers, load_pair
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     models = config.models
+    others = [spec for method in config.run.methods if (spec := method.partition(":")[2])]
+    if others:
+        check_tokenizers(models.target, others, models.tokenizer)
     print(f"Loading {models.target} with draft {models.draft} ...", file=sys.stderr, flush=True)
     pair = load_pair(
         models.target,
@@ -177,7 +180,6 @@ def load_other_draft(config: Config, pair: Pair, spec: str) -> Draft:
         spec,
         pair.target,
         resolve_dtype(config.models.dtype, pair.target.device),
-        compare_with=None if config.models.tokenizer else pair.tokenizer,
         quantization=config.models.draft_quantization,
         **_draft_options(config),
     )
@@ -190,7 +192,7 @@ def run_experiment(
     autoregressive: Callable,
     speculative: Callable,
     score: Callable[[Path], Scores],
-) -> None:
+) -> int:
     """Load, check, decode every example with every method, score, and print the table.
 
     Args:
@@ -201,10 +203,12 @@ def run_experiment(
         speculative: the decoder with a draft.
         score: a finished file -> its scores.
 
+    Returns:
+        The exit code: 1 if a text ended in an error, which its row and the table name.
+
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
-    from specsampling.models.exactness import check_exactness
     from specsampling.runner import encode_prompts, run
 
     output, decoding = options.output, config.decoding
@@ -212,14 +216,10 @@ def run_experiment(
     if not options.fresh:
         require_resumable(output, meta)  # before minutes of loading
     pair = load_configured_pair(config)
-    width = call_width(config)
-    check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)
-    meta["bit_exact"] = "not asked for (decoding.bit_exact: false)"
-    if decoding.bit_exact:
-        meta["bit_exact"] = f"{check}, at width {width}"
-    print(f"  bit-exact decoding: {meta['bit_exact']}", file=sys.stderr)
-    decoders = _bind_decoders(config, pair, autoregressive, speculative)
     prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
+    longest = max(len(prompt.token_ids) for _, prompt in prompts)
+    meta["bit_exact"] = self_check(config, pair, longest)
+    decoders = _bind_decoders(config, pair, autoregressive, speculative)
     with RunFile.open(output, meta, fresh=options.fresh) as run_file:
         there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{there}", file=sys.stderr)
@@ -237,6 +237,27 @@ def run_experiment(
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))
     print(format_table(summary_table(run_file.rows, scores, sampling)))
+    return 1 if any(row.error for row in run_file.rows) else 0
+
+
+def self_check(config: Config, pair: Pair, num_prompt_tokens: int) -> str:
+    """Whether decoding is bit-exact on the loaded target, in words that are printed too.
+
+    Args:
+        config: what the run asks for.
+        pair: the loaded models.
+        num_prompt_tokens: of the longest prompt to come.
+    """
+    from specsampling.models.exactness import check_exactness
+
+    width = call_width(config)
+    longest = num_prompt_tokens + config.decoding.max_new_tokens
+    check = check_exactness(pair.target, width, capacity=longest)
+    verdict = "not asked for (decoding.bit_exact: false)"
+    if config.decoding.bit_exact:
+        verdict = f"{check}, at width {width}"
+    print(f"  bit-exact decoding: {verdict}", file=sys.stderr)
+    return verdict
 
 
 def _bind_decoders(
@@ -393,10 +414,12 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     encode = pair.encode_chat if options.chat else pair.encode
     warp = config.sampling
     seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
+    prompt = encode(options.prompt)
+    self_check(config, pair, len(prompt))
     generation = speculative(
         pair.target,
         pair.draft,
-        encode(options.prompt),
+        prompt,
         k=config.speculation.k,
         max_new_tokens=config.decoding.max_new_tokens,
         sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
@@ -410,12 +433,14 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     print(
         f"\n{legend}: {num_tokens} tokens ({generation.finish_reason}) from "
         f"{generation.target_calls} target calls, "
-        f"{num_tokens / generation.target_calls:.2f} a call; "
+        f"{num_tokens / max(generation.target_calls, 1):.2f} a call; "
         f"{num_accepted} of {sum(generation.drafted)} drafted accepted; "
         f"{num_tokens / generation.decode_seconds:.1f} tokens/s",
         file=sys.stderr,
     )
-    return 0
+    if generation.error:
+        print(f"error: {generation.error}", file=sys.stderr)
+    return 1 if generation.error else 0
 
 
 def coloured(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -109,7 +110,8 @@ def run(
         for example, prompt, sample_index, name in jobs
         if (example.id, name, sample_index) not in run_file.done
     ]
-    is_stop = StopStrings(task.stop_strings, pair.decode) if task.stop_strings else None
+    show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be one of those
+    is_stop = StopStrings(task.stop_strings, show) if task.stop_strings else None
 
     def decode(example: Example, prompt: Prompt, sample_index: int, name: str) -> Row:
         row_seed = sample_seed(seed, example.id, name, sample_index)

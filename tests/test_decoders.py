@@ -11,14 +11,14 @@ from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 from autoregressive import autoregressive
 from specsampling.method.drafts import (
     CompositeDraft,
+    DraftTerms,
     ModelDraft,
     NgramDraft,
-    NgramProposer,
     first_layers,
 )
 from specsampling.method.sampling import Sampling, one_hot
 from specsampling.method.session import Session
-from specsampling.models.load import load_model
+from specsampling.models.checkpoint import load_model
 from speculative import speculative
 
 PROMPTS = ([5], [7, 3, 9, 3, 9, 3], list(range(20, 50)))
@@ -89,7 +89,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted(llama):
 def test_a_model_stops_drafting_when_it_is_unsure(llama):
     """The token it is unsure of is still proposed, with its distribution; none follows it."""
     sure, unsure = (
-        ModelDraft(llama, min_confidence=limit).start(llama, 64, Sampling(), None)
+        ModelDraft(llama, min_confidence=limit).start(DraftTerms.of(llama, 64, Sampling(), None))
         for limit in (0.0, 0.3)
     )
     tokens, num_shorter = [1, 2, 3], 0
@@ -164,7 +164,8 @@ def test_same_generator_seed_same_text(llama, model_of):
 def test_the_draft_reports_what_it_sampled_from(llama):
     """The warp on one model only, or a reported distribution that is not the sampled one."""
     sampling = Sampling(0.7, top_k=5)
-    proposer = ModelDraft(llama).start(llama, 64, sampling, torch.Generator().manual_seed(0))
+    terms = DraftTerms.of(llama, 64, sampling, torch.Generator().manual_seed(0))
+    proposer = ModelDraft(llama).start(terms)
     proposer.prefill([1, 2, 3])
     tokens, probs = proposer.propose([1, 2, 3, 4], 6)
     assert (probs > 0).sum(-1).tolist() == [5] * 6
@@ -181,7 +182,8 @@ def test_the_draft_reports_what_it_sampled_from(llama):
 
 
 def propose(tokens, k, longest=3, shortest=1):
-    proposer = NgramProposer(longest, shortest, VOCAB_SIZE, torch.device("cpu"))
+    terms = DraftTerms(64, VOCAB_SIZE, torch.device("cpu"), Sampling(), None)
+    proposer = NgramDraft(longest, shortest).start(terms)
     ids, probs = proposer.propose(tokens, k)
     assert torch.equal(probs, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE))
     return ids
@@ -235,7 +237,7 @@ class ScriptedDraft:
     text: tuple[int, ...]
     wrong_at: frozenset[int] = frozenset()
 
-    def start(self, target, capacity, sampling, generator):
+    def start(self, terms):
         return ScriptedProposer(self)
 
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from autoregressive import autoregressive
-from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
+from specsampling.method.drafts import CompositeDraft, DraftTerms, ModelDraft, NgramDraft
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.method.session import Session
 from specsampling.models import embedded
+from specsampling.models.checkpoint import load_model
 from specsampling.models.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
 from specsampling.models.embedded import DRAFTS, ModelError, embedded_folder
-from specsampling.models.load import load_model, load_pair
+from specsampling.models.load import load_pair
 from specsampling.models.packed import Int8Linear, can_int8, to_int8
 from speculative import speculative
 
@@ -160,7 +161,7 @@ def test_composite_asks_the_model_where_the_text_has_no_answer(folders):
     )
     assert isinstance(pair.draft, CompositeDraft)
     assert pair.draft.lookup == NgramDraft(3, 2) and isinstance(pair.draft.model, ModelDraft)
-    proposer = pair.draft.start(pair.target, 64, Sampling(), None)
+    proposer = pair.draft.start(DraftTerms.of(pair.target, 64, Sampling(), None))
     known = [1, 2, 3, 4, 5, 1, 2]
     proposer.prefill(known[:-1])
     proposed, probs = proposer.propose(known, 4)
@@ -170,7 +171,7 @@ def test_composite_asks_the_model_where_the_text_has_no_answer(folders):
     proposed, probs = proposer.propose([*known, 9, 8], 4)
     assert (len(proposed), proposer.num_calls) == (2, 2)  # the model, with its own
     assert probs.argmax(-1).tolist() == proposed
-    alone = pair.draft.model.start(pair.target, 64, Sampling(), None)
+    alone = pair.draft.model.start(DraftTerms.of(pair.target, 64, Sampling(), None))
     assert alone.propose([*known, 9, 8], 2)[0] == proposed  # what was looked up is in its cache
 
 

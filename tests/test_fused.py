@@ -8,7 +8,7 @@ from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specsampling.method.session import Session
-from specsampling.models.attention import NAME as GROUPED_SDPA
+from specsampling.models.attention import group_heads
 from specsampling.models.fused import FusedLayer, fuse_layers
 
 TOKENS = [(31 * i + 7) % 120 for i in range(60)]
@@ -25,7 +25,7 @@ def plain_and_fused(config, heads_per_key=2):
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter))
     fused = copy.deepcopy(plain)
-    fused.set_attn_implementation(GROUPED_SDPA)
+    group_heads(fused)
     fuse_layers(fused)
     assert all(isinstance(layer, FusedLayer) for layer in fused.model.layers)
     return plain, fused

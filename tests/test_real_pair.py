@@ -13,14 +13,9 @@ from autoregressive import autoregressive
 from specsampling.config import HumanEvalConfig
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.sampling import Sampling
+from specsampling.models.checkpoint import load_model
 from specsampling.models.exactness import check_exactness
-from specsampling.models.load import (
-    load_draft,
-    load_model,
-    load_pair,
-    load_tokenizer,
-    model_location,
-)
+from specsampling.models.load import load_draft, load_pair, load_tokenizer, model_location
 from specsampling.tasks.humaneval import HumanEval
 from speculative import speculative
 
@@ -110,8 +105,8 @@ class Dishonest:
 
     honest: Draft
 
-    def start(self, *options):
-        proposer = self.honest.start(*options)
+    def start(self, terms):
+        proposer = self.honest.start(terms)
         propose = proposer.propose
 
         def misreport(tokens, k):

@@ -106,8 +106,8 @@ class DishonestDraft:
 
     honest: ModelDraft
 
-    def start(self, target, capacity, sampling, generator):
-        proposer = self.honest.start(target, capacity, sampling, generator)
+    def start(self, terms):
+        proposer = self.honest.start(terms)
         propose = proposer.propose
         proposer.propose = lambda tokens, k: self._misreport(*propose(tokens, k))
         return proposer

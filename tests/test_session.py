@@ -6,7 +6,7 @@ import torch
 from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 
 from specsampling.method.session import Session
-from specsampling.models.load import load_model
+from specsampling.models.checkpoint import load_model
 
 TOKENS = torch.randint(VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(3)).tolist()
 

@@ -14,9 +14,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from specsampling.method.sampling import Sampling, one_hot, probs_from_logits, sample
+from specsampling.method.sampling import (
+    NonFiniteError,
+    Sampling,
+    one_hot,
+    probs_from_logits,
+    sample,
+)
 from specsampling.method.session import Session, context_limit
 
 
@@ -45,20 +51,40 @@ class Proposer(Protocol):
         """Forget all but the first `length` tokens."""
 
 
-class Draft(Protocol):
-    """Something that can propose for many texts."""
+@dataclass(frozen=True)
+class DraftTerms:
+    """What a target asks of whoever drafts for one of its texts.
 
-    def start(
-        self,
+    Attributes:
+        capacity: the longest the text can grow, in tokens.
+        vocab_size: width of the target's logits, which the draft's distributions have too.
+        device: where they lie.
+        sampling: the warp, the target's own.
+        generator: source of all randomness, on the device.
+    """
+
+    capacity: int
+    vocab_size: int
+    device: torch.device
+    sampling: Sampling
+    generator: torch.Generator | None
+
+    @classmethod
+    def of(
+        cls,
         target: PreTrainedModel,
         capacity: int,
         sampling: Sampling,
         generator: torch.Generator | None,
-    ) -> Proposer:
-        """A proposer for one text of up to `capacity` tokens.
+    ) -> DraftTerms:
+        return cls(capacity, num_logits(target), target.device, sampling, generator)
 
-        Its distributions have the width of the target's logits and lie on its device.
-        """
+
+class Draft(Protocol):
+    """Something that can propose for many texts."""
+
+    def start(self, terms: DraftTerms) -> Proposer:
+        """A proposer for one text."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +103,18 @@ class ModelDraft:
     max_k: int | None = None
     min_confidence: float = 0.0
 
-    def start(
-        self,
-        target: PreTrainedModel,
-        capacity: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-    ) -> ModelProposer:
-        session = Session(self.model, min(capacity, context_limit(self.model)))
-        return ModelProposer(self, session, num_logits(target), sampling, generator)
+    def start(self, terms: DraftTerms) -> ModelProposer:
+        session = Session(self.model, min(terms.capacity, context_limit(self.model)))
+        return ModelProposer(self, session, terms)
 
 
 class ModelProposer:
-    def __init__(
-        self,
-        draft: ModelDraft,
-        session: Session,
-        vocab_size: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-    ):
+    def __init__(self, draft: ModelDraft, session: Session, terms: DraftTerms):
         self._draft = draft
         self._session = session
+        self._terms = terms
         embeddings: Any = session.model.get_input_embeddings()
         self._last_id: int = embeddings.num_embeddings - 1
-        self._vocab_size = vocab_size
-        self._sampling = sampling
-        self._generator = generator
 
     @property
     def num_calls(self) -> int:
@@ -120,14 +131,18 @@ class ModelProposer:
         k = min(k, self._draft.max_k or k)
         k = max(0, min(k, self._session.capacity - len(tokens) + 1))  # a full context is silent
         sequence = list(tokens)
-        draft_probs = torch.zeros(k, self._vocab_size, device=self._session.device)
+        terms = self._terms
+        draft_probs = torch.zeros(k, terms.vocab_size, device=self._session.device)
         for i in range(k):
             logits = self._session.score(self._known(sequence), last=1)
             # Vocabularies may be padded to different sizes: the target's decides. Cut before
             # the warp, so that the distribution reported is the one sampled from.
-            logits = logits[:, : self._vocab_size]
-            draft_probs[i, : logits.shape[1]] = probs_from_logits(logits, self._sampling)[0]
-            sequence.append(sample(draft_probs[i], self._generator))
+            logits = logits[:, : terms.vocab_size]
+            draft_probs[i, : logits.shape[1]] = probs_from_logits(logits, terms.sampling)[0]
+            try:
+                sequence.append(sample(draft_probs[i], terms.generator))
+            except NonFiniteError:
+                raise NonFiniteError("draft") from None
             if i + 1 < k and not self._is_confident(logits):
                 break
         return sequence[len(tokens) :], draft_probs[: len(sequence) - len(tokens)]
@@ -160,24 +175,17 @@ class NgramDraft:
     longest: int = 3
     shortest: int = 1
 
-    def start(
-        self,
-        target: PreTrainedModel,
-        capacity: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-    ) -> NgramProposer:
-        return NgramProposer(self.longest, self.shortest, num_logits(target), target.device)
+    def start(self, terms: DraftTerms) -> NgramProposer:
+        return NgramProposer(self.longest, self.shortest, terms)
 
 
 class NgramProposer:
     num_calls = 0  # no model, no calls
     forward_seconds = 0.0
 
-    def __init__(self, longest: int, shortest: int, vocab_size: int, device: torch.device):
+    def __init__(self, longest: int, shortest: int, terms: DraftTerms):
         self._lengths = range(shortest, longest + 1)
-        self._vocab_size = vocab_size
-        self._device = device
+        self._terms = terms
         self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> where its last follower stands
         self._num_seen = 0
 
@@ -198,8 +206,8 @@ class NgramProposer:
                     sequence.append(sequence[i])
                 break
         proposed = sequence[len(tokens) :]
-        ids = torch.tensor(proposed, dtype=torch.long, device=self._device)
-        return proposed, one_hot(ids, self._vocab_size)
+        ids = torch.tensor(proposed, dtype=torch.long, device=self._terms.device)
+        return proposed, one_hot(ids, self._terms.vocab_size)
 
     def rollback(self, length: int) -> None:
         """Nothing to forget: only accepted text is looked up."""
@@ -217,17 +225,8 @@ class CompositeDraft:
     lookup: NgramDraft
     model: ModelDraft
 
-    def start(
-        self,
-        target: PreTrainedModel,
-        capacity: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-    ) -> CompositeProposer:
-        return CompositeProposer(
-            self.lookup.start(target, capacity, sampling, generator),
-            self.model.start(target, capacity, sampling, generator),
-        )
+    def start(self, terms: DraftTerms) -> CompositeProposer:
+        return CompositeProposer(self.lookup.start(terms), self.model.start(terms))
 
 
 class CompositeProposer:
@@ -266,20 +265,26 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
         ValueError: `num_layers` is not between 1 and the model's own number.
     """
     config = copy.deepcopy(model.config)
-    if not 1 <= num_layers <= config.num_hidden_layers:
-        raise ValueError(
-            f"the number of layers must be between 1 and {config.num_hidden_layers} "
-            f"(got {num_layers})"
-        )
-    base = _shallow_copy(model.base_model)
-    for name, child in model.base_model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
-            setattr(base, name, child[:num_layers])
-    config.num_hidden_layers = num_layers
-    shallow = _shallow_copy(model)
-    setattr(shallow, model.base_model_prefix, base)
-    base.config = shallow.config = config
-    return shallow
+    text_config = config.get_text_config(decoder=True)
+    total = text_config.num_hidden_layers
+    if not 1 <= num_layers <= total:
+        raise ValueError(f"the number of layers must be between 1 and {total} (got {num_layers})")
+    text_config.num_hidden_layers = num_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return _with_part(model, name.split("."), module[:num_layers], config)
+    raise ValueError(f"{config.model_type} models have no list of {total} layers to cut")
+
+
+def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any:
+    """`model` with another module at a path, the modules on the way copied, the rest shared."""
+    clone = _shallow_copy(model)
+    if isinstance(getattr(model, "config", None), PreTrainedConfig):
+        is_whole = model.config.model_type == config.model_type
+        clone.config = config if is_whole else config.get_text_config(decoder=True)
+    name, *rest = path
+    setattr(clone, name, _with_part(getattr(model, name), rest, part, config) if rest else part)
+    return clone
 
 
 def _shallow_copy(module: Any) -> Any:

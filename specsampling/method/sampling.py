@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 
+class NonFiniteError(ArithmeticError):
+    """A distribution made of logits that are NaN or infinite: nothing can be drawn from it."""
+
+    def __init__(self, whose: str = "target"):
+        super().__init__(
+            f"the {whose}'s logits are not finite (NaN or infinity, as when float16 overflows); "
+            "choose dtype bfloat16 or float32"
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a distribution is warped before a token is drawn from it.
@@ -30,6 +40,10 @@ class Sampling:
 
 GREEDY = Sampling()
 
+# Below the first, dividing by the temperature may overflow unless the largest logit is taken
+# off before; below the second the temperature itself is no float32 any more.
+SMALL_TEMPERATURE, NO_TEMPERATURE = 1e-3, 1.2e-38
+
 
 def probs_from_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Warped probabilities, in float32 whatever the model's precision.
@@ -41,12 +55,17 @@ def probs_from_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         sampling: the warp; temperature 0 gives one-hot rows.
 
     Returns:
-        [n, V] float32, each row sums to 1.
+        [n, V] float32, each row sums to 1. A row whose largest logit is NaN or infinite holds
+        NaN, which `verify` never accepts and `sample` refuses.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < NO_TEMPERATURE:
         # As float32: the same first maximum, found three times as fast on a CPU as in bfloat16.
-        return one_hot(logits.float().argmax(dim=-1), logits.shape[-1])
-    logits = logits.float() / sampling.temperature
+        largest, tokens = logits.float().max(dim=-1)
+        return one_hot(tokens, logits.shape[-1], torch.where(largest.isfinite(), 1.0, torch.nan))
+    logits = logits.float()
+    if sampling.temperature < SMALL_TEMPERATURE:
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+    logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth_largest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]  # [n, 1]
         logits = logits.masked_fill(logits < kth_largest, -torch.inf)
@@ -69,10 +88,11 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     return probs / probs.sum(dim=-1, keepdim=True)
 
 
-def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
-    """[n] token ids -> [n, V] float32 rows that are sure of their token."""
+def one_hot(tokens: Tensor, vocab_size: int, mass: Tensor | None = None) -> Tensor:
+    """[n] token ids -> [n, V] float32 rows that are sure of their token; `mass` [n] is 1."""
     probs = torch.zeros(len(tokens), vocab_size, device=tokens.device)
-    return probs.scatter_(-1, tokens[:, None], 1.0)
+    ones = torch.ones(len(tokens), device=tokens.device) if mass is None else mass
+    return probs.scatter_(-1, tokens[:, None], ones[:, None])
 
 
 def sample(probs: Tensor, generator: torch.Generator | None) -> int:
@@ -81,8 +101,15 @@ def sample(probs: Tensor, generator: torch.Generator | None) -> int:
     By inversion: the first token at which the cumulated mass reaches a uniform share of the
     whole, in (0, 1]. A token of probability 0 adds no mass, so it is never the first. (Ten
     times as fast as `torch.multinomial` over 49,152 tokens on a CPU.)
+
+    Raises:
+        NonFiniteError: the distribution holds NaN.
     """
     precise = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no other
     mass = probs.cumsum(-1, dtype=precise)
     uniform = torch.rand((), generator=generator, dtype=precise, device=probs.device)
-    return int(torch.searchsorted(mass, (1 - uniform) * mass[-1]))
+    token = torch.searchsorted(mass, (1 - uniform) * mass[-1])
+    found = int(torch.where(mass[-1].isfinite(), token, -1))  # one wait for the device, not two
+    if found < 0:
+        raise NonFiniteError
+    return found

@@ -98,6 +98,7 @@ class Session:
         self.num_calls = 0
         self.forward_seconds = 0.0
         num_layers = model.config.get_text_config().num_hidden_layers
+        self._context = context_limit(model)
         self._layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
         self._cache = Cache(layers=[*self._layers])
 
@@ -149,7 +150,7 @@ class Session:
 
     def _forward(self, module: torch.nn.Module, fed: list[int], **options: Any) -> Any:
         start = synchronized_seconds(self.device)
-        context = context_limit(self.model)
+        context = self._context
         if self.length + len(fed) > context:  # padding behind the last position there is
             positions = torch.arange(self.length, self.length + len(fed), device=self.device)
             options["position_ids"] = positions.clamp(max=context - 1)[None]
@@ -213,9 +214,42 @@ def _as_last_rows(mask: Tensor, num_rows: int) -> Tensor:
     return rows
 
 
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+WINDOW_NAMES = ("sliding_window", "window_size", "attention_chunk_size")
+
+
 def context_limit(model: PreTrainedModel) -> int:
-    """The most tokens the model's positions reach."""
-    return model.config.get_text_config().max_position_embeddings
+    """The most tokens a text can have here.
+
+    That is how far the model's positions reach, or the edge at which it changes the frequencies
+    of all of them (LongRoPE, dynamic NTK): a key that is cached keeps its old one, and a call
+    that reaches over the edge with its padding alone would rotate its tokens by new ones.
+
+    Raises:
+        ValueError: the configuration names no limit.
+    """
+    config = model.config.get_text_config(decoder=True)
+    named = [getattr(config, name, None) for name in CONTEXT_NAMES]
+    limits = [limit for limit in named if isinstance(limit, int)]
+    if not limits:
+        raise ValueError(f"names no context limit ({', '.join(CONTEXT_NAMES)})")
+    return min([limits[0], *_frequency_edges(config)])
+
+
+def _frequency_edges(config: Any) -> list[int]:
+    """Text lengths beyond which positions are rotated by other frequencies than before."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_kind = [part for part in rope.values() if isinstance(part, dict)]
+    changing = [p for p in (rope, *by_layer_kind) if p.get("rope_type") in ("longrope", "dynamic")]
+    edges = [part.get("original_max_position_embeddings") for part in changing]
+    return [edge for edge in edges if isinstance(edge, int)]
+
+
+def attention_windows(model: PreTrainedModel) -> list[int]:
+    """How many keys a query of a sliding or chunked layer sees, as far as the model has such."""
+    config = model.config.get_text_config(decoder=True)
+    named = [getattr(config, name, None) for name in WINDOW_NAMES]
+    return [window for window in named if isinstance(window, int) and window > 1]
 
 
 def synchronized_seconds(device: torch.device) -> float:

@@ -24,7 +24,8 @@ class Generation:
 
     Attributes:
         token_ids: the new ids only; an end-of-text id that ended it is the last one.
-        finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens) or "context".
+        finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens), "context", or
+            "error" (see `error`).
         accepted: draft tokens accepted, one entry per cycle. The last cycle's count
             includes accepted tokens that were cut because the text had ended before them.
         drafted: draft tokens proposed, one entry per cycle.
@@ -33,6 +34,7 @@ class Generation:
         prefill_seconds: time until the prompt (less its newest token) is in the caches.
         decode_seconds: time from there to the last token.
         forward_seconds: the part of the two spent inside the models' forward calls.
+        error: why the text could not be decoded further, in one line; None in all other cases.
     """
 
     token_ids: list[int]
@@ -44,6 +46,7 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     forward_seconds: float = 0.0
+    error: str | None = None
 
     def kinds(self) -> list[str]:
         """Each new token's origin: "accepted", "correction", "bonus"; "target" without a draft."""
@@ -100,6 +103,7 @@ class Text:
         self._eos_ids = frozenset(eos_ids)
         self._is_stop = is_stop
         self.finish_reason: str | None = None
+        self.error: str | None = None
 
     @property
     def new_tokens(self) -> list[int]:
@@ -109,6 +113,10 @@ class Text:
     def room(self) -> int:
         """How many tokens may still come."""
         return self.limit - len(self.tokens)
+
+    def fail(self, error: str) -> None:
+        """End the text where it is, because of an error in one line."""
+        self.finish_reason, self.error = "error", error
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens until the text ends; those behind its end are dropped."""

@@ -6,21 +6,22 @@ whole cache. Here the queries that share a key head stand together as more rows 
 which gives the same products and reads the cache as it lies. The mask is made with these rows
 once per call, and in the form that the kernel adds to the products, not once per layer.
 
-Importing this registers it with transformers as "grouped_sdpa"; calls it has nothing to
-gain from go to transformers' own "sdpa".
+Calls that it has nothing to gain from, a prefill's among them, go to transformers' own "sdpa".
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "grouped_sdpa"
+NAME = "grouped_sdpa_{group}"  # by query heads per key head
+MAX_ROWS = 64  # of a decode call; a prefill has more, and its mask would be `group` times as large
 SPECIAL = ("position_bias", "softcap", "s_aux", "cache")  # transformers' own knows what they mean
 
 
@@ -55,7 +56,8 @@ def grouped_sdpa(
     group = num_heads // key.shape[1]
     is_grouped = attention_mask is not None and attention_mask.shape[2] == group * num_rows
     is_special = any(options.get(name) is not None for name in SPECIAL)
-    if is_special or group == 1 or (attention_mask is None and num_rows > 1):
+    is_prefill = num_rows > (1 if attention_mask is None else MAX_ROWS)
+    if is_special or group == 1 or is_prefill:
         if attention_mask is not None and is_grouped:
             attention_mask = attention_mask[:, :, :num_rows]
         return sdpa_attention_forward(
@@ -74,15 +76,29 @@ def grouped_sdpa(
     return output.view(batch, num_heads, num_rows, -1).transpose(1, 2).contiguous(), None
 
 
-def grouped_mask(*args: Any, config: Any, dtype: torch.dtype, **options: Any) -> Tensor | None:
+def grouped_mask(
+    batch_size: int, q_length: int, *args: Any, group: int, dtype: torch.dtype, **options: Any
+) -> Tensor | None:
     """transformers' mask with the rows of `grouped_sdpa`: 0 where a row sees a key, else -inf."""
-    mask = sdpa_mask(*args, config=config, dtype=dtype, **options)
-    if mask is None:
-        return None
+    mask = sdpa_mask(batch_size, q_length, *args, dtype=dtype, **options)
+    if mask is None or q_length > MAX_ROWS:
+        return mask
     added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return added.repeat(1, 1, config.num_attention_heads // num_key_heads, 1)
+    return added.repeat(1, 1, group, 1)
 
 
-AttentionInterface.register(NAME, grouped_sdpa)
-AttentionMaskInterface.register(NAME, grouped_mask)
+def group_heads(model: PreTrainedModel) -> None:
+    """Let a model whose layers share key heads attend so, in place.
+
+    The layers are asked, not the configuration: it may carry a number of key heads that its
+    architecture does not use. Whether they can be attended to so is not known here: look.
+    """
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return
+    named = (getattr(module, "num_key_value_groups", None) for module in model.modules())
+    groups = {group for group in named if isinstance(group, int)}
+    if len(groups) == 1 and (group := groups.pop()) > 1:
+        name = NAME.format(group=group)
+        AttentionInterface.register(name, grouped_sdpa)
+        AttentionMaskInterface.register(name, partial(grouped_mask, group=group))
+        model.set_attn_implementation(name)

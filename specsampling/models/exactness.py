@@ -1,24 +1,63 @@
-"""Is decoding bit-exact on this target, here? A self-check of a few calls.
+"""Can a model be decoded here, and is decoding bit-exact? Two checks of a few calls each.
 
-With one fixed width, a row's bits should not depend on how the tokens were grouped into
-calls. That holds for the kernels it was seen to hold for, so it is looked at on the loaded
-target before it is promised. What breaks it: calls of another width, attention over another
-number of keys, and layers that mix rows, such as LLM.int8() with its outlier columns.
+`require_decodable` looks at a model when it is loaded: whether its cache, rolled back, gives
+what the model gives without one. Architectures that keep a running state, ignore the cache or
+look ahead do not, and decode noise without a word.
+
+`check_exactness` looks at a target before a run: with one fixed width, a row's bits should not
+depend on how the tokens were grouped into calls. That holds for the kernels it was seen to hold
+for, so it is looked at on the loaded target, at the lengths of the run to come, before it is
+promised. What breaks it: calls of another width, attention over another number of keys, and
+layers that mix rows, such as LLM.int8() with its outlier columns.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from specsampling.method.drafts import num_logits
-from specsampling.method.session import Session
+from specsampling.method.session import Session, attention_windows, context_limit
 from specsampling.models.embedded import ModelError
+from specsampling.models.source import reason
 
+WIDTH = 8
 NUM_PREFILLED = 40
+NUM_KEPT = 2  # of a call's rows, when the rest is rolled back
 NUM_ALONE = 4
+
+# How far two ways to the same logits may be apart by rounding: norm of the difference / norm.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+QUANTIZED_TOLERANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Logits of some fixed tokens, scored, rolled back and scored again.
+
+    Attributes:
+        rows: [n, V] float32.
+        tolerance: how far the same rows may be apart on another way, by rounding.
+    """
+
+    rows: Tensor
+    tolerance: float
+
+    def difference(self, other: Proof) -> float:
+        """The middle row's relative distance; nan where logits are.
+
+        The middle, because where experts are chosen by a threshold, rounding may send single
+        rows elsewhere.
+        """
+        is_scored = other.rows.isfinite()  # a trimmed head leaves tokens out
+        away = (self.rows - other.rows).masked_fill(~is_scored, 0.0).norm(dim=-1)
+        return float((away / other.rows.masked_fill(~is_scored, 0.0).norm(dim=-1)).median())
 
 
 @dataclass(frozen=True)
@@ -29,57 +68,169 @@ class ExactnessCheck:
         is_exact: every row had the same bits alone and in one call with others.
         num_rows: rows compared.
         largest_difference: the largest difference between two logits that should be equal.
+        num_tokens: the longest text that was looked at.
     """
 
     is_exact: bool
     num_rows: int
     largest_difference: float
+    num_tokens: int
 
     def __str__(self) -> str:
         if self.is_exact:
-            return f"confirmed ({self.num_rows} rows alone and in one call: bitwise equal)"
+            return (
+                f"confirmed ({self.num_rows} rows alone and in one call, in texts of up to "
+                f"{self.num_tokens} tokens: bitwise equal)"
+            )
         return (
             f"NOT confirmed (rows alone and in one call differ by up to "
             f"{self.largest_difference:.3g}): outputs may differ from the reference at near-ties"
         )
 
 
+def require_decodable(model: PreTrainedModel, name: str) -> Proof:
+    """Refuse a model whose cache cannot be rolled back.
+
+    Args:
+        model: as it was loaded.
+        name: what the user calls it.
+
+    Returns:
+        What it says, for `Proof.difference` with the same model made fast.
+
+    Raises:
+        ModelError: in one line, why not.
+    """
+    refusal = f"cannot decode with {name}: {model.config.model_type} models"
+    why = _why_not_rolled_back(model)
+    if why:
+        raise ModelError(f"{refusal} {why}; choose another architecture")
+    with _one_line(f"{refusal} fail here"):
+        truth = _proof(model, _without_cache(model))
+    if not truth.rows.max(dim=-1).values.isfinite().all():
+        raise ModelError(
+            f"cannot decode with {name}: its logits are not finite in "
+            f"{str(model.dtype).removeprefix('torch.')}; choose bfloat16 or float32"
+        )
+    with _one_line(f"{refusal} do not take a preallocated cache"):
+        error = prove_decoding(model).difference(truth)
+    if not error < truth.tolerance:
+        raise ModelError(
+            f"{refusal} give other logits with a cache that is rolled back than without one "
+            f"(off by {error:.0%}, more than rounding); choose another architecture"
+        )
+    return truth
+
+
+@contextlib.contextmanager
+def _one_line(refusal: str) -> Iterator[None]:
+    """Whatever a model makes of tokens and a cache that it was not written for, as a ModelError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{refusal} ({reason(error)}); choose another architecture") from error
+
+
+def _why_not_rolled_back(model: PreTrainedModel) -> str:
+    """What in a model's build forbids to take tokens back; nothing where nothing does."""
+    if model.config.is_encoder_decoder:
+        return "are encoder-decoders"
+    if getattr(model, "_is_stateful", False):
+        return "keep a running state that cannot be rolled back"
+    for layer in DynamicCache(config=model.config).layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            return "have layers with a running state that cannot be rolled back"
+        if isinstance(layer, DynamicLayer) and type(layer).__module__ != DynamicLayer.__module__:
+            return f"have a cache of their own ({type(layer).__name__})"
+    return ""
+
+
+def prove_decoding(model: PreTrainedModel) -> Proof:
+    """Score, roll back and score others, each token alone with a cache and at a fixed width."""
+    first, second, start = _proof_tokens(model)
+    rows = []
+    for width in (None, WIDTH):
+        session = Session(model, len(first), width)
+        session.prefill(first[:start])
+        rows.append(session.score(first, last=len(first) - start))
+        session.length = start + NUM_KEPT
+        rows.append(session.score(second, last=len(second) - start - NUM_KEPT))
+    return _proof(model, torch.cat(rows))
+
+
+def _without_cache(model: PreTrainedModel) -> Tensor:
+    """The rows of `prove_decoding`, each text in one call and without a cache."""
+    first, second, start = _proof_tokens(model)
+    with torch.inference_mode():
+        texts = torch.tensor([first, second], device=model.device)
+        one, other = (model(input_ids=text[None], use_cache=False).logits[0] for text in texts)
+    return torch.cat([one[start:], other[start + NUM_KEPT :]] * 2)
+
+
+def _proof(model: PreTrainedModel, rows: Tensor) -> Proof:
+    is_quantized = getattr(model, "quantization_method", None) is not None
+    tolerance = QUANTIZED_TOLERANCE if is_quantized else TOLERANCES[model.dtype]
+    return Proof(rows.float(), tolerance)
+
+
+def _proof_tokens(model: PreTrainedModel) -> tuple[list[int], list[int], int]:
+    """Two texts that part `NUM_KEPT` tokens behind a start, and that start."""
+    context = context_limit(model)
+    start = min(NUM_PREFILLED, context - WIDTH)
+    if start < 1:
+        raise ValueError(f"a context of {context} tokens is too short")
+    tokens = _random_tokens(model, start + 2 * WIDTH)
+    first = tokens[: start + WIDTH]
+    return first, first[: start + NUM_KEPT] + tokens[start + WIDTH + NUM_KEPT :], start
+
+
+def _random_tokens(model: PreTrainedModel, num_tokens: int) -> list[int]:
+    embeddings = model.get_input_embeddings()
+    known = min(num_logits(model), getattr(embeddings, "num_embeddings", num_logits(model)))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(known, (num_tokens,), generator=generator).tolist()
+
+
 def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -> ExactnessCheck:
     """Feed the same tokens one by one and in one call, and compare the logits' bits.
 
+    That is done near the beginning, around the edge of each attention window, and at the end of
+    the longest text to come.
+
     Args:
         target: the loaded model.
-        width: rows of every decode call, or None: not exact then, but the cache is checked.
-        capacity: tokens of cache, about as many as in the run to come.
+        width: rows of every decode call, or None: not exact then.
+        capacity: the longest text of the run to come, in tokens.
 
     Raises:
-        ModelError: the cache gives other logits than the model without one, by far more
-            than rounding: this architecture cannot be decoded here.
+        ModelError: rows alone and together differ by far more than rounding.
     """
-    generator = torch.Generator().manual_seed(0)
-    num_together = width or 8
-    num_tokens = NUM_PREFILLED + num_together
-    capacity = max(capacity, num_tokens)
-    tokens = torch.randint(num_logits(target), (num_tokens,), generator=generator).tolist()
+    together = width or WIDTH
+    longest = min(max(capacity, NUM_PREFILLED + together), context_limit(target))
+    last = max(longest - together, 1)
+    edges = {edge - together // 2 for edge in attention_windows(target)}
+    starts = sorted({min(NUM_PREFILLED, last), last, *(edge for edge in edges if 0 < edge < last)})
+    tokens = _random_tokens(target, longest)
 
-    together = Session(target, capacity, width)
-    together.prefill(tokens[:NUM_PREFILLED])
-    logits_together = together.score(tokens, last=num_together)[:NUM_ALONE]
-
-    alone = Session(target, capacity, width)
-    alone.prefill(tokens[:NUM_PREFILLED])
-    rows = [alone.score(tokens[: NUM_PREFILLED + i + 1], last=1) for i in range(NUM_ALONE)]
-    logits_alone = torch.cat(rows)
-
-    with torch.inference_mode():
-        ids = torch.tensor([tokens], device=target.device)
-        uncached = target(input_ids=ids, use_cache=False).logits[0, NUM_PREFILLED:][:NUM_ALONE]
-    error = (logits_together - uncached).float().norm() / uncached.float().norm()
-    if not error < 0.1:
+    session = Session(target, longest, width)
+    session.prefill(tokens[: starts[-1]])
+    all_together, all_alone = [], []
+    for start in reversed(starts):  # what lies before a start stays as it was prefilled
+        end = min(start + together, longest)
+        session.length = start
+        rows = session.score(tokens[:end], last=end - start)[:NUM_ALONE]
+        session.length = start
+        alone = [session.score(tokens[: start + i + 1], last=1) for i in range(len(rows))]
+        all_together.append(rows)
+        all_alone.append(torch.cat(alone))
+    one, other = torch.cat(all_together), torch.cat(all_alone)
+    error = _proof(target, one).difference(_proof(target, other))
+    if not error < TOLERANCES[torch.bfloat16]:
         raise ModelError(
-            f"{target.config.model_type} models cannot be decoded with a preallocated cache "
-            f"(its logits are off by {error:.0%}); choose another architecture"
+            f"{target.config.model_type} models give other logits for a token alone than in a call "
+            f"with others (off by {error:.0%}, more than rounding); choose another architecture"
         )
-    difference = (logits_alone - logits_together).float().abs().max().item()
-    is_exact = torch.equal(logits_alone, logits_together)
-    return ExactnessCheck(is_exact, NUM_ALONE, difference)
+    difference = (one.float() - other.float()).nan_to_num().abs().max().item()
+    return ExactnessCheck(torch.equal(one, other), len(one), difference, longest)

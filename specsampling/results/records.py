@@ -36,7 +36,7 @@ class Row:
     sample_index: int
     completion: str
     token_ids: list[int]
-    finish_reason: str  # eos, stop, length or context
+    finish_reason: str  # eos, stop, length, context or error
     num_prompt_tokens: int
     accepted: list[int]  # one entry per cycle, and so is `drafted`; empty for the baselines
     drafted: list[int]
@@ -49,6 +49,7 @@ class Row:
     task_id: str | None = None
     reference: str | None = None
     num_cut_tokens: int | None = None  # left out of a prompt that was too long; None for none
+    error: str | None = None  # why the text ended early, where finish_reason is error
 
     @property
     def key(self) -> Key:

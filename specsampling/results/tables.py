@@ -93,6 +93,8 @@ def summary_table(
             if name not in ("rouge2", "rougeL"):
                 text = _interval_text(f"{name} difference", *astuple(difference))
                 notes.append(f"{name}, speculative less {other}: {text}")
+    if errors := [row for row in rows if row.error]:
+        notes.append(f"{len(errors)} texts ended in an error; the first: {errors[0].error}")
     cut = {row.example_id for row in rows if row.num_cut_tokens}
     if cut:
         notes.append(f"documents cut at their end to fit the context: {len(cut)}")

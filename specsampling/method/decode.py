@@ -1,0 +1,66 @@
+"""What the two decoders share: the prefill, cycle after cycle to the text's end, and the clock.
+
+A decoder is one function, its cycle; this drives it. Knows nothing of sampling or verifying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from specsampling.method.drafts import Proposer
+from specsampling.method.sampling import NonFiniteError
+from specsampling.method.session import Session, synchronized_seconds
+from specsampling.method.text import Generation, Text
+
+
+class Cycle(NamedTuple):
+    """One draft and verify round: of `num_drafted` tokens, `num_accepted` were accepted."""
+
+    num_accepted: int
+    num_drafted: int
+
+
+def decode_text(
+    text: Text,
+    session: Session,
+    cycle: Callable[[], Cycle | None],
+    proposer: Proposer | None = None,
+) -> Generation:
+    """Prefill what holds a cache, and run cycles until the text ends.
+
+    Logits that are not finite end it too: what was decoded before is kept, `finish_reason` is
+    "error", and `error` says whose logits they were.
+
+    Args:
+        text: the prompt; each cycle adds at least one token to it.
+        session: the target's.
+        cycle: one round; None stands for one without a draft.
+        proposer: who drafts in it, if anyone does.
+    """
+    caches: list[Session | Proposer] = [session] if proposer is None else [session, proposer]
+    cycles: list[Cycle] = []
+    start = synchronized_seconds(session.device)
+    for cache in caches:
+        cache.prefill(text.tokens[:-1])
+    prefilled = synchronized_seconds(session.device)
+    try:
+        while text.finish_reason is None:
+            done = cycle()
+            if done is not None:
+                cycles.append(done)
+    except NonFiniteError as problem:
+        text.fail(str(problem))
+    end = synchronized_seconds(session.device)
+    return Generation(
+        token_ids=text.new_tokens,
+        finish_reason=text.finish_reason or "",
+        error=text.error,
+        accepted=[cycle.num_accepted for cycle in cycles],
+        drafted=[cycle.num_drafted for cycle in cycles],
+        target_calls=session.num_calls,
+        draft_calls=proposer.num_calls if proposer else 0,
+        prefill_seconds=prefilled - start,
+        decode_seconds=end - prefilled,
+        forward_seconds=sum(cache.forward_seconds for cache in caches),
+    )

@@ -1,0 +1,114 @@
+"""The tokenizer that a pair shares: loaded, compared, and asked where a turn ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from specsampling.models.embedded import ModelError
+from specsampling.models.source import read_tokenizer, reason
+
+QUIET = {"verbose": False}  # no warning of a long text: the caller cuts it or says so
+
+# Where two tokenizers usually part: code, spaces, digits, other scripts, special tokens.
+PROBES = (
+    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
+    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
+    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
+    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
+    "<|endoftext|> <s> </s> <|im_start|>user\nhi<|im_end|>\n",
+)
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """Load one tokenizer.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    try:
+        tokenizer = read_tokenizer(spec)
+        is_empty = not tokenizer(PROBES[0])["input_ids"]  # what is made where no files are
+    except ModelError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ModelError(
+            f"cannot load the tokenizer of {spec} ({reason(error)}); {_way_out(error)}"
+        ) from error
+    if is_empty:
+        raise ModelError(f"{spec} ships without a tokenizer; set models.tokenizer to one that fits")
+    return tokenizer
+
+
+def _way_out(error: Exception) -> str:
+    if "untagged enum" in str(error) or "unknown variant" in str(error):
+        return (
+            "its tokenizer.json may be of a newer library: pip install -U tokenizers transformers"
+        )
+    return (
+        "set models.tokenizer if the model ships without one, or check the name and the network, "
+        "or give a local folder"
+    )
+
+
+def require_same_tokenizer(
+    target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, spec: str
+) -> None:
+    """Compare what two tokenizers encode, not only how many tokens they have.
+
+    Raises:
+        ModelError: they encode a probe differently, so the ids of the draft `spec` mean nothing
+            to the target.
+    """
+    for probe in PROBES:
+        if target(probe)["input_ids"] != draft(probe)["input_ids"]:
+            raise ModelError(
+                f"the draft {spec} must share its tokenizer with the target: that in "
+                f"{draft.name_or_path} and that in {target.name_or_path} encode {probe[:24]!r} "
+                "differently; choose a draft of the target's family, or draft: ngram"
+            )
+
+
+def num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens the tokenizer puts behind a text (an end of text, say).
+
+    A prompt is to be continued, so what is put behind it does not belong to it.
+    """
+    bare = tokenizer(PROBES[1], add_special_tokens=False)["input_ids"]
+    dressed = tokenizer(PROBES[1])["input_ids"]
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return len(dressed) - len(bare) - start
+    return 0
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
+    """Every id that ends a text, wherever it is written down.
+
+    A checkpoint names its ends in up to three places that need not agree: the generation config,
+    the tokenizer's end of text, and the token that the chat template puts behind an answer. A
+    model that was tuned on the last runs into an invented next turn if only the first is heeded.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(named if isinstance(named, list) else [named])
+    ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    return frozenset(token for token in ids if token is not None)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts right behind an answer, if there is one."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "specsampling"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template may refuse this chat; that is no reason not to decode
+        return None
+    assert isinstance(text, str)
+    behind = text.rpartition(answer)[2].lstrip()
+    ids: Sequence[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    known = tokenizer.added_tokens_decoder  # id -> token
+    return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
