@@ -21,7 +21,7 @@ from specsampling.models.embedded import ModelError
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
 from specsampling.models.fused import fuse_layers
 from specsampling.models.packed import can_int8, can_pack, pack_linears, to_int8
-from specsampling.models.source import is_gguf, model_location, read_model, reason
+from specsampling.models.source import is_gguf, model_location, read_config, read_model, reason
 
 log = logging.getLogger("specsampling")
 
@@ -88,6 +88,11 @@ def _read(
     if quantization != "none":
         options["quantization_config"] = quantization_config(quantization, dtype)
     try:
+        if not is_gguf(spec) and (kind := read_config(spec)).is_encoder_decoder:
+            raise ModelError(
+                f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
+                "choose a decoder-only model"
+            )
         model, report = read_model(spec, **({} if is_gguf(spec) else options))
         _require_whole(model, report, spec)
         if is_gguf(spec):

@@ -108,9 +108,11 @@ def require_decodable(model: PreTrainedModel, name: str) -> Proof:
     with _one_line(f"{refusal} fail here"):
         truth = _proof(model, _without_cache(model))
     if not truth.rows.max(dim=-1).values.isfinite().all():
+        is_half = model.dtype == torch.float16
+        way_out = "choose bfloat16 or float32" if is_half else "download or convert it again"
         raise ModelError(
             f"cannot decode with {name}: its logits are not finite in "
-            f"{str(model.dtype).removeprefix('torch.')}; choose bfloat16 or float32"
+            f"{str(model.dtype).removeprefix('torch.')}; {way_out}"
         )
     with _one_line(f"{refusal} do not take a preallocated cache"):
         error = prove_decoding(model).difference(truth)

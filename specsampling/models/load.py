@@ -21,7 +21,7 @@ from specsampling.method.session import CONTEXT_NAMES, context_limit
 from specsampling.models.checkpoint import load_model
 from specsampling.models.embedded import ModelError
 from specsampling.models.exactness import require_decodable
-from specsampling.models.source import model_location
+from specsampling.models.source import model_location, reason
 from specsampling.models.tokenizer import (
     QUIET,
     end_ids,
@@ -231,10 +231,16 @@ def load_draft(
 
 
 def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:
+    way_out = "choose draft: ngram, or a small model of the family"
     try:
         model = first_layers(target, int(spec.removeprefix(TARGET_LAYERS)))
     except ValueError as error:
-        raise ModelError(f"models.draft {spec}: {error}") from error
+        raise ModelError(f"models.draft {spec}: {error}; {way_out}") from error
+    except Exception as error:  # configurations that do not let their number of layers change
+        kind = target.config.model_type
+        raise ModelError(
+            f"models.draft {spec}: {kind} models cannot be cut ({reason(error)}); {way_out}"
+        ) from error
     require_decodable(model, f"models.draft {spec}")
     return model
 

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from specsampling.models.distilled import assemble
@@ -49,6 +55,12 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_location(spec), **SAFE)
 
 
+def read_config(spec: str) -> PreTrainedConfig:
+    """A spec's configuration; a GGUF file has none apart."""
+    with quiet_transformers():
+        return AutoConfig.from_pretrained(model_location(spec), **SAFE)
+
+
 def read_model(spec: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A spec's model and transformers' report of what it found; safetensors or GGUF only."""
     if is_gguf(spec):
@@ -56,7 +68,12 @@ def read_model(spec: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     location = model_location(spec)
     with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, use_safetensors=True, output_loading_info=True, **SAFE, **options
+            location,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+            output_loading_info=True,
+            **SAFE,
+            **options,
         )
     return loaded
 

@@ -1,0 +1,453 @@
+"""A checkpoint is whole, proved and asked before it decodes: never wrong in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from autoregressive import autoregressive
+from specsampling.method.drafts import ModelDraft, NgramDraft, first_layers
+from specsampling.method.sampling import Sampling, probs_from_logits
+from specsampling.method.session import context_limit
+from specsampling.models import exactness
+from specsampling.models.attention import MAX_ROWS, grouped_mask
+from specsampling.models.checkpoint import load_model
+from specsampling.models.embedded import ModelError
+from specsampling.models.exactness import check_exactness, require_decodable
+from specsampling.models.fused import FusedLayer
+from specsampling.models.load import load_pair
+from specsampling.models.tokenizer import num_appended
+from specsampling.tasks.task import StopStrings
+from speculative import speculative
+
+CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(model_folders, tmp_path) -> Path:
+    """A copy of a Llama's folder, to be broken."""
+    copy = tmp_path / "model"
+    shutil.copytree(model_folders["llama-target"], copy)
+    return copy
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(change(tensors), path, metadata={"format": "pt"})
+
+
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: t for name, t in tensors.items() if part not in name}
+
+
+def with_more(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: torch.ones(48)}
+
+
+def load(folder: Path, draft: str = "ngram", dtype: str = "float32") -> Any:
+    return load_pair(str(folder), draft, device="cpu", dtype=dtype)
+
+
+def refusal(folder: Path, draft: str = "ngram", dtype: str = "float32") -> str:
+    with pytest.raises(ModelError) as caught:
+        load(folder, draft, dtype)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- every tensor accounted for --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        (without("lm_head"), {}, "lacks tensors that the model needs (1: lm_head.weight)"),
+        (without("layers.1."), {}, "lacks tensors that the model needs (9: model.layers.1."),
+        (without("layers.0.mlp.up"), {}, "(1: model.layers.0.mlp.up_proj.weight)"),
+        (without("norm"), {}, "lacks tensors"),
+        (dict, {"num_hidden_layers": 3}, "lacks tensors that the model needs (9: model.layers.2."),
+        (dict, {"num_hidden_layers": 1}, "config.json leaves out (9: model.layers.1."),
+        (dict, {"intermediate_size": 80}, "of another shape than its config.json says"),
+        (dict, {"vocab_size": 300}, "of another shape than its config.json says"),
+        (with_more("model.layers.0.self_attn.q_proj.bias"), {}, "(1: model.layers.0.self_attn"),
+        (with_more("lm_head.bias"), {}, "config.json leaves out (1: lm_head.bias)"),
+    ],
+)
+def test_a_tensor_left_to_chance_is_refused_by_name(change, settings, words, folder):
+    """A checkpoint without a head decoded noise, another text each run, exit code 0: the load
+    report was silenced and never read."""
+    change_tensors(folder, change)
+    change_json(folder / "config.json", **settings)
+    assert words in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["vision_tower.patch.weight", "rotary_emb.inv_freq"])
+def test_tensors_that_change_nothing_are_no_error(name, folder):
+    change_tensors(folder, with_more(name))
+    load(folder)
+
+
+def test_a_tied_head_needs_no_tensor(folder):
+    change_tensors(folder, without("lm_head"))
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    target = load(folder).target
+    assert target.lm_head.weight is target.model.embed_tokens.weight
+
+
+def test_a_model_made_fast_cannot_pass_as_a_checkpoint(folder, tmp_path, tokenizer):
+    """What the fast layers save is no Llama; loaded again, it was one of random weights."""
+    load(folder).target.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "lacks tensors" in refusal(tmp_path / "saved")
+
+
+def test_pickles_are_not_read(folder):
+    """A pickle can run code; one that did ended in a traceback."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "pickle" in refusal(folder) and "save_pretrained" in refusal(folder)
+
+
+def test_code_of_a_checkpoint_is_not_asked_for(folder, monkeypatch):
+    """transformers asked on stdin whether to run it, and waited."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    change_json(folder / "config.json", model_type="its-own", auto_map=auto_map)
+    assert "auto_map" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"x" * 100),
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "nonsense"}'),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b'{"version": "9.0", "model": {"type": "Later"}}'),
+    ],
+)
+def test_broken_files_are_one_line(name, content, folder):
+    (folder / name).write_bytes(content)
+    assert "cannot load" in refusal(folder)
+
+
+def test_a_newer_librarys_tokenizer_says_what_to_install(folder):
+    path = folder / "tokenizer.json"
+    change_json(path, pre_tokenizer={"type": "FromTheFuture"})
+    assert "pip install -U tokenizers" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF\x03\0\0\0" + bytes(40), b"nope" * 50])
+def test_a_broken_gguf_is_one_line(content, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert "cannot load" in refusal(path)
+
+
+def test_tokenizers_are_compared_before_weights_are_read(folder, model_folders, tmp_path):
+    """Gigabytes were loaded before a draft of another family was refused."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folders["llama-draft"], other)
+    (other / "model.safetensors").unlink()
+    change_json(other / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    message = refusal(folder, str(other))
+    assert "must share its tokenizer" in message and str(other) in message
+
+
+# --- what can be decoded ---------------------------------------------------------------
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, tokenizer):
+    config = T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, vocab_size=400)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "are encoder-decoders" in refusal(tmp_path)
+
+
+def test_a_model_that_ignores_its_cache_is_refused(model_of):
+    """RWKV and OpenAI-GPT take a cache and decode noise without a word."""
+    model = make_model("llama")
+    forward = model.forward
+    model.forward = lambda *args, **options: forward(
+        *args, **{**options, "past_key_values": None, "use_cache": False, "position_ids": None}
+    )
+    with pytest.raises(ModelError, match="more than rounding"):
+        require_decodable(model, "it")
+
+
+def test_a_cache_that_keeps_what_was_rolled_back_is_refused():
+    """A running state cannot be set back: rows after a rejection were those of another text."""
+    model = make_model("llama")
+    state = torch.zeros(48)
+
+    def add_state(module, inputs, output):
+        nonlocal state
+        if len(output[0]) > 30:
+            state = torch.zeros(48)
+        state = state + 0.1 * output[0].sum(0)
+        return output + state
+
+    model.model.layers[0].mlp.register_forward_hook(add_state)
+    with pytest.raises(ModelError, match="more than rounding"):
+        require_decodable(model, "it")
+
+
+def test_not_finite_logits_are_told_the_precision(folder):
+    """float16 overflow was told to choose another architecture."""
+    change_tensors(
+        folder,
+        lambda t: {n: x * (3e3 if "up_proj" in n or "down_proj" in n else 1) for n, x in t.items()},
+    )
+    assert "choose bfloat16 or float32" in refusal(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("context", [9, 16, 47])
+def test_short_contexts_are_served(context, folder):
+    """The self-check asked for 48 tokens of every model."""
+    change_json(folder / "config.json", max_position_embeddings=context)
+    pair = load(folder)
+    assert check_exactness(pair.target, 8, capacity=context).is_exact
+    reference = autoregressive(pair.target, [5, 6], max_new_tokens=99, width=8)
+    assert reference.finish_reason == "context" and len(reference.token_ids) == context - 2
+    assert speculative(
+        pair.target, pair.draft, [5, 6], k=4, max_new_tokens=99, width=8
+    ).token_ids == (reference.token_ids)
+
+
+def test_a_context_without_room_for_a_call_is_refused(folder):
+    change_json(folder / "config.json", max_position_embeddings=8)
+    assert "context of 8 tokens is too short" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_texts_end_where_the_frequencies_of_all_positions_change(kind, folder, caplog):
+    """The table was chosen by a call's largest position, padding included, and keys in the cache
+    kept the old one: 3 of 6 outputs differed from a reference that was confirmed bit-exact."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 40}
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "factor": 4.0}
+    change_json(
+        folder / "config.json",
+        max_position_embeddings=160,
+        rope_parameters=rope | (factors if kind == "longrope" else {"factor": 4.0}),
+    )
+    pair = load(folder)
+    assert context_limit(pair.target) == 40
+    assert "end at 40 tokens, not at 160" in caplog.text
+    prompt = list(range(3, 30))
+    reference = autoregressive(pair.target, prompt, max_new_tokens=99, width=8)
+    decoded = speculative(pair.target, NgramDraft(), prompt, k=7, max_new_tokens=99, width=8)
+    assert decoded.token_ids == reference.token_ids
+    assert decoded.finish_reason == "context"
+
+
+def test_the_self_check_looks_at_the_lengths_of_the_run(folder):
+    """It looked at positions 40 to 47 only: what went wrong further on was confirmed."""
+    model = load(folder).target
+    prefilled = []
+
+    def mix_rows_in_long_texts(module, inputs, output):
+        prefilled.append(output.shape[1])
+        mixed = 1e-3 * output.mean(1, keepdim=True)
+        return output + mixed if max(prefilled) > 200 and output.shape[1] == 8 else output
+
+    model.model.layers[0].o_proj.register_forward_hook(mix_rows_in_long_texts)
+    assert check_exactness(model, 8, capacity=150).is_exact
+    check = check_exactness(model, 8, capacity=300)
+    assert not check.is_exact and check.num_tokens == 300
+    assert max(prefilled) == 300 - 8  # up to the last call
+
+
+# --- faster layers only where they agree -----------------------------------------------
+
+
+def test_faster_layers_that_fail_are_left_out(folder, monkeypatch, caplog):
+    """JetMoE, Doge and LongCat worked until their layers were made fast, then crashed."""
+    monkeypatch.setattr(FusedLayer, "forward", lambda *_, **__: 1 / 0)
+    pair = load(folder)
+    assert not isinstance(pair.target.model.layers[0], FusedLayer)
+    (line,) = [r.getMessage() for r in caplog.records if "keeps transformers" in r.getMessage()]
+    assert "ZeroDivisionError" in line and str(folder) in line
+
+
+def test_faster_layers_that_compute_something_else_are_left_out(folder, monkeypatch, caplog):
+    honest = FusedLayer.forward
+    monkeypatch.setattr(FusedLayer, "forward", lambda *a, **o: honest(*a, **o) * 1.01)
+    pair = load(folder)
+    assert not isinstance(pair.target.model.layers[0], FusedLayer)
+    assert "give other logits" in caplog.text
+
+
+def test_faster_layers_that_agree_stay(folder, caplog):
+    assert isinstance(load(folder).target.model.layers[0], FusedLayer)
+    assert not caplog.records
+
+
+def test_a_prefills_mask_is_not_made_per_head():
+    """1,000 tokens and 8 heads a key made a mask of 32 MB where 1 MB was needed."""
+    options = {"kv_length": 200, "dtype": torch.float32, "allow_is_causal_skip": False}
+    decode = grouped_mask(1, MAX_ROWS, group=8, **options)
+    prefill = grouped_mask(1, MAX_ROWS + 1, group=8, **options)
+    assert decode.shape[2] == 8 * MAX_ROWS
+    assert prefill.shape[2] == MAX_ROWS + 1 and prefill.dtype == torch.bool
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neo", "gpt2", "qwen2"])
+def test_first_layers_share_the_targets_tensors(architecture, model_of):
+    target = model_of(architecture)
+    shallow = first_layers(target, 1)
+    assert shallow.config.num_hidden_layers == 1 and target.config.num_hidden_layers == 2
+    mine = {parameter.data_ptr() for parameter in target.parameters()}
+    assert all(parameter.data_ptr() in mine for parameter in shallow.parameters())
+    exactness.require_decodable(shallow, "it")
+
+
+# --- logits that are not finite --------------------------------------------------------
+
+
+class Poisoned:
+    """Makes a model's logits NaN from a position on."""
+
+    def __init__(self, model, position, value=float("nan")):
+        self.model, self.position, self.value = model, position, value
+
+    def __enter__(self):
+        def poison(module, args, options, output):
+            ids = options["input_ids"]
+            before = options["past_key_values"].get_seq_length()
+            logits = output.logits.clone()
+            for row in range(logits.shape[1]):
+                if before + ids.shape[1] - logits.shape[1] + row >= self.position:
+                    logits[0, row] = self.value
+            output.logits = logits
+            return output
+
+        self.hook = self.model.register_forward_hook(poison, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 5, 0.9)])
+@pytest.mark.parametrize("width", [None, 8])
+def test_logits_that_are_not_finite_end_a_text_in_an_error(value, sampling, width):
+    """Greedy accepted 4 of 4 drafts of NaN and printed nothing; sampling raised IndexError."""
+    model = make_model("llama", seed=5)
+    options = {"max_new_tokens": 30, "sampling": sampling, "width": width}
+    with Poisoned(model, 12, value):
+        alone = autoregressive(
+            model, [3, 4, 5], generator=torch.Generator().manual_seed(0), **options
+        )
+        drafted = speculative(
+            model,
+            NgramDraft(),
+            [3, 4, 5],
+            k=4,
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
+    for generation in (alone, drafted):
+        assert generation.finish_reason == "error"
+        assert "target's logits are not finite" in generation.error
+        assert 0 < len(generation.token_ids) < 30
+    if sampling == Sampling():
+        assert alone.token_ids == drafted.token_ids
+
+
+def test_a_drafts_logits_that_are_not_finite_are_the_drafts(model_of):
+    draft = make_model("llama", seed=6)
+    with Poisoned(draft, 8):
+        generation = speculative(
+            model_of("llama"), ModelDraft(draft), [3, 4, 5], k=4, max_new_tokens=30
+        )
+    assert generation.finish_reason == "error" and "draft's logits" in generation.error
+
+
+# --- where a text ends -----------------------------------------------------------------
+
+
+def test_the_chat_templates_end_of_turn_ends_a_text(folder):
+    """SmolLM2 with eos_token_id 0 ran past <|im_end|> into an invented next turn."""
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    change_json(folder / "generation_config.json", eos_token_id=7)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert load(folder).eos_ids == {7, tokenizer.eos_token_id, end}
+
+
+def test_a_template_that_raises_is_no_reason_not_to_decode(folder):
+    tokenizer = load(folder).tokenizer
+    tokenizer.chat_template = "{{ raise_exception('no system, no tools, no chat') }}"
+    tokenizer.save_pretrained(folder)
+    assert load(folder).eos_ids == {tokenizer.eos_token_id}
+
+
+def test_a_stop_string_that_is_a_special_token_fires(folder):
+    """Special tokens were left out of the text that stop strings are looked for in."""
+    pair = load(folder)
+    ids = [*pair.encode("hello"), pair.tokenizer.eos_token_id]
+    stops = StopStrings(["<eos>"], lambda ids: pair.decode(ids, skip_special_tokens=False))
+    assert stops(ids) and not stops(ids[:-1])
+
+
+def test_an_end_that_a_tokenizer_appends_is_not_the_prompts(folder):
+    """T5's and some Llama tokenizers end every text; a prompt is to be continued."""
+    tokenizer = load(folder).tokenizer
+    plain = tokenizer("def f(x):")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    pair = load(folder)
+    assert num_appended(pair.tokenizer) == 1
+    assert pair.encode("def f(x):") == [tokenizer.eos_token_id, *plain]
+
+
+def test_what_generate_would_do_and_we_do_not_is_said_once(folder, caplog):
+    """Qwen2.5-Coder ships repetition_penalty 1.1: `generate` gives another text."""
+    change_json(
+        folder / "generation_config.json",
+        repetition_penalty=1.1,
+        suppress_tokens=[3],
+        min_new_tokens=2,
+        temperature=0.5,
+    )
+    load(folder)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "repetition_penalty 1.1, min_new_tokens 2, suppress_tokens [3]" in line
+
+
+def test_the_probability_of_tiny_temperatures_is_greedy():
+    """Dividing by them overflowed to infinity and NaN."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-50.0, 40.0, 41.0]])
+    for temperature in (1e-3, 1e-5, 1e-20, 1e-38, 1e-45, 5e-324):
+        probs = probs_from_logits(logits, Sampling(temperature))
+        assert torch.equal(probs, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])), temperature
+
+
+def test_load_model_alone_checks_too(folder):
+    change_tensors(folder, without("lm_head"))
+    with pytest.raises(ModelError, match="lm_head"):
+        load_model(str(folder), torch.float32, CPU)
