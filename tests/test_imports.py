@@ -15,7 +15,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each wing, or room of the hall, and what of ours it may import besides itself.
 ARROWS: dict[str, set[str]] = {
     "method": set(),
-    "config": set(),
+    "strict_yaml": set(),
+    "checking": set(),
+    "config": {"strict_yaml", "checking"},
     "models": {"method"},
     "results": {"method.text", "config"},
     "tasks": {"results", "method.text", "config"},

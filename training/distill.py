@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent
@@ -41,6 +40,7 @@ from specsampling.config import ConfigError  # noqa: E402
 from specsampling.console import exit_code  # noqa: E402
 from specsampling.models.distilled import assemble, expand, shrink  # noqa: E402
 from specsampling.models.load import model_location, resolve_device  # noqa: E402
+from specsampling.strict_yaml import YamlError, parse_yaml  # noqa: E402
 
 DRAFT = "smollm2-135m-draft"
 SHIPPED = "draft.safetensors"
@@ -144,11 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"STAGE must be one of {', '.join(STAGES)} (got {', '.join(unknown)})")
     try:
-        settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+        settings = parse_yaml(options.config.read_text(encoding="utf-8"))
         claim(options.work, settings)
         for stage in options.stages or STAGES:
             STAGES[stage](settings, options.work)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, YamlError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(
             f"the recipe must be readable and {options.work} writable ({text}); name the recipe "
