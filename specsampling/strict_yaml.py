@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 MAX_DEPTH = 20
-MAX_VALUES = 20_000  # each value behind an alias counted as often as it stands there
+MAX_VALUES = 5000  # each value behind an alias counted as often as it stands there
 MAX_DIGITS = 1000
 
 _WORDS = {

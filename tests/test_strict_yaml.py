@@ -116,7 +116,7 @@ def test_not_a_number_is_a_number():
         ("1: a", "key 1 is not a word"),
         ("true: a", "key true is not a word"),
         ("~: a", "key ~ is not a word"),
-        ("{ : a}", "is not a word"),
+        ("{? : a}", "key (no word) is not a word"),
         ("? [a]\n: b", "is not a word"),
         ("? {a: b}\n: c", "is not a word"),
         ("a: &x {k: 1}\nb: {<<: *x}", "line 2: the merge key << is not read"),
@@ -134,9 +134,9 @@ def test_not_a_number_is_a_number():
         ("&a [*a]", "*a stands before the end of an &a"),
         ("a: &a {b: *a}", "*a stands before the end of an &a"),
         ("&a {*a : 1}", "*a stands before the end of an &a"),
-        (bomb(10), "more than 20000 values"),
-        (bomb(60), "more than 20000 values"),
-        (f"[{'1, ' * 30_000}]", "more than 20000 values"),
+        (bomb(10), "more than 5000 values"),
+        (bomb(60), "more than 5000 values"),
+        (f"[{'1, ' * 30_000}]", "more than 5000 values"),
         ("[" * 100_000, "nested more than 20 deep"),
         ("[" * 21 + "]" * 21, "nested more than 20 deep"),
         ("{a: " * 3000 + "1" + "}" * 3000, "nested more than 20 deep"),
@@ -157,13 +157,13 @@ def test_not_a_number_is_a_number():
 )
 def test_what_is_no_configuration_is_one_short_line_at_once(text, problem):
     """Ten nested anchors took 11 GB in the error message; deep brackets were a traceback."""
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(YamlError) as caught:
         parse_yaml(text)
     message = str(caught.value)
     assert problem in message
     assert "\n" not in message and len(message) < 200
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_an_alias_is_a_copy():
