@@ -1,7 +1,8 @@
 """A script's edge: signals, streams, one line for a mistake, exit codes.
 
 A script calls `catch_signals` before its imports, which take seconds, and ends with `exit_code`.
-Imports nothing heavy, and nothing of ours before something went wrong.
+Imports next to nothing, not even `typing`, for a signal may come while it does, and nothing of
+ours before something went wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from io import TextIOWrapper
-from typing import Any, NoReturn
 
 MISTAKE = 2
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell has it
@@ -40,7 +39,7 @@ class _Signals:
         self.may_raise = False
         self._since = 0.0
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         code = CODES[signal.Signals(number)]
         if not self.may_raise:  # importing, or at the very end: nothing is open
             _leave(code)
@@ -61,6 +60,13 @@ def catch_signals() -> None:
             signal.signal(number, _signals)
 
 
+def _ignore_signals() -> None:
+    """While the interpreter ends after a first signal, a second one has nothing to add."""
+    for number in CODES:
+        if signal.getsignal(number) is _signals:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def exit_code(
     main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None
 ) -> int:
@@ -77,6 +83,7 @@ def exit_code(
     except BaseException as error:
         if _signals.code is not None:  # a library may have made another error of it
             _say(STOPPED)
+            _ignore_signals()
             return _signals.code
         return _code_of(error)
     finally:
@@ -130,15 +137,18 @@ def one_line(text: str) -> str:
 
 def _say(message: str) -> None:
     """A line on stderr, if anybody is there to read it."""
+    from contextlib import suppress
+
     with suppress(OSError, ValueError):
         print(one_line(message), file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int) -> None:
     """End at once: a handler cannot know whose code an exception would run through."""
-    with suppress(OSError):
+    try:
         os.write(2, f"{STOPPED}\n".encode())
-    os._exit(code)
+    finally:
+        os._exit(code)
 
 
 def _mend_streams() -> None:
@@ -163,8 +173,7 @@ def _give_up_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
