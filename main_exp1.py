@@ -10,8 +10,12 @@ last one stopped; Benchmarks/bench1.ipynb shows the result.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,9 +23,8 @@ from typing import Any
 from specsampling.config import require_task
 from specsampling.console import (
     exit_code,
-    experiment_parser,
     print_scores,
-    read_config,
+    read_experiment,
     run_experiment,
 )
 from specsampling.results.metrics import ROUGE_NAMES
@@ -30,8 +33,7 @@ from specsampling.tasks.xsum import XSum
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = experiment_parser(__doc__, "Results/results1.jsonl").parse_args(arguments)
-    config = read_config(options)
+    options, config = read_experiment(__doc__, "xsum", "Results/results1.jsonl", arguments)
     if options.score:
         print_scores(options.score, score_samples(options.score), summarise, describe)
         return 0
@@ -40,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from autoregressive import autoregressive
     from speculative import speculative
 
-    config = replace(config, humaneval=None)  # the other task's block has no part in this run
     return run_experiment(config, task, options, autoregressive, speculative, score_samples)
 
 

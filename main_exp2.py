@@ -10,10 +10,14 @@ one stopped; Benchmarks/bench2.ipynb shows the result.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,8 @@ from typing import Any
 from specsampling.config import HumanEvalConfig, require_task
 from specsampling.console import (
     exit_code,
-    experiment_parser,
     print_scores,
-    read_config,
+    read_experiment,
     run_experiment,
 )
 from specsampling.results.metrics import pass_at_k
@@ -33,8 +36,7 @@ from specsampling.tasks.sandbox import platform_limits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = experiment_parser(__doc__, "Results/results2.jsonl").parse_args(arguments)
-    config = read_config(options)
+    options, config = read_experiment(__doc__, "humaneval", "Results/results2.jsonl", arguments)
     settings = require_task(config, "humaneval")
     score_file = partial(score_samples, settings=settings)
     if options.score:
@@ -44,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from autoregressive import autoregressive
     from speculative import speculative
 
-    config = replace(config, xsum=None)  # the other task's block has no part in this run
     return run_experiment(
         config, HumanEval(settings), options, autoregressive, speculative, score_file
     )

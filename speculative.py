@@ -11,6 +11,11 @@ decodes one prompt and shows which tokens were accepted, corrected and bonus.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
 from collections.abc import Collection, Sequence
 
 import torch

@@ -13,10 +13,15 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
 
 import torch
 from transformers import (
@@ -28,10 +33,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from specsampling.console import device_name
+from specsampling.console import Parser, exit_code
 from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model, make_fast
 from specsampling.models.load import resolve_device
+from specsampling.provenance import device_name
 
 VOCAB = 1000
 NUM_ROWS = 40
@@ -111,7 +117,8 @@ def models(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, PreT
         yield name, model
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    Parser(__doc__).parse_args(arguments)
     device = resolve_device("auto")
     total = NUM_ROWS * len(CONTEXTS)
     print(f"{device_name(device)}, torch {torch.__version__}, contexts {CONTEXTS}")
@@ -124,7 +131,8 @@ def main() -> None:
                 filled = count_equal(model, FilledPartSession, width)
                 precision = str(dtype).removeprefix("torch.")
                 print(f"{name:24}{precision:11}{width:5}{whole:17}{filled:14}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -19,6 +19,7 @@ of the nucleus cells adds some 20 minutes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,10 +27,15 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
 import main_exp1
 import main_exp2
 from specsampling.config import load_config, require_task
-from specsampling.console import PROJECT, exit_code
+from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.results.records import read_run
 from specsampling.results.table1 import format_table1, table1, table1_paths
 
@@ -70,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument(
         "--profile", metavar="NAME", help="a profile with the blocks xsum and humaneval"
@@ -97,6 +101,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile, as `--set` takes it."""
+    num_samples = json.dumps(option_value("sampling.num_samples", options.num_samples))
     is_greedy = cell.temperature == 0
     is_bit_exact = load_config(options.config, options.profile).decoding.bit_exact
     methods = ["autoregressive", *["reference"] * (is_greedy and is_bit_exact), "speculative"]
@@ -104,13 +109,14 @@ def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
         f"sampling.temperature={cell.temperature}",
         "sampling.top_k=0",
         f"sampling.top_p={cell.top_p}",
-        f"sampling.num_samples={1 if is_greedy else options.num_samples}",
+        f"sampling.num_samples={1 if is_greedy else num_samples}",
         f"run.methods=[{', '.join(methods)}]",
     ]
     if not is_greedy:  # nothing is compared token for token, so calls are as wide as they need be
         overrides += ["decoding.bit_exact=false", "decoding.width=0"]
     if options.limit is not None:
-        overrides.append(f"run.limit={options.limit}")
+        limit = json.dumps(option_value("run.limit", options.limit))  # which YAML reads as it is
+        overrides.append(f"run.limit={limit}")
     return overrides
 
 

@@ -1,7 +1,7 @@
 """What to run: `config.yaml`, read strictly into frozen dataclasses.
 
 The dataclasses are the schema: a field's type says what may stand there, and a
-`_Rule` in it narrows the values, in words and in code. Reading, checking and the
+`Rule` in it narrows the values, in words and in code. Reading, checking and the
 error messages all follow from these. Knows nothing of models, tasks or devices:
 it checks how a value looks, not whether a model or a GPU is there.
 """
@@ -11,25 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    get_args,
-    get_origin,
-    get_type_hints,
-    overload,
-)
+from typing import Annotated, Any, Literal, overload
 
-import yaml
+from specsampling.checking import (
+    ConfigError,
+    Rule,
+    at_least,
+    at_most,
+    build,
+    checked,
+    nearest,
+    shown,
+    shown_name,
+    shown_names,
+)
+from specsampling.strict_yaml import YamlError, parse_yaml
 
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
+MAX_FILE_BYTES = 200_000  # some hundred profiles; far more than that is another kind of file
 
 # What chooses which rows are made, or limits their scoring, but changes no row.
 _NOT_HASHED = {
@@ -39,33 +41,25 @@ _NOT_HASHED = {
 }
 
 
-class ConfigError(ValueError):
-    """A mistake in the configuration, in one line: field, rule, value, way out."""
+_DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
 
-
-class _Rule(NamedTuple):
-    """What a value must hold beyond its type: in words that follow the type's, and as a test."""
-
-    words: str
-    check: Callable[[Any], object]
-    way_out: str = ""
-
-
-def _at_least(minimum: int, way_out: str = "") -> _Rule:
-    return _Rule(f" >= {minimum}", lambda value: value >= minimum, way_out)
-
-
-Text = Annotated[str, _Rule(" that is not empty", len)]
-Count = Annotated[int, _at_least(1)]
+Text = Annotated[str, Rule(" that is not empty", len)]
 Device = Annotated[
     str,
-    _Rule(": auto, cpu, cuda, cuda:N or mps", re.compile(r"auto|cpu|cuda(:\d+)?|mps").fullmatch),
+    Rule(
+        ": auto, cpu, cuda, cuda:N or mps",
+        re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?|mps").fullmatch,
+        "N counts this machine's GPUs from 0",
+    ),
+]
+Ngram = Annotated[
+    int, at_least(1), at_most(64, "every length is looked up, and longer ones hardly ever repeat")
 ]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4"]
 Method = Annotated[
     str,
-    _Rule(
+    Rule(
         ": autoregressive, reference, speculative, or speculative:DRAFT",
         re.compile(r"autoregressive|reference|speculative(:.+)?").fullmatch,
     ),
@@ -90,31 +84,47 @@ class ModelsConfig:
 class SpeculationConfig:
     """How much is drafted. `ngram_*` matter to lookups only, the last two to models."""
 
-    k: Annotated[int, _at_least(1, "choose run.methods: [autoregressive] to draft nothing")]
-    model_k: Annotated[int, _at_least(1, "null is as many as k")] | None
-    min_confidence: Annotated[float, _Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
-    ngram_max: Count
-    ngram_min: Count
+    k: Annotated[
+        int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED
+    ]
+    model_k: Annotated[int, at_least(1, "null is as many as k"), _DRAFTED] | None
+    min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
+    ngram_max: Ngram
+    ngram_min: Ngram
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
     """Where decoding ends, and the shape of a decode call. `width` 0 is chosen from k."""
 
-    max_new_tokens: Count
+    max_new_tokens: Annotated[int, at_least(1), at_most(10_000_000, "no model's context is longer")]
     bit_exact: bool
-    width: Annotated[int, _at_least(0, "0 chooses it from speculation.k")]
+    width: Annotated[
+        int,
+        at_least(0, "0 chooses it from speculation.k"),
+        at_most(2048, "every call computes so many rows; 0 chooses it from speculation.k"),
+    ]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """The warp, the same for both models. Temperature 0 is greedy, top_k 0 is off."""
 
-    temperature: Annotated[float, _at_least(0, "0 decodes greedily")]
-    top_k: Annotated[int, _at_least(0, "0 keeps every token")]
-    top_p: Annotated[float, _Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
-    seed: Annotated[int, _at_least(0)]
-    num_samples: Count
+    temperature: Annotated[
+        float,
+        at_least(0, "0 decodes greedily"),
+        at_most(1000, "there every token is as probable as any other already"),
+    ]
+    top_k: Annotated[
+        int,
+        at_least(0, "0 keeps every token"),
+        at_most(10_000_000, "no vocabulary is larger; 0 keeps every token"),
+    ]
+    top_p: Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
+    seed: Annotated[int, at_least(0), at_most(2**63 - 1, "a seed has 63 bits")]
+    num_samples: Annotated[
+        int, at_least(1), at_most(10_000, "every one of them is decoded for every example")
+    ]
 
 
 @dataclass(frozen=True)
@@ -123,11 +133,24 @@ class RunConfig:
 
     methods: Annotated[
         tuple[Method, ...],
-        _Rule(", at least one, none twice", lambda names: 0 < len(names) == len(set(names))),
+        Rule(", at least one, none twice", lambda names: 0 < len(names) == len(set(names))),
     ]
-    limit: Annotated[int, _at_least(1, "null runs every example")] | None
-    warmup: Annotated[int, _at_least(0)]
-    threads: Annotated[int, _at_least(0, "0 leaves the number to torch")]
+    limit: (
+        Annotated[
+            int,
+            at_least(1, "null runs every example"),
+            at_most(1_000_000_000, "no data set is larger; null runs every example"),
+        ]
+        | None
+    )
+    warmup: Annotated[
+        int, at_least(0), at_most(1000, "every one of them is decoded and thrown away")
+    ]
+    threads: Annotated[
+        int,
+        at_least(0, "0 leaves the number to torch"),
+        at_most(1024, "more than a machine's cores only wait; 0 leaves the number to torch"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -136,8 +159,16 @@ class HumanEvalConfig:
 
     prompt_style: PromptStyle
     stop_strings: tuple[Text, ...]
-    timeout_seconds: Annotated[float, _Rule(" > 0", lambda seconds: seconds > 0)]
-    memory_mb: Annotated[int, _at_least(64, "a Python process needs that to start")]
+    timeout_seconds: Annotated[
+        float,
+        Rule(" > 0", lambda seconds: seconds > 0),
+        at_most(86_400, "a day; one program that hangs would stop all scoring for so long"),
+    ]
+    memory_mb: Annotated[
+        int,
+        at_least(64, "a Python process needs that to start"),
+        at_most(1_048_576, "a tebibyte, which is no limit any more"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -148,9 +179,11 @@ class XSumConfig:
     split: Text
     prompt_style: PromptStyle
     prompt_template: Annotated[
-        str, _Rule(" that holds {document}", lambda text: "{document}" in text)
+        str, Rule(" that holds {document}", lambda text: "{document}" in text)
     ]
-    num_shots: Annotated[int, _at_least(0)]
+    num_shots: Annotated[
+        int, at_least(0), at_most(1000, "every one of them stands in every prompt")
+    ]
     stop_strings: tuple[Text, ...]
 
 
@@ -207,7 +240,7 @@ class Config:
         if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
             raise ConfigError(
                 "humaneval.stop_strings must be [] for humaneval.prompt_style: chat, where the "
-                f"code itself holds them (got {_show(self.humaneval.stop_strings)}); set it to []"
+                f"code itself holds them (got {shown(self.humaneval.stop_strings)}); set it to []"
             )
         if self.humaneval is None and self.xsum is None:
             raise ConfigError(
@@ -217,7 +250,10 @@ class Config:
 
 
 def load_config(
-    path: str | Path, profile: str | None = None, overrides: Sequence[str] = ()
+    path: str | Path,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
 ) -> Config:
     """One profile of a configuration file.
 
@@ -225,21 +261,24 @@ def load_config(
         path: a YAML file: `default: NAME` and `profiles: {NAME: {block: {key: value}}}`.
         profile: its name; None takes the file's default.
         overrides: `key.path=value` each, the value in YAML; the last one wins.
+        values: by `key.path`, as they are; they win over the overrides.
 
     Raises:
         ConfigError: the file, the profile, a key, a value or an override is wrong.
     """
-    file: _File = _build(_File, _checked(dict, _parse_yaml(_read(path), str(path)), str(path)))
+    file: _File = build(_File, checked(dict, _parse(_read(path), str(path)), str(path)))
     name = file.default if profile is None else profile
     if name not in file.profiles:
-        way_out = _nearest(name, file.profiles) or "name it with --profile"
-        raise ConfigError(
-            f"profile must be one of: {', '.join(file.profiles)} (got {_show(name)}); {way_out}"
-        )
-    blocks = _checked(dict, file.profiles[name], f"profiles.{name}")
+        way_out = nearest(name, file.profiles) or "name it with --profile"
+        known = shown_names(file.profiles)
+        raise ConfigError(f"profile must be one of: {known} (got {shown(name)}); {way_out}")
+    blocks = checked(dict, file.profiles[name], f"profiles.{shown_name(name)}")
     for assignment in overrides:
-        _override(blocks, assignment)
-    config: Config = _build(Config, blocks, profile=name)
+        field, value = _parse_override(assignment)
+        _put(blocks, field, value)
+    for field, value in (values or {}).items():
+        _put(blocks, field, value)
+    config: Config = build(Config, blocks, profile=name)
     return config
 
 
@@ -273,7 +312,7 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Reading: YAML -> plain values -> dataclasses.
+# Reading: a file and options -> plain values; `checking` makes the dataclasses of these.
 
 
 @dataclass(frozen=True)
@@ -282,138 +321,48 @@ class _File:
     profiles: dict[str, Any]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML with words as keys, each once: plain YAML silently keeps a key's last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key_node.tag != "tag:yaml.org,2002:str" or key in seen:
-                problem = f"key {key} stands twice" if key in seen else f"key {key} is not a word"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or "not UTF-8 text"
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "not a file")  # a pipe would be waited for, a device never ends
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise OSError(0, f"larger than {MAX_FILE_BYTES} bytes")
+        return data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        is_binary = isinstance(error, UnicodeDecodeError)
+        problem = "not UTF-8 text" if is_binary else getattr(error, "strerror", None) or error
         raise ConfigError(
             f"config must be a YAML file (got {path}: {problem}); name it with --config"
         ) from None
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        return parse_yaml(text)
+    except YamlError as error:
         raise ConfigError(
-            f"{source} must be valid YAML (got {line}{problem}); "
+            f"{source} must be valid YAML (got {error}); "
             "mend it, or put a text with special characters in quotes"
         ) from None
 
 
-def _override(blocks: dict[str, Any], assignment: str) -> None:
-    """Put one `key.path=value` into `blocks`; `_build` then checks the key and the value."""
+def _parse_override(assignment: str) -> tuple[str, Any]:
+    """Field and value of one `key.path=value`; nothing behind the `=` is an empty text."""
     path, equals, text = assignment.partition("=")
-    *parents, key = path.strip().split(".")
-    if not equals or not all([*parents, key]):
+    if not equals or not all(key.strip() for key in path.split(".")):
         raise ConfigError(
-            f"--set must be key.path=value (got {_show(assignment)}); as in --set speculation.k=4"
+            f"--set must be key.path=value (got {shown(assignment)}); as in --set speculation.k=4"
         )
+    field = path.strip()
+    return field, _parse(text, f"--set {shown_name(field)}") if text.strip() else ""
+
+
+def _put(blocks: dict[str, Any], field: str, value: Any) -> None:
+    """Put one value into `blocks`; `build` then checks the key and the value."""
+    *parents, key = field.split(".")
     for depth, parent in enumerate(parents, start=1):
-        blocks = _checked(dict, blocks.setdefault(parent, {}), ".".join(parents[:depth]))
-    blocks[key] = _parse_yaml(text, f"--set {path}")
-
-
-def _build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any:
-    """An instance of a config dataclass from its block; `given` fields come from elsewhere."""
-    schema = {item.name: item for item in fields(cls) if item.name not in given}
-    hints = get_type_hints(cls, include_extras=True)
-    for key in values:
-        if key not in schema:
-            way_out = _nearest(key, schema, path) or f"the keys there are {', '.join(schema)}"
-            raise ConfigError(f"{path}{key} is not a known key; {way_out}")
-    for name, item in schema.items():
-        if name in values:
-            given[name] = _checked(hints[name], values[name], path + name)
-        elif item.default is MISSING:
-            raise ConfigError(f"{path}{name} is missing; it must be {_words(hints[name])}")
-    return cls(**given)
-
-
-class _Misfit(Exception):
-    """A value does not fit its type hint; the text is the way out, where there is one."""
-
-
-def _checked(hint: Any, value: Any, path: str) -> Any:
-    try:
-        return _convert(hint, value, path)
-    except _Misfit as misfit:
-        way_out = f"; {misfit}" if str(misfit) else ""
-        rule = f"{path} must be {_words(hint)} (got {_show(value)})"
-        raise ConfigError(rule + way_out) from None
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the type hint holds it: lists become tuples, an int may stand for a float."""
-    kind, args = get_origin(hint) or hint, get_args(hint)
-    if kind is Annotated:
-        converted = _convert(args[0], value, path)
-        if not args[1].check(converted):
-            raise _Misfit(args[1].way_out)
-        return converted
-    if type(None) in args:
-        return None if value is None else _convert(args[0], value, path)
-    if is_dataclass(kind):
-        return _build(kind, _checked(dict, value, path), f"{path}.")
-    if kind is tuple and type(value) is list:
-        return tuple(_convert(args[0], item, path) for item in value)
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if kind is Literal and value in args:
-        return value
-    if kind in (str, int, bool, dict) and type(value) is kind:  # isinstance: True were an int
-        return value
-    raise _Misfit(_nearest(str(value), args) if kind is Literal else _TYPES[kind][1])
-
-
-def _words(hint: Any) -> str:
-    """A type hint in words: `null or an integer >= 1`."""
-    kind, args = get_origin(hint) or hint, get_args(hint)
-    if kind is Annotated:
-        return f"{_words(args[0])}{args[1].words}"
-    if type(None) in args:
-        return f"null or {_words(args[0])}"
-    if kind is Literal:
-        return f"one of {', '.join(args)}"
-    if kind is tuple:
-        return f"a list, each item {_words(args[0])}"
-    return _TYPES[dict if is_dataclass(kind) else kind][0]
-
-
-_TYPES = {  # the type in words, and what may help where something else is given
-    str: ("a string", "text in quotes is always a string"),
-    int: ("an integer", "write digits only, without quotes"),
-    float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
-    bool: ("true or false", "write it without quotes"),
-    tuple: ("a list", "write it in brackets: [a, b]"),
-    dict: ("a block of `key: value` lines", "indent its keys below it"),
-}
-
-
-def _nearest(word: str, known: Iterable[str], path: str = "") -> str:
-    """A question for the one of `known` that was meant; empty when none is near."""
-    return "".join(f"did you mean {path}{name}?" for name in get_close_matches(word, known, n=1))
-
-
-def _show(value: Any) -> str:
-    """A value as the file would have it, on one line, cut where it grows long."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+        path = ".".join(map(shown_name, parents[:depth]))
+        blocks = checked(dict, blocks.setdefault(parent, {}), path)
+    blocks[key] = value

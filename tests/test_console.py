@@ -1,5 +1,104 @@
-from specsampling.console import COLOURS, PLAIN, coloured
+"""console.py: sizes against the loaded model and machine; what one prompt looks like."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from specsampling.config import ConfigError, load_config
+from specsampling.console import (
+    COLOURS,
+    PLAIN,
+    coloured,
+    decode_one_prompt,
+    exit_code,
+    load_configured_pair,
+)
 from specsampling.method.text import Generation
+from specsampling.models.embedded import ModelError
+from specsampling.models.load import Pair
+
+SHIPPED = Path(__file__).parents[1] / "config.yaml"
+CONTEXT = 1024  # of the tiny Llama's folder
+
+
+def tiny(model_folders, *overrides):
+    """The demo profile over the tiny Llama, with changes."""
+    folder = str(model_folders["llama-target"])
+    models = {"models.target": folder, "models.draft": "ngram", "models.dtype": "float32"}
+    return load_config(SHIPPED, "demo", overrides, {**models, "models.device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["speculation.k=1024"], "speculation.k"),
+        (["decoding.width=1032"], "decoding.width"),
+        (["decoding.width=2048"], "decoding.width"),
+        (["decoding.max_new_tokens=1024"], "decoding.max_new_tokens"),
+        (["decoding.max_new_tokens=10000000"], "decoding.max_new_tokens"),
+    ],
+)
+def test_sizes_beyond_the_context_are_refused(model_folders, overrides, field):
+    """k=65536 hung, k=3000 took 49 seconds for 8 tokens, on a context of 2,048."""
+    with pytest.raises(ConfigError) as caught:
+        load_configured_pair(tiny(model_folders, *overrides))
+    assert f"{field} must fit the target's context of {CONTEXT} tokens (got " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["speculation.k=1023", "decoding.width=1024", "decoding.max_new_tokens=1023"]
+)
+def test_sizes_up_to_the_context_are_taken(model_folders, override):
+    load_configured_pair(tiny(model_folders, override))
+
+
+def test_more_threads_than_the_machine_can_use_are_refused(model_folders):
+    """5,000,000 threads ended the process inside of OpenMP."""
+    most = 8 * (os.cpu_count() or 1)
+    if most < 1024:
+        with pytest.raises(ConfigError, match=f"run.threads must be <= {most} here"):
+            load_configured_pair(tiny(model_folders, f"run.threads={most + 1}"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[7]['content'] }}",
+        "{{ 1 / 0 }}",
+        "{% for m in messages %}",
+        "{{ messages | no_such_filter }}",
+        "{{ messages + 1 }}",
+        "{{ 'x'.encode() + 'y' }}",
+        "{% include 'other' %}",
+    ],
+)
+def test_a_chat_template_that_fails_is_one_line(llama, tokenizer, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ModelError) as caught:
+        Pair(llama, None, tokenizer, frozenset()).encode_chat("hello")
+    message = str(caught.value)
+    assert "the chat template of" in message and "prompt_style: completion" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "--prompt must be a text in UTF-8"),
+        ("a\udcff", "--prompt must be a text in UTF-8"),
+        ("word " * 3000, "the prompt must have 1 to 1023 tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_decoded_is_one_line(model_folders, prompt, message, capsys):
+    options = ["--prompt", prompt, "--device", "cpu", "--set", "models.draft=ngram"]
+    options += ["--set", f"models.target={model_folders['llama-target']}", "--dtype", "float32"]
+    assert exit_code(partial(decode_one_prompt, None), options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_each_token_has_its_origins_colour():

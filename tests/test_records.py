@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from specsampling.results.records import (
     RecordsError,
     Row,
     RunFile,
+    check_output,
     is_run,
     read_meta,
     read_objects,
@@ -315,6 +317,109 @@ def test_a_full_disk_leaves_no_part_of_a_row(path):
     assert read_rows(path) == [ROW, OTHER]
 
 
+# --- looked at before models are loaded ----------------------------------------------
+
+
+def below(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "a.jsonl"
+
+
+def as_folder(folder: Path) -> Path:
+    (folder / "a.jsonl").mkdir()
+    return folder / "a.jsonl"
+
+
+def as_loop(folder: Path) -> Path:
+    (folder / "a.jsonl").symlink_to(folder / "b.jsonl")
+    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
+    return folder / "a.jsonl"
+
+
+def as_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "a.jsonl")
+    return folder / "a.jsonl"
+
+
+def beside_a_folder(folder: Path) -> Path:
+    write_run(folder / "a.jsonl", ROW)
+    (folder / "a.scores.jsonl").mkdir()
+    return folder / "a.jsonl"
+
+
+def in_place_of_the_meta(folder: Path) -> Path:
+    (folder / "a.meta.json").mkdir()
+    return folder / "a.jsonl"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX paths")
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (below, "(Not a directory)"),
+        (as_folder, "must be a file that ends in .jsonl"),
+        (as_loop, "(Too many levels of symbolic links)"),
+        (as_pipe, "must be a file that ends in .jsonl"),
+        (beside_a_folder, "a.scores.jsonl must be a file beside the rows"),
+        (in_place_of_the_meta, "a.meta.json must be a file beside the rows"),
+        (lambda folder: folder / "a\0b.jsonl", "embedded null byte"),
+        (lambda folder: folder / f"{'x' * 300}.jsonl", "File name too long"),
+        (lambda folder: folder / "a.json", "must be a file that ends in .jsonl"),
+        (lambda folder: Path("/dev/null"), "must be a file that ends in .jsonl"),
+        (lambda folder: Path("/proc/none/a.jsonl"), "cannot be written"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_output_that_cannot_be_is_told_beforehand(tmp_path, make, message, fresh):
+    """Each of them was told after minutes of loading, or when the old rows were gone."""
+    path = make(tmp_path)
+    before = {file: file.stat().st_size for file in tmp_path.iterdir() if file.is_file()}
+    if "/proc" not in str(path):  # `os.access` says yes there; opening says no
+        assert message in error_of(check_output, path, META, fresh)
+    assert message in error_of(RunFile.open, path, META, fresh)
+    assert before == {f: f.stat().st_size for f in tmp_path.iterdir() if f.is_file()}
+
+
+def test_looking_at_an_output_leaves_nothing_behind(tmp_path):
+    check_output(tmp_path / "new" / "folder" / "a.jsonl", META)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "later" / "a.jsonl")
+    check_output(tmp_path / "link.jsonl", META)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.access says nothing of folders there")
+def test_a_folder_that_cannot_be_written_is_told_beforehand(path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *arguments: False)  # root may write anywhere
+    assert "cannot be written (Permission denied)" in error_of(check_output, path, META)
+
+
+def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them(path):
+    write_run(path, ROW)
+    assert "device was" in error_of(check_output, path, {**META, "device": "cuda"})
+    path.write_bytes(b"{broken\n" + path.read_bytes() + b"{torn")
+    before = path.read_bytes()
+    assert "line 1, is not a JSON object" in error_of(check_output, path, META)
+    check_output(path, META, fresh=True)
+    assert path.read_bytes() == before
+
+
+def test_fresh_keeps_the_old_rows_if_the_new_meta_cannot_be_written(path, monkeypatch):
+    """The rows were dropped first, and then the disk was full."""
+    write_run(path, ROW)
+    write_scores(path, [SCORE])
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert "No space left" in error_of(RunFile.open, path, META, fresh=True)
+    assert read_rows(path) == [ROW]
+    assert read_scores(path) == [SCORE]
+    assert len(list(path.parent.iterdir())) == 3
+
+
 # --- one process at a time ---------------------------------------------------------
 
 
@@ -337,8 +442,9 @@ def holder(path):
 
 def test_a_second_process_is_refused_and_may_read(path, holder):
     for fresh in (False, True):
-        message = error_of(RunFile.open, path, META, fresh=fresh)
-        assert "is being written by another process" in message
+        for look in (check_output, RunFile.open):
+            message = error_of(look, path, META, fresh=fresh)
+            assert "is being written by another process" in message
     assert read_rows(path) == [OTHER]
 
 

@@ -10,7 +10,6 @@ it was stopped, to the same result. Settings: training/distill.yaml.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -19,13 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent
 sys.path[:0] = [str(PROJECT), str(FOLDER)]  # runs as a script, installed or not
 
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
+import torch  # noqa: E402
 from data import make_data  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from train import (  # noqa: E402
@@ -38,9 +40,10 @@ from train import (  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from specsampling.config import ConfigError  # noqa: E402
-from specsampling.console import exit_code  # noqa: E402
+from specsampling.console import Parser, exit_code  # noqa: E402
 from specsampling.models.distilled import assemble, expand, shrink  # noqa: E402
 from specsampling.models.load import model_location, resolve_device  # noqa: E402
+from specsampling.strict_yaml import YamlError, parse_yaml  # noqa: E402
 
 DRAFT = "smollm2-135m-draft"
 SHIPPED = "draft.safetensors"
@@ -133,9 +136,7 @@ STAGES = {"data": make_data, "train": make_draft, "export": export, "evaluate": 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all four")
     parser.add_argument("--config", type=Path, default=FOLDER / "distill.yaml")
     parser.add_argument("--work", type=Path, default=FOLDER / "work", help="where all files go")
@@ -144,11 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"STAGE must be one of {', '.join(STAGES)} (got {', '.join(unknown)})")
     try:
-        settings = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+        settings = parse_yaml(options.config.read_text(encoding="utf-8"))
         claim(options.work, settings)
         for stage in options.stages or STAGES:
             STAGES[stage](settings, options.work)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, YamlError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(
             f"the recipe must be readable and {options.work} writable ({text}); name the recipe "

@@ -80,7 +80,7 @@ class Pair:
         """Token ids of a user's message in the chat template, up to where the answer begins.
 
         Raises:
-            ModelError: the tokenizer has no chat template.
+            ModelError: the tokenizer has no chat template, or one that fails.
         """
         if not self.tokenizer.chat_template:
             raise ModelError(
@@ -88,9 +88,16 @@ class Pair:
                 f"({self.tokenizer.name_or_path} has none); choose prompt_style: completion"
             )
         chat = [{"role": "user", "content": message}]
-        encoded: Any = self.tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
-        )
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
+            )
+        except Exception as error:  # a template is a program of the model's maker: any may come
+            raise ModelError(
+                f"the chat template of {self.tokenizer.name_or_path} fails "
+                f"({reason(error)}); choose prompt_style: completion, "
+                "or mend the template"
+            ) from error
         return encoded["input_ids"]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -10,21 +10,27 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints
+
+from specsampling.results.files import (
+    RecordsError,
+    is_there,
+    lock_alone,
+    one_line_errors,
+    replace_file,
+    replaced,
+    require_plain,
+    require_writable_folder,
+)
 
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
 _MUST_AGREE = ("config_hash", "precision", "device")  # in the meta, for rows to share a file
 _START_OVER = "start over with --fresh, or choose another file with --output"
-
-
-class RecordsError(ValueError):
-    """A file that cannot be read, written or resumed, in one line with the way out."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,8 @@ class RunFile:
                 another process has the file open; it cannot be written.
         """
         path = Path(path)
-        with _one_line_errors(path, "written"):
-            if path.suffix != ".jsonl" or (path.exists() and not path.is_file()):
-                raise RecordsError(
-                    f"--output must be a file that ends in .jsonl (got {path}); "
-                    "for example Results/results.jsonl"
-                )
+        with one_line_errors(path, "written"):
+            require_plain(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = io.FileIO(path, "a+")
             try:
@@ -138,21 +140,14 @@ class RunFile:
 
     def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
         """Take over a file that was just opened; `RunFile.open` is the way in."""
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError):
-            raise RecordsError(
-                f"{path} is being written by another process; "
-                "wait for it to end, or choose another file with --output"
-            ) from None
-        file.seek(0)
+        lock_alone(path, file)
         data = b"" if fresh else file.readall()
         resumed_meta = _resumed_meta(path, meta) if data else None
         values, num_bytes = _parse(path, data, get_type_hints(Row))
-        file.truncate(num_bytes)
-        if not values:
-            path.with_suffix(".scores.jsonl").unlink(missing_ok=True)
-            _write_meta(path, meta)
+        if values:
+            file.truncate(num_bytes)
+        else:
+            _start_over(path, file, meta)
         self.rows = [Row(**value) for value in values]
         self.done = {row.key for row in self.rows}
         self._path = path
@@ -187,9 +182,9 @@ class RunFile:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
         values = {name: value for name, value in asdict(row).items() if value is not None}
         line = json.dumps(values).encode() + b"\n"
-        with _one_line_errors(self._path, "written"):
+        with one_line_errors(self._path, "written"):
             if self._unsaved_meta is not None:
-                _write_meta(self._path, self._unsaved_meta)
+                replace_file(_meta_path(self._path), _meta_text(self._unsaved_meta))
                 self._unsaved_meta = None
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -214,13 +209,22 @@ class RunFile:
         self.close()
 
 
-def require_resumable(path: str | Path, meta: dict[str, Any]) -> None:
-    """Raise the RecordsError that `RunFile.open` would raise for another run's rows."""
+def check_output(path: str | Path, meta: dict[str, Any], fresh: bool = False) -> None:
+    """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
+
+    For before the minutes of loading; another process may still be faster than this one.
+    """
     path = Path(path)
-    with _one_line_errors(path, "read"):
-        has_rows = path.is_file() and path.stat().st_size > 0
-    if has_rows:
-        _resumed_meta(path, meta)
+    with one_line_errors(path, "written"):
+        require_plain(path)
+        require_writable_folder(path)  # the meta is written aside there, and moved
+        if not is_there(path):
+            return
+        with io.FileIO(path, "r+") as file:
+            lock_alone(path, file)
+            if not fresh and (data := file.readall()):
+                _resumed_meta(path, meta)
+                _parse(path, data, get_type_hints(Row))
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -263,8 +267,8 @@ def is_run(path: str | Path) -> bool:
 def write_scores(path: str | Path, scores: Scores) -> None:
     """Put the scores of the rows in `path` beside them, in place of earlier ones."""
     scores_path = Path(path).with_suffix(".scores.jsonl")
-    with _one_line_errors(scores_path, "written"):
-        _replace(scores_path, "".join(json.dumps(score) + "\n" for score in scores))
+    with one_line_errors(scores_path, "written"):
+        replace_file(scores_path, "".join(json.dumps(score) + "\n" for score in scores))
 
 
 def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
@@ -356,50 +360,21 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {json.dumps(old)}, is now {json.dumps(new)}"
 
 
-def _write_meta(path: Path, meta: dict[str, Any]) -> None:
-    _replace(path.with_suffix(".meta.json"), json.dumps(meta, indent=2) + "\n")
+def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> None:
+    """Drop the rows that are there and their scores, once the new meta is sure to be written."""
+    with replaced(_meta_path(path), _meta_text(meta)):
+        file.truncate(0)
+        path.with_suffix(".scores.jsonl").unlink(missing_ok=True)
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_suffix(".meta.json")
+
+
+def _meta_text(meta: dict[str, Any]) -> str:
+    return json.dumps(meta, indent=2) + "\n"
 
 
 def _read(path: Path) -> bytes:
-    with _one_line_errors(path, "read"):
+    with one_line_errors(path, "read"):
         return path.read_bytes()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file so that at any moment either the old or the new one is there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _one_line_errors(path: Path, done: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RecordsError(
-            f"{path} cannot be {done} ({error.strerror or error}); "
-            "check the path, your rights to it, and the space on the disk"
-        ) from None
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: io.FileIO) -> None:
-        """Lock a byte beyond any row, so that others can still read the rows."""
-        file.seek(2**30)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(file: io.FileIO) -> None:
-        """Lock the file; the system lets go of it when the process ends, however it ends."""
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,143 @@
+"""Plain values -> dataclasses whose field types say what may stand there.
+
+A type hint is the rule: `int`, `float | None`, `Literal[...]`, `tuple[str, ...]`, and `Annotated`
+with any number of `Rule`s, in words and in code. The checks and the error messages follow from
+these. Knows nothing of what is configured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+MAX_SHOWN = 80  # characters of a value or a name in an error
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, in one line: field, rule, value, way out."""
+
+
+class Rule(NamedTuple):
+    """What a value must hold beyond its type: in words that follow the type's, and as a test."""
+
+    words: str
+    check: Callable[[Any], object]
+    way_out: str = ""
+
+
+def at_least(minimum: int, way_out: str = "") -> Rule:
+    return Rule(f" >= {minimum}", lambda value: value >= minimum, way_out)
+
+
+def at_most(maximum: int, why: str) -> Rule:
+    return Rule(f" <= {maximum}", lambda value: value <= maximum, why)
+
+
+def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any:
+    """An instance of a config dataclass from its block; `given` fields come from elsewhere."""
+    schema = {item.name: item for item in fields(cls) if item.name not in given}
+    hints = get_type_hints(cls, include_extras=True)
+    for key in values:
+        if key not in schema:
+            way_out = nearest(key, schema, path) or f"the keys there are {', '.join(schema)}"
+            raise ConfigError(f"{path}{shown_name(key)} is not a known key; {way_out}")
+    for name, item in schema.items():
+        if name in values:
+            given[name] = checked(hints[name], values[name], path + name)
+        elif item.default is MISSING:
+            raise ConfigError(f"{path}{name} is missing; it must be {_words(hints[name])}")
+    return cls(**given)
+
+
+class _Misfit(Exception):
+    """A value does not fit its type hint: the way out, where there is one, and the rule."""
+
+    def __init__(self, way_out: str, rule: Rule | None = None):
+        self.way_out = way_out
+        self.rule = rule
+
+
+def checked(hint: Any, value: Any, path: str) -> Any:
+    try:
+        return _convert(hint, value, path)
+    except _Misfit as misfit:
+        way_out = f"; {misfit.way_out}" if misfit.way_out else ""
+        rule = f"{path} must be {_words(hint, misfit.rule)} (got {shown(value)})"
+        raise ConfigError(rule + way_out) from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type hint holds it: lists become tuples, an int may stand for a float."""
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        converted = _convert(args[0], value, path)
+        for rule in args[1:]:
+            if not rule.check(converted):
+                raise _Misfit(rule.way_out, rule)
+        return converted
+    if type(None) in args:
+        return None if value is None else _convert(args[0], value, path)
+    if is_dataclass(kind):
+        return build(kind, checked(dict, value, path), f"{path}.")
+    if kind is tuple and type(value) is list:
+        return tuple(_convert(args[0], item, path) for item in value)
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind is Literal and value in args:
+        return value
+    if kind in (str, int, bool, dict) and type(value) is kind:  # isinstance: True were an int
+        return value
+    raise _Misfit(nearest(str(value), args) if kind is Literal else _TYPES[kind][1])
+
+
+def _words(hint: Any, broken: Rule | None = None) -> str:
+    """A type hint in words: `null or an integer >= 1`; of several rules the first or the broken."""
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        rule = broken if broken and broken in args[1:] else args[1]
+        return f"{_words(args[0], broken)}{rule.words}"
+    if type(None) in args:
+        return f"null or {_words(args[0], broken)}"
+    if kind is Literal:
+        return f"one of {', '.join(args)}"
+    if kind is tuple:
+        return f"a list, each item {_words(args[0], broken)}"
+    return _TYPES[dict if is_dataclass(kind) else kind][0]
+
+
+_TYPES = {  # the type in words, and what may help where something else is given
+    str: ("a string", "text in quotes is always a string"),
+    int: ("an integer", "write digits only, without quotes"),
+    float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
+    bool: ("true or false", "write one of these two words, without quotes"),
+    tuple: ("a list", "write it in brackets: [a, b]"),
+    dict: ("a block of `key: value` lines", "indent its keys below it"),
+}
+
+
+def nearest(word: str, known: Iterable[str], path: str = "") -> str:
+    """A question for the one of `known` that was meant; empty when none is near."""
+    near = get_close_matches(word[:MAX_SHOWN], known, n=1)
+    return "".join(f"did you mean {path}{shown_name(name)}?" for name in near)
+
+
+def shown_name(key: str) -> str:
+    """A key on one line, cut where it grows long."""
+    text = json.dumps(key, ensure_ascii=False)[1:-1]
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def shown_names(keys: Iterable[str], most: int = 10) -> str:
+    """The first few of several keys."""
+    names = [shown_name(key) for key in keys]
+    return ", ".join(names[:most] + ["..."] * (len(names) > most))
+
+
+def shown(value: Any) -> str:
+    """A value as the file would have it, on one line, cut where it grows long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

@@ -1,0 +1,179 @@
+"""A script's edge: signals, streams, one line for a mistake, exit codes.
+
+A script calls `catch_signals` before its imports, which take seconds, and ends with `exit_code`.
+Imports next to nothing, not even `typing`, for a signal may come while it does, and nothing of
+ours before something went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+
+MISTAKE = 2
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell has it
+BROKEN_PIPE = 141  # as of a program that SIGPIPE ended
+PATIENCE_SECONDS = 2  # an impatient second Ctrl-C must not tear the tidying up of the first
+MAX_LINE = 2000
+STOPPED = "stopped; finished rows are kept, and the same command goes on"
+
+
+class Stopped(BaseException):
+    """A signal asked the script to end. No mistake, so that nobody handles it as one."""
+
+
+class _Signals:
+    """What became of the signals so far.
+
+    Attributes:
+        code: the exit code that a signal asked for; None before one came.
+        may_raise: whether a script runs that has things to tidy up, and `exit_code` around it.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self.may_raise = False
+        self._since = 0.0
+
+    def __call__(self, number: int, frame: object) -> None:
+        code = CODES[signal.Signals(number)]
+        if not self.may_raise:  # importing, or at the very end: nothing is open
+            _leave(code)
+        if self.code is None:
+            self.code, self._since = code, time.monotonic()
+            raise Stopped
+        if time.monotonic() - self._since > PATIENCE_SECONDS:
+            _leave(code)
+
+
+_signals = _Signals()
+
+
+def catch_signals() -> None:
+    """From here on Ctrl-C and SIGTERM end the process with one line, 130 and 143."""
+    for number in CODES:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and `&` have it
+            signal.signal(number, _signals)
+
+
+def _ignore_signals() -> None:
+    """While the interpreter ends after a first signal, a second one has nothing to add."""
+    for number in CODES:
+        if signal.getsignal(number) is _signals:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def exit_code(
+    main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None
+) -> int:
+    """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
+    _mend_streams()
+    _signals.code, _signals.may_raise = None, True
+    try:
+        code = main(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit:  # --help, which may be read by `head`
+        _give_up_output()
+        raise
+    except BaseException as error:
+        if _signals.code is not None:  # a library may have made another error of it
+            _say(STOPPED)
+            _ignore_signals()
+            return _signals.code
+        return _code_of(error)
+    finally:
+        _signals.may_raise = False
+
+
+def _code_of(error: BaseException) -> int:
+    """Say what went wrong, if it is no bug of ours, and how the process ends."""
+    if isinstance(error, KeyboardInterrupt):
+        _say(STOPPED)
+        return CODES[signal.SIGINT]
+    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+        _give_up_output()
+        return BROKEN_PIPE
+    if isinstance(error, _mistakes()):
+        _say(f"error: {error}")
+    elif isinstance(error, OSError):
+        _give_up_output()
+        _say(
+            f"error: the system refused something ({error}); check the paths, your rights to "
+            "them, and the space on the disk"
+        )
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
+        _say(
+            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
+            "nf4 quantization, or smaller models"
+        )
+    elif isinstance(error, MemoryError):
+        _say("error: out of memory; lower decoding.max_new_tokens, or choose smaller models")
+    else:
+        raise error
+    return MISTAKE
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    from specsampling.checking import ConfigError
+    from specsampling.method.text import PromptError
+    from specsampling.models.embedded import ModelError
+    from specsampling.results.records import RecordsError
+    from specsampling.tasks.sandbox import SandboxError
+    from specsampling.tasks.task import TaskError
+
+    return ConfigError, ModelError, PromptError, RecordsError, SandboxError, TaskError
+
+
+def one_line(text: str) -> str:
+    """A text for the terminal: one line, no control characters, cut where it grows long."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 3]}..."
+
+
+def _say(message: str) -> None:
+    """A line on stderr, if anybody is there to read it."""
+    from contextlib import suppress
+
+    with suppress(OSError, ValueError):
+        print(one_line(message), file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    """End at once: a handler cannot know whose code an exception would run through."""
+    try:
+        os.write(2, f"{STOPPED}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def _mend_streams() -> None:
+    """Print anything anywhere: to an ASCII terminal, or where the caller closed the stream.
+
+    With a stream closed, the next file opened would take its number, and whatever a library
+    prints would go into the rows.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_output() -> None:
+    """Let what is still buffered go nowhere: the interpreter would fail on it once more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -1,0 +1,305 @@
+"""Articles with their summaries, from the hub, from local files, or those of the demo.
+
+Of a file only the columns `id`, `document` and `summary` are read, and each as the text that
+stands there: a guessed type would turn the id 007 into 7 and the summary "None" into nothing, and
+an odd column that nobody asked for would break the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specsampling.tasks.task import Example, TaskError
+
+EMBEDDED = "embedded:"
+DEMO_ARTICLES = Path(__file__).parent.parent / "data" / "articles.jsonl"  # embedded:articles
+# The hub's own conversion: main holds a script for XSum, which `datasets` no longer runs.
+HUB_REVISION = "refs/convert/parquet"
+HUB_FILES = "default/{split}/*.parquet"
+COLUMNS = ("id", "document", "summary")
+NEEDED = ("document", "summary")
+DELIMITERS = ",;\t"  # a spreadsheet's export has the one of its language
+
+Cells = Mapping[str, Any]  # what a row holds in COLUMNS: text, or what is none
+
+
+class _BrokenFile(ValueError):
+    """A file cannot be read on: why, in one line without its name."""
+
+
+def load_articles(dataset: str, split: str) -> list[Example]:
+    """The articles of one split, in the order of their file.
+
+    Args:
+        dataset: `embedded:articles`, a local .jsonl, .csv or .parquet file, a local folder of
+            such files or laid out as a hub repository, or a hub id.
+        split: of a folder or a hub id; a single file is taken whole, whatever the split.
+
+    Returns:
+        One example per row: `document` as text, `summary` as reference, and as id the column
+        `id`, or the row's number (from 0) where there is none.
+
+    Raises:
+        TaskError: nothing is there, it cannot be read, it is empty, a column is missing or
+            holds no text, or an id stands twice or in some rows only.
+    """
+    try:
+        rows = [row for path in _files(dataset, split) for row in READERS[path.suffix](path)]
+    except TaskError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"cannot load xsum.dataset {dataset}, split {split} ({_first_line(error)}); check the "
+            "name, the split and the network, or give a local file"
+        ) from error
+    if not rows:
+        raise TaskError(f"xsum.dataset must hold at least one article (got 0 in {dataset})")
+    has_ids = any(row.get("id") is not None for row in rows)
+    articles = [_article(dataset, number, row, has_ids) for number, row in enumerate(rows)]
+    (name, times), *_ = Counter(article.id for article in articles).most_common(1)
+    if times > 1:
+        raise TaskError(
+            f"xsum.dataset must have another id in every row (got {name[:60]} {times} times in "
+            f"{dataset}); mend the column id, or leave it out to number the rows"
+        )
+    return articles
+
+
+def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
+    texts = {}
+    for column in COLUMNS if has_ids else NEEDED:
+        value = row.get(column)
+        if not isinstance(value, str) or _is_torn(value) or (column == "id" and not value.strip()):
+            raise TaskError(
+                f"xsum.dataset must hold text in the column {column} (got {value!r:.60} in "
+                f"row {number} of {dataset}); mend the row"
+            )
+        texts[column] = value
+    document, summary = texts["document"].strip(), texts["summary"].strip()
+    return Example(texts.get("id", str(number)), document, reference=summary)
+
+
+def _is_torn(text: str) -> bool:
+    """Whether a text holds half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+# --- which files ---------------------------------------------------------------------
+
+
+def _files(dataset: str, split: str) -> Sequence[Path]:
+    path = DEMO_ARTICLES if dataset == f"{EMBEDDED}articles" else Path(dataset)
+    if dataset.startswith(EMBEDDED) and path != DEMO_ARTICLES:
+        raise TaskError(
+            f"xsum.dataset must be {EMBEDDED}articles, the one embedded (got {dataset})"
+        )
+    if path.is_dir():
+        return _of_folder(path, split)
+    if not path.exists() and path.suffix not in READERS:
+        return _of_hub(dataset, split)
+    if path.suffix not in READERS or (path.exists() and not path.is_file()):
+        raise TaskError(
+            f"xsum.dataset must end in {', '.join(READERS)} and be a file, if it is no folder and "
+            f"no hub id (got {dataset}); convert it"
+        )
+    if not path.exists():
+        raise _BrokenFile("Unable to find the file")
+    return [path]
+
+
+def _of_folder(folder: Path, split: str) -> list[Path]:
+    """The files of a split, by their names or by the README's list, as the hub finds them."""
+    import datasets
+
+    try:
+        with _quiet_datasets():
+            builder = datasets.load_dataset_builder(str(folder.resolve()))
+    except Exception as error:  # of the library, of the YAML in a README, of the file system
+        raise _BrokenFile(_first_line(error)) from error
+    splits = {str(name): files for name, files in builder.config.data_files.items()}
+    if split not in splits:
+        raise TaskError(
+            f"xsum.split must be a split of {folder}, here {', '.join(splits)} (got {split})"
+        )
+    files = [Path(file) for file in splits[split]]
+    for file in files:
+        if file.suffix not in READERS:
+            raise TaskError(
+                f"xsum.dataset must be a folder of files that end in {', '.join(READERS)} (got "
+                f"{file}); convert it"
+            )
+    return files
+
+
+def _of_hub(dataset: str, split: str) -> list[Path]:
+    """One split only; what was fetched once is found again without a network."""
+    from huggingface_hub import snapshot_download
+
+    pattern = HUB_FILES.format(split=split)
+    folder = snapshot_download(
+        dataset, repo_type="dataset", revision=HUB_REVISION, allow_patterns=pattern
+    )
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        raise TaskError(
+            f"xsum.split must be a split of {dataset}, such as train, validation or test (got "
+            f"{split}: the hub's {HUB_REVISION} has no {pattern})"
+        )
+    return files
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keep `datasets` from printing what the error says."""
+    from datasets import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# --- what stands in a file -----------------------------------------------------------
+
+
+def _read_json_lines(path: Path) -> Iterator[Cells]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                value = _parse_json(line, number)
+                if not isinstance(value, dict):
+                    raise _BrokenFile(f"{path.name}, line {number}, is not a JSON object")
+                _require_columns(path, value)
+                yield {name: _literal(value[name]) for name in COLUMNS if name in value}
+
+
+def _parse_json(line: str, number: int) -> Any:
+    try:
+        # Numbers as they are written: an id of 23 digits, a summary that is 42.0.
+        return json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+    except RecursionError:
+        raise _BrokenFile(f"line {number} is nested too deeply") from None
+    except ValueError as error:
+        raise _BrokenFile(f"line {number} is not JSON: {error}") from None
+
+
+def _literal(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _read_csv(path: Path) -> Iterator[Cells]:
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 cut other columns off
+    try:
+        with _open_text(path) as file:
+            delimiter = _delimiter(file)
+            file.seek(0)
+            yield from _rows_of_csv(path, csv.reader(file, delimiter=delimiter, strict=True))
+    finally:
+        csv.field_size_limit(before)
+
+
+def _delimiter(file: Any) -> str:
+    """The one that makes the needed columns of the first row; a comma where none does."""
+    for delimiter in DELIMITERS:
+        file.seek(0)
+        with contextlib.suppress(csv.Error):
+            if set(NEEDED) <= set(next(csv.reader(file, delimiter=delimiter), [])):
+                return delimiter
+    return DELIMITERS[0]
+
+
+def _rows_of_csv(path: Path, reader: Any) -> Iterator[Cells]:
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        _require_columns(path, header)
+        positions = {name: header.index(name) for name in COLUMNS if name in header}
+        for cells in reader:
+            if len(cells) > len(header):
+                raise _BrokenFile(
+                    f"line {reader.line_num} has {len(cells)} fields, the first line "
+                    f"{len(header)}: a text with a comma or a line break needs quotes"
+                )
+            if cells:  # else a blank line
+                # An empty cell, or one that is left out, is how a CSV file says nothing.
+                yield {name: "".join(cells[at : at + 1]) or None for name, at in positions.items()}
+    except csv.Error as error:
+        raise _BrokenFile(f"line {reader.line_num}: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Cells]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _require_columns(path, names)
+            for batch in file.iter_batches(columns=[n for n in COLUMNS if n in names]):
+                yield from _as_text(batch, pyarrow).to_pylist()
+    except pyarrow.ArrowException as error:  # some are no ValueError
+        raise _BrokenFile(_first_line(error)) from error
+
+
+def _as_text(batch: Any, pyarrow: Any) -> Any:
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            columns[name] = column.cast(pyarrow.string())
+        except pyarrow.ArrowException:
+            raise _BrokenFile(f"column {name} holds {column.type}, which is no text") from None
+    return pyarrow.RecordBatch.from_pydict(columns)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Cells]]] = {
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+@contextlib.contextmanager
+def _open_text(path: Path) -> Iterator[Any]:
+    """A UTF-8 file, with or without a byte order mark, line ends as they are."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise _BrokenFile(f"{path.name} is not UTF-8 text: it has the byte 0x{byte:02x}") from None
+
+
+def _require_columns(path: Path, names: Iterable[str]) -> None:
+    found = list(names)
+    missing = [name for name in NEEDED if name not in found]
+    if missing:
+        some = ", ".join([*found[:8], *["..."] * (len(found) > 8)])
+        raise TaskError(
+            f"xsum.dataset must have the columns document and summary (got {some:.200} in {path}); "
+            "rename them"
+        )
+    twice = [name for name in COLUMNS if found.count(name) > 1]
+    if twice:
+        raise TaskError(
+            f"xsum.dataset must have each column once (got {twice[0]} twice in {path}); rename one"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

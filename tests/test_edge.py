@@ -1,0 +1,294 @@
+"""edge.py: one line and a sane exit code, whatever happens and wherever the output goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import main_exp1
+import main_exp2
+from specsampling.config import ConfigError
+from specsampling.edge import STOPPED, exit_code, one_line
+
+PROJECT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and pipes")
+
+START = """
+from specsampling.edge import catch_signals, exit_code
+catch_signals()
+import sys, tempfile, time
+def main(arguments):
+    {body}
+{after}
+sys.exit(exit_code(main))
+"""
+
+
+def start(body: str, after: str = "", shell: str = "") -> subprocess.Popen:
+    """A script of its own; `shell` comes behind it on a shell's command line."""
+    command = [sys.executable, "-c", START.format(body=body, after=after)]
+    if shell:
+        command = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, command[2]]
+    return subprocess.Popen(
+        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(body: str, shell: str = "") -> tuple[int, str, str]:
+    process = start(body, shell=shell)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+# --- mistakes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [main_exp1.main, main_exp2.main], ids=["exp1", "exp2"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nope"], "unrecognized arguments: --nope; --help"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--limit"], "argument --limit: expected one argument"),
+        (["--set"], "argument --set: expected one argument"),
+        (["--output"], "argument --output: expected one argument"),
+        (["--s", "1"], "ambiguous option: --s could match"),
+        (["--fresh=1"], "argument --fresh: ignored explicit argument"),
+        (["--limit", ""], 'run.limit must be null or an integer >= 1 (got "")'),
+        (["--limit", "0"], "run.limit must be null or an integer >= 1 (got 0)"),
+        (["--limit", "-1"], "(got -1)"),
+        (["--limit", "1.0"], "(got 1.0)"),
+        (["--limit", "1:30"], 'run.limit must be null or an integer >= 1 (got "1:30")'),
+        (["--limit", "1_000"], '(got "1_000")'),
+        (["--limit", "[1]"], '(got "[1]")'),
+        (["--limit", "1 # one"], '(got "1 # one")'),
+        (["--limit", "&a 1"], '(got "&a 1")'),
+        (["--limit", "!!int 1"], '(got "!!int 1")'),
+        (["--limit", "'1'"], "(got \"'1'\")"),
+        (["--limit", "yes"], '(got "yes")'),
+        (["--limit", " 1"], '(got " 1")'),
+        (["--limit", "٣"], '(got "٣")'),
+        (["--limit", "1" * 20], "run.limit must be null or an integer <= 1000000000 (got 1111"),
+        (["--limit", "9" * 5000], "run.limit cannot be read (a number has 5000 digits"),
+        (["--limit", ".inf"], "(got Infinity)"),
+        (["--seed", "null"], "sampling.seed must be an integer >= 0 (got null)"),
+        (["--seed", str(2**63)], "a seed has 63 bits"),
+        (["--seed", "1e3"], "(got 1000.0)"),
+        (["--device", "{a: b}"], 'cuda:N or mps (got "{a: b}")'),
+        (["--device", "cuda:99999999999999999999"], "N counts this machine's GPUs"),
+        (["--device", "cuda:٣"], "cuda:N or mps"),
+        (["--device", "cpu\n"], 'cuda:N or mps (got "cpu\\\\n")'),
+        (["--device", ""], 'cuda:N or mps (got "")'),
+        (["--device", "null"], 'cuda:N or mps (got "null")'),
+        (["--dtype", "float16 # half"], 'one of auto, float32, float16, bfloat16 (got "float16 #'),
+        (["--dtype", "[float16]"], "one of auto, float32, float16, bfloat16"),
+        (["--methods", "a]: b"], 'speculative:DRAFT, at least one, none twice (got ["a]: b"])'),
+        (["--methods", ""], "run.methods must be a list"),
+        (["--methods", "speculative,"], "run.methods must be a list"),
+        (["--methods", "speculative,speculative"], "none twice"),
+        (["--methods", "[speculative]"], "run.methods must be a list"),
+        (["--methods", "speculative\n"], "--config"),
+        (["--profile", "a\nb\x1b[31m"], 'profile must be one of: demo'),
+        (["--profile", "x" * 100_000], "profile must be one of"),
+        (["--config", "a\0b"], "embedded null byte"),
+        (["--config", "x" * 300], "File name too long"),
+        (["--config", ""], "not a file"),
+        (["--config", "/dev/zero"], "not a file"),
+        (["--config", "/dev/null"], "not a file"),
+        (["--config", "/proc/self/mem"], "config must be a YAML file"),
+        (["--set", "speculation.k=010:00"], 'speculation.k must be an integer >= 1 (got "010:00")'),
+        (["--set", "speculation.k=65536"], "speculation.k must be an integer <= 1024 (got 65536)"),
+        (["--set", "speculation.model_k=9999"], "null or an integer <= 1024 (got 9999)"),
+        (["--set", "speculation.ngram_max=100000"], "an integer <= 64 (got 100000)"),
+        (["--set", "decoding.width=65536"], "an integer <= 2048 (got 65536)"),
+        (["--set", "decoding.max_new_tokens=99999999999"], "no model's context is longer"),
+        (["--set", "sampling.num_samples=99999999999999999999"], "an integer <= 10000 (got 9999"),
+        (["--set", "sampling.top_k=99999999999"], "no vocabulary is larger"),
+        (["--set", "sampling.temperature=1e300"], "a number <= 1000 (got 1e+300)"),
+        (["--set", "sampling.temperature=1e999"], "a number >= 0 (got Infinity)"),
+        (["--set", "run.threads=5000000"], "an integer <= 1024 (got 5000000)"),
+        (["--set", "run.warmup=1000000"], "decoded and thrown away"),
+        (["--set", "humaneval.timeout_seconds=1e300"], "a number <= 86400 (got 1e+300); a day"),
+        (["--set", "humaneval.memory_mb=9999999999"], "an integer <= 1048576"),
+        (["--set", "xsum.num_shots=99999"], "stands in every prompt"),
+        (["--set", "decoding.bit_exact=yes"], 'true or false (got "yes"); write one of these two'),
+        (["--set", "run.limit="], 'run.limit must be null or an integer >= 1 (got "")'),
+        (["--set", "models.target=\"a\\0b\""], "\\\\u0000 is no character"),
+        (["--set", "a\nb=1"], "a\\\\nb is not a known key"),
+        (["--set", "x" * 100_000 + "=1"], "xxx... is not a known key"),
+        (["--set", "speculation.k=" + "[" * 50_000], "nested more than 20 deep"),
+        (["--set", "speculation.k=&a [*a]"], "*a stands before the end of an &a"),
+        (["--set", "speculation.k=" + "x" * 100_000], 'must be an integer >= 1 (got "xxx'),
+        (["--set", "..=1"], "--set must be key.path=value"),
+        (["--set", "speculation.k =5", "--limit", "x"], "run.limit must be"),
+        (["--output", "a\0b.jsonl", "--limit", "x"], "run.limit must be"),
+    ],
+    ids=lambda value: "",
+)  # fmt: skip
+def test_an_odd_option_is_one_line_and_exit_code_2_at_once(main, arguments, message, capsys):
+    """YAML in options, argparse's two lines, values of 100,000 characters, control characters."""
+    start = time.process_time()
+    if arguments == ["--methods", "speculative\n"]:  # a name is stripped; another option is wrong
+        arguments = [*arguments, "--config", "\udcff"]
+    assert exit_code(main, arguments) == 2
+    printed, errors = capsys.readouterr()
+    assert message.replace("\\\\", "\\") in errors or message in errors
+    assert errors.startswith("error: ")
+    assert (printed, errors.count("\n")) == ("", 1) and len(errors) < 2100
+    assert all(letter.isprintable() for letter in errors[:-1])
+    assert time.process_time() - start < 2
+
+
+def test_010_is_ten():
+    """It ran 8 examples."""
+    options, config = main_exp1.read_experiment("", "xsum", "a.jsonl", ["--limit", "010"])
+    assert config.run.limit == 10
+    assert config.humaneval is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain", "plain"),
+        ("two\nlines\r\n", "two\\nlines\\r\\n"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("\x9b31m\x7f\0", "\\x9b31m\\x7f\\x00"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("a\udcff", "a\\udcff"),
+        ("é東🦊", "é東🦊"),
+        ("x" * 3000, "x" * 1997 + "..."),
+    ],
+)
+def test_a_message_cannot_steer_the_terminal(text, line):
+    assert one_line(text) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("a\nb"), 2, "error: a\\nb"),
+        (KeyboardInterrupt(), 130, STOPPED),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "directory: 'x'"),
+        (OSError(36, "File name too long", "x" * 5000), 2, "File name too long"),
+        (MemoryError(), 2, "error: out of memory"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+    ],
+    ids=lambda value: "",
+)
+def test_what_can_go_wrong_outside_is_one_line(error, code, said, capsys):
+    def main(arguments):
+        raise error
+
+    assert exit_code(main) == code
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert errors.count("\n") == bool(said)
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    def main(arguments):
+        raise TypeError
+
+    with pytest.raises(TypeError):
+        exit_code(main)
+
+
+# --- streams -------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize(
+    ("body", "shell", "code", "printed"),
+    [
+        ("print('é東'); return 0", "| cat", 0, "\\xe9\\u6771"),
+        ("print('a\\udcff'); return 0", "| cat", 0, "a\\udcff"),
+        ("raise OSError(2, 'é')", "2>&1 >/dev/null", 2, "[Errno 2] \\xe9)"),
+        ("print(1); return 0", ">&-", 0, ""),
+        ("print(1); print(2, file=sys.stderr); return 0", ">&- 2>&-", 0, ""),
+        ("print(1); return 0", "<&-", 0, "1"),
+        ("raise MemoryError", "2>&-", 2, ""),
+        ("print('x\\n' * 100000); return 0", "| head -1", 141, "x"),
+        ("print('x' * 10); return 0", "| true; exit ${PIPESTATUS[0]}", None, ""),
+        ("print(1); return 0", ">/dev/full", 2, ""),
+        ("print(1, file=sys.stderr); return 0", "2>/dev/full", None, ""),
+    ],
+)  # fmt: skip
+def test_output_that_nobody_can_take_is_no_traceback(body, shell, code, printed, monkeypatch):
+    """A table for an ASCII terminal, `| head -1` and a full disk were tracebacks."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    shell = f"{shell}; exit ${{PIPESTATUS[0]}}" if shell.startswith("| ") else shell
+    found, output, errors = run(body, shell)
+    assert found == code or code is None
+    assert printed in output if printed else output == ""
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+
+
+@posix
+def test_with_stderr_closed_a_file_does_not_take_its_place(tmp_path):
+    """The rows' file became number 2, and a library's warnings went into it."""
+    path = tmp_path / "rows"
+    body = f"file = open({str(path)!r}, 'w'); import os; os.write(2, b'warning'); return 0"
+    assert run(body, "2>&-")[0] == 0
+    assert path.read_bytes() == b""
+
+
+# --- signals -------------------------------------------------------------------------
+
+KINDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+def stop(process: subprocess.Popen, number: int, times: int = 1) -> tuple[int, str]:
+    """Wait for its first line, signal it, and see how it ends."""
+    process.stdout.readline()
+    for _ in range(times):
+        os.kill(process.pid, number)
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
+
+
+@posix
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("number", "code"), KINDS)
+def test_a_signal_is_one_line_and_leaves_no_temporary_files(number, code, times, tmp_path):
+    """SIGTERM ended the process where it stood; an impatient second Ctrl-C was a traceback."""
+    body = (
+        f"folder = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})\n"
+        "    with folder: print('ready', flush=True); time.sleep(60)"
+    )
+    assert stop(start(body), number, times) == (code, f"{STOPPED}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix
+@pytest.mark.parametrize(("number", "code"), KINDS)
+def test_a_signal_while_importing_is_one_line(number, code):
+    """Torch alone takes seconds, and Ctrl-C in them was a traceback of its modules."""
+    process = start("return 0", after="print('ready', flush=True); time.sleep(60)")
+    assert stop(process, number) == (code, f"{STOPPED}\n")
+
+
+@posix
+@pytest.mark.parametrize(("number", "code"), KINDS)
+def test_a_library_that_makes_another_error_of_it_changes_nothing(number, code):
+    body = (
+        "try: print('ready', flush=True); time.sleep(60)\n"
+        "    except BaseException: raise ImportError('cannot load the C extension') from None"
+    )
+    assert stop(start(body), number) == (code, f"{STOPPED}\n")
+
+
+@posix
+@pytest.mark.parametrize("script", ["main_exp1.py", "speculative.py"])
+def test_the_scripts_catch_signals_before_their_imports(script):
+    text = (PROJECT / script).read_text()
+    guard = text.index("catch_signals()")
+    assert guard < text.index("import annotations\n") + 200
+    assert "import" not in text[: text.index("from __future__")].replace("important", "")
