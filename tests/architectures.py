@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -68,6 +69,7 @@ class Architecture:
         expected: `EQUAL` or `REFUSED`.
         word: what the line of the refusal must contain; None for anything.
         is_common: it runs in the default suite.
+        has_encoder: saved as an encoder with its decoder, of which a user loads the decoder.
     """
 
     name: str
@@ -76,11 +78,14 @@ class Architecture:
     expected: str = EQUAL
     word: str | None = None
     is_common: bool = False
+    has_encoder: bool = False
 
     @property
     def exists(self) -> bool:
         """Whether this transformers knows it."""
-        return self.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return self.model_type in (
+            CONFIG_MAPPING if self.has_encoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        )
 
     def config(self) -> PreTrainedConfig:
         """The tiny configuration."""
@@ -92,7 +97,8 @@ class Architecture:
     def model(self, seed: int = 0) -> PreTrainedModel:
         """A random float32 model."""
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(self.config()).eval()
+        factory = AutoModelForSeq2SeqLM if self.has_encoder else AutoModelForCausalLM
+        model = factory.from_config(self.config()).eval()
         enlarge_weights(model, seed)
         generation = model.generation_config
         assert generation is not None
@@ -160,6 +166,7 @@ LATENT = {  # multi-head latent attention
 }
 GROUPED_EXPERTS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 UNUSED_HEADS = {"num_key_value_heads": 2}  # a word that the architecture does not know
+INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": WINDOW}  # sparse attention
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16, "mamba_chunk_size": 16}
 LINEAR = {  # gated delta rule
     "layer_types": ["linear_attention", "full_attention"],
@@ -167,6 +174,16 @@ LINEAR = {  # gated delta rule
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 12,
     "linear_value_head_dim": 12,
+}
+
+
+SMALL_ENCODER = {
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 96,
+    "decoder_attention_heads": 4,
 }
 
 
@@ -337,6 +354,21 @@ DECODED = (
     rare("flex-olmo", "flex_olmo"),
     rare("afmoe", "afmoe"),
     rare("ctrl", "ctrl", dff=96),
+    rare("ministral3", "ministral3"),
+    rare("cohere2-moe", "cohere2_moe"),
+    rare("exaone-moe", "exaone_moe", first_k_dense_replace=1),
+    rare("glm4-moe-lite", "glm4_moe_lite", **LATENT),
+    rare("mimo-v2-flash", "mimo_v2_flash"),
+    rare("hunyuan-moe", "hunyuan_v1_moe"),
+    rare("youtu", "youtu", **LATENT),
+    rare("solar-open", "solar_open"),
+    rare("modernbert-decoder", "modernbert-decoder", local_attention=WINDOW, pad_token_id=0),
+    rare("laguna", "laguna"),
+    rare("jais2", "jais2"),
+    rare("bart-decoder", "bart", **SMALL_ENCODER),
+    rare("bert-decoder", "bert", is_decoder=True),
+    rare("deepseek-v3.2", "deepseek_v32", **LATENT, **GROUPED_EXPERTS, **INDEXED),
+    rare("glm-dsa", "glm_moe_dsa", **LATENT, **INDEXED),
 )
 
 UNDECODABLE = (
@@ -394,9 +426,26 @@ UNDECODABLE = (
     refused("electra", "electra", embedding_size=48),
     refused("xlnet", "xlnet", n_head=4, d_head=12, d_inner=96),
     refused("xlm", "xlm"),
-    refused("bart", "bart", encoder_layers=1, decoder_layers=2, decoder_ffn_dim=96),
-    refused("pegasus", "pegasus", encoder_layers=1, decoder_layers=2, decoder_ffn_dim=96),
+    Architecture("bart", "bart", SMALL_ENCODER, REFUSED, has_encoder=True),
+    Architecture("pegasus", "pegasus", SMALL_ENCODER, REFUSED, has_encoder=True),
+    Architecture(
+        "t5",
+        "t5",
+        {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+        REFUSED,
+        is_common=True,
+        has_encoder=True,
+    ),
+    refused("lfm2-moe", "lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1),
+    refused("olmo-hybrid", "olmo_hybrid", **LINEAR),
+    refused("nemotron-h", "nemotron_h"),
+    refused("kimi-linear", "kimi_linear", **LATENT, layer_types=LINEAR["layer_types"]),
 )
+
+# "target-layers:N" need not know where their layers are; it must say so in one line.
+NO_SELF_DRAFT: frozenset[str] = frozenset()
+
+SMALL_DRAFT = Architecture("small-draft", "llama", {"num_hidden_layers": 1})
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (*DECODED, *UNDECODABLE)}
 

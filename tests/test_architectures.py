@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, EQUAL, REFUSED, VOCAB_SIZE, Architecture
+from architectures import (
+    ARCHITECTURES,
+    CONTEXT,
+    CROSSING,
+    EQUAL,
+    NO_SELF_DRAFT,
+    REFUSED,
+    SMALL_DRAFT,
+    VOCAB_SIZE,
+    Architecture,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from autoregressive import autoregressive
@@ -22,6 +32,7 @@ from speculative import speculative
 
 MAX_NEW_TOKENS = 20
 TARGET, DRAFT = 1, 2  # seeds
+SELF_DRAFT = "target-layers:1"
 CAPACITY = 60  # the longest prompt and what is generated after it
 LEAST_GAP = 1e-4  # of the two largest logits: closer ones may change places in float32
 
@@ -67,9 +78,14 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
     return get
 
 
-def drafts(other: str) -> dict[str, list[Tokens]]:
-    """A lookup, another model and the target's own first layer, and the prompts for each."""
-    return {"ngram": PROMPTS, other: PROMPTS[1:], "target-layers:1": PROMPTS[1:]}
+def drafts(architecture: Architecture, folder_of: FolderOf) -> dict[str, list[Tokens]]:
+    """A lookup, another model, the target's own first layer, and the prompts for each.
+
+    The other model is of the target's kind in the slow suite, the smallest there is in the fast.
+    """
+    other = folder_of(SMALL_DRAFT if architecture.is_common else architecture, DRAFT)
+    specs = {"ngram": PROMPTS, other: PROMPTS[1:]}
+    return specs if architecture.name in NO_SELF_DRAFT else {**specs, SELF_DRAFT: PROMPTS[1:]}
 
 
 def load(folder: str, draft: str = "ngram", dtype: str = "float32") -> Pair:
@@ -139,7 +155,7 @@ def test_float32_outputs_are_those_of_generate(
     plain = load_plain(folder)
     texts = [generate(plain, prompt) for prompt in PROMPTS]
     assert max(len(set(text)) for text in texts) > 3, "a text that stands still proves nothing"
-    for draft, prompts in drafts(folder_of(architecture, DRAFT)).items():
+    for draft, prompts in drafts(architecture, folder_of).items():
         pair = load(folder, draft)
         for width in (None, 8):
             for prompt in prompts:
@@ -156,7 +172,7 @@ def test_bfloat16_outputs_are_those_of_the_reference(
     """In 16 bit another call shape gives other bits, and greedy argmaxes flip at near-ties."""
     folder = folder_of(architecture, TARGET)
     texts: list[Tokens] = []
-    for draft, prompts in drafts(folder_of(architecture, DRAFT)).items():
+    for draft, prompts in drafts(architecture, folder_of).items():
         pair = load(folder, draft, "bfloat16")
         texts = texts or [greedy(pair, prompt, width=8) for prompt in PROMPTS]
         for prompt in prompts:
@@ -171,6 +187,65 @@ def test_the_self_check_refuses_nothing_that_decodes(
     """It is what a user meets first: one that is too strict loses an architecture."""
     pair = load(folder_of(architecture, TARGET), dtype=dtype)
     check_exactness(pair.target, 8, CAPACITY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NO_SELF_DRAFT))
+def test_a_self_draft_that_is_not_supported_is_refused_in_one_line(
+    name: str, folder_of: FolderOf
+) -> None:
+    """A cut whose layers had not been found ended in an IndexError, tokens later."""
+    with pytest.raises(ModelError) as caught:
+        load(folder_of(ARCHITECTURES[name], TARGET), SELF_DRAFT)
+    assert SELF_DRAFT in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "longcat-flash"])
+def test_packed_layers_are_asked_for_their_weights_by_nobody(
+    name: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LongCat's router reads `classifier.weight`, which a packed layer does not have."""
+    folder = folder_of(ARCHITECTURES[name], TARGET)
+    expected = greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8)
+    monkeypatch.setattr("specsampling.models.packed.PackedLinear", HiddenLinear)
+    monkeypatch.setattr("specsampling.models.load.can_pack", lambda model: True)
+    assert greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8) == expected
+
+
+class HiddenLinear(torch.nn.Module):
+    """What a packed layer looks like from outside, on a machine that cannot pack."""
+
+    def __init__(self, linear: torch.nn.Linear, num_rows: int):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed_weight = [linear.weight.detach()]  # in a list: no parameter
+        self.bias = linear.bias
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(rows, self.packed_weight[0], self.bias)
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(CROSSING[name], id=name) for name in CROSSING]
+)
+def test_a_changing_frequency_table_is_never_wrong_in_silence(
+    architecture: Architecture, folder_of: FolderOf
+) -> None:
+    """LongRoPE chose its table by a call's padding; the self-check looked elsewhere and agreed."""
+    folder = folder_of(architecture, TARGET)
+    try:
+        pair = load(folder)
+        is_exact = check_exactness(pair.target, 8, CONTEXT).is_exact
+    except ModelError as refusal:
+        assert "\n" not in str(refusal)
+        return
+    if is_exact:
+        plain = load_plain(folder)
+        for prompt in (PROMPTS[1], (PROMPTS[1] * 3)[: CONTEXT - MAX_NEW_TOKENS]):
+            text = generate(plain, prompt)
+            require_equal(plain, prompt, greedy(pair, prompt, 8), text)
+            require_equal(plain, prompt, drafted(pair, prompt, 8), text)
 
 
 @pytest.mark.parametrize("architecture", named(REFUSED))
