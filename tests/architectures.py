@@ -19,6 +19,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -100,10 +101,7 @@ class Architecture:
         factory = AutoModelForSeq2SeqLM if self.has_encoder else AutoModelForCausalLM
         model = factory.from_config(self.config()).eval()
         enlarge_weights(model, seed)
-        generation = model.generation_config
-        assert generation is not None
-        generation.bos_token_id = generation.eos_token_id = None
-        generation.pad_token_id = 0
+        model.generation_config = GenerationConfig(pad_token_id=0)  # nothing forced, no end
         return model
 
     def save(self, folder: Path, seed: int = 0) -> None:
@@ -165,6 +163,7 @@ LATENT = {  # multi-head latent attention
     "v_head_dim": 12,
 }
 GROUPED_EXPERTS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+SOME_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 UNUSED_HEADS = {"num_key_value_heads": 2}  # a word that the architecture does not know
 INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": WINDOW}  # sparse attention
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16, "mamba_chunk_size": 16}
@@ -362,13 +361,11 @@ DECODED = (
     rare("hunyuan-moe", "hunyuan_v1_moe"),
     rare("youtu", "youtu", **LATENT),
     rare("solar-open", "solar_open"),
-    rare("modernbert-decoder", "modernbert-decoder", local_attention=WINDOW, pad_token_id=0),
+    rare("modernbert-decoder", "modernbert-decoder", local_attention=WINDOW, **SOME_IDS),
     rare("laguna", "laguna"),
     rare("jais2", "jais2"),
     rare("bart-decoder", "bart", **SMALL_ENCODER),
     rare("bert-decoder", "bert", is_decoder=True),
-    rare("deepseek-v3.2", "deepseek_v32", **LATENT, **GROUPED_EXPERTS, **INDEXED),
-    rare("glm-dsa", "glm_moe_dsa", **LATENT, **INDEXED),
 )
 
 UNDECODABLE = (
@@ -387,6 +384,9 @@ UNDECODABLE = (
         layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     ),
+    # Their indexers keep keys of their own.
+    refused("deepseek-v3.2", "deepseek_v32", **LATENT, **GROUPED_EXPERTS, **INDEXED),
+    refused("glm-dsa", "glm_moe_dsa", **LATENT, **INDEXED),
     refused("lfm2", "lfm2", is_common=True, layer_types=["conv", "full_attention"]),
     refused("jamba", "jamba", attn_layer_offset=1, attn_layer_period=2, use_mamba_kernels=False),
     refused("bamba", "bamba", attn_layer_indices=[1], **MAMBA),
@@ -449,12 +449,12 @@ SMALL_DRAFT = Architecture("small-draft", "llama", {"num_hidden_layers": 1})
 
 ARCHITECTURES = {architecture.name: architecture for architecture in (*DECODED, *UNDECODABLE)}
 
-# The table of frequencies changes within the text: at 48 tokens, and at the context's end.
+# The table of frequencies changes within the text: beyond 64 tokens, or at the context's end.
 CROSSING = {
     architecture.name: architecture
     for architecture in (
-        rare("phi3-longrope", "phi3", **long_rope(48), original_max_position_embeddings=48),
-        rare("llama-longrope", "llama", **long_rope(48)),
+        rare("phi3-longrope", "phi3", **long_rope(64), original_max_position_embeddings=64),
+        rare("llama-longrope", "llama", **long_rope(64)),
         rare("llama-dynamic", "llama", **rope("dynamic", factor=2.0)),
     )
 }
