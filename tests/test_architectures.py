@@ -89,7 +89,8 @@ def drafts(architecture: Architecture, folder_of: FolderOf) -> dict[str, list[To
 
 
 def load(folder: str, draft: str = "ngram", dtype: str = "float32") -> Pair:
-    return load_pair(folder, draft, dtype=dtype, device="cpu")
+    """A pair as a user loads it; one tokenizer for both, as some kinds come with a class for it."""
+    return load_pair(folder, draft, tokenizer=folder, dtype=dtype, device="cpu")
 
 
 def load_plain(folder: str) -> PreTrainedModel:
