@@ -202,11 +202,11 @@ def test_a_self_draft_that_is_not_supported_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llama", "longcat-flash"])
+@pytest.mark.parametrize("name", ["llama", "longcat-flash", "hunyuan-moe"])
 def test_packed_layers_are_asked_for_their_weights_by_nobody(
     name: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LongCat's router reads `classifier.weight`, which a packed layer does not have."""
+    """Routers of LongCat and HunYuan read a layer's `weight`, which a packed one does not have."""
     folder = folder_of(ARCHITECTURES[name], TARGET)
     expected = greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8)
     monkeypatch.setattr("specsampling.models.packed.PackedLinear", HiddenLinear)
