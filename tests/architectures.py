@@ -277,7 +277,6 @@ DECODED = (
     common("bloom", "bloom", seq_length=CONTEXT),
     common("falcon-new", "falcon", new_decoder_architecture=True, num_kv_heads=2),
     rare("falcon-multi-query", "falcon"),
-    common("falcon-alibi", "falcon", alibi=True, multi_query=False, bias=True),
     rare("stablelm", "stablelm", **rope("default", partial_rotary_factor=0.5)),
     rare(
         "stablelm-parallel",
@@ -370,6 +369,15 @@ DECODED = (
 
 UNDECODABLE = (
     refused(
+        "falcon-alibi",
+        "falcon",
+        "preallocated cache",
+        True,
+        alibi=True,
+        multi_query=False,
+        bias=True,
+    ),
+    refused(
         "deepseek-v4",
         "deepseek_v4",
         q_lora_rank=24,
@@ -443,7 +451,7 @@ UNDECODABLE = (
 )
 
 # "target-layers:N" need not know where their layers are; it must say so in one line.
-NO_SELF_DRAFT: frozenset[str] = frozenset()
+NO_SELF_DRAFT = frozenset({"gemma3n", "gemma4", "gemma4-shared", "longcat-flash"})
 
 SMALL_DRAFT = Architecture("small-draft", "llama", {"num_hidden_layers": 1})
 

@@ -25,6 +25,8 @@ from architectures import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from autoregressive import autoregressive
+from specsampling.method.session import context_limit
+from specsampling.method.text import PromptError
 from specsampling.models.embedded import ModelError
 from specsampling.models.exactness import check_exactness
 from specsampling.models.load import Pair, load_pair
@@ -210,7 +212,7 @@ def test_packed_layers_are_asked_for_their_weights_by_nobody(
     folder = folder_of(ARCHITECTURES[name], TARGET)
     expected = greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8)
     monkeypatch.setattr("specsampling.models.packed.PackedLinear", HiddenLinear)
-    monkeypatch.setattr("specsampling.models.load.can_pack", lambda model: True)
+    monkeypatch.setattr("specsampling.models.checkpoint.can_pack", lambda model: True)
     assert greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8) == expected
 
 
@@ -242,10 +244,14 @@ def test_a_changing_frequency_table_is_never_wrong_in_silence(
         assert "\n" not in str(refusal)
         return
     if is_exact:
-        plain = load_plain(folder)
+        plain, limit = load_plain(folder), context_limit(pair.target)
         for length in (55, CONTEXT - MAX_NEW_TOKENS):
             prompt = (PROMPTS[1] * 3)[:length]
-            text = generate(plain, prompt)
+            if length >= limit:
+                with pytest.raises(PromptError, match=f"context of {limit} tokens"):
+                    greedy(pair, prompt, 8)
+                continue
+            text = generate(plain, prompt)[: limit - length]
             require_equal(plain, prompt, greedy(pair, prompt, 8), text)
             require_equal(plain, prompt, drafted(pair, prompt, 8), text)
 
