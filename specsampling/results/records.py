@@ -228,12 +228,6 @@ def read_rows(path: str | Path) -> list[Row]:
     return [Row(**value) for value in values]
 
 
-def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The objects of anyone's JSONL file; each must hold `fields`, and may hold others."""
-    data = _read(Path(path)).rstrip() + b"\n"  # whoever wrote it may have left the last one out
-    return _parse(Path(path), data, fields, exact=False)[0]
-
-
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What the rows in `path` were made with."""
     meta_path = Path(path).with_suffix(".meta.json")

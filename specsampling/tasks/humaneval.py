@@ -135,11 +135,11 @@ def score(
         ValueError: a task_id that is no HumanEval problem.
     """
     problems = read_problems()
-    for solution in solutions:
+    for number, solution in enumerate(solutions, start=1):
         if solution.task_id not in problems:
             raise ValueError(
-                f"task_id must be a HumanEval problem, HumanEval/0 to HumanEval/163 "
-                f"(got {solution.task_id!r})"
+                f"row {number}: task_id must be a HumanEval problem, HumanEval/0 to HumanEval/163 "
+                f"(got {solution.task_id[:60]!r})"
             )
 
     def run(solution: Solution) -> Outcome:
