@@ -94,6 +94,13 @@ CUT = {
     "stripped body": "seen = 0\n" + BODY,
     "body at the margin": RETURN,
     "end of turn": f"{BODY}<|im_end|>\n<|im_start|>user\n",
+    "prose behind a body": f"{BODY}\nExplanation: it compares (all pairs.\n",
+    "two columns": BODY[2:],
+    "eight columns": f"    {BODY}",
+    "a tab": f"\t{RETURN}",
+    "three columns on the first line": f"   n = 1\n{BODY}",
+    "doctest behind": f"{FUNCTION}\n>>> {NAME}([1])\nFalse\n",
+    "zero-width mark of a wrong reader": f"\ufeff\ufeff{FUNCTION}",
     "closing fence": f"{BODY}```\n\nThis compares all pairs.",
     "try that was cut off": f"{FUNCTION}\ndef other():\n    try:\n        x = 1\n",
 }
@@ -154,6 +161,33 @@ CHAT = {
     "wrong example in the block": FENCED.replace("```\n", f"\nassert {NAME}([], 1) == 7\n```\n"),
     "block of another language behind": f"{FENCED}\n```javascript\nfunction f() {{}}\n```",
     "async by mistake elsewhere": f"{FENCED}\n```python\nasync def main():\n    pass\n```",
+    "language on the next line": f"```\npython\n{FUNCTION}```",
+    "language without fences": f"python\n{FUNCTION}",
+    "in a quotation": "> " + FENCED.replace("\n", "\n> "),
+    "interpreter's prompts": "```python\n>>> "
+    + FUNCTION.replace("    return", "...     return")
+    + f"...\n>>> {NAME}()\n```",
+    "closing fence with words": f"```python\n{FUNCTION}``` This works.",
+    "block inside a docstring": f'```python\n{HEAD}    """Say\n\n    ```python\n    f()\n    ```\n'
+    f'    """\n{BODY}```\nDone.',
+    "draft and correction without fences": f"First:\n\n{HEAD}    return None\n\nThat's (wrong. So:"
+    f"\n\n{FUNCTION}",
+    "prose with an open string": f'Use """ for docs.\n\n{FUNCTION}',
+    "headings and lists": f"# Solution\n\n{FUNCTION}\n## Why\n\n- The loop: x\n\n"
+    "1. First\n**Note**: (it",
+    "tests in a block of their own": f"{FENCED}\n```python\nimport pytest\nfrom solution import "
+    f"{NAME}\n\ndef test():\n    assert {NAME}([])\n```",
+    "a main that fails": FENCED.replace(
+        "```\n", "\ndef main():\n    return 1 / 0\n\nmain()\n```\n"
+    ),
+    "input behind": FENCED.replace("```\n", "\nn = int(input())\nprint(n)\n```\n"),
+    "constants in a block of their own": "```python\nOFF, ON = 0, 1\n```\n"
+    + FENCED.replace("return any", "return OFF or any"),
+    "class in a block of its own": "```python\nclass Near:\n    def any(self, x):\n"
+    "        return any(x)\n```\n" + FENCED.replace("any(", "Near().any("),
+    "pieces, then the whole": f"```python\n{HEAD}```\n```python\n    n = 1\n```\nFinal:\n{FENCED}",
+    "channels": f"<|channel|>analysis<|message|>{STUB}<|end|><|start|>assistant<|channel|>final"
+    f"<|message|>{FENCED}",
     "prompt in the block": f"```python\n{PROMPT}{BODY}```",
 }
 TABLES = {"as given": AS_GIVEN, "cut": CUT, "chat": CHAT}

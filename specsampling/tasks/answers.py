@@ -52,10 +52,12 @@ _BULLET = re.compile(r"[ \t]*(?:(?:[-*+>]|\d{1,3}[.)])[ \t]+)*$")  # a list's or
 _INFO = re.compile(
     r"(?:[\w.+#-]+|\{[^}]*\})(?: code)?(?:[ \t]+(?:\{.*|\[.*|[\w-]+=.*|\S+\.py))?[ \t]*$"
 )
-_PYTHON = re.compile(r"[{.]*(?:python|py|ipython|pycon)", re.IGNORECASE)
+_PYTHON = re.compile(r"[{.]*(?:ipython|python|pycon|py)3?", re.IGNORECASE)
 _ALTERNATIVE = re.compile(
     r"\balternativ|\banother (?:way|approach|option|solution|version|method)\b", re.IGNORECASE
 )
+_QUOTED = re.compile(r"[ \t]*> ?")
+_PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.) ?(.*)")
 _RETURNS = re.compile(r"\b(?:return|yield|raise)\b")
 _CODE_BEFORE = re.compile(r"(?:async\s+def|def|class|import|from)\b|@\w|#")
 _CODE = re.compile(
@@ -156,7 +158,8 @@ def fenced_blocks(text: str) -> tuple[str, str, list[Block]]:
         introduction = "\n".join(outside[num_told:])
         num_told = len(outside)
         inside, number, is_closed = _inside(lines, number + 1, fence)
-        blocks.append(Block(fence["info"].strip(), _at_margin(inside), is_closed, introduction))
+        code = _at_margin(_without_prompts(inside))
+        blocks.append(Block(fence["info"].strip(), code, is_closed, introduction))
     return "\n".join(outside[:num_before]), "\n".join(outside), blocks
 
 
@@ -176,8 +179,10 @@ def _inside(
     quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
     for number in range(first, len(lines)):
         line = lines[number]
+        if ">" in opening["before"]:
+            line = _QUOTED.sub("", line)
         fence = _FENCE.match(line) if mark in line else None
-        if fence and fence["fence"][0] == mark and not fence["before"].strip(" \t>"):
+        if fence and fence["fence"][0] == mark and not fence["before"].strip():
             is_text = is_text or (bool(quote) and _string_ends(lines, number, quote, opening))
             if not is_text:
                 begins_another = bool(_INFO.match(fence["info"]))
@@ -205,6 +210,13 @@ def _string_ends(lines: Sequence[str], first: int, quote: str, opening: re.Match
         ):
             return False
     return False
+
+
+def _without_prompts(lines: Sequence[str]) -> Sequence[str]:
+    """A block's code without the interpreter's prompts, or a language's name on its first line."""
+    if lines and lines[0].lstrip().startswith(">>> "):
+        return [found[1] for line in lines if (found := _PROMPT.match(line))]
+    return lines[1:] if lines and _PYTHON.fullmatch(lines[0].strip()) else lines
 
 
 def _at_margin(lines: Sequence[str]) -> str:
@@ -249,7 +261,9 @@ def _unfenced(text: str, entry_point: str) -> str:
         lines, indent = _without_blank(lines), 0
     text = "\n".join(lines)
     if indent < len(INDENT) and defines(text, entry_point):
-        return _without_prose(text)
+        starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=True))
+        start = next(starts, 0)
+        return _without_prose("\n".join(lines[start:]))
     if block := _indented_program(lines, entry_point):
         return block
     if not indent:
@@ -257,7 +271,8 @@ def _unfenced(text: str, entry_point: str) -> str:
         lines = lines[start:]
         if not _is_body(_at_margin(lines)):
             return text
-    return as_body("\n".join(lines))
+        return as_body("\n".join(lines))
+    return as_body(_without_prose(text))
 
 
 def _without_blank(lines: Sequence[str]) -> list[str]:
@@ -268,8 +283,14 @@ def _without_blank(lines: Sequence[str]) -> list[str]:
 
 
 def _without_prose(text: str) -> str:
-    found = list(statements(text))
-    code = [whole for head, whole in found if _is_code(head)]
+    """The statements that look like code, and what is indented at the beginning."""
+    found = statements(text)
+    begins_inside = _first_indent(text) > 0
+    code = [
+        whole
+        for at, (head, whole) in enumerate(found)
+        if _is_code(head) or (begins_inside and at == 0)
+    ]
     return text if len(code) == len(found) else "\n".join(code)
 
 
@@ -278,8 +299,10 @@ def _is_code(head: str) -> bool:
     return bool(_CODE.match(head if len(head) <= _MAX_HEAD else f"{head[:_MAX_HEAD]})"))
 
 
-def _starts_code(line: str) -> bool:
-    return bool(line.strip()) and (line[0].isspace() or _is_code(without_strings(line)[0]))
+def _starts_code(line: str, at_margin: bool = False) -> bool:
+    if not line.strip() or line[0].isspace():
+        return bool(line.strip()) and not at_margin
+    return _is_code(without_strings(line)[0])
 
 
 def _indented_program(lines: Sequence[str], entry_point: str) -> str:

@@ -199,8 +199,8 @@ def names(head: str) -> set[str]:
     if found := re.match(r"(?:from\s+[\w.]+\s+)?import\b(.*)", head, re.DOTALL):
         parts = [part.split() for part in found[1].strip(" ()").split(",")]
         return {part[-1] if "as" in part else part[0].split(".")[0] for part in parts if part}
-    if found := re.match(r"(\w+)(?:\.\w+)*\s*(?::[^=]+)?=(?!=)", head):
-        return {found[1]}
+    if found := re.match(r"([\w.]+(?:\s*,\s*[\w.]+)*)\s*(?::[^=]+)?=(?!=)", head):
+        return {name.strip().split(".")[0] for name in found[1].split(",")}
     return set()
 
 
