@@ -111,6 +111,8 @@ USAGE = f"```python\nprint({NAME}([1.0], 0.5))\n```\n"
 CHAT = {
     "one block": f"Sure!\n\n{FENCED}\nThis compares all pairs.",
     "thoughts with a draft": f"<think>\nMaybe {STUB} no...\n</think>\n\n{FENCED}",
+    "long thoughts": f"<think>\n{STUB}{'Hm. ' * 50_000}\n</think>\n\n{FENCED}",
+    "long thoughts without a mark": f"{STUB}{'Hm. ' * 50_000}\n\n{FENCED}",
     "thoughts whose beginning is the template's": f"Let me see.\n{STUB}</think>{FENCED}",
     "usage first": f"You call it so:\n{USAGE}Here it is:\n{FENCED}",
     "usage behind": f"{FENCED}For example:\n{USAGE}",

@@ -31,6 +31,7 @@ from specsampling.tasks.statements import (
     words,
 )
 
+MAX_CHARACTERS = 100_000  # behind the thoughts, that code is looked for in
 INDENT = "    "
 
 _THOUGHTS_END = re.compile(
@@ -111,7 +112,11 @@ def find_code(answer: str, entry_point: str) -> str:
         Code that defines `entry_point` at the margin, or, where nothing does, what may be
         its body, indented.
     """
-    first, outside, blocks = fenced_blocks(final_part(answer))
+    text = final_part(answer)
+    if len(text) > MAX_CHARACTERS:  # a conclusion stands at the end, a continuation at the front
+        end = text[-MAX_CHARACTERS:]
+        text = end if "```" in end else text[:MAX_CHARACTERS]
+    first, outside, blocks = fenced_blocks(text)
     defining = [block for block in blocks if defines(block.text, entry_point)]
     if defining:
         chosen = next((block for block in reversed(defining) if block.is_whole), defining[-1])

@@ -21,8 +21,6 @@ from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 # Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).
 BENCHMARK_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
-MAX_CHARACTERS = 100_000  # of a text that code is looked for in; a longer one is no function
-
 CHAT_REQUEST = """\
 Complete the following Python function. Answer with the whole function in one code block.
 
@@ -63,7 +61,7 @@ class HumanEval:
         """The code that goes behind the problem's prompt, at any text; never raises."""
         if self._settings.prompt_style == "chat":
             entry_point = self._problems[example.id]["entry_point"]
-            return answer_to(entry_point, text)[1] if len(text) <= MAX_CHARACTERS else text
+            return answer_to(entry_point, text)[1]
         return INDENT + cut_at(text, self.stop_strings)
 
 
@@ -97,8 +95,6 @@ def forms(completion: str, entry_point: str) -> tuple[list[str], int]:
         The forms, and which of them is the answer, whose outcome counts if none passes: the
         cut code.
     """
-    if len(completion) > MAX_CHARACTERS:
-        return [completion], 0
     code, answer = answer_to(entry_point, completion)
     found: dict[tuple[str, ...], str] = {}
     for form in (completion, code, answer):
