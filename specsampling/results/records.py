@@ -233,12 +233,6 @@ def read_rows(path: str | Path) -> list[Row]:
     return [Row(**value) for value in values]
 
 
-def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The objects of anyone's JSONL file; each must hold `fields`, and may hold others."""
-    data = _read(Path(path)).rstrip() + b"\n"  # whoever wrote it may have left the last one out
-    return _parse(Path(path), data, fields, exact=False)[0]
-
-
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What the rows in `path` were made with."""
     meta_path = Path(path).with_suffix(".meta.json")
@@ -280,28 +274,24 @@ def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
     return cast("list[Score]", _parse(scores_path, data, get_type_hints(Score))[0])
 
 
-def _parse(
-    path: Path, data: bytes, hints: Mapping[str, Any], exact: bool = True
-) -> tuple[list[dict[str, Any]], int]:
+def _parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """The objects of a JSONL file, and how many bytes they take: less than all if it is torn.
 
-    Each must hold the fields in `hints`; if `exact`, no others, and no key a second time.
+    Each must hold the fields in `hints`, no others, and no key a second time.
     """
     *lines, torn = data.split(b"\n")
     values: list[dict[str, Any]] = []
     seen: set[Key] = set()
     num_bytes = 0
     for number, line in enumerate(lines, start=1):
-        if not exact and not line.strip():
-            continue
         try:
             value = json.loads(line)
-        except ValueError:
-            if exact and number == len(lines) and not torn:
+        except (ValueError, RecursionError):
+            if number == len(lines) and not torn:
                 break
             value = None
-        problem = _problem(value, hints, exact)
-        if exact and not problem:
+        problem = _problem(value, hints)
+        if not problem:
             key = value["example_id"], value["method"], value["sample_index"]
             problem = f"repeats the row for {key}" if key in seen else ""
             seen.add(key)
@@ -312,12 +302,12 @@ def _parse(
     return values, num_bytes
 
 
-def _problem(value: Any, hints: Mapping[str, Any], exact: bool) -> str:
+def _problem(value: Any, hints: Mapping[str, Any]) -> str:
     """What keeps a line's value from being a row, in words; empty if nothing does."""
     if not isinstance(value, dict):
         return "is not a JSON object"
     unknown = [name for name in value if name not in hints]
-    if exact and unknown:
+    if unknown:
         return f"has a field that is not known: {', '.join(unknown)}"
     for name, hint in hints.items():
         if not _fits(hint, value.get(name)):

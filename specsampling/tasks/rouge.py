@@ -2,12 +2,16 @@
 
 `evaluate.load("rouge")` runs a script from the hub; this class needs only the packages
 `evaluate` and `rouge-score`. Knows texts, and neither rows nor files.
+
+The scorer's tokenizer keeps the letters a to z and digits only: of a text in another script
+nothing is left, and two equal ones score 0. `num_unreadable` counts such texts.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -33,6 +37,16 @@ class Rouge(evaluate.Metric):
         with tempfile.TemporaryDirectory() as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder)
 
+    def add_batch(
+        self, *, predictions: Sequence[str], references: Sequence[str], **options: Any
+    ) -> None:
+        """Take more samples; a lone surrogate, which no encoding can hold, becomes a "?"."""
+        super().add_batch(
+            predictions=[_encodable(text) for text in predictions],
+            references=[_encodable(text) for text in references],
+            **options,
+        )
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="ROUGE F1 with Porter stemming",
@@ -51,3 +65,17 @@ class Rouge(evaluate.Metric):
         if not use_aggregator:
             return samples
         return {name: fmean(values) for name, values in samples.items()}
+
+
+def num_unreadable(texts: Iterable[str]) -> int:
+    """How many texts lose more than half of their letters and digits to the tokenizer."""
+    return sum(_is_unreadable(text) for text in texts)
+
+
+def _is_unreadable(text: str) -> bool:
+    num_letters = sum(map(str.isalnum, text))
+    return 2 * len(re.findall("[a-z0-9]", text.lower())) < num_letters
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()

