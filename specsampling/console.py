@@ -70,6 +70,7 @@ def read_experiment(
     if options.score:
         return options, config
     require_task(config, task)
+    check_output(options.output)
     if task == "xsum":
         return options, replace(config, humaneval=None)
     return options, replace(config, xsum=None)
@@ -231,7 +232,8 @@ def run_experiment(
 
     output, decoding = options.output, config.decoding
     meta = run_meta(config)
-    check_output(output, meta, options.fresh)  # before minutes of loading
+    if not options.fresh:
+        check_output(output, meta)  # before minutes of loading
     pair = load_configured_pair(config)
     width = call_width(config)
     check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)

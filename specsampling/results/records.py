@@ -208,10 +208,11 @@ class RunFile:
         self.close()
 
 
-def check_output(path: str | Path, meta: dict[str, Any], fresh: bool = False) -> None:
+def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
 
-    For before the minutes of loading; another process may still be faster than this one.
+    For before the minutes of loading; another process may still be faster than this one. Without
+    a `meta` the rows that are there are not looked at: they are to be dropped, or not known yet.
     """
     path = Path(path)
     with one_line_errors(path, "written"):
@@ -221,7 +222,7 @@ def check_output(path: str | Path, meta: dict[str, Any], fresh: bool = False) ->
             return
         with io.FileIO(path, "r+") as file:
             lock_alone(path, file)
-            if not fresh and (data := file.readall()):
+            if meta is not None and (data := file.readall()):
                 _resumed_meta(path, meta)
                 _parse(path, data, get_type_hints(Row))
 
