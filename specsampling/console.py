@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.provenance import PROJECT, device_name, precision, run_meta
-from specsampling.results.records import RunFile, Scores, check_output, is_run, write_scores
+from specsampling.results.records import (
+    RunFile,
+    Scores,
+    check_fresh,
+    check_output,
+    is_run,
+    write_scores,
+)
 from specsampling.results.tables import describe_sampling, format_table, summary_table
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
@@ -232,8 +239,10 @@ def run_experiment(
 
     output, decoding = options.output, config.decoding
     meta = run_meta(config)
-    if not options.fresh:
-        check_output(output, meta)  # before minutes of loading
+    if options.fresh:  # either is told before minutes of loading
+        check_fresh(output)
+    else:
+        check_output(output, meta)
     pair = load_configured_pair(config)
     width = call_width(config)
     check = check_exactness(pair.target, width, capacity=2 * decoding.max_new_tokens)

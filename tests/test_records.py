@@ -15,6 +15,7 @@ from specsampling.results.records import (
     RecordsError,
     Row,
     RunFile,
+    check_fresh,
     check_output,
     is_run,
     read_meta,
@@ -395,6 +396,23 @@ def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them
     assert "line 1, is not a JSON object" in error_of(check_output, path, META)
     check_output(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"id": 1, "document": "d", "summary": "s"}\n'])
+def test_fresh_deletes_no_file_of_another_kind(path, text):
+    """`--output articles.jsonl --fresh` emptied the data set that the run was to read."""
+    path.write_text(text)
+    assert "holds no rows of a run" in error_of(check_fresh, path)
+    assert "holds no rows of a run" in error_of(RunFile.open, path, META, fresh=True)
+    assert path.read_text() == text
+
+
+def test_fresh_drops_rows_whose_meta_was_lost(path):
+    """That is the way out which resuming them names."""
+    write_run(path, ROW)
+    path.with_suffix(".meta.json").unlink()
+    with RunFile.open(path, META, fresh=True) as run:
+        assert run.rows == []
 
 
 def test_fresh_keeps_the_old_rows_if_the_new_meta_cannot_be_written(path, monkeypatch):

@@ -140,6 +140,8 @@ class RunFile:
     def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
         """Take over a file that was just opened; `RunFile.open` is the way in."""
         lock_alone(path, file)
+        if fresh:
+            check_fresh(path)
         data = b"" if fresh else file.readall()
         resumed_meta = _resumed_meta(path, meta) if data else None
         values, num_bytes = _parse(path, data, get_type_hints(Row))
@@ -225,6 +227,21 @@ def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
             if meta is not None and (data := file.readall()):
                 _resumed_meta(path, meta)
                 _parse(path, data, get_type_hints(Row))
+
+
+def check_fresh(path: str | Path) -> None:
+    """Raise a RecordsError if starting a file over would delete what no run has written."""
+    path = Path(path)
+    if (
+        path.is_file()
+        and path.stat().st_size
+        and not _meta_path(path).exists()
+        and not is_run(path)
+    ):
+        raise RecordsError(
+            f"{path} holds no rows of a run, and --fresh would delete what it holds; "
+            "choose another file with --output, or delete it yourself"
+        )
 
 
 def read_rows(path: str | Path) -> list[Row]:
