@@ -36,7 +36,7 @@ import main_exp1
 import main_exp2
 from specsampling.config import load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
-from specsampling.results.records import read_run
+from specsampling.results.records import check_output, read_run
 from specsampling.results.table1 import format_table1, table1, table1_paths
 
 
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, cell in CELLS.items():  # a mistake is told before hours of decoding
         require_task(load_config(options.config, options.profile, overrides[name]), cell.task)
     paths = table1_paths(options.output_folder)
+    for path in paths.values():
+        check_output(path)
     for name, cell in CELLS.items():
         print(f"\n{name}", flush=True)
         cell_arguments = ["--config", str(options.config), "--output", str(paths[name])]

@@ -266,7 +266,7 @@ def load_config(
     Raises:
         ConfigError: the file, the profile, a key, a value or an override is wrong.
     """
-    file: _File = build(_File, checked(dict, _parse(_read(path), str(path)), str(path)))
+    file: _File = build(_File, read_blocks(path))
     name = file.default if profile is None else profile
     if name not in file.profiles:
         way_out = nearest(name, file.profiles) or "name it with --profile"
@@ -319,6 +319,16 @@ def config_hash(config: Config) -> str:
 class _File:
     default: Text
     profiles: dict[str, Any]
+
+
+def read_blocks(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked.
+
+    Raises:
+        ConfigError: there is no such file, it is none that can be read to its end, or no YAML.
+    """
+    blocks: dict[str, Any] = checked(dict, _parse(_read(path), str(path)), str(path))
+    return blocks
 
 
 def _read(path: str | Path) -> str:

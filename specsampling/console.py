@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.provenance import PROJECT, device_name, precision, run_meta
-from specsampling.results.records import RunFile, Scores, check_output, is_run, write_scores
+from specsampling.results.records import (
+    RunFile,
+    Scores,
+    check_fresh,
+    check_output,
+    is_run,
+    write_scores,
+)
 from specsampling.results.tables import describe_sampling, format_table, summary_table
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
@@ -70,6 +77,7 @@ def read_experiment(
     if options.score:
         return options, config
     require_task(config, task)
+    check_output(options.output)
     if task == "xsum":
         return options, replace(config, humaneval=None)
     return options, replace(config, xsum=None)
@@ -235,7 +243,10 @@ def run_experiment(
 
     output, decoding = options.output, config.decoding
     meta = run_meta(config)
-    check_output(output, meta, options.fresh)  # before minutes of loading
+    if options.fresh:  # either is told before minutes of loading
+        check_fresh(output)
+    else:
+        check_output(output, meta)
     pair = load_configured_pair(config)
     prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for _, prompt in prompts)

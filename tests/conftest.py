@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -122,6 +123,37 @@ def make_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def write_config(
+    folder: Path, profile: str, pair: str, folders: dict[str, Path], blocks: dict[str, dict]
+) -> Path:
+    """A configuration whose default is a shipped profile over a tiny pair, some values changed.
+
+    Args:
+        folder: where the file goes.
+        profile: the shipped one's name, kept.
+        pair: an architecture.
+        folders: of `model_folders`.
+        blocks: block -> key -> value, in place of the shipped ones.
+    """
+    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
+    chosen = values["profiles"][profile]
+    chosen["models"] |= {
+        "target": str(folders[f"{pair}-target"]),
+        "draft": str(folders[f"{pair}-draft"]),
+        "tokenizer": None,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    for block, changes in blocks.items():
+        chosen[block] |= changes
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values | {"default": profile}))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
 """config.py: strict reading, one-line errors, overrides, the hash; and the shipped config.yaml."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 
 from specsampling.config import (
+    Config,
     ConfigError,
     config_as_dict,
     config_hash,
@@ -53,6 +56,12 @@ def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
+        ("run.limit=010:00", 'run.limit must be null or an integer >= 1 (got "010:00")'),
+        ("run.limit=1_000", 'run.limit must be null or an integer >= 1 (got "1_000")'),
+        ("sampling.seed=2024-05-01", 'sampling.seed must be an integer >= 0 (got "2024-05-01")'),
+        ("sampling.top_p=1:30", 'sampling.top_p must be a number > 0 and <= 1 (got "1:30")'),
+        ("decoding.bit_exact=yes", 'decoding.bit_exact must be true or false (got "yes")'),
+        ("decoding.bit_exact=off", 'decoding.bit_exact must be true or false (got "off")'),
         ("speculation.k=true", "speculation.k must be an integer >= 1 (got true)"),
         ("speculation.k='5'", 'speculation.k must be an integer >= 1 (got "5")'),
         ("speculation.k=5.0", "speculation.k must be an integer >= 1 (got 5.0)"),
@@ -124,6 +133,12 @@ def test_an_integer_may_stand_for_a_number_but_stays_no_integer():
     temperature = demo("sampling.temperature=1").sampling.temperature
     assert temperature == 1
     assert type(temperature) is float
+
+
+def test_numbers_are_read_as_yaml_1_2_reads_them():
+    """010 was 8, and 1e-3 was text."""
+    config = demo("run.limit=010", "sampling.temperature=1e-3", "sampling.seed=0x10")
+    assert (config.run.limit, config.sampling.temperature, config.sampling.seed) == (10, 0.001, 16)
 
 
 def test_a_long_value_is_cut():
@@ -268,6 +283,77 @@ def test_a_folder_and_a_binary_file_are_one_line(tmp_path):
     binary = tmp_path / "config.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in error_of(path=binary)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"default: demo\n# " + b"x" * 300_000, "larger than 200000 bytes"),
+        ("default: demo".encode("utf-16"), "not UTF-8"),
+        (b"default: d\xe9mo", "not UTF-8"),
+        (b"default: demo\0", "unacceptable character"),
+        (b"\x7fELF\x02\x01\x01", "unacceptable character"),
+        (b"PK\x03\x04", "unacceptable character"),
+        (b'{"default": "demo"}', "profiles is missing"),
+        (b"\xef\xbb\xbfdefault: demo", "profiles is missing"),
+        (b"default: &a [*a]", "*a stands before the end of an &a"),
+        (b"profiles: &a {demo: *a}", "*a stands before the end of an &a"),
+        (b"default: demo\nprofiles: {demo: {models: " + b"[" * 9000, "more than 20 deep"),
+        (b"default: demo\nprofiles: {'a\\nb': 1}", "profile must be one of: a"),
+        (b'default: demo\nprofiles: {"a\\nb": 1}', "profile must be one of: a\\nb"),
+        (b'"a\\nb": 1', "a\\nb is not a known key"),
+        (b"k" * 100_000 + b": 1", "is not a known key"),
+        (b'default: "\\ud800"\nprofiles: {}', "\\ud800 is no character"),
+        (b"default: demo\nprofiles: {demo: &d {k: 1}, e: {<<: *d}}", "the merge key <<"),
+        (b"default: demo\n---\ndefault: demo", "a second document begins"),
+    ],
+    ids=lambda value: "",
+)
+def test_a_file_of_another_kind_is_one_short_line(tmp_path, data, problem):
+    """A key with a line break made two lines of the message; a bomb of aliases took 11 GB."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(data)
+    message = error_of(path=path)
+    assert problem in message or "line " in message and "key" in problem
+    assert len(message) < 500
+
+
+def test_an_alias_bomb_is_not_expanded_for_its_error_message(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    path = write(tmp_path, "\n".join([*lines, "default: *a9", "profiles: {}"]))
+    assert "more than 5000 values" in error_of(path=path)
+
+
+def test_profiles_may_share_a_block_by_an_alias(tmp_path):
+    text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO, "yours": DEMO}})
+    assert "*id001" in text
+    path = write(tmp_path, text)
+    assert load_config(path, "yours").speculation == load_config(path, "mine").speculation
+
+
+def integers(hint):
+    """Every `int` in a type hint, with its rules."""
+    if dataclasses.is_dataclass(hint):
+        for name, inner in get_type_hints(hint, include_extras=True).items():
+            for below, rules in integers(inner):
+                yield below or f"{hint.__name__}.{name}", rules
+    elif get_origin(hint) is Annotated and get_args(hint)[0] is int:
+        yield "", get_args(hint)[1:]
+    elif hint is int:
+        yield "", ()
+    else:
+        for inner in get_args(hint):
+            yield from integers(inner)
+
+
+def test_every_integer_has_an_upper_bound_that_says_why():
+    """k=65536 hung, num_samples of 20 digits filled the memory with a list of what to do."""
+    found = dict(integers(Config))
+    assert len(found) >= 14
+    for name, rules in found.items():
+        assert any(rule.words.startswith(" <= ") and rule.way_out for rule in rules), name
+        assert not all(rule.check(10**20) for rule in rules), name
 
 
 def test_a_syntax_error_names_the_line(tmp_path):

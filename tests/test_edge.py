@@ -128,6 +128,12 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["--set", "..=1"], "--set must be key.path=value"),
         (["--set", "speculation.k =5", "--limit", "x"], "run.limit must be"),
         (["--output", "a\0b.jsonl", "--limit", "x"], "run.limit must be"),
+        (["--output", "a\0b.jsonl"], "embedded null byte"),
+        (["--output", ""], "must be a file that ends in .jsonl (got .)"),
+        (["--output", "a\nb"], "must be a file that ends in .jsonl (got a\\nb)"),
+        (["--output", "x" * 300 + ".jsonl"], "File name too long"),
+        (["--output", "README.md/a.jsonl"], "Not a directory"),
+        (["--output", "/proc/none/a.jsonl", "--fresh"], "cannot be written"),
     ],
     ids=lambda value: "",
 )  # fmt: skip

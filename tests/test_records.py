@@ -15,6 +15,7 @@ from specsampling.results.records import (
     RecordsError,
     Row,
     RunFile,
+    check_fresh,
     check_output,
     is_run,
     read_meta,
@@ -374,8 +375,7 @@ def test_an_output_that_cannot_be_is_told_beforehand(tmp_path, make, message, fr
     """Each of them was told after minutes of loading, or when the old rows were gone."""
     path = make(tmp_path)
     before = {file: file.stat().st_size for file in tmp_path.iterdir() if file.is_file()}
-    if "/proc" not in str(path):  # `os.access` says yes there; opening says no
-        assert message in error_of(check_output, path, META, fresh)
+    assert message in error_of(check_output, path, None if fresh else META)
     assert message in error_of(RunFile.open, path, META, fresh)
     assert before == {f: f.stat().st_size for f in tmp_path.iterdir() if f.is_file()}
 
@@ -387,20 +387,31 @@ def test_looking_at_an_output_leaves_nothing_behind(tmp_path):
     check_output(tmp_path / "link.jsonl", META)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="os.access says nothing of folders there")
-def test_a_folder_that_cannot_be_written_is_told_beforehand(path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *arguments: False)  # root may write anywhere
-    assert "cannot be written (Permission denied)" in error_of(check_output, path, META)
-
-
 def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them(path):
     write_run(path, ROW)
     assert "device was" in error_of(check_output, path, {**META, "device": "cuda"})
     path.write_bytes(b"{broken\n" + path.read_bytes() + b"{torn")
     before = path.read_bytes()
     assert "line 1, is not a JSON object" in error_of(check_output, path, META)
-    check_output(path, META, fresh=True)
+    check_output(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"id": 1, "document": "d", "summary": "s"}\n'])
+def test_fresh_deletes_no_file_of_another_kind(path, text):
+    """`--output articles.jsonl --fresh` emptied the data set that the run was to read."""
+    path.write_text(text)
+    assert "holds no rows of a run" in error_of(check_fresh, path)
+    assert "holds no rows of a run" in error_of(RunFile.open, path, META, fresh=True)
+    assert path.read_text() == text
+
+
+def test_fresh_drops_rows_whose_meta_was_lost(path):
+    """That is the way out which resuming them names."""
+    write_run(path, ROW)
+    path.with_suffix(".meta.json").unlink()
+    with RunFile.open(path, META, fresh=True) as run:
+        assert run.rows == []
 
 
 def test_fresh_keeps_the_old_rows_if_the_new_meta_cannot_be_written(path, monkeypatch):
@@ -441,9 +452,10 @@ def holder(path):
 
 def test_a_second_process_is_refused_and_may_read(path, holder):
     for fresh in (False, True):
-        for look in (check_output, RunFile.open):
-            message = error_of(look, path, META, fresh=fresh)
-            assert "is being written by another process" in message
+        message = error_of(RunFile.open, path, META, fresh=fresh)
+        assert "is being written by another process" in message
+        message = error_of(check_output, path, None if fresh else META)
+        assert "is being written by another process" in message
     assert read_rows(path) == [OTHER]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_end_to_end import PROJECT, run
+from conftest import write_config
+from test_end_to_end import run
 
 from Benchmarks import table1
 from specsampling.config import load_config
@@ -33,20 +34,12 @@ def config(tmp_path_factory, model_folders) -> Path:
         for number in range(3)
     ]
     (folder / "articles.jsonl").write_text("".join(json.dumps(a) + "\n" for a in articles))
-    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    profile = values["profiles"]["demo"]
-    profile["models"] |= {
-        "target": str(model_folders["llama-target"]),
-        "draft": str(model_folders["llama-draft"]),
-        "dtype": "float32",
-        "device": "cpu",
+    blocks = {
+        "decoding": {"max_new_tokens": 8},
+        "run": {"warmup": 0},
+        "xsum": {"dataset": str(folder / "articles.jsonl")},
     }
-    profile["decoding"]["max_new_tokens"] = 8
-    profile["run"]["warmup"] = 0
-    profile["xsum"]["dataset"] = str(folder / "articles.jsonl")
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write_config(folder, "demo", "llama", model_folders, blocks)
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,10 @@ from train import (  # noqa: E402
 )
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from specsampling.config import ConfigError  # noqa: E402
+from specsampling.config import ConfigError, read_blocks  # noqa: E402
 from specsampling.console import Parser, exit_code  # noqa: E402
 from specsampling.models.distilled import assemble, expand, shrink  # noqa: E402
 from specsampling.models.load import model_location, resolve_device  # noqa: E402
-from specsampling.strict_yaml import YamlError, parse_yaml  # noqa: E402
 
 DRAFT = "smollm2-135m-draft"
 SHIPPED = "draft.safetensors"
@@ -145,15 +144,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"STAGE must be one of {', '.join(STAGES)} (got {', '.join(unknown)})")
     try:
-        settings = parse_yaml(options.config.read_text(encoding="utf-8"))
+        settings = read_blocks(options.config)
         claim(options.work, settings)
         for stage in options.stages or STAGES:
             STAGES[stage](settings, options.work)
-    except (OSError, YamlError) as error:
+    except OSError as error:
         text = " ".join(str(error).split())
         raise ConfigError(
-            f"the recipe must be readable and {options.work} writable ({text}); name the recipe "
-            "with --config, and run the stages in order: " + ", ".join(STAGES)
+            f"{options.work} must be writable and hold what earlier stages made ({text}); run the "
+            "stages in order: " + ", ".join(STAGES)
         ) from error
     return 0
 

@@ -141,6 +141,8 @@ class RunFile:
     def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
         """Take over a file that was just opened; `RunFile.open` is the way in."""
         lock_alone(path, file)
+        if fresh:
+            check_fresh(path)
         data = b"" if fresh else file.readall()
         resumed_meta = _resumed_meta(path, meta) if data else None
         values, num_bytes = _parse(path, data, get_type_hints(Row))
@@ -209,10 +211,11 @@ class RunFile:
         self.close()
 
 
-def check_output(path: str | Path, meta: dict[str, Any], fresh: bool = False) -> None:
+def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
 
-    For before the minutes of loading; another process may still be faster than this one.
+    For before the minutes of loading; another process may still be faster than this one. Without
+    a `meta` the rows that are there are not looked at: they are to be dropped, or not known yet.
     """
     path = Path(path)
     with one_line_errors(path, "written"):
@@ -222,9 +225,24 @@ def check_output(path: str | Path, meta: dict[str, Any], fresh: bool = False) ->
             return
         with io.FileIO(path, "r+") as file:
             lock_alone(path, file)
-            if not fresh and (data := file.readall()):
+            if meta is not None and (data := file.readall()):
                 _resumed_meta(path, meta)
                 _parse(path, data, get_type_hints(Row))
+
+
+def check_fresh(path: str | Path) -> None:
+    """Raise a RecordsError if starting a file over would delete what no run has written."""
+    path = Path(path)
+    if (
+        path.is_file()
+        and path.stat().st_size
+        and not _meta_path(path).exists()
+        and not is_run(path)
+    ):
+        raise RecordsError(
+            f"{path} holds no rows of a run, and --fresh would delete what it holds; "
+            "choose another file with --output, or delete it yourself"
+        )
 
 
 def read_rows(path: str | Path) -> list[Row]:
