@@ -35,7 +35,7 @@ WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of th
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
     "sampling": ("num_samples",),  # more of them continue a run: each has its own random stream
-    "humaneval": ("timeout_seconds", "memory_mb"),
+    "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
 
 
@@ -138,6 +138,7 @@ class HumanEvalConfig:
     stop_strings: tuple[Text, ...]
     timeout_seconds: Annotated[float, _Rule(" > 0", lambda seconds: seconds > 0)]
     memory_mb: Annotated[int, _at_least(64, "a Python process needs that to start")]
+    allow_weak_sandbox: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def test_every_room_is_small_enough_to_read(path):
 
 
 RESULTS = ("records", "metrics", "tables", "figures", "tokens", "table1")
-LIGHT = ["config", "method.text", "models.embedded", "tasks.sandbox"]
+SANDBOX = ("sandbox", "judge", "wire", "namespace", "containment")
+LIGHT = ["config", "method.text", "models.embedded", *(f"tasks.{name}" for name in SANDBOX)]
 
 
 @pytest.mark.parametrize("module", [*LIGHT, *(f"results.{name}" for name in RESULTS)])

