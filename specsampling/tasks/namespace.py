@@ -149,8 +149,10 @@ def _options() -> list[str]:
     options += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if not has_filter():
         options.append("--disable-userns")  # in one of its own, a program may mount more memory
-    library = os.path.join(sys.base_prefix, "lib")
-    shown = dict.fromkeys((*LIBRARIES, *SYSTEM_FILES, library, interpreter()))
+    prefixes = (sys.base_prefix, sys.base_exec_prefix)
+    own = {os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")}
+    own |= {os.path.dirname(sysconfig.get_path("stdlib")), interpreter()}
+    shown = dict.fromkeys((*LIBRARIES, *SYSTEM_FILES, *sorted(own)))
     for path in shown:  # a link stays one, or what is covered in one place shows in another
         if os.path.islink(path):
             options += ["--symlink", os.readlink(path), path]
@@ -168,10 +170,11 @@ def _packages(shown: list[str]) -> list[str]:
     standard = os.path.realpath(sysconfig.get_path("stdlib"))
     found = {path for root in shown for path in glob.glob(f"{root}/python*/*-packages")}
     found |= {os.path.realpath(path) for path in sys.path if os.path.isdir(path)}
-    return sorted(
+    found -= {os.path.join(standard, "lib-dynload")}
+    found = {
         path
         for path in found
         if any(path.startswith(f"{root}/") for root in shown)
         and not f"{standard}/".startswith(f"{path}/")
-        and path != os.path.join(standard, "lib-dynload")
-    )
+    }
+    return sorted(path for path in found if not any(path.startswith(f"{up}/") for up in found))

@@ -179,15 +179,13 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         answers, to_judge = _pipe(stack)
         calls, to_program = _pipe(stack)
         judging = stack.enter_context(_judge_process(answers, to_program, cpu_seconds))
-        answers.close()
-        # The program's process starts when its judge has the task, which it cannot read then.
-        with suppress(BrokenPipeError):  # no judge; its report says why
-            task = (program, check.setup, check.tests, check.entry_point)
-            wire.send(to_judge.fileno(), *task)
         limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES)
         running = stack.enter_context(_program_process(calls, to_judge, complaints, limits))
-        for end in (to_judge, calls, to_program):
+        for end in (answers, calls, to_program):
             end.close()
+        with to_judge, suppress(BrokenPipeError):  # no judge; its report says why
+            task = (program, check.setup, check.tests, check.entry_point)
+            wire.send(to_judge.fileno(), *task)
         report = judging.communicate(timeout=deadline - time.perf_counter())[1]
         verdict, *details = _read_report(report, judging.returncode)
         if verdict not in ("gone", "unstarted"):
@@ -234,8 +232,8 @@ def _program_process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The program's process, in a namespace if there is one; all it started is killed at the end.
 
-    It waits for the program, which its judge sends, so it is contained before anything
-    untrusted runs in it.
+    It waits for the program, which comes from its judge, which waits for the task: so it is
+    contained before anything untrusted runs in it.
     """
     start = _start_wrapped if find_wrap().works else _start_limited
     with (
