@@ -462,12 +462,12 @@ def test_the_program_that_the_attacks_are_measured_by_passes():
 
 
 SIBLINGS = """
-import os
+import glob, os
 def judges():
-    own = os.getpid(), os.getppid()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        command = open(f"/proc/{name}/cmdline", "rb").read()
-        if b"judge(" in command[-99:] and int(name) not in own: yield int(name)
+    for listing in glob.glob(f"/proc/{os.getppid()}/task/*/children"):
+        for name in open(listing).read().split():
+            command = open(f"/proc/{name}/cmdline", "rb").read()
+            if b"judge(" in command[-99:]: yield int(name)
 """
 
 WITHOUT_CAPABILITIES = """

@@ -63,8 +63,11 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_st
 
 
 def guard_process(option: int, value: int) -> None:
-    """Linux's prctl, where there is no namespace: 1, 9 dies with the parent; 4, 0 is closed to
-    the debugger and to /proc/PID/mem of the same user's other processes."""
+    """Linux's prctl, where there is no namespace.
+
+    1, 9: the process dies with its parent. 38, 1: it gains no rights by what it starts (sudo).
+    4, 0: its memory is closed to the same user's other processes.
+    """
     import sys
 
     if sys.platform == "linux":
@@ -84,7 +87,9 @@ def describe_exception(exception: BaseException) -> str:
     return text
 
 
-def serve(cpu_seconds: int, memory_bytes: int, file_bytes: int, is_wrapped: bool) -> None:
+def serve(
+    cpu_seconds: int, memory_bytes: int, file_bytes: int, may_start: bool, is_wrapped: bool
+) -> None:
     """The program's process: run the program, then answer calls of its function to the end.
 
     What it needs once the program has run lies in locals, or in the globals of this process's
@@ -93,9 +98,10 @@ def serve(cpu_seconds: int, memory_bytes: int, file_bytes: int, is_wrapped: bool
     import os
     import sys
 
-    limit_resources(cpu_seconds, memory_bytes, file_bytes, is_wrapped)
+    limit_resources(cpu_seconds, memory_bytes, file_bytes, may_start)
     if not is_wrapped:
         guard_process(1, 9)
+        guard_process(38, 1)
     leave, describe = os._exit, describe_exception
     calls, answers, complaints = take_pipes()
     module = type(sys)("program")  # not __main__: a main block does not run

@@ -179,7 +179,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         answers, to_judge = _pipe(stack)
         calls, to_program = _pipe(stack)
         judging = stack.enter_context(_judge_process(answers, to_program, cpu_seconds))
-        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES)
+        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, find_wrap().works and has_filter())
         running = stack.enter_context(_program_process(calls, to_judge, complaints, limits))
         for end in (answers, calls, to_program):
             end.close()
@@ -228,7 +228,7 @@ def _judge_process(
 
 @contextmanager
 def _program_process(
-    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: tuple[int, int, int]
+    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: tuple[int, int, int, bool]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The program's process, in a namespace if there is one; all it started is killed at the end.
 
@@ -262,7 +262,7 @@ def _scratch_folder() -> Iterator[str]:
 
 
 def _start_wrapped(
-    scratch: str, limits: tuple[int, int, int], **streams: Any
+    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
 ) -> subprocess.Popen[bytes]:
     with SystemCallFilter() as filtered:
         return subprocess.Popen(
@@ -275,7 +275,7 @@ def _start_wrapped(
 
 
 def _start_limited(
-    scratch: str, limits: tuple[int, int, int], **streams: Any
+    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
 ) -> subprocess.Popen[bytes]:
     # A virtual environment's python.exe would start a second process, outside the job.
     base = getattr(sys, "_base_executable", sys.executable)
