@@ -37,7 +37,7 @@ MAX_FILE_BYTES = 200_000  # some hundred profiles; far more than that is another
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
     "sampling": ("num_samples",),  # more of them continue a run: each has its own random stream
-    "humaneval": ("timeout_seconds", "memory_mb"),
+    "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
 
 
@@ -169,6 +169,7 @@ class HumanEvalConfig:
         at_least(64, "a Python process needs that to start"),
         at_most(1_048_576, "a tebibyte, which is no limit any more"),
     ]
+    allow_weak_sandbox: bool = False
 
 
 @dataclass(frozen=True)

@@ -413,6 +413,7 @@ def test_the_hash_ignores_what_changes_no_row(tmp_path):
         "sampling.num_samples=2",
         "humaneval.timeout_seconds=9",
         "humaneval.memory_mb=512",
+        "humaneval.allow_weak_sandbox=true",
     ):
         assert config_hash(demo(override)) == config_hash(demo()), override
 

@@ -79,8 +79,8 @@ def test_every_room_is_small_enough_to_read(path):
 
 
 RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens", "table1")
-TASKS = ["tasks.sandbox", "tasks.answers", "tasks.statements"]
-LIGHT = ["edge", "config", "method.text", "models.embedded", *TASKS]
+SCORING = ("sandbox", "judge", "wire", "namespace", "containment", "answers", "statements")
+LIGHT = ["edge", "config", "method.text", "models.embedded", *(f"tasks.{name}" for name in SCORING)]
 
 
 @pytest.mark.parametrize("module", [*LIGHT, *(f"results.{name}" for name in RESULTS)])

