@@ -1,14 +1,13 @@
-"""One checkpoint into one model: every tensor accounted for, its decoding proved, then made fast.
+"""One checkpoint into one model: its decoding proved, then made fast.
 
-A model that decodes noise says nothing of it. So a load report is read, a model is compared
-with itself without a cache before it is handed out, and faster layers are kept only where
-they give what transformers' own give.
+A model that decodes noise says nothing of it. So it is compared with itself without a cache
+before it is handed out, and faster layers are kept only where they give what transformers' own
+give.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,7 @@ def _read(
                 f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
                 "choose a decoder-only model"
             )
-        model, report = read_model(spec, **({} if is_gguf(spec) else options))
-        _require_whole(model, report, spec)
+        model = read_model(spec, **({} if is_gguf(spec) else options))
         if is_gguf(spec):
             model = model.to(device=device, dtype=dtype)
         elif lists_head_tokens(location := model_location(spec)):
@@ -106,44 +104,6 @@ def _read(
             f"cannot load model {spec} ({reason(error)}); {_way_out(error, spec)}"
         ) from error
     return model.eval()
-
-
-def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) -> None:
-    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place.
-
-    Raises:
-        ModelError: tensors are missing, have another shape, or belong to layers or parts of
-            layers that the configuration does not have.
-    """
-    mismatched = [f"{name} {tuple(was)}" for name, was, *_ in report["mismatched_keys"]]
-    homeless = [name for name in report["unexpected_keys"] if _has_a_place_beside(model, name)]
-    for names, problem in (
-        (report["missing_keys"], "lacks tensors that the model needs"),
-        (mismatched, "has tensors of another shape than its config.json says"),
-        (homeless, "has tensors that its config.json leaves out"),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise ModelError(
-                f"cannot load model {spec}: it {problem} ({len(names)}: {shown}); "
-                "download or convert it again"
-            )
-
-
-def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor that the model does not know would be part of a layer that it does know.
-
-    A bias of a layer without one, or one more layer in a list of layers, changes what the model
-    computes. A vision tower or a saved buffer does not.
-    """
-    if not name.endswith((".weight", ".bias")):
-        return False
-    owner, _, _ = name.rpartition(".")
-    modules = dict(model.named_modules())
-    numbered = re.fullmatch(r"(.*\.)\d+(\..*)", owner)
-    if owner in modules:
-        return isinstance(getattr(modules[owner], "weight", None), torch.nn.Parameter)
-    return numbered is not None and f"{numbered[1]}0{numbered[2]}" in modules
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

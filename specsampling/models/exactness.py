@@ -102,7 +102,8 @@ def require_decodable(model: PreTrainedModel, name: str) -> Proof:
         ModelError: in one line, why not.
     """
     refusal = f"cannot decode with {name}: {model.config.model_type} models"
-    why = _why_not_rolled_back(model)
+    with _one_line(f"{refusal} fail here"):
+        why = _why_not_rolled_back(model)
     if why:
         raise ModelError(f"{refusal} {why}; choose another architecture")
     with _one_line(f"{refusal} fail here"):

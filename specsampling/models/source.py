@@ -1,12 +1,14 @@
 """Where a model's files are: an embedded pair, a hub id, a local folder, a `.gguf` file.
 
-What reads them is transformers, kept quiet: its reports are read by `checkpoint`, its bars
-would come between the scripts' own lines. Nothing here runs code that a checkpoint brings.
+What reads them is transformers, kept quiet: its bars would come between the scripts' own lines,
+and its report of what it did not find is read here, since it puts random numbers there. Nothing
+here runs code that a checkpoint brings.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from specsampling.models.distilled import assemble
-from specsampling.models.embedded import embedded_folder
+from specsampling.models.embedded import ModelError, embedded_folder
 
 EMBEDDED = "embedded:"
 SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for on stdin
@@ -61,10 +64,19 @@ def read_config(spec: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model_location(spec), **SAFE)
 
 
-def read_model(spec: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A spec's model and transformers' report of what it found; safetensors or GGUF only."""
-    if is_gguf(spec):
-        return _read_gguf(Path(spec))
+def read_model(spec: str, **options: Any) -> Any:
+    """A spec's model, every tensor of it from the checkpoint; safetensors or GGUF only.
+
+    Raises:
+        ModelError: the checkpoint lacks tensors, or has others than its configuration says.
+    """
+    model, report = _read_gguf(Path(spec)) if is_gguf(spec) else _read_folder(spec, options)
+    _require_whole(model, report, spec)
+    return model
+
+
+def _read_folder(spec: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A folder's or a hub id's model, and transformers' report of what it found."""
     location = model_location(spec)
     with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,10 +104,46 @@ def _read_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
     return model, report
 
 
+def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) -> None:
+    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place.
+
+    Raises:
+        ModelError: tensors are missing, have another shape, or belong to layers or parts of
+            layers that the configuration does not have.
+    """
+    mismatched = [f"{name} {tuple(was)}" for name, was, *_ in report["mismatched_keys"]]
+    homeless = [name for name in report["unexpected_keys"] if _has_a_place_beside(model, name)]
+    for names, problem in (
+        (report["missing_keys"], "lacks tensors that the model needs"),
+        (mismatched, "has tensors of another shape than its config.json says"),
+        (homeless, "has tensors that its config.json leaves out"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            raise ModelError(
+                f"cannot load model {spec}: it {problem} ({len(names)}: {shown}); "
+                "download or convert it again"
+            )
+
+
+def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor that the model does not know would be part of a layer that it does know.
+
+    A bias of a layer without one, or one more layer in a list of layers, changes what the model
+    computes. A vision tower or a saved buffer does not.
+    """
+    if not name.endswith((".weight", ".bias")):
+        return False
+    owner, _, _ = name.rpartition(".")
+    modules = dict(model.named_modules())
+    if owner in modules:
+        return isinstance(getattr(modules[owner], "weight", None), torch.nn.Parameter)
+    return re.sub(r"\.\d+\.", ".0.", owner) in modules
+
+
 def _gguf_to_folder(gguf: Path, folder: Path) -> None:
     """Keep the GGUF's exact values, in float32: other precisions are cast from it."""
-    model, _ = read_model(str(gguf))
-    model.save_pretrained(folder)
+    read_model(str(gguf)).save_pretrained(folder)
     read_tokenizer(str(gguf)).save_pretrained(folder)
 
 
