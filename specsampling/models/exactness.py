@@ -14,6 +14,7 @@ layers that mix rows, such as LLM.int8() with its outlier columns.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ class ExactnessCheck:
     Attributes:
         is_exact: every row had the same bits alone and in one call with others.
         num_rows: rows compared.
-        largest_difference: the largest difference between two logits that should be equal.
+        largest_difference: the largest difference between two logits that should be equal; nan
+            where some are not finite.
         num_tokens: the longest text that was looked at.
     """
 
@@ -82,6 +84,8 @@ class ExactnessCheck:
                 f"confirmed ({self.num_rows} rows alone and in one call, in texts of up to "
                 f"{self.num_tokens} tokens: bitwise equal)"
             )
+        if math.isnan(self.largest_difference):
+            return "NOT confirmed (some logits of random text are NaN or infinite)"
         return (
             f"NOT confirmed (rows alone and in one call differ by up to "
             f"{self.largest_difference:.3g}): outputs may differ from the reference at near-ties"
@@ -230,7 +234,9 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
         all_alone.append(torch.cat(alone))
     one, other = torch.cat(all_together), torch.cat(all_alone)
     error = _proof(target, one).difference(_proof(target, other))
-    if not error < TOLERANCES[torch.bfloat16]:
+    if math.isnan(error):
+        return ExactnessCheck(False, len(one), math.nan, longest)
+    if error >= TOLERANCES[torch.bfloat16]:
         raise ModelError(
             f"{target.config.model_type} models give other logits for a token alone than in a call "
             f"with others (off by {error:.0%}, more than rounding); choose another architecture"
