@@ -17,6 +17,7 @@ from specsampling.console import (
     exit_code,
     load_configured_pair,
 )
+from specsampling.method.session import context_limit
 from specsampling.method.text import Generation
 from specsampling.models.embedded import ModelError
 from specsampling.models.load import Pair
@@ -53,7 +54,8 @@ def test_sizes_beyond_the_context_are_refused(model_folders, overrides, field):
     "override", ["speculation.k=1023", "decoding.width=1024", "decoding.max_new_tokens=1023"]
 )
 def test_sizes_up_to_the_context_are_taken(model_folders, override):
-    load_configured_pair(tiny(model_folders, override))
+    pair = load_configured_pair(tiny(model_folders, override))
+    assert context_limit(pair.target) == CONTEXT
 
 
 def test_more_threads_than_the_machine_can_use_are_refused(model_folders):

@@ -302,6 +302,13 @@ def test_examples_stand_side_by_side_with_the_documents_start():
     assert table.columns[2] == "autoregressive"
 
 
+def test_a_document_without_spaces_is_shown_by_its_start():
+    """It was one word that did not fit, and nothing of it was shown."""
+    rows = make_run(num_problems=1)
+    table = tables.example_table(rows, {"HumanEval/0": "\u6771" * 100}, 1, num_characters=24)
+    assert list(table["document"]) == ["\u6771" * 20 + " ..."]
+
+
 # --- the paper's Table 1 -------------------------------------------------------------
 
 GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0}

@@ -141,6 +141,8 @@ def example_table(
         for row in [row for row in of_method if row.sample_index == 0][:num_examples]:
             document = documents.get(row.example_id, "")
             start = textwrap.shorten(document, num_characters, placeholder=" ...")
+            if start == "...":  # no word fits: scripts without spaces are one long word
+                start = f"{document.strip()[: num_characters - 4]} ..."
             line = {"document": start, "reference summary": row.reference}
             lines.setdefault(row.example_id, line)[method] = row.completion
     return pd.DataFrame.from_dict(lines, orient="index")
