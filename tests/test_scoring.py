@@ -33,6 +33,11 @@ LIMITS = {"timeout_seconds": 3.0, "memory_mb": 1024, "allow_weak": True}
 AS_GIVEN = {
     "body": BODY,
     "body with a blank line in front": f"\n\n{BODY}",
+    "a fenced function in a string": f'    text = """\n```python\n{HEAD}    pass\n```\n"""\n{BODY}',
+    "helper behind in a condition": (
+        "    return close(numbers, threshold)\n\nif True:\n"
+        f"    def close(numbers, threshold):\n    {BODY}"
+    ),
     "helper behind": "    return close(numbers, threshold)\n\ndef close(numbers, threshold):\n"
     + BODY,
     "class behind": (
