@@ -121,7 +121,7 @@ def _code_of(error: BaseException) -> int:
 def _mistakes() -> tuple[type[Exception], ...]:
     from specsampling.checking import ConfigError
     from specsampling.method.text import PromptError
-    from specsampling.models.embedded import ModelError
+    from specsampling.models.errors import ModelError
     from specsampling.results.records import RecordsError
     from specsampling.tasks.sandbox import SandboxError
     from specsampling.tasks.task import TaskError

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from autoregressive import autoregressive
 from specsampling.method.session import context_limit
 from specsampling.method.text import PromptError
-from specsampling.models.embedded import ModelError
+from specsampling.models.errors import ModelError
 from specsampling.models.exactness import check_exactness
 from specsampling.models.load import Pair, load_pair
 from speculative import speculative

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,14 @@ from autoregressive import autoregressive
 from specsampling.method.drafts import ModelDraft, NgramDraft, first_layers
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.method.session import context_limit
-from specsampling.models import exactness
+from specsampling.models import checkpoint, exactness, memory
 from specsampling.models.attention import MAX_ROWS, grouped_mask
 from specsampling.models.checkpoint import load_model
-from specsampling.models.embedded import ModelError
-from specsampling.models.exactness import check_exactness, require_decodable
+from specsampling.models.errors import ModelError
+from specsampling.models.exactness import check_exactness, prove_decoding, require_decodable
 from specsampling.models.fused import FusedLayer
 from specsampling.models.load import load_pair
+from specsampling.models.packed import Int8Linear, can_int8, can_pack
 from specsampling.models.tokenizer import num_appended
 from specsampling.tasks.task import StopStrings
 from speculative import speculative
@@ -298,6 +300,50 @@ def test_faster_layers_that_compute_something_else_are_left_out(folder, monkeypa
 def test_faster_layers_that_agree_stay(folder, caplog):
     assert isinstance(load(folder).target.model.layers[0], FusedLayer)
     assert not caplog.records
+
+
+@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_drafts_int8_on_a_cpu_is_the_processors_own(dtype, model_folders):
+    """It needs no bitsandbytes, the draft says nearly the same, and outputs are the target's."""
+    target, draft = (str(model_folders[f"llama-{name}"]) for name in ("target", "draft"))
+    plain = load_pair(target, draft, dtype=dtype)
+    pair = load_pair(target, draft, dtype=dtype, draft_quantization="int8")
+    assert isinstance(pair.draft, ModelDraft) and isinstance(plain.draft, ModelDraft)
+    model = pair.draft.model
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+    assert isinstance(model.get_output_embeddings(), Int8Linear)
+    assert not any(isinstance(module, Int8Linear) for module in pair.target.modules())
+    error = prove_decoding(model).difference(prove_decoding(plain.draft.model))
+    assert 0 < error < 0.1
+    prompt = pair.encode("def add(a, b):")
+    expected = autoregressive(plain.target, prompt, max_new_tokens=40, width=8)
+    ours = speculative(pair.target, pair.draft, prompt, k=4, max_new_tokens=40, width=8)
+    assert ours.token_ids == expected.token_ids
+    assert sum(ours.drafted) > 0
+
+
+def test_packed_weights_do_not_keep_the_checkpoints_files_in_memory(model_folders):
+    """A norm's weight that was a view of its file kept the whole file: twice the memory."""
+    model = load_model(str(model_folders["llama-target"]), torch.bfloat16, CPU)
+    if not can_pack(model):
+        pytest.skip("no bfloat16 kernels here")
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize
+
+
+@pytest.mark.parametrize("dtype, way_out", [("bfloat16", ""), ("float32", "--dtype bfloat16")])
+def test_too_little_memory_is_told_before_a_model_is_read(dtype, way_out, folder, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(checkpoint, "read_model", None)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder), getattr(torch, dtype), CPU)
+    assert re.fullmatch(
+        r"loading .* needs 0\.0 GB of memory \(available: 0\.0 GB\); close other programs, or "
+        r"choose a smaller model.*",
+        str(caught.value),
+    )
+    assert way_out in str(caught.value)
 
 
 def test_a_prefills_mask_is_not_made_per_head():

@@ -380,7 +380,7 @@ def test_a_file_of_another_shape_is_refused(tmp_path, text, problem):
 
 def test_an_unknown_profile_is_refused_with_the_nearest():
     message = error_of(profile="exp2-t5")
-    assert "demo, exp1-rtx3050, exp2-t4" in message
+    assert "demo, exp2-cpu, exp1-rtx3050, exp2-t4, exp2-qwen-t4, exp2-qwen-24gb" in message
     assert "did you mean exp2-t4?" in message
 
 
@@ -470,6 +470,31 @@ def test_shipped_demo_is_the_default_and_needs_no_hub():
     assert config.humaneval.stop_strings == ()
     assert config.xsum is not None
     assert (config.xsum.dataset, config.xsum.prompt_style) == ("embedded:articles", "chat")
+
+
+def test_shipped_exp2_cpu_is_the_published_pair_for_both_experiments():
+    config = load_config(SHIPPED, "exp2-cpu")
+    assert config.models.target == "embedded:qwen2.5-coder-1.5b"
+    assert config.models.draft == "ngram+embedded:qwen2.5-coder-0.5b"
+    assert (config.models.dtype, config.models.device) == ("auto", "cpu")
+    assert (config.models.target_quantization, config.models.draft_quantization) == ("none", "int8")
+    assert (config.speculation.k, config.width, config.decoding.bit_exact) == (15, 16, True)
+    assert config.sampling.temperature == 0
+    assert config.humaneval is not None and config.humaneval.prompt_style == "chat"
+    assert config.xsum is not None and config.xsum.dataset == "embedded:articles"
+
+
+@pytest.mark.parametrize(
+    "profile, dtype, quantization, is_exact",
+    [("exp2-qwen-t4", "float16", "int8", False), ("exp2-qwen-24gb", "bfloat16", "none", True)],
+)
+def test_the_same_family_has_profiles_for_two_sizes_of_gpu(profile, dtype, quantization, is_exact):
+    config = load_config(SHIPPED, profile)
+    assert config.models.target == "Qwen/Qwen2.5-Coder-7B-Instruct"
+    assert config.models.draft == "ngram+Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert (config.models.dtype, config.models.target_quantization) == (dtype, quantization)
+    assert config.decoding.bit_exact == is_exact
+    assert ("reference" in config.run.methods) == is_exact
 
 
 def test_shipped_exp1_is_xsum_with_the_two_gpt_neos():

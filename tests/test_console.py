@@ -19,7 +19,7 @@ from specsampling.console import (
 )
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation
-from specsampling.models.embedded import ModelError
+from specsampling.models.errors import ModelError
 from specsampling.models.load import Pair
 
 SHIPPED = Path(__file__).parents[1] / "config.yaml"

@@ -17,7 +17,8 @@ from specsampling.method.session import Session
 from specsampling.models import embedded
 from specsampling.models.checkpoint import load_model
 from specsampling.models.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
-from specsampling.models.embedded import DRAFTS, ModelError, embedded_folder
+from specsampling.models.embedded import DRAFTS, embedded_folder
+from specsampling.models.errors import ModelError
 from specsampling.models.load import load_pair
 from specsampling.models.packed import Int8Linear, can_int8, to_int8
 from speculative import speculative
@@ -193,11 +194,11 @@ def test_the_shipped_file_is_checked(tmp_path, monkeypatch):
         calls.append((target.name, path))
         folder.mkdir()
 
-    sha256 = embedded.MODELS[entry.target].wheel_sha256
-    (tmp_path / "cache" / f"{entry.target}-{sha256[:12]}").mkdir(parents=True)
+    there = embedded.cached_folder(entry.target, embedded.MODELS[entry.target].source.sha256)
+    there.mkdir(parents=True)
     for _ in range(2):
         assert embedded_folder("a-draft", convert, make).is_dir()
-    assert calls == [(f"{entry.target}-{sha256[:12]}", shipped)]
+    assert calls == [(there.name, shipped)]
     shipped.write_bytes(b"weightz")
     with pytest.raises(ModelError, match="draft.safetensors has sha256 .* reinstall the package"):
         embedded_folder("a-draft", convert, make)

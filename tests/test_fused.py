@@ -26,7 +26,7 @@ def plain_and_fused(config, heads_per_key=2):
                 parameter.add_(torch.randn_like(parameter))
     fused = copy.deepcopy(plain)
     group_heads(fused)
-    fuse_layers(fused)
+    fuse_layers(fused, lambda layer: None)
     assert all(isinstance(layer, FusedLayer) for layer in fused.model.layers)
     return plain, fused
 

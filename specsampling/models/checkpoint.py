@@ -8,75 +8,100 @@ give.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
-from specsampling.models.embedded import ModelError
+from specsampling.models.errors import ModelError
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
 from specsampling.models.fused import fuse_layers
+from specsampling.models.memory import require_memory
 from specsampling.models.packed import can_int8, can_pack, pack_linears, to_int8
 from specsampling.models.source import is_gguf, model_location, read_config, read_model, reason
 
 log = logging.getLogger("specsampling")
 
+PEAK = 1.3  # of what a loaded model takes: the most that loading takes
 INT8_TOLERANCE = 0.3  # of a distilled draft in 8 bit, whose target checks every token
 
 
 def load_model(
-    spec: str, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+    spec: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    is_draft: bool = False,
 ) -> PreTrainedModel:
     """Load one model for inference, straight onto its device.
 
-    Unless it is quantised, it is made fast: see `make_fast`. Where that fails or changes what
-    the model says, it keeps transformers' layers, and one line says so.
+    Unless it is quantised by bitsandbytes, it is made fast: see `make_fast`. Where that fails or
+    changes what the model says, it keeps transformers' layers, and one line says so.
+
+    Args:
+        spec: a model's spec.
+        dtype: of its weights.
+        device: where it goes.
+        quantization: "none", "int8" or "nf4". A draft's "int8" on a CPU is the processor's own.
+        is_draft: whether a target checks what it says.
 
     Raises:
         ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
-            with a cache that is rolled back.
+            with a cache that is rolled back, or there is too little memory.
     """
+    to_8_bit = quantization == "int8" and is_draft and device.type == "cpu" and can_int8()
+    if to_8_bit:
+        quantization = "none"
     model = _read(spec, dtype, device, quantization)
     proof = require_decodable(model, spec)
     if quantization != "none":
         return model
-    problem = _try_fast(model, proof)
+    problem = _try_fast(model, proof, to_8_bit)
     if problem:
         log.warning("%s keeps transformers' layers: the faster ones %s", spec, problem)
         model = _read(spec, dtype, device, quantization)
     return model
 
 
-def _try_fast(model: PreTrainedModel, proof: Proof) -> str:
+def _try_fast(model: PreTrainedModel, proof: Proof, to_8_bit: bool) -> str:
     """Make a model fast and look at what it says then; what went wrong, in words, or nothing."""
     try:
-        make_fast(model)
+        make_fast(model, to_8_bit)
         error = prove_decoding(model).difference(proof)
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # whatever a layer makes of what it was not written for
         return f"fail on it ({reason(problem)})"
-    limit = INT8_TOLERANCE if is_distilled(model) else proof.tolerance
+    limit = INT8_TOLERANCE if to_8_bit or is_distilled(model) else proof.tolerance
     return "" if error < limit else f"give other logits (by {error:.1%})"
 
 
-def make_fast(model: PreTrainedModel) -> None:
-    """Prepare a model's layers for decoding, in place.
+def make_fast(model: PreTrainedModel, to_8_bit: bool = False) -> None:
+    """Prepare a model's layers for decoding, in place, one layer after the other.
 
     Heads that share keys are attended to together (`attention.py`), a Llama's layers become
     `fused.FusedLayer`s, and on a CPU in bfloat16 its linear layers are packed (`packed.py`):
-    the same products in the same precision. A distilled draft's matrices stay in 8 bit on a CPU,
-    as they are shipped (`distilled.py`).
+    the same products in the same precision. With `to_8_bit`, and in a distilled draft, which is
+    shipped so (`distilled.py`), a CPU's linear layers compute in 8 bit.
     """
-    group_heads(model)
-    fuse_layers(model)
-    if is_distilled(model) and model.device.type == "cpu" and can_int8():
-        to_int8(model)
+    finish: Callable[[torch.nn.Module], None] = _keep
+    if to_8_bit or (is_distilled(model) and model.device.type == "cpu" and can_int8()):
+        finish = to_int8
     elif can_pack(model):
-        pack_linears(model)
+        finish = pack_linears
+    group_heads(model)
+    fuse_layers(model, finish)
+    finish(model)
+
+
+def _keep(module: torch.nn.Module) -> None:
+    """What is done to layers that stay as they are."""
 
 
 def _read(
@@ -92,11 +117,13 @@ def _read(
                 f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
                 "choose a decoder-only model"
             )
-        model = read_model(spec, **({} if is_gguf(spec) else options))
         if is_gguf(spec):
-            model = model.to(device=device, dtype=dtype)
-        elif lists_head_tokens(location := model_location(spec)):
-            trim_head(model, Path(location))
+            model = read_model(spec, dtype=dtype).to(device)
+        else:
+            _require_memory(spec, dtype, device)
+            model = read_model(spec, **options)
+            if lists_head_tokens(location := model_location(spec)):
+                trim_head(model, Path(location))
     except ModelError:
         raise
     except Exception as error:  # a checkpoint can be wrong in any way
@@ -104,6 +131,22 @@ def _read(
             f"cannot load model {spec} ({reason(error)}); {_way_out(error, spec)}"
         ) from error
     return model.eval()
+
+
+def _require_memory(spec: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a folder's weights where the memory to come, at loading's peak, is not there."""
+    folder = Path(model_location(spec))
+    if device.type != "cpu" or not folder.is_dir():
+        return
+    num_weights = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            num_weights += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    way_out = "close other programs, or choose a smaller model"
+    if dtype == torch.float32 and num_weights:
+        way_out += ", or --dtype bfloat16, which needs half of that"
+    require_memory(f"loading {spec}", int(PEAK * num_weights * dtype.itemsize), way_out)
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

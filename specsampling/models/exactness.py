@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from specsampling.method.drafts import num_logits
 from specsampling.method.session import Session, attention_windows, context_limit
-from specsampling.models.embedded import ModelError
+from specsampling.models.errors import ModelError
 from specsampling.models.source import reason
 
 WIDTH = 8

@@ -12,6 +12,7 @@ Knows nothing of decoding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,12 +90,17 @@ def joined(*linears: nn.Linear) -> nn.Linear:
     return layer
 
 
-def fuse_layers(model: PreTrainedModel) -> None:
+def fuse_layers(model: PreTrainedModel, then: Callable[[FusedLayer], None]) -> None:
     """Replace the layers that this module knows, in place; others stay as they are.
 
-    Their weights must be plain `nn.Linear`s: neither quantised nor packed yet.
+    Args:
+        model: whose layers' weights are plain `nn.Linear`s: neither quantised nor packed yet.
+        then: done to each new layer at once, so that one layer at a time is there twice.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in LAYERS:
-                setattr(parent, name, FusedLayer(child))
+                fused = FusedLayer(child)
+                setattr(parent, name, fused)
+                del child
+                then(fused)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.session import CONTEXT_NAMES, context_limit
 from specsampling.models.checkpoint import load_model
-from specsampling.models.embedded import ModelError
+from specsampling.models.errors import ModelError
 from specsampling.models.exactness import require_decodable
 from specsampling.models.source import model_location, reason
 from specsampling.models.tokenizer import (
@@ -232,7 +232,7 @@ def load_draft(
     if spec.startswith(TARGET_LAYERS):
         model = _first_layers(target, spec)
     else:
-        model = load_model(spec, dtype, target.device, quantization)
+        model = load_model(spec, dtype, target.device, quantization, is_draft=True)
     proposes = ModelDraft(model, model_k, min_confidence)
     return proposes if spec == draft else CompositeDraft(lookup, proposes)
 

@@ -12,6 +12,7 @@ Knows nothing of decoding. Other devices and precisions keep their own layers.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,17 @@ def can_pack(model: nn.Module) -> bool:
 
 def pack_linears(model: nn.Module, num_rows: int = 8) -> None:
     """Replace every `nn.Linear` of a model in place; its weights are let go of as it goes."""
+    _replace_linears(model, lambda linear: PackedLinear(linear, num_rows))
+
+
+def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child, num_rows))
+                setattr(module, name, make(child))
+    for parameter in model.parameters():
+        # A view of the checkpoint's file, it would keep all of the file in memory.
+        parameter.data = parameter.data.clone()
 
 
 class Int8Linear(nn.Module):
@@ -86,8 +94,5 @@ def can_int8() -> bool:
 
 def to_int8(model: nn.Module) -> None:
     """Make a model on the CPU float32 with all its `nn.Linear`s in int8, in place."""
+    _replace_linears(model, Int8Linear)
     model.float()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, Int8Linear(child))

@@ -25,9 +25,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from specsampling.models.distilled import assemble
-from specsampling.models.embedded import ModelError, embedded_folder
+from specsampling.models.embedded import embedded_folder
+from specsampling.models.errors import ModelError
 
 EMBEDDED = "embedded:"
+SHARD_SIZE = "256MB"
 SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for on stdin
 
 
@@ -70,7 +72,9 @@ def read_model(spec: str, **options: Any) -> Any:
     Raises:
         ModelError: the checkpoint lacks tensors, or has others than its configuration says.
     """
-    model, report = _read_gguf(Path(spec)) if is_gguf(spec) else _read_folder(spec, options)
+    model, report = (
+        _read_gguf(Path(spec), **options) if is_gguf(spec) else _read_folder(spec, options)
+    )
     _require_whole(model, report, spec)
     return model
 
@@ -90,11 +94,11 @@ def _read_folder(spec: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any
     return loaded
 
 
-def _read_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A `.gguf` file as a float32 model (transformers dequantises it)."""
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A `.gguf` file as an ordinary model: transformers dequantises it, and rounds."""
     with quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **SAFE
+            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True, **SAFE
         )
     model, report = loaded
     # Dequantised, it is an ordinary model: without this mark it can be cast and saved.
@@ -142,8 +146,14 @@ def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
 
 
 def _gguf_to_folder(gguf: Path, folder: Path) -> None:
-    """Keep the GGUF's exact values, in float32: other precisions are cast from it."""
-    read_model(str(gguf)).save_pretrained(folder)
+    """Keep a GGUF file's values in bfloat16, which is quickly read, in many small files.
+
+    Loading maps a file into memory until the last of its layers has been packed, so small files
+    keep its peak low.
+    """
+    model = read_model(str(gguf), dtype=torch.bfloat16)
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     read_tokenizer(str(gguf)).save_pretrained(folder)
 
 

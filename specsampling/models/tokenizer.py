@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from specsampling.models.embedded import ModelError
+from specsampling.models.errors import ModelError
 from specsampling.models.source import read_tokenizer, reason
 
 QUIET = {"verbose": False}  # no warning of a long text: the caller cuts it or says so

