@@ -44,6 +44,7 @@ def decode_text(
     for cache in caches:
         cache.prefill(text.tokens[:-1])
     prefilled = synchronized_seconds(session.device)
+    prefills = [cache.forward_seconds for cache in caches]
     try:
         while text.finish_reason is None:
             done = cycle()
@@ -52,6 +53,9 @@ def decode_text(
     except NonFiniteError as problem:
         text.fail(str(problem))
     end = synchronized_seconds(session.device)
+    target_seconds, *draft_seconds = (
+        cache.forward_seconds - before for cache, before in zip(caches, prefills)
+    )
     return Generation(
         token_ids=text.new_tokens,
         finish_reason=text.finish_reason or "",
@@ -63,4 +67,6 @@ def decode_text(
         prefill_seconds=prefilled - start,
         decode_seconds=end - prefilled,
         forward_seconds=sum(cache.forward_seconds for cache in caches),
+        target_call_seconds=target_seconds,
+        draft_call_seconds=sum(draft_seconds),
     )

@@ -34,6 +34,8 @@ class Generation:
         prefill_seconds: time until the prompt (less its newest token) is in the caches.
         decode_seconds: time from there to the last token.
         forward_seconds: the part of the two spent inside the models' forward calls.
+        target_call_seconds: the part of decode_seconds that the target's calls took.
+        draft_call_seconds: the draft's.
         error: why the text could not be decoded further, in one line; None in all other cases.
     """
 
@@ -46,6 +48,8 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     forward_seconds: float = 0.0
+    target_call_seconds: float = 0.0
+    draft_call_seconds: float = 0.0
     error: str | None = None
 
     def kinds(self) -> list[str]:

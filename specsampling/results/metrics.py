@@ -90,6 +90,35 @@ def overhead_share(rows: Sequence[Row]) -> float:
     return _divide(outside, sum(row.decode_seconds for row in rows))
 
 
+def cost_ratio(rows: Sequence[Row]) -> float:
+    """Time of a draft call / time of a target call: the c of Leviathan et al. 2023, section 3.3."""
+    target, draft = _call_seconds(rows)
+    num_drafts = sum(row.draft_calls for row in rows)
+    num_targets = sum(row.target_calls for row in rows)
+    return _divide(_divide(draft, num_drafts), _divide(target, num_targets))
+
+
+def predicted_speedup(rows: Sequence[Row]) -> float:
+    """What Theorem 3.8 of Leviathan et al. 2023 expects, (1 - alpha^(k+1)) / ((1 - alpha)(kc + 1)).
+
+    With k the mean number of drafted tokens per cycle, and kc the draft's time per target
+    call: a lookup's tokens cost none. It takes a call of any width for as long as one of 1.
+    """
+    alpha = per_token_acceptance(rows)
+    drafted = _cycles(rows)[:, 1]
+    k = _divide(drafted.sum(), len(drafted))
+    target, draft = _call_seconds(rows)
+    tokens = k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
+    return tokens / (_divide(draft, target) + 1)
+
+
+def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
+    """Decoding seconds in the target's calls and in the draft's; nan for rows without them."""
+    seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
+    target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
+    return float(target), float(draft)
+
+
 def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
     """Number of cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
 

@@ -55,6 +55,8 @@ class Row:
     task_id: str | None = None
     reference: str | None = None
     num_cut_tokens: int | None = None  # left out of a prompt that was too long; None for none
+    target_call_seconds: float | None = None  # of decode_seconds; None in rows of before them
+    draft_call_seconds: float | None = None
     error: str | None = None  # why the text ended early, where finish_reason is error
 
     @property
