@@ -1,11 +1,13 @@
 """Experiment 1: XSum with and without speculative sampling.
 
     python main_exp1.py                          the demo: our own articles, no GPU, no hub
+    python main_exp1.py --profile exp2-cpu       the same with Qwen2.5-Coder 1.5B and 0.5B
     python main_exp1.py --profile exp1-rtx3050   GPT-Neo 1.3B with 125M on XSum
     python main_exp1.py --score FILE             score any JSONL with prediction and reference
 
-Rows go to Results/results1.jsonl, ROUGE scores beside them. A rerun continues where the
-last one stopped; Benchmarks/bench1.ipynb shows the result.
+Rows go to Results/results1.jsonl, those of a profile that is named to Results/NAME/results1.jsonl,
+ROUGE scores beside them. A rerun continues where the last one stopped; Benchmarks/bench1.ipynb
+shows the result.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from specsampling.tasks.xsum import XSum
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, config = read_experiment(__doc__, "xsum", "Results/results1.jsonl", arguments)
+    options, config = read_experiment(__doc__, "xsum", "results1.jsonl", arguments)
     if options.score:
         print_scores(options.score, score_samples(options.score), summarise, describe)
         return 0

@@ -1,11 +1,13 @@
 """Experiment 2: HumanEval with and without speculative sampling.
 
     python main_exp2.py                      the demo: a small real model, no GPU, no hub
+    python main_exp2.py --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B, on a laptop
     python main_exp2.py --profile exp2-t4    DeepSeek-Coder 6.7B with 1.3B
     python main_exp2.py --score FILE         score any JSONL with task_id and completion
 
-Rows go to Results/results2.jsonl, scores beside them. A rerun continues where the last
-one stopped; Benchmarks/bench2.ipynb shows the result.
+Rows go to Results/results2.jsonl, those of a profile that is named to Results/NAME/results2.jsonl,
+scores beside them. A rerun continues where the last one stopped; Benchmarks/bench2.ipynb shows
+the result.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from specsampling.tasks.sandbox import require_sandbox
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, config = read_experiment(__doc__, "humaneval", "Results/results2.jsonl", arguments)
+    options, config = read_experiment(__doc__, "humaneval", "results2.jsonl", arguments)
     settings = require_task(config, "humaneval")
     for line in require_sandbox(settings.allow_weak_sandbox):  # before minutes of decoding
         print(line, file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
 
+NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # of a profile's name, what no folder should have
+
 # Options that stand for one field of the configuration.
 SHORTCUTS = {
     "methods": "run.methods",
@@ -65,15 +68,20 @@ class Parser(argparse.ArgumentParser):
 def read_experiment(
     description: str | None,
     task: Literal["xsum", "humaneval"],
-    default_output: str,
+    file_name: str,
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, Config]:
     """The options that both experiments have, and the configuration that they give.
 
-    A run's configuration has its task's block alone: the other's has no part in it.
+    A run's configuration has its task's block alone: the other's has no part in it. Rows go to
+    `Results/`, those of a profile that was named into a folder of its name: runs of two profiles
+    cannot share a file.
     """
-    options = _experiment_parser(description, default_output).parse_args(arguments)
+    options = _experiment_parser(description, file_name).parse_args(arguments)
     config = read_config(options)
+    if options.output is None:
+        folder = "" if options.profile is None else NO_FILE_NAME.sub("_", config.profile)
+        options.output = Path("Results", folder, file_name)
     if options.score:
         return options, config
     require_task(config, task)
@@ -83,7 +91,7 @@ def read_experiment(
     return options, replace(config, xsum=None)
 
 
-def _experiment_parser(description: str | None, default_output: str) -> Parser:
+def _experiment_parser(description: str | None, file_name: str) -> Parser:
     parser = Parser(description)
     _add_config_options(parser)
     parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
@@ -92,8 +100,8 @@ def _experiment_parser(description: str | None, default_output: str) -> Parser:
         "--output",
         metavar="PATH",
         type=Path,
-        default=Path(default_output),
-        help=f"JSONL file for the rows (default: {default_output})",
+        help=f"JSONL file for the rows (default: Results/{file_name}, or with --profile "
+        f"Results/NAME/{file_name})",
     )
     parser.add_argument("--fresh", action="store_true", help="start the output file over")
     parser.add_argument(

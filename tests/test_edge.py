@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import main_exp1
 import main_exp2
@@ -156,6 +158,34 @@ def test_010_is_ten():
     options, config = main_exp1.read_experiment("", "xsum", "a.jsonl", ["--limit", "010"])
     assert config.run.limit == 10
     assert config.humaneval is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        ([], "Results/results2.jsonl"),
+        (["--profile", "exp2-cpu"], "Results/exp2-cpu/results2.jsonl"),
+        (["--profile", "exp2-cpu", "--output", "a.jsonl"], "a.jsonl"),
+    ],
+)
+def test_a_profile_that_is_named_has_rows_of_its_own(arguments, path, tmp_path, monkeypatch):
+    """The shipped rows are another profile's: a new clone's first run was refused."""
+    monkeypatch.chdir(tmp_path)
+    options, _ = main_exp1.read_experiment("", "humaneval", "results2.jsonl", arguments)
+    assert options.output == Path(path)
+
+
+def test_a_profiles_name_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = yaml.safe_load((PROJECT / "config.yaml").read_text(encoding="utf-8"))
+    for name in ("../../up", ".hidden", "a/b:c"):
+        config = tmp_path / "config.yaml"
+        profiles = {name: values["profiles"]["demo"]}
+        config.write_text(yaml.safe_dump({"default": name, "profiles": profiles}))
+        arguments = ["--config", str(config), "--profile", name]
+        options, _ = main_exp1.read_experiment("", "xsum", "results1.jsonl", arguments)
+        assert len(options.output.parts) == 3 and ".." not in options.output.parts
+        assert re.fullmatch(r"[\w-][\w.-]*", options.output.parts[1])
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,46 @@ def test_seconds_and_tokens_are_summed_before_dividing():
     assert metrics.overhead_share(rows) == pytest.approx((10 - 7) / 8)
 
 
+def test_the_cost_ratio_is_a_draft_calls_time_over_a_target_calls():
+    rows = [
+        make_row(target_calls=4, draft_calls=10, target_call_seconds=2.0, draft_call_seconds=1.0),
+        make_row(
+            "b", target_calls=1, draft_calls=0, target_call_seconds=0.5, draft_call_seconds=0.0
+        ),
+    ]
+    assert metrics.cost_ratio(rows) == pytest.approx(0.1 / 0.5)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.25])
+def test_theorem_3_8_is_the_expected_tokens_over_the_time_of_a_cycle(c):
+    """k 4; 11 tested, of which 9 are accepted."""
+    rows = [
+        make_row(
+            accepted=[4, 4, 1, 0],
+            drafted=[4, 4, 4, 4],
+            target_calls=4,
+            draft_calls=16,
+            target_call_seconds=4.0,
+            draft_call_seconds=16 * c,
+        )
+    ]
+    alpha = 9 / 11
+    expected = (1 - alpha**5) / (1 - alpha) / (4 * c + 1)
+    assert metrics.predicted_speedup(rows) == pytest.approx(expected)
+
+
+def test_a_draft_that_is_always_right_yields_k_and_one_more():
+    rows = [
+        make_row(accepted=[3], drafted=[3], target_call_seconds=1.0, draft_call_seconds=1.0),
+    ]
+    assert metrics.predicted_speedup(rows) == 2
+
+
+def test_rows_of_before_the_calls_were_timed_have_no_cost_ratio():
+    rows = [make_row(accepted=[3], drafted=[3], draft_calls=3)]
+    assert math.isnan(metrics.cost_ratio(rows)) and math.isnan(metrics.predicted_speedup(rows))
+
+
 @pytest.mark.parametrize("rows", [[], [make_row(num_tokens=0)]])
 @pytest.mark.parametrize(
     "rate",
@@ -100,6 +140,8 @@ def test_seconds_and_tokens_are_summed_before_dividing():
         metrics.block_efficiency,
         metrics.tokens_per_second,
         metrics.overhead_share,
+        metrics.cost_ratio,
+        metrics.predicted_speedup,
     ],
 )
 def test_rates_of_nothing_are_nan(rate, rows):

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -154,7 +155,7 @@ class Session:
         if self.length + len(fed) > context:  # padding behind the last position there is
             positions = torch.arange(self.length, self.length + len(fed), device=self.device)
             options["position_ids"] = positions.clamp(max=context - 1)[None]
-        with torch.inference_mode():
+        with torch.inference_mode(), _attention_kernels(self.device):
             outputs = module(
                 input_ids=torch.tensor([fed], device=self.device),
                 past_key_values=self._cache,
@@ -175,6 +176,18 @@ class Session:
         finally:
             for layer in self._layers:
                 layer.shows_capacity = layer.is_compileable = False
+
+
+def _attention_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Leave cuDNN's attention out on a GPU: it makes a plan for every new number of keys.
+
+    A decode call of width 1 sees a key more each time, and took 50 ms for that on an H100, where
+    one of a fixed width takes 12: a baseline that slow would flatter every speedup.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def grouped_sdpa(
         dropout_p=dropout,
         scale=scaling,
     )
-    return output.view(batch, num_heads, num_rows, -1).transpose(1, 2).contiguous(), None
+    return output.reshape(batch, num_heads, num_rows, -1).transpose(1, 2).contiguous(), None
 
 
 def grouped_mask(

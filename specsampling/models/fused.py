@@ -97,10 +97,8 @@ def fuse_layers(model: PreTrainedModel, then: Callable[[FusedLayer], None]) -> N
         model: whose layers' weights are plain `nn.Linear`s: neither quantised nor packed yet.
         then: done to each new layer at once, so that one layer at a time is there twice.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in LAYERS:
-                fused = FusedLayer(child)
-                setattr(parent, name, fused)
-                del child
-                then(fused)
+    # By name: a list of the modules would keep all of the replaced ones' weights to the end.
+    for name in [name for name, module in model.named_modules() if type(module) in LAYERS]:
+        fused = FusedLayer(model.get_submodule(name))
+        model.set_submodule(name, fused)
+        then(fused)

@@ -53,10 +53,9 @@ def pack_linears(model: nn.Module, num_rows: int = 8) -> None:
 
 
 def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, make(child))
+    # By name: a list of the modules would keep all of the replaced ones' weights to the end.
+    for name in [name for name, child in model.named_modules() if type(child) is nn.Linear]:
+        model.set_submodule(name, make(model.get_submodule(name)))  # type: ignore[arg-type]
     for parameter in model.parameters():
         # A view of the checkpoint's file, it would keep all of the file in memory.
         parameter.data = parameter.data.clone()

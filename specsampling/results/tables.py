@@ -88,6 +88,9 @@ def summary_table(
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs: same token ids as method {compared_with}")
+    for method, of_method in kept.items():
+        if any(row.draft_call_seconds for row in of_method):
+            notes.append(_prediction(method, of_method))
     for other, differences in _differences(kept, scores or []).items():
         for name, difference in differences.items():
             if name not in ("rouge2", "rougeL"):
@@ -101,6 +104,15 @@ def summary_table(
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
+
+
+def _prediction(method: str, rows: Sequence[Row]) -> str:
+    """What theory makes of a method's acceptance and the cost of its draft, in a sentence."""
+    return (
+        f"{method}: alpha {metrics.per_token_acceptance(rows):.1%}, a draft call takes "
+        f"{metrics.cost_ratio(rows):.2f} of a target call; Leviathan et al., Theorem 3.8, then "
+        f"expects a speedup of {metrics.predicted_speedup(rows):.2f}"
+    )
 
 
 def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
