@@ -70,12 +70,15 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.data.float()
-        scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # [out]
+        weight = linear.weight.data
+        largest = torch.linalg.vector_norm(weight, ord=torch.inf, dim=1)  # [out]
+        scale = largest.float().clamp(min=1e-12) / 127
         zeros = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():  # torch 2.13 announces the end of these types
             warnings.simplefilter("ignore")
-            quantized = torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
+            quantized = torch.quantize_per_channel(
+                weight.float(), scale.double(), zeros, 0, torch.qint8
+            )
             bias = None if linear.bias is None else linear.bias.data.float()
             self.packed_weight = torch.ops.quantized.linear_prepack(quantized, bias)
 
