@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
-from specsampling.provenance import PROJECT, device_name, precision, run_meta
+from specsampling.provenance import PROJECT, device_name, peak_memory, precision, run_meta
 from specsampling.results.records import (
     RunFile,
     Scores,
@@ -273,6 +273,7 @@ def run_experiment(
             num_samples=config.sampling.num_samples,
             warmup=config.run.warmup,
         )
+    print(f"  peak memory: {peak_memory(pair.target.device)}", file=sys.stderr)
     scores = score(output)
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))

@@ -78,6 +78,18 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def peak_memory(device: torch.device) -> str:
+    """The most that this process has taken so far: of the machine's memory, and of its GPU's."""
+    import torch
+
+    from specsampling.models.memory import gigabytes, peak_bytes
+
+    peak = gigabytes(peak_bytes())
+    if device.type != "cuda":
+        return peak
+    return f"{peak}, and {gigabytes(torch.cuda.max_memory_allocated(device))} of {device}"
+
+
 def _versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:

@@ -80,7 +80,14 @@ def test_every_room_is_small_enough_to_read(path):
 
 RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens", "table1")
 SCORING = ("sandbox", "judge", "wire", "namespace", "containment", "answers", "statements")
-LIGHT = ["edge", "config", "method.text", "models.embedded", *(f"tasks.{name}" for name in SCORING)]
+LIGHT = [
+    "edge",
+    "config",
+    "method.text",
+    "models.embedded",
+    "models.memory",
+    *(f"tasks.{name}" for name in SCORING),
+]
 
 
 @pytest.mark.parametrize("module", [*LIGHT, *(f"results.{name}" for name in RESULTS)])

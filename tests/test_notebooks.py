@@ -30,6 +30,7 @@ def write_results(folder: Path, rows, name="results2", meta=META) -> Path:
 def execute(name: str, project: Path, working_folder: Path, monkeypatch) -> nbformat.NotebookNode:
     """Run a copy of a notebook in `project`, as Jupyter or nbconvert would."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("SPECSAMPLING_RESULTS", raising=False)
     (project / "Benchmarks").mkdir()
     copy = Path(shutil.copy(ROOT / "Benchmarks" / name, project / "Benchmarks"))
     notebook = nbformat.read(copy, as_version=4)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from test_metrics import make_rouge, make_row
 
-from specsampling.results import figures, tables, tokens
+from specsampling.results import figures, metrics, tables, tokens
 from specsampling.results import table1 as grid
 from specsampling.results.records import RougeScore, Row, Run, Score
 
@@ -207,6 +207,43 @@ def test_published_figures_stand_beside_ours_under_their_own_label():
     assert list(published["draft acceptance rate"]) == ["-", "75.0%"]
     assert list(published["n"]) == ["-", "-"]
     assert list(tables.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
+
+
+def test_a_pairs_prediction_stands_below_the_table():
+    """alpha, the cost ratio and what Theorem 3.8 makes of them, beside what was measured."""
+    rows = [
+        replace(row, draft_calls=8, draft_call_seconds=0.2, target_call_seconds=0.6)
+        if row.method == "speculative"
+        else row
+        for row in make_run()
+    ]
+    (note,) = (n for n in tables.summary_table(rows).attrs["notes"] if "Theorem 3.8" in n)
+    alpha = metrics.per_token_acceptance([row for row in rows if row.method == "speculative"])
+    assert note.startswith(f"speculative: alpha {alpha:.1%}, a draft call takes 0.")
+    assert not any("Theorem" in note for note in tables.summary_table(make_run()).attrs["notes"])
+
+
+@pytest.mark.parametrize("left_out", [0, 3])
+def test_target_draft_and_both_stand_side_by_side(left_out):
+    """Over the examples that both runs have: the target's score at a speed near the draft's."""
+    rows = make_run()
+    alone = [
+        replace(row, decode_seconds=row.decode_seconds / 4)
+        for row in make_run(12 - left_out, methods=("autoregressive",))
+    ]
+    fails = [Score(**{**score, "passed": False}) for score in score_every_fourth(alone)]
+    table = tables.target_and_draft_table(
+        Run(rows, META, score_every_fourth(rows)), Run(alone, META, fails)
+    ).set_index("who")
+    assert table["n"].tolist() == [12 - left_out] * 3
+    assert table["pass@1"].tolist() == [
+        pytest.approx(score) for score in (3 / (12 - left_out), 0, 3 / (12 - left_out))
+    ]
+    assert table["tokens/s"].tolist() == pytest.approx([40, 160, 80])
+    assert table["speedup"].tolist() == pytest.approx([1, 4, 2])
+    assert "pass@1" not in tables.target_and_draft_table(
+        Run(rows, META, None), Run(alone, META, None)
+    )
 
 
 def test_each_experiment_has_its_own_published_figures():

@@ -184,8 +184,9 @@ def _make(
     """Fetch and convert a model, having seen that there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
     print(
-        f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; kept as "
-        f"{gigabytes(model.kept_bytes)} in {folder.parent}) ...",
+        f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; making it needs "
+        f"{gigabytes(model.disk_bytes)} of disk and {gigabytes(model.memory_bytes)} of memory; "
+        f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ...",
         file=sys.stderr,
         flush=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,16 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # no such limit: not Linux, no container, or "max"
         return machine
     return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had so far: on the machine, GPUs not counted."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
 
 
 def gigabytes(num_bytes: int) -> str:

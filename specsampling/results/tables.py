@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from specsampling.results import metrics
-from specsampling.results.records import RougeScore, Row, Score, Scores
+from specsampling.results.records import RougeScore, Row, Run, Score, Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
@@ -104,6 +104,40 @@ def summary_table(
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
+
+
+def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
+    """The target alone, its draft alone, and both together: quality and speed.
+
+    Args:
+        run: of the pair.
+        draft_alone: of a run whose target is the draft; both over the same examples.
+    """
+    parts = {
+        "the target alone": (run, BASELINE),
+        "the draft alone": (draft_alone, BASELINE),
+        "both: speculative": (run, "speculative"),
+    }
+    groups = {
+        name: [row for row in source.rows if row.method == method]
+        for name, (source, method) in parts.items()
+    }
+    shared = set.intersection(
+        *({(row.example_id, row.sample_index) for row in rows} for rows in groups.values())
+    )
+    lines = []
+    for name, rows in groups.items():
+        kept = [row for row in rows if (row.example_id, row.sample_index) in shared]
+        scores = parts[name][0].scores
+        line: dict[str, Any] = {"who": name, "n": len(kept)}
+        if scores is not None:
+            scored = scores_of(kept, scores)
+            line |= _rouge_columns(scored) if _is_rouge(scores) else _pass_columns(scored)
+        line["tokens/s"] = metrics.tokens_per_second(kept)
+        speedup = metrics.speedup(groups["the target alone"], kept)
+        line |= interval_columns("speedup", speedup.of_totals)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def _prediction(method: str, rows: Sequence[Row]) -> str:
