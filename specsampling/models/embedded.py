@@ -9,7 +9,6 @@ Knows nothing of torch: who calls brings the conversions.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from specsampling.models.errors import ModelError
-from specsampling.models.fetch import Piece, Source, fetch
+from specsampling.models.fetch import Piece, Source, fetch, sha256_of
 from specsampling.models.memory import gigabytes, require_memory
 
 
@@ -251,13 +250,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check(path: Path, sha256: str, way_out: str) -> None:
-    """Compare a small file's hash.
+    """Compare a file's hash.
 
     Raises:
         ModelError: another one, or the file cannot be read.
     """
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         raise ModelError(f"cannot read {path.name} ({error}); {way_out}") from error
     if digest != sha256:

