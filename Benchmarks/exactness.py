@@ -10,7 +10,6 @@ architectures at real widths, and the embedded target. A few minutes on two core
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,9 +76,8 @@ CONFIGS = {
 class FilledPartSession(Session):
     """Attention over the filled part of the cache: another number of keys in every call."""
 
-    @contextlib.contextmanager
-    def _whole_capacity(self) -> Iterator[None]:
-        yield
+    def _padded_call(self, ids: list[int]) -> torch.Tensor:
+        return self._forward.over_filled(ids, self.length, len(ids))
 
 
 def score(session: Session, tokens: list[int], context: int, groups: list[int]) -> torch.Tensor:

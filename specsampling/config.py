@@ -57,6 +57,7 @@ Ngram = Annotated[
 ]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4"]
+Compile = Literal["auto", "on", "off"]
 Method = Annotated[
     str,
     Rule(
@@ -95,7 +96,7 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """Where decoding ends, and the shape of a decode call. `width` 0 is chosen from k."""
+    """Where decoding ends, and how a decode call is made. `width` 0 is chosen from k."""
 
     max_new_tokens: Annotated[int, at_least(1), at_most(10_000_000, "no model's context is longer")]
     bit_exact: bool
@@ -104,6 +105,7 @@ class DecodingConfig:
         at_least(0, "0 chooses it from speculation.k"),
         at_most(2048, "every call computes so many rows; 0 chooses it from speculation.k"),
     ]
+    compile: Compile = "off"
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,8 @@ def config_hash(config: Config) -> str:
     del values["profile"]
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
+    if values["decoding"]["compile"] == "off":
+        del values["decoding"]["compile"]  # as in runs from before it was there
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

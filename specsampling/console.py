@@ -1,4 +1,4 @@
-"""What the scripts at the top share: options, loading, the run itself, what is printed of it.
+"""What the scripts at the top share: options, the run itself, what is printed of it.
 
 The decoders come as arguments; torch is imported only once a configuration has been read, so
 that a mistake in it is told at once.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections import defaultdict
@@ -20,13 +19,25 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
-from specsampling.provenance import PROJECT, device_name, peak_memory, precision, run_meta
+from specsampling.loading import (
+    call_width,
+    load_configured_pair,
+    load_drafts,
+    make_steps,
+    self_check,
+    settle_steps,
+)
+from specsampling.provenance import PROJECT, peak_memory, run_meta
 from specsampling.results.records import (
+    Key,
+    RecordsError,
+    Run,
     RunFile,
     Scores,
     check_fresh,
     check_output,
     is_run,
+    read_run,
     write_scores,
 )
 from specsampling.results.tables import describe_sampling, format_table, summary_table
@@ -38,8 +49,6 @@ if TYPE_CHECKING:
     from specsampling.models.load import Pair
     from specsampling.runner import Decode
     from specsampling.tasks.task import Task
-
-THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
 
 NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # of a profile's name, what no folder should have
 
@@ -144,85 +153,6 @@ def option_value(field: str, text: str) -> Any:
         raise ConfigError(f"{field} cannot be read ({error}); write a smaller one") from None
 
 
-def load_configured_pair(config: Config) -> Pair:
-    """Load the models that a configuration names, and say what became of `auto`."""
-    import torch
-
-    from specsampling.models.load import check_tokenizers, load_pair
-
-    _check_threads(config.run.threads)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    models = config.models
-    others = [spec for method in config.run.methods if (spec := method.partition(":")[2])]
-    if others:
-        check_tokenizers(models.target, others, models.tokenizer)
-    print(f"Loading {models.target} with draft {models.draft} ...", file=sys.stderr, flush=True)
-    pair = load_pair(
-        models.target,
-        models.draft,
-        tokenizer=models.tokenizer,
-        dtype=models.dtype,
-        device=models.device,
-        target_quantization=models.target_quantization,
-        draft_quantization=models.draft_quantization,
-        **_draft_options(config),
-    )
-    device = pair.target.device
-    print(f"  {device_name(device)} ({device}), {precision(config, device)}", file=sys.stderr)
-    _check_context(config, pair)
-    return pair
-
-
-def _check_threads(threads: int) -> None:
-    most = THREADS_PER_CORE * (os.cpu_count() or 1)
-    if threads > most:
-        raise ConfigError(
-            f"run.threads must be <= {most} here, {THREADS_PER_CORE} for each processor core "
-            f"(got {threads}); 0 leaves the number to torch"
-        )
-
-
-def _check_context(config: Config, pair: Pair) -> None:
-    """Hold the sizes of a call and of an answer to what the loaded target can look at."""
-    from specsampling.method.session import context_limit
-
-    context = context_limit(pair.target)
-    sizes = {
-        "decoding.max_new_tokens": config.decoding.max_new_tokens + 1,  # a prompt has one or more
-        "speculation.k": config.speculation.k + 1,
-        "decoding.width": call_width(config) or 0,
-    }
-    for field, size in sizes.items():
-        if size > context:
-            block, _, key = field.partition(".")
-            value = getattr(getattr(config, block), key)
-            raise ConfigError(
-                f"{field} must fit the target's context of {context} tokens (got {value}); "
-                "lower it, or choose a model with a longer context"
-            )
-
-
-def _draft_options(config: Config) -> dict[str, Any]:
-    options = vars(config.speculation).copy()
-    del options["k"]
-    return options
-
-
-def load_other_draft(config: Config, pair: Pair, spec: str) -> Draft:
-    """The draft of a method `speculative:DRAFT`, for the pair's target."""
-    from specsampling.models.load import load_draft, resolve_dtype
-
-    print(f"Loading the draft {spec} ...", file=sys.stderr, flush=True)
-    return load_draft(
-        spec,
-        pair.target,
-        resolve_dtype(config.models.dtype, pair.target.device),
-        quantization=config.models.draft_quantization,
-        **_draft_options(config),
-    )
-
-
 def run_experiment(
     config: Config,
     task: Task,
@@ -250,7 +180,11 @@ def run_experiment(
     from specsampling.runner import encode_prompts, run
 
     output, decoding = options.output, config.decoding
-    meta = run_meta(config)
+    there = None if options.fresh else _rows_there(output)
+    wanted = _keys(config, task)
+    pending = wanted - {row.key for row in there.rows} if there else wanted
+    mode, why_eager = settle_steps(config, there, len(wanted))
+    meta = run_meta(config, mode)
     if options.fresh:  # either is told before minutes of loading
         check_fresh(output)
     else:
@@ -258,8 +192,13 @@ def run_experiment(
     pair = load_configured_pair(config)
     prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for _, prompt in prompts)
+    drafts = load_drafts(config, pair)
+    if mode == "off":
+        print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
+    elif pending and not make_steps(config, mode, pair, drafts, longest):
+        meta.pop("steps", None)
     meta["bit_exact"] = self_check(config, pair, longest)
-    decoders = _bind_decoders(config, pair, autoregressive, speculative)
+    decoders = _bind_decoders(config, pair, drafts, autoregressive, speculative)
     with RunFile.open(output, meta, fresh=options.fresh) as run_file:
         there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{there}", file=sys.stderr)
@@ -281,28 +220,31 @@ def run_experiment(
     return 1 if any(row.error for row in run_file.rows) else 0
 
 
-def self_check(config: Config, pair: Pair, num_prompt_tokens: int) -> str:
-    """Whether decoding is bit-exact on the loaded target, in words that are printed too.
+def _rows_there(output: Path) -> Run | None:
+    """What an earlier process left of a run; what is wrong with it, `check_output` says."""
+    try:
+        run = read_run(output) if output.is_file() else None
+    except RecordsError:
+        return None
+    return run if run and run.rows else None
 
-    Args:
-        config: what the run asks for.
-        pair: the loaded models.
-        num_prompt_tokens: of the longest prompt to come.
-    """
-    from specsampling.models.exactness import check_exactness
 
-    width = call_width(config)
-    longest = num_prompt_tokens + config.decoding.max_new_tokens
-    check = check_exactness(pair.target, width, capacity=longest)
-    verdict = "not asked for (decoding.bit_exact: false)"
-    if config.decoding.bit_exact:
-        verdict = f"{check}, at width {width}"
-    print(f"  bit-exact decoding: {verdict}", file=sys.stderr)
-    return verdict
+def _keys(config: Config, task: Task) -> set[Key]:
+    """Of all the rows that a run is to have."""
+    return {
+        (example.id, method, sample_index)
+        for example in task.examples()[: config.run.limit]
+        for method in config.run.methods
+        for sample_index in range(config.sampling.num_samples)
+    }
 
 
 def _bind_decoders(
-    config: Config, pair: Pair, autoregressive: Callable, speculative: Callable
+    config: Config,
+    pair: Pair,
+    drafts: dict[str, Draft],
+    autoregressive: Callable,
+    speculative: Callable,
 ) -> dict[str, Decode]:
     """Each method's decoder, with the models and everything else that a run does not change."""
     from specsampling.method.sampling import Sampling
@@ -322,8 +264,9 @@ def _bind_decoders(
         elif method == "reference":
             decoders[method] = partial(autoregressive, pair.target, width=width, **shared)
         else:
-            draft = load_other_draft(config, pair, spec) if spec else pair.draft
-            decoders[method] = partial(speculative, pair.target, draft, k=k, width=width, **shared)
+            decoders[method] = partial(
+                speculative, pair.target, drafts[spec], k=k, width=width, **shared
+            )
     return decoders
 
 
@@ -354,11 +297,6 @@ def print_scores(
     # The outputs in question are the speculative ones; a foreign file has one method.
     summary = summaries.get("speculative") or next(iter(summaries.values()))
     print(json.dumps(summary | ({"by_method": summaries} if len(summaries) > 1 else {})))
-
-
-def call_width(config: Config) -> int | None:
-    """Rows of every decode call; None for as many as there are new tokens."""
-    return config.width if config.decoding.bit_exact else config.decoding.width or None
 
 
 COLOURS = {"accepted": "\033[32m", "correction": "\033[31m", "bonus": "\033[34m"}

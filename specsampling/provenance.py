@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Config, config_as_dict, config_hash
+from specsampling.config import Compile, Config, config_as_dict, config_hash
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +33,20 @@ PACKAGES = (
 )
 
 
-def run_meta(config: Config) -> dict[str, Any]:
-    """What a run's rows are made with, for its `.meta.json`; known before a model is loaded."""
+def run_meta(config: Config, steps: Compile) -> dict[str, Any]:
+    """What a run's rows are made with, for its `.meta.json`; known before a model is loaded.
+
+    Args:
+        config: of the run.
+        steps: what became of its `decoding.compile`.
+    """
     import torch
 
     from specsampling.models.load import resolve_device
+    from specsampling.models.static import runner_kind
 
     device = resolve_device(config.models.device)
+    kind, _ = runner_kind(steps, device)
     return {
         "profile": config.profile,
         "config": config_as_dict(config),
@@ -47,6 +54,7 @@ def run_meta(config: Config) -> dict[str, Any]:
         "device": device.type,
         "device_name": device_name(device),
         "precision": precision(config, device),
+        **({"steps": kind.NAME} if kind else {}),
         "threads": config.run.threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": _versions(),

@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config
 from autoregressive import autoregressive
 from specsampling.method.drafts import ModelDraft, NgramDraft, first_layers
 from specsampling.method.sampling import Sampling, probs_from_logits
-from specsampling.method.session import context_limit
+from specsampling.method.session import Session, context_limit
 from specsampling.models import checkpoint, exactness, memory
 from specsampling.models.attention import MAX_ROWS, grouped_mask
 from specsampling.models.checkpoint import load_model
@@ -186,7 +186,7 @@ def test_an_encoder_decoder_is_refused(tmp_path, tokenizer):
 
 def test_a_model_that_ignores_its_cache_is_refused(model_of):
     """RWKV and OpenAI-GPT take a cache and decode noise without a word."""
-    model = make_model("llama")
+    model = make_model("gpt2")
     forward = model.forward
     model.forward = lambda *args, **options: forward(
         *args, **{**options, "past_key_values": None, "use_cache": False, "position_ids": None}
@@ -380,21 +380,19 @@ class Poisoned:
         self.model, self.position, self.value = model, position, value
 
     def __enter__(self):
-        def poison(module, args, options, output):
-            ids = options["input_ids"]
-            before = options["past_key_values"].get_seq_length()
-            logits = output.logits.clone()
-            for row in range(logits.shape[1]):
-                if before + ids.shape[1] - logits.shape[1] + row >= self.position:
-                    logits[0, row] = self.value
-            output.logits = logits
-            return output
+        self.score = honest = Session.score
 
-        self.hook = self.model.register_forward_hook(poison, with_kwargs=True)
+        def poison(session, tokens, last):
+            rows = honest(session, tokens, last).clone()
+            if session.model is self.model:
+                rows[max(self.position - (len(tokens) - last), 0) :] = self.value
+            return rows
+
+        Session.score = poison
         return self
 
     def __exit__(self, *_):
-        self.hook.remove()
+        Session.score = self.score
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

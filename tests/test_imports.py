@@ -23,9 +23,10 @@ ARROWS: dict[str, set[str]] = {
     "tasks": {"results", "method.text", "config"},
     "runner": {"tasks", "results", "models", "method"},
     "provenance": {"models", "config"},
+    "loading": {"provenance", "results", "models", "method", "config"},
     "edge": {"tasks", "results", "models", "method", "checking"},
     "console": {
-        *("edge", "provenance", "runner", "tasks", "results", "models", "method"),
+        *("edge", "loading", "provenance", "runner", "tasks", "results", "models", "method"),
         *("config", "strict_yaml"),
     },
 }

@@ -127,7 +127,7 @@ def test_quantization_without_bitsandbytes_names_the_extra(model_folders):
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(ModelError, match=r'pip install "\.\[quant\]"'):
-        load_model(str(model_folders["llama-target"]), torch.float32, CPU, "int8")
+        load_model(str(model_folders["llama-target"]), torch.float32, CPU, "nf4")
 
 
 def test_broken_weights_are_one_clear_line(model_folders, tmp_path):

@@ -1,4 +1,3 @@
-import contextlib
 import random
 
 import pytest
@@ -14,8 +13,8 @@ TOKENS = torch.randint(VOCAB_SIZE, (100,), generator=torch.Generator().manual_se
 class FilledPartSession(Session):
     """Calls of one width, but attention over the filled part of the cache only."""
 
-    def _whole_capacity(self):
-        return contextlib.nullcontext()
+    def _padded_call(self, ids):
+        return self._forward.over_filled(ids, self.length, len(ids))
 
 
 def uncached_logits(model, tokens):
@@ -99,14 +98,6 @@ def test_padding_may_reach_beyond_the_last_position(architecture, model_of):
     row = session.score(tokens[:-1], last=1)
     assert torch.allclose(row[0], uncached_logits(model, tokens)[-2], atol=1e-4, rtol=1e-4)
     session.score(tokens, last=1)
-
-
-def test_gpt_neo_is_left_as_it_was(model_of):
-    """The masks that a fixed-size cache needs are there for the time of a call only."""
-    model = model_of("gpt_neo")
-    before = uncached_logits(model, TOKENS)
-    score_in_groups(Session(model, 100, 8), 20, [1, 5, 2])
-    assert torch.equal(uncached_logits(model, TOKENS), before)
 
 
 def test_no_token_is_fed_twice_and_logits_are_computed_only_where_needed(llama):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from specsampling.method.session import PreallocatedLayer
+from specsampling.method.forward import PreallocatedLayer
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from specsampling.method.forward import RUNNER
 from specsampling.method.sampling import (
     NonFiniteError,
     Sampling,
@@ -104,16 +105,16 @@ class ModelDraft:
     min_confidence: float = 0.0
 
     def start(self, terms: DraftTerms) -> ModelProposer:
-        session = Session(self.model, min(terms.capacity, context_limit(self.model)))
-        return ModelProposer(self, session, terms)
+        return ModelProposer(self, terms)
 
 
 class ModelProposer:
-    def __init__(self, draft: ModelDraft, session: Session, terms: DraftTerms):
+    def __init__(self, draft: ModelDraft, terms: DraftTerms):
         self._draft = draft
-        self._session = session
         self._terms = terms
-        embeddings: Any = session.model.get_input_embeddings()
+        self._longest = min(terms.capacity, context_limit(draft.model))
+        self._session = Session(draft.model, self._longest)
+        embeddings: Any = draft.model.get_input_embeddings()
         self._last_id: int = embeddings.num_embeddings - 1
 
     @property
@@ -125,11 +126,11 @@ class ModelProposer:
         return self._session.forward_seconds
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        self._session.prefill(self._known(tokens[: self._session.capacity]))
+        self._session.prefill(self._known(tokens[: self._longest]))
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         k = min(k, self._draft.max_k or k)
-        k = max(0, min(k, self._session.capacity - len(tokens) + 1))  # a full context is silent
+        k = max(0, min(k, self._longest - len(tokens) + 1))  # a full context is silent
         sequence = list(tokens)
         terms = self._terms
         draft_probs = torch.zeros(k, terms.vocab_size, device=self._session.device)
@@ -290,6 +291,7 @@ def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any
 def _shallow_copy(module: Any) -> Any:
     """A new module over the same children and tensors."""
     clone = copy.copy(module)
+    clone.__dict__.pop(RUNNER, None)  # it runs the original
     clone._modules = dict(module._modules)
     return clone
 

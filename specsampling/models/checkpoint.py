@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from specsampling.method.step import has_step
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
 from specsampling.models.errors import ModelError
@@ -29,7 +30,7 @@ from specsampling.models.source import is_gguf, model_location, read_config, rea
 log = logging.getLogger("specsampling")
 
 PEAK = 1.3  # of what a loaded model takes: the most that loading takes
-INT8_TOLERANCE = 0.3  # of a distilled draft in 8 bit, whose target checks every token
+INT8_TOLERANCE = 0.3  # of logits in 8 bit: no more than a gross mistake is looked for
 
 
 def load_model(
@@ -37,7 +38,6 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str = "none",
-    is_draft: bool = False,
 ) -> PreTrainedModel:
     """Load one model for inference, straight onto its device.
 
@@ -48,16 +48,20 @@ def load_model(
         spec: a model's spec.
         dtype: of its weights.
         device: where it goes.
-        quantization: "none", "int8" or "nf4". A draft's "int8" on a CPU is the processor's own.
-        is_draft: whether a target checks what it says.
+        quantization: "none", "int8" or "nf4". On a CPU "int8" is `packed.Int8Linear`.
 
     Raises:
         ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
             with a cache that is rolled back, or there is too little memory.
     """
-    to_8_bit = quantization == "int8" and is_draft and device.type == "cpu" and can_int8()
+    to_8_bit = quantization == "int8" and device.type == "cpu"
     if to_8_bit:
         quantization = "none"
+        if not can_int8():
+            raise ModelError(
+                f"cannot put {spec} into int8: this PyTorch has no 8-bit layers for this "
+                "processor; choose none or nf4"
+            )
     model = _read(spec, dtype, device, quantization)
     proof = require_decodable(model, spec)
     if quantization != "none":
@@ -98,6 +102,8 @@ def make_fast(model: PreTrainedModel, to_8_bit: bool = False) -> None:
     group_heads(model)
     fuse_layers(model, finish)
     finish(model)
+    if finish is to_int8 and not has_step(model):
+        model.float()
 
 
 def _keep(module: torch.nn.Module) -> None:

@@ -9,7 +9,7 @@ print it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,8 +219,12 @@ def load_draft(
     ngram_min: int = 1,
     model_k: int | None = None,
     min_confidence: float = 0.0,
+    loaded: Mapping[str, PreTrainedModel] | None = None,
 ) -> Draft:
     """Load a draft for a target that is there; see `load_pair` and `check_tokenizers`.
+
+    Args:
+        loaded: draft models that are there already, by spec.
 
     Raises:
         ModelError: in one line, what could not be loaded, why, and the way out.
@@ -229,12 +233,21 @@ def load_draft(
     if draft == "ngram":
         return lookup
     spec = draft.removeprefix(LOOKUP_FIRST)
-    if spec.startswith(TARGET_LAYERS):
+    if loaded and spec in loaded:
+        model = loaded[spec]
+    elif spec.startswith(TARGET_LAYERS):
         model = _first_layers(target, spec)
     else:
-        model = load_model(spec, dtype, target.device, quantization, is_draft=True)
+        model = load_model(spec, dtype, target.device, quantization)
     proposes = ModelDraft(model, model_k, min_confidence)
     return proposes if spec == draft else CompositeDraft(lookup, proposes)
+
+
+def draft_models(draft: str, loaded: Draft) -> dict[str, PreTrainedModel]:
+    """The model that a loaded draft asks, by its spec, if it asks one."""
+    asked = loaded.model if isinstance(loaded, CompositeDraft) else loaded
+    is_model = isinstance(asked, ModelDraft)
+    return {draft.removeprefix(LOOKUP_FIRST): asked.model} if is_model else {}
 
 
 def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:

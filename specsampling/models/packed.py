@@ -3,19 +3,23 @@
 With weights packed into oneDNN's own layout at loading, linear layers of one to eight rows ran
 1.3 to 2.4 times as fast as `torch.nn.functional.linear` on two AMD EPYC cores, and eight rows cost
 about what one costs: both decoders gain. Which numbers are multiplied does not change; the order
-in which they are summed may. A small draft waits for its weights to be read, so 8 bit halves its
-time; rounding costs a draft some acceptance, and its target nothing.
+in which they are summed may. Decoding waits for weights to be read, so 8 bit takes half of that
+time. Rounding a draft costs some acceptance, and its target nothing; a rounded target is another
+model, a little worse.
 
 Knows nothing of decoding. Other devices and precisions keep their own layers.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+INT8_MAX = 127
+TINY = 1e-12  # scale of rows that are zero
+BLOCK = 8192  # rows of a weight
 
 
 class PackedLinear(nn.Module):
@@ -64,37 +68,53 @@ def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -
 class Int8Linear(nn.Module):
     """A linear layer for inference in 8 bit: weights for good, inputs while it runs.
 
-    Weights have a scale per output, inputs one per call. In and out goes float32.
+    Weights have a scale per output, inputs one per *row*. The products' sums are those of
+    integers, which do not round: a row's bits are the same whatever else is in the call.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        # Without VNNI the kernel's sums of two products overflow 16 bit: weights get 7 bit there.
+        largest = INT8_MAX if torch.cpu._is_vnni_supported() else INT8_MAX // 2
         weight = linear.weight.data
-        largest = torch.linalg.vector_norm(weight, ord=torch.inf, dim=1)  # [out]
-        scale = largest.float().clamp(min=1e-12) / 127
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():  # torch 2.13 announces the end of these types
-            warnings.simplefilter("ignore")
-            quantized = torch.quantize_per_channel(
-                weight.float(), scale.double(), zeros, 0, torch.qint8
-            )
-            bias = None if linear.bias is None else linear.bias.data.float()
-            self.packed_weight = torch.ops.quantized.linear_prepack(quantized, bias)
+        self.scales = weight.abs().amax(dim=1).float().clamp(min=TINY) / largest  # [out]
+        quantized = torch.empty(weight.shape, dtype=torch.int8)
+        for start in range(0, len(weight), BLOCK):  # a head in float32 is a gigabyte
+            rows = slice(start, start + BLOCK)
+            quantized[rows] = (weight[rows].float() / self.scales[rows, None]).round()
+        # Plain attributes: an opaque layout can be neither saved nor moved.
+        self.packed_weight = torch.ops.onednn.qlinear_prepack(quantized, None)
+        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
+        self.bias = None if linear.bias is None else linear.bias.data.float()
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], both float32."""
-        # Without VNNI the kernel's sums of two products overflow 16 bit: inputs get 7 bit there.
-        has_vnni = torch.cpu._is_vnni_supported()
-        return torch.ops.quantized.linear_dynamic.default(rows, self.packed_weight, not has_vnni)
+        """[..., in_features] -> [..., out_features], in the dtype of `rows`."""
+        inputs = rows.reshape(-1, self.in_features).float()
+        scale = inputs.abs().amax(dim=-1, keepdim=True).clamp(min=TINY) / INT8_MAX  # [rows, 1]
+        outputs = torch.ops.onednn.qlinear_pointwise.default(
+            *((inputs / scale).round().to(torch.int8), 1.0, 0),
+            *(self.packed_weight, self.scales, self.zero_points),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        outputs = outputs * scale
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs.to(rows.dtype).view(*rows.shape[:-1], self.out_features)
 
 
 def can_int8() -> bool:
     """Whether this processor has the kernels."""
-    return torch.backends.quantized.engine == "x86"
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
-def to_int8(model: nn.Module) -> None:
-    """Make a model on the CPU float32 with all its `nn.Linear`s in int8, in place."""
-    _replace_linears(model, Int8Linear)
-    model.float()
+def to_int8(module: nn.Module) -> None:
+    """Put all `nn.Linear`s of a module on the CPU into int8, in place, and the rest into float32.
+
+    Embeddings stay as they are: they are only looked up, and the size of a small model.
+    """
+    _replace_linears(module, Int8Linear)
+    for child in module.modules():
+        if not isinstance(child, nn.Embedding):
+            for parameter in child.parameters(recurse=False):
+                parameter.data = parameter.data.float()

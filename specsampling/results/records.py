@@ -29,7 +29,8 @@ from specsampling.results.files import (
 
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
-_MUST_AGREE = ("config_hash", "precision", "device")  # in the meta, for rows to share a file
+# In the meta, for rows to share a file; no `steps` where these are eager.
+_MUST_AGREE = ("config_hash", "precision", "device", "steps")
 _START_OVER = "start over with --fresh, or choose another file with --output"
 
 
@@ -121,7 +122,7 @@ class RunFile:
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: plain values; `config_hash`, `precision` and `device` must agree to resume.
+            meta: plain values; those of `_MUST_AGREE` must agree to resume.
                 If the hash does not, and there is a `config`, the error names the fields.
             fresh: drop the rows, meta and scores that are there.
 

@@ -1,0 +1,181 @@
+"""The two ways to call a model over a preallocated cache: our static step, and transformers'.
+
+Both feed tokens that stand at `start`, either over the filled part of the cache, or over all of
+its capacity, the unfilled part masked; then the call's shape says nothing of where it stands.
+
+Knows nothing of lengths, time or rolling back: that is the session's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specsampling.method.step import Buffers, decode_step, has_step, head, hidden_states
+
+RUNNER = "step_runner"  # where a model carries the `Runner` that it was given
+
+
+class Runner(Protocol):
+    """A model's decode step made ready for calls of a few sizes: compiled, or captured.
+
+    Attributes:
+        capacity: of the buffers that it is ready for.
+    """
+
+    capacity: int
+
+    def num_rows(self, needed: int) -> int:
+        """The smallest size of a call that holds `needed` tokens, or the largest there is."""
+
+    def buffers(self, capacity: int, owner: object) -> Buffers:
+        """A text's, its owner's as long as that is alive."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
+        """What `decode_step` gives."""
+
+
+def runner_of(model: PreTrainedModel) -> Runner | None:
+    """The runner that a model was given, if any."""
+    return model.__dict__.get(RUNNER)
+
+
+class Forward(Protocol):
+    """A model over one text's cache."""
+
+    def prefill(self, ids: list[int]) -> None:
+        """Feed a text's first tokens, without logits."""
+
+    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
+        """[last, V] of the tokens fed, over what is filled after them."""
+
+    def over_capacity(self, ids: list[int], start: int) -> Tensor:
+        """[len(ids), V], over the whole capacity."""
+
+
+def forward_of(model: PreTrainedModel, capacity: int, context: int) -> Forward:
+    """How a model is called, with room for `capacity` tokens; its positions end at `context`."""
+    if has_step(model):
+        return StepForward(model, capacity)
+    return TransformersForward(model, capacity, context)
+
+
+class StepForward:
+    """Through our static step."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int):
+        self._model = model
+        runner = runner_of(model)
+        self._buffers = runner.buffers(capacity, self) if runner else Buffers.of(model, capacity)
+        self._run: Callable[[Tensor, Tensor, Buffers], Tensor] = runner or partial(
+            decode_step, model
+        )
+
+    def prefill(self, ids: list[int]) -> None:
+        hidden_states(self._model, *self._placed(ids, 0), self._buffers.filled(len(ids)), True)
+
+    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
+        buffers = self._buffers.filled(start + len(ids))
+        needs_no_mask = start == 0 or len(ids) == 1
+        hidden = hidden_states(self._model, *self._placed(ids, start), buffers, needs_no_mask)
+        return head(self._model, hidden[:, -last:])
+
+    def over_capacity(self, ids: list[int], start: int) -> Tensor:
+        return self._run(*self._placed(ids, start), self._buffers)
+
+    def _placed(self, ids: list[int], start: int) -> tuple[Tensor, Tensor]:
+        """Ids and positions as tensors."""
+        device = self._model.device
+        return (
+            torch.tensor(ids, device=device),
+            torch.arange(start, start + len(ids), device=device),
+        )
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """One layer's keys and values, [batch, heads, capacity, head_dim], made at the first call."""
+
+    is_sliding = False  # sliding-window models keep every key; their mask hides the old ones
+    is_compileable = False  # a one-row call's mask may be dropped; not one over the whole capacity
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.shows_capacity = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
+        batch, heads, _, head_dim = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.capacity, head_dim)
+        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        num_keys, _ = self.get_mask_sizes(key_states.shape[-2])
+        rows = slice(self.length, self.length + key_states.shape[-2])
+        self.keys[:, :, rows] = key_states
+        self.values[:, :, rows] = value_states
+        return self.keys[:, :, :num_keys], self.values[:, :, :num_keys]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.capacity if self.shows_capacity else self.length + query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class TransformersForward:
+    """Through transformers' own forward, any decoder-only model's."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int, context: int):
+        self._model = model
+        self._context = context
+        num_layers = model.config.get_text_config().num_hidden_layers
+        self._layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
+        self._cache = Cache(layers=[*self._layers])
+
+    def prefill(self, ids: list[int]) -> None:
+        self._call(self._model.base_model, ids, 0, shows_capacity=False)
+
+    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
+        return self._call(self._model, ids, start, False, logits_to_keep=last).logits[0]
+
+    def over_capacity(self, ids: list[int], start: int) -> Tensor:
+        # The head runs on every row too: its kernel must not depend on how many are asked for.
+        return self._call(self._model, ids, start, True).logits[0]
+
+    def _call(
+        self,
+        module: torch.nn.Module,
+        ids: list[int],
+        start: int,
+        shows_capacity: bool,
+        **options: Any,
+    ) -> Any:
+        for layer in self._layers:
+            layer.length = start
+            layer.shows_capacity = layer.is_compileable = shows_capacity
+        if start + len(ids) > self._context:  # padding behind the last position there is
+            positions = torch.arange(start, start + len(ids), device=self._model.device)
+            options["position_ids"] = positions.clamp(max=self._context - 1)[None]
+        return module(
+            input_ids=torch.tensor([ids], device=self._model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            **options,
+        )

@@ -1,0 +1,201 @@
+"""One decode call as a function of tensors alone: ids and their positions in, logits out.
+
+The caches are buffers that are written at the positions, and the mask is made of both, so no
+Python number that changes from call to call enters it. The same function therefore runs eagerly,
+compiled (`models/static.py`), and as a captured CUDA graph.
+
+Known are Llama, Qwen2, Qwen3, Mistral and GPT-Neo: what goes around their layers is here, the
+layers, norms and heads are the model's own modules, whatever these have become. Other models
+keep transformers' forward (`session.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+ROTATED = ("llama", "qwen2", "qwen3", "mistral")  # alike but for the layers' insides
+GROUPED = "grouped"  # begins the name of attention with a key head's query heads as its rows
+MAX_GROUPED_ROWS = 64  # of a call whose mask stands once per query head of a key head
+
+
+class Buffers(NamedTuple):
+    """A text's keys and values, [1, key heads, capacity, head_dim] for each layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, capacity: int) -> Buffers:
+        # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
+        config: Any = model.config
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        shape = (1, getattr(config, "num_key_value_heads", num_heads), capacity, head_dim)
+        layers = range(config.num_hidden_layers)
+        options = {"dtype": model.dtype, "device": model.device}
+        return cls(*([torch.zeros(shape, **options) for _ in layers] for _ in range(2)))
+
+    def filled(self, num_keys: int) -> Buffers:
+        """Views of the first `num_keys` positions."""
+        return Buffers(
+            [keys[:, :, :num_keys] for keys in self.keys],
+            [values[:, :, :num_keys] for values in self.values],
+        )
+
+
+class _Cache:
+    """What the layers of one call see of the buffers, as transformers' caches behave."""
+
+    def __init__(self, buffers: Buffers, positions: Tensor):
+        self._buffers = buffers
+        self._positions = positions
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        all_keys, all_values = self._buffers.keys[layer], self._buffers.values[layer]
+        all_keys.index_copy_(2, self._positions, keys.to(all_keys.dtype))
+        all_values.index_copy_(2, self._positions, values.to(all_values.dtype))
+        return all_keys, all_values
+
+
+def has_step(model: PreTrainedModel) -> bool:
+    """Whether a model's decode call can be one of these."""
+    config: Any = model.config
+    is_patched = "forward" in vars(model)
+    if is_patched or not type(model).__module__.startswith("transformers.models."):
+        return False  # it may compute something of its own
+    if config.model_type == "gpt_neo":
+        return config._attn_implementation == "eager"  # the only one beside flash attention
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in ROTATED
+        # These look at a call's largest position, to change all frequencies beyond an edge.
+        and rope.get("rope_type", "default") not in ("dynamic", "longrope")
+        and config._attn_implementation.startswith(("sdpa", "eager", GROUPED))
+    )
+
+
+def decode_step(model: PreTrainedModel, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
+    """Logits of a few tokens, which see what the buffers hold before them, and each other.
+
+    Args:
+        model: one that `has_step`.
+        ids: [rows] token ids.
+        positions: [rows] where they stand; keys and values are written there.
+        buffers: the text's.
+
+    Returns:
+        [rows, V] in the model's dtype or float32.
+    """
+    return head(model, hidden_states(model, ids, positions, buffers))
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[1, rows, d] -> [rows, V]."""
+    return model.get_output_embeddings()(hidden)[0]
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    buffers: Buffers,
+    is_filled: bool = False,
+) -> Tensor:
+    """What `decode_step` gives to the head, [1, rows, d].
+
+    Args:
+        model, ids, positions, buffers: as there.
+        is_filled: whether the buffers end with these tokens, which are one, or the text's first:
+            then attention needs no mask to know what a row sees.
+    """
+    config, base = model.config, model.base_model
+    cache = _Cache(buffers, positions)
+    embedded = model.get_input_embeddings()(ids[None])
+    if config.model_type == "gpt_neo":
+        known = positions.clamp(max=base.wpe.num_embeddings - 1)  # padding may reach beyond
+        hidden = (embedded + base.wpe(known)).to(base.ln_f.weight.dtype)
+        masks = {
+            "global": _mask(positions, buffers.keys[0]),
+            "local": _mask(positions, buffers.keys[0], window=config.window_size),
+        }
+        for block, kind in zip(base.h, config.attention_layers):
+            hidden = _gpt_neo_block(block, hidden, masks[kind], cache)
+        return base.ln_f(hidden)
+    hidden = embedded.to(base.norm.weight.dtype)  # float32 between layers in 8 bit
+    rotation = base.rotary_emb(hidden, positions[None])
+    masks = _masks(model, positions, buffers, is_filled)
+    for layer, kind in zip(base.layers, _layer_kinds(config)):
+        hidden = layer(
+            hidden,
+            attention_mask=masks[kind],
+            position_embeddings=rotation,
+            position_ids=positions[None],
+            past_key_values=cache,
+        )
+    return base.norm(hidden)
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """Each layer's: "full_attention" or "sliding_attention"."""
+    if config.model_type in ("qwen2", "qwen3"):
+        return config.layer_types
+    is_sliding = config.model_type == "mistral" and config.sliding_window is not None
+    return ["sliding_attention" if is_sliding else "full_attention"] * config.num_hidden_layers
+
+
+def _masks(
+    model: PreTrainedModel, positions: Tensor, buffers: Buffers, is_filled: bool
+) -> dict[str, Tensor | None]:
+    """A mask for each kind of layer that the model has."""
+    config: Any = model.config
+    group = 1
+    if config._attn_implementation.startswith(GROUPED) and len(positions) <= MAX_GROUPED_ROWS:
+        group = config.num_attention_heads // config.num_key_value_heads
+    masks: dict[str, Tensor | None] = {}
+    for kind in set(_layer_kinds(config)):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        sees_all = window is None or buffers.keys[0].shape[2] <= window
+        if is_filled and sees_all and config._attn_implementation != "eager":
+            masks[kind] = None
+        else:
+            masks[kind] = _mask(positions, buffers.keys[0], window, group)
+    return masks
+
+
+def _mask(positions: Tensor, keys: Tensor, window: int | None = None, group: int = 1) -> Tensor:
+    """[1, 1, group * rows, keys]: 0 where a row sees a key, else -inf, to be added.
+
+    Args:
+        positions: [rows].
+        keys: a layer's buffer.
+        window: how many keys a row sees, itself the newest; None for all before it.
+        group: query heads that share a key head and stand together as rows of one.
+    """
+    key = torch.arange(keys.shape[2], device=keys.device)
+    is_hidden = key > positions[:, None]
+    if window is not None:
+        is_hidden |= key <= positions[:, None] - window
+    mask = torch.zeros(is_hidden.shape, dtype=keys.dtype, device=keys.device)
+    return mask.masked_fill_(is_hidden, -torch.inf).repeat(group, 1)[None, None]
+
+
+def _gpt_neo_block(block: Any, hidden: Tensor, mask: Tensor, cache: _Cache) -> Tensor:
+    """[1, rows, d] -> [1, rows, d]; its attention's products are not scaled."""
+    attention = block.attn.attention
+    normed = block.ln_1(hidden)
+    queries, keys, values = (
+        project(normed).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    keys, values = cache.update(keys, values, attention.layer_id)
+    seen = scaled_dot_product_attention(
+        queries.to(keys.dtype), keys, values, attn_mask=mask, scale=1.0
+    )
+    seen = seen.transpose(1, 2).flatten(2).to(hidden.dtype)
+    hidden = hidden + attention.out_proj(seen)
+    return hidden + block.mlp(block.ln_2(hidden))

@@ -1,0 +1,240 @@
+"""A model's decode step made ready for calls of a few sizes: compiled, or captured.
+
+A decode call of a small model is hundreds of short operations, and on a CPU about half of its
+time passes between them: `torch.compile` makes one function of the whole step, for each number
+of rows. On a GPU, where each operation is launched on its own, the same step is captured as a
+CUDA graph and launched at once. Either is given to the model as its runner (`method/forward.py`),
+so both decoders gain.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import weakref
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specsampling.method.forward import RUNNER
+from specsampling.method.session import Session
+from specsampling.method.step import Buffers, decode_step, has_step
+from specsampling.models.errors import ModelError
+from specsampling.models.exactness import TOLERANCES
+from specsampling.models.source import reason
+
+Mode = Literal["auto", "on", "off"]
+
+# Of torch.compile on a CPU: weights are constants, and what calls the operations is C++.
+CPU_OPTIONS = {"freezing": True, "cpp_wrapper": True}
+BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
+
+
+def runner_kind(mode: Mode, device: torch.device) -> tuple[type[StaticRunner] | None, str]:
+    """What steps become on a device; None, and why in words, where they stay eager.
+
+    Raises:
+        ModelError: mode is "on", and they would stay so.
+    """
+    if mode == "off":
+        return None, "decoding.compile: off"
+    if device.type == "cuda":
+        return GraphRunner, ""
+    problem = _why_not_compiled(device)
+    if not problem:
+        return CompiledRunner, ""
+    if mode == "on":
+        raise ModelError(_refusal(problem))
+    return None, problem
+
+
+def _why_not_compiled(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"nothing compiles for {device.type}"
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        return "PyTorch is older than 2.13"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler"
+    return ""
+
+
+def _refusal(problem: str) -> str:
+    return (
+        f"decoding.compile on cannot be had ({problem}); choose auto, which then goes on without, "
+        "or off"
+    )
+
+
+def make_static(
+    model: PreTrainedModel,
+    mode: Mode,
+    capacity: int,
+    sizes: Collection[int],
+    report: Callable[[str], None],
+) -> str:
+    """Give a model a runner for calls of a few sizes, if that is asked for and possible.
+
+    Args:
+        model: on its device, its layers as they will stay.
+        mode: "on" must succeed, "auto" says why it did not, "off" does nothing.
+        capacity: the longest text to come, in tokens.
+        sizes: numbers of rows; what a call feeds is padded to the next.
+        report: told what takes long, in one line each.
+
+    Returns:
+        What was done, or why not, in words.
+
+    Raises:
+        ModelError: mode is "on", and it cannot be done.
+    """
+    kind, problem = runner_kind(mode, model.device)
+    if kind is None:
+        return f"eager ({problem})"
+    start = time.perf_counter()
+    if has_step(model):
+        capacity = -(-(capacity + max(sizes)) // BLOCK) * BLOCK
+        try:
+            _prove(model, kind(model, capacity, sizes), report)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler makes of a model
+            problem = reason(error)
+    else:
+        problem = f"{model.config.model_type} models keep transformers' forward"
+    if not problem:
+        rows = " and ".join(map(str, sorted(sizes)))
+        seconds = time.perf_counter() - start
+        return f"{kind.NAME} for calls of {rows} rows ({seconds:.0f} s, not counted)"
+    model.__dict__.pop(RUNNER, None)
+    if mode == "on":
+        raise ModelError(_refusal(problem))
+    return f"eager ({problem})"
+
+
+def _prove(model: PreTrainedModel, runner: StaticRunner, report: Callable[[str], None]) -> None:
+    """Make a runner ready, its calls of each size held against the eager step's.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    for size in runner.sizes:
+        tokens = [(7919 * i + 1) % known for i in range(size)]
+        model.__dict__.pop(RUNNER, None)
+        eager = Session(model, size, width=size).score(tokens, last=size).float()
+        report(f"{runner.DOING} calls of {size} rows ...")
+        model.__dict__[RUNNER] = runner
+        ours = Session(model, size, width=size).score(tokens, last=size).float()
+        is_scored = eager.isfinite()  # a trimmed head leaves tokens out
+        away = (ours - eager).masked_fill(~is_scored, 0.0).norm()
+        error = float(away / eager.masked_fill(~is_scored, 0.0).norm())
+        if not error < TOLERANCES[torch.bfloat16]:
+            raise RuntimeError(f"calls of {size} rows give other logits, by {error:.1%}")
+
+
+class StaticRunner:
+    """What the two kinds share; see `method/forward.py`, Runner."""
+
+    NAME: str
+    DOING: str
+
+    def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
+        self.capacity = capacity
+        self.sizes = sorted(sizes)
+        self._model = model
+
+    def num_rows(self, needed: int) -> int:
+        return next((size for size in self.sizes if size >= needed), self.sizes[-1])
+
+    def buffers(self, capacity: int, owner: object) -> Buffers:
+        return Buffers.of(self._model, capacity)
+
+
+class CompiledRunner(StaticRunner):
+    """The step through torch.compile, one function for each number of rows."""
+
+    NAME, DOING = "compiled", "compiling"
+
+    def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
+        super().__init__(model, capacity, sizes)
+
+        def step(ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
+            return decode_step(model, ids, positions, buffers)
+
+        self._step = torch.compile(step, fullgraph=True, dynamic=False, isolate_recompiles=True)
+
+    def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
+        with torch._inductor.config.patch(CPU_OPTIONS):  # looked at should it be compiled
+            return self._step(ids, positions, buffers)
+
+
+@dataclass
+class _Call:
+    """A captured call: what it reads, what it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    positions: Tensor
+    logits: Tensor
+
+
+@dataclass
+class _Place:
+    """Buffers at fixed addresses, the calls captured over them, and whose they are now."""
+
+    buffers: Buffers
+    owner: weakref.ref
+    calls: dict[int, _Call] = field(default_factory=dict)
+
+
+class GraphRunner(StaticRunner):
+    """The step as CUDA graphs, one for each number of rows and each text that is open at once."""
+
+    NAME, DOING = "captured", "capturing"
+
+    def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
+        super().__init__(model, capacity, sizes)
+        self._places: list[_Place] = []
+
+    def buffers(self, capacity: int, owner: object) -> Buffers:
+        for place in self._places:
+            if place.owner() is None and place.buffers.keys[0].shape[2] == capacity:
+                place.owner = weakref.ref(owner)
+                for tensor in (*place.buffers.keys, *place.buffers.values):
+                    tensor.zero_()  # a nan of the last text's would outlive it
+                return place.buffers
+        self._places.append(_Place(Buffers.of(self._model, capacity), weakref.ref(owner)))
+        return self._places[-1].buffers
+
+    def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
+        place = next(place for place in self._places if place.buffers is buffers)
+        if len(ids) not in place.calls:
+            place.calls[len(ids)] = self._capture(ids, positions, buffers)
+        call = place.calls[len(ids)]
+        call.ids.copy_(ids)
+        call.positions.copy_(positions)
+        call.graph.replay()
+        return call.logits.clone()  # the next replay writes over it
+
+    def _capture(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> _Call:
+        ids, positions = ids.clone(), positions.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are chosen and workspaces made outside of the graph
+                decode_step(self._model, ids, positions, buffers)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = decode_step(self._model, ids, positions, buffers)
+        return _Call(graph, ids, positions, logits)
