@@ -200,8 +200,8 @@ def run_experiment(
     meta["bit_exact"] = self_check(config, pair, longest)
     decoders = _bind_decoders(config, pair, drafts, autoregressive, speculative)
     with RunFile.open(output, meta, fresh=options.fresh) as run_file:
-        there = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
-        print(f"  rows go to {output}{there}", file=sys.stderr)
+        more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
+        print(f"  rows go to {output}{more}", file=sys.stderr)
         run(
             pair,
             task,

@@ -36,9 +36,11 @@ class Buffers(NamedTuple):
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         shape = (1, getattr(config, "num_key_value_heads", num_heads), capacity, head_dim)
-        layers = range(config.num_hidden_layers)
-        options = {"dtype": model.dtype, "device": model.device}
-        return cls(*([torch.zeros(shape, **options) for _ in layers] for _ in range(2)))
+        dtype, device, layers = model.dtype, model.device, range(config.num_hidden_layers)
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in range(2)
+        )
+        return cls(keys, values)
 
     def filled(self, num_keys: int) -> Buffers:
         """Views of the first `num_keys` positions."""
@@ -113,7 +115,9 @@ def hidden_states(
         is_filled: whether the buffers end with these tokens, which are one, or the text's first:
             then attention needs no mask to know what a row sees.
     """
-    config, base = model.config, model.base_model
+    config: Any = model.config
+    base: Any = model.base_model
+    masks: dict[str, Tensor | None]
     cache = _Cache(buffers, positions)
     embedded = model.get_input_embeddings()(ids[None])
     if config.model_type == "gpt_neo":
@@ -184,7 +188,7 @@ def _mask(positions: Tensor, keys: Tensor, window: int | None = None, group: int
     return mask.masked_fill_(is_hidden, -torch.inf).repeat(group, 1)[None, None]
 
 
-def _gpt_neo_block(block: Any, hidden: Tensor, mask: Tensor, cache: _Cache) -> Tensor:
+def _gpt_neo_block(block: Any, hidden: Tensor, mask: Tensor | None, cache: _Cache) -> Tensor:
     """[1, rows, d] -> [1, rows, d]; its attention's products are not scaled."""
     attention = block.attn.attention
     normed = block.ln_1(hidden)

@@ -246,8 +246,9 @@ def load_draft(
 def draft_models(draft: str, loaded: Draft) -> dict[str, PreTrainedModel]:
     """The model that a loaded draft asks, by its spec, if it asks one."""
     asked = loaded.model if isinstance(loaded, CompositeDraft) else loaded
-    is_model = isinstance(asked, ModelDraft)
-    return {draft.removeprefix(LOOKUP_FIRST): asked.model} if is_model else {}
+    if not isinstance(asked, ModelDraft):
+        return {}
+    return {draft.removeprefix(LOOKUP_FIRST): asked.model}
 
 
 def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch._inductor.config
@@ -127,9 +127,9 @@ def _prove(model: PreTrainedModel, runner: StaticRunner, report: Callable[[str],
     Raises:
         RuntimeError: they differ by more than rounding.
     """
-    known = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
     for size in runner.sizes:
-        tokens = [(7919 * i + 1) % known for i in range(size)]
+        tokens = [(7919 * i + 1) % embeddings.num_embeddings for i in range(size)]
         model.__dict__.pop(RUNNER, None)
         eager = Session(model, size, width=size).score(tokens, last=size).float()
         report(f"{runner.DOING} calls of {size} rows ...")
@@ -171,7 +171,8 @@ class CompiledRunner(StaticRunner):
         def step(ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
             return decode_step(model, ids, positions, buffers)
 
-        self._step = torch.compile(step, fullgraph=True, dynamic=False, isolate_recompiles=True)
+        options: dict[str, Any] = {"isolate_recompiles": True}  # PyTorch's own stubs lack it
+        self._step = torch.compile(step, fullgraph=True, dynamic=False, **options)
 
     def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
         with torch._inductor.config.patch(CPU_OPTIONS):  # looked at should it be compiled
