@@ -323,6 +323,21 @@ def test_a_drafts_int8_on_a_cpu_is_the_processors_own(dtype, model_folders):
     assert sum(ours.drafted) > 0
 
 
+@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
+@pytest.mark.usefixtures("all_threads")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo", "gpt2"])
+def test_a_target_in_int8_on_a_cpu_is_decoded_bit_exactly(architecture, model_folders):
+    """bitsandbytes' int8 mixes the rows of a call, and cannot be."""
+    target, draft = (str(model_folders[f"{architecture}-{name}"]) for name in ("target", "draft"))
+    pair = load_pair(target, draft, dtype="bfloat16", target_quantization="int8")
+    assert isinstance(pair.target.get_output_embeddings(), Int8Linear)
+    assert check_exactness(pair.target, 8, capacity=120).is_exact
+    prompt = pair.encode("def add(a, b):")
+    expected = autoregressive(pair.target, prompt, max_new_tokens=60, width=8)
+    ours = speculative(pair.target, pair.draft, prompt, k=7, max_new_tokens=60, width=8)
+    assert ours.token_ids == expected.token_ids
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's memory maps")
 def test_packed_weights_do_not_keep_the_checkpoints_files_in_memory(tmp_path):
     """A norm's weight that was a view of its file kept the whole file: twice the memory."""

@@ -119,6 +119,36 @@ def test_8_bit_layers_give_the_products_of_the_full_ones(bias):
     torch.testing.assert_close(ours, expected, atol=0.03, rtol=0.02)
 
 
+@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
+@pytest.mark.usefixtures("all_threads")
+@pytest.mark.parametrize("num_rows", [1, 4, 8, 17])
+def test_8_bit_products_are_exact_and_rows_know_nothing_of_each_other(num_rows):
+    """One input scale for a whole call made a row's bits depend on its neighbours."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(200, 96, bias=False)
+    layer = Int8Linear(linear)
+    rows = torch.randn(num_rows, 200)
+    rows[-1] *= 1000  # an outlier among the neighbours
+    scales = rows.abs().amax(1, keepdim=True) / 127
+    integers = (linear.weight / layer.scales[:, None]).round().double()
+    exact = (rows / scales).round().double() @ integers.T
+    with torch.inference_mode():
+        together = layer(rows)
+        alone = torch.cat([layer(row[None]) for row in rows])
+    assert torch.equal((together / scales / layer.scales).round().double(), exact)
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
+def test_rows_of_zeros_and_nans_stay_what_they_are():
+    layer = Int8Linear(torch.nn.Linear(40, 24, bias=False))
+    rows = torch.randn(3, 40)
+    rows[0], rows[1, 5] = 0, float("nan")
+    with torch.inference_mode():
+        outputs = layer(rows)
+    assert (outputs[0] == 0).all() and outputs[1].isnan().all() and outputs[2].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_the_folder_trims_the_head(dtype, folders):
     draft = load_model(str(folders / "draft"), dtype, CPU)
