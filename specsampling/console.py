@@ -198,7 +198,7 @@ def run_experiment(
     elif pending and not make_steps(config, mode, pair, drafts, longest):
         meta.pop("steps", None)
     meta["bit_exact"] = self_check(config, pair, longest)
-    decoders = _bind_decoders(config, pair, drafts, autoregressive, speculative)
+    decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     with RunFile.open(output, meta, fresh=options.fresh) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{more}", file=sys.stderr)
@@ -239,7 +239,7 @@ def _keys(config: Config, task: Task) -> set[Key]:
     }
 
 
-def _bind_decoders(
+def bind_decoders(
     config: Config,
     pair: Pair,
     drafts: dict[str, Draft],

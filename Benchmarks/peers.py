@@ -1,0 +1,486 @@
+"""What a user would pick instead: tokens per second of each, on one pair and one set of prompts.
+
+    python Benchmarks/peers.py                      the demo pair
+    python Benchmarks/peers.py --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B
+
+decodes a few HumanEval problems greedily with transformers' `generate` (eager, compiled over a
+static cache, assisted on two schedules, prompt lookup), flashspec, llama.cpp through xllamacpp
+(alone, with n-grams, with the draft, on the GGUF file that our weights come from) and ours
+(baseline, reference, speculative; bfloat16 and 8 bit, compiled). What is not installed is one
+line: `pip install ".[peers]"`.
+
+Contenders live in processes of their own and decode one at a time, in an order that rotates from
+problem to problem; loading, compiling and a first text are not counted. Each one's outputs are
+compared with those of its own baseline. A rerun continues where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
+import pandas as pd
+from tqdm import tqdm
+
+from specsampling.config import Config, ConfigError, load_config, require_task
+from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.method.text import Generation
+from specsampling.results import metrics
+from specsampling.results.records import Row, RunFile, check_output
+from specsampling.results.tables import aligned, shared_rows
+
+Decode = Callable[[list[int]], Generation]
+Contenders = dict[str, Decode]
+
+NUM_CORES = os.cpu_count() or 1
+BASELINES = {"transformers": "generate", "llama.cpp": "alone", "ours": "reference"}
+PYTORCH = ("transformers", "flashspec")
+FIRST = 40  # of the problems: those before were looked at while the settings were chosen
+
+
+# --- the contenders: each host is a process with models of its own -------------------
+
+
+def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, Contenders]]:
+    """Our own decoders, as a run of the profile would have them."""
+    from autoregressive import autoregressive
+    from specsampling.console import bind_decoders
+    from specsampling.loading import load_configured_pair, load_drafts, make_steps
+    from speculative import speculative
+
+    config = configured(options, quantization)
+    pair = load_configured_pair(config)
+    drafts = load_drafts(config, pair)
+    longest = max(len(ids) for ids in prompts_of(config, options).values())
+    make_steps(config, "auto", pair, drafts, longest)
+    decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
+    yield (
+        f"ours {quantization}",
+        {
+            name: partial(decode, generator=None, is_stop=None)  # type: ignore[call-arg]
+            for name, decode in decoders.items()
+        },
+    )
+
+
+def transformers_and_flashspec(options: argparse.Namespace) -> Iterator[tuple[str, Contenders]]:
+    """transformers' own ways to decode, and flashspec over the same two models."""
+    import torch
+    from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
+
+    from specsampling.models.load import LOOKUP_FIRST, model_location, resolve_dtype
+    from specsampling.models.tokenizer import end_ids, load_tokenizer
+
+    config = configured(options, "none")
+    device = torch.device("cpu")
+    dtype = resolve_dtype(config.models.dtype, device)
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(model_location(spec), dtype=dtype).eval()
+        for spec in (config.models.target, config.models.draft.removeprefix(LOOKUP_FIRST))
+    )
+    eos_ids = sorted(end_ids(load_tokenizer(config.models.target), target))
+    for model in (target, draft):  # no penalties: they would decode something else
+        model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids[0])
+    limit = config.decoding.max_new_tokens
+
+    def generate(prompt: list[int], **how: Any) -> Generation:
+        ends_of_prefill: list[float] = []
+        hook = target.register_forward_hook(lambda *_: ends_of_prefill.append(time.perf_counter()))
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                ids = target.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    **how,
+                )[0, len(prompt) :].tolist()
+        finally:
+            hook.remove()
+        return timed(ids, start, ends_of_prefill[0], limit)
+
+    def assisted(
+        prompt: list[int], num_tokens: int, schedule: str, confidence: float
+    ) -> Generation:
+        draft.generation_config.num_assistant_tokens = num_tokens
+        draft.generation_config.num_assistant_tokens_schedule = schedule
+        draft.generation_config.assistant_confidence_threshold = confidence
+        return generate(prompt, assistant_model=draft)
+
+    longest = max(len(ids) for ids in prompts_of(config, options).values())
+    static = {
+        "cache_implementation": "static",
+        "cache_config": {"max_cache_len": longest + limit},
+        "compile_config": CompileConfig(mode="default", fullgraph=False, dynamic=False),
+    }
+    static["compile_config"]._compile_all_devices = True
+    yield (
+        "transformers",
+        {
+            "generate": generate,
+            "generate compiled": partial(generate, **static),
+            "assisted, 3": partial(assisted, num_tokens=3, confidence=0.0),
+            "assisted, confidence 0.4": partial(assisted, num_tokens=20, confidence=0.4),
+            "prompt lookup": partial(generate, prompt_lookup_num_tokens=10),
+        },
+    )
+    from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
+    from flashspec.engine import HuggingFaceDrafter, TargetModel
+
+    engine = SpeculativeEngine(
+        FlashSpecConfig(device="cpu", sampling=SamplingConfig(temperature=0.0)),
+        [HuggingFaceDrafter("draft", device, dtype, model=draft)],
+        TargetModel("target", device, dtype, model=target),
+    )
+
+    def composite(prompt: list[int]) -> Generation:
+        start = time.perf_counter()
+        result = engine.generate(torch.tensor([prompt]), limit, eos_token_ids=eos_ids)
+        ids = result.output_ids[0, : result.n_tokens_generated].tolist()
+        return timed(ids, start, start, limit)  # it does not say when its prefill ends
+
+    yield "flashspec", {"composite": composite}
+
+
+def llama_cpp(options: argparse.Namespace) -> Iterator[tuple[str, Contenders]]:
+    """llama.cpp on the published file of the target, and for a small model on others of it."""
+    import xllamacpp
+    from xllamacpp import common_speculative_type as kinds
+
+    from specsampling.models.load import LOOKUP_FIRST
+
+    config = configured(options, "none")
+    target = gguf_of(config.models.target)
+    draft = gguf_of(config.models.draft.removeprefix(LOOKUP_FIRST))
+    if target is None:
+        return
+
+    def server(path: Path, kind: str) -> Any:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel = 2048, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = NUM_CORES
+        params.verbosity = 10  # below that it does not say which tokens it chose
+        if kind == "n-grams":
+            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        if kind == "draft":
+            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+            params.speculative.draft.mparams.path = str(draft)
+        return xllamacpp.Server(params)
+
+    limit = config.decoding.max_new_tokens
+    for path in files_of(target):
+        found = {}
+        for kind in ("alone", "n-grams", *(["draft"] if draft is not None else [])):
+            found[kind] = partial(llama_cpp_decode, server(path, kind), limit)
+        yield f"llama.cpp {path.stem.rpartition('.')[2].rpartition('-')[2]}", found
+
+
+def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
+    """One greedy text, by token ids; times are its own, the clock's where it has none."""
+    request = {"prompt": prompt, "max_tokens": limit, "temperature": 0, "cache_prompt": False}
+    start = time.perf_counter()
+    answer = server.handle_completions(request | {"top_k": 1, "return_tokens": True})
+    seconds = time.perf_counter() - start
+    answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
+    prefill_seconds = answer["timings"]["prompt_ms"] / 1000
+    return Generation(
+        token_ids=answer["__verbose"]["tokens"],
+        finish_reason=answer["choices"][0]["finish_reason"],
+        prefill_seconds=prefill_seconds,
+        decode_seconds=seconds - prefill_seconds,
+    )
+
+
+def gguf_of(spec: str) -> Path | None:
+    """The GGUF file of a model's spec, fetched if it is embedded; None if there is none."""
+    from specsampling.models.embedded import MODELS, cache_folder
+    from specsampling.models.fetch import fetch
+
+    name = spec.removeprefix("embedded:")
+    if name in MODELS:
+        return fetch(MODELS[name].source, cache_folder() / f"{name}.gguf")
+    return Path(spec) if spec.endswith(".gguf") else None
+
+
+def files_of(path: Path) -> list[Path]:
+    """A GGUF file, and a small one's weights again in 8 bit and in bfloat16 beside it."""
+    import gguf
+
+    if path.stat().st_size > 200e6:
+        return [path]
+    files = [path]
+    for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16):
+        other = path.with_name(f"{path.stem.rpartition('.')[0]}.{kind.name}.gguf")
+        if not other.exists():
+            requantize(path, other, kind)
+        files.append(other)
+    return files
+
+
+def requantize(path: Path, other: Path, kind: Any) -> None:
+    """Write a GGUF file's matrices in another type, by gguf's own quantiser."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    scratch = other.with_suffix(".part")
+    writer = gguf.GGUFWriter(scratch, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=element)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        chosen = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(values, chosen)
+        writer.add_tensor(tensor.name, data, raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    scratch.rename(other)
+
+
+def timed(ids: list[int], start: float, end_of_prefill: float, limit: int) -> Generation:
+    return Generation(
+        token_ids=ids,
+        finish_reason="length" if len(ids) == limit else "eos",
+        prefill_seconds=end_of_prefill - start,
+        decode_seconds=time.perf_counter() - end_of_prefill,
+    )
+
+
+HOSTS: dict[str, Callable[[argparse.Namespace], Iterator[tuple[str, Contenders]]]] = {
+    "transformers": transformers_and_flashspec,
+    "llama.cpp": llama_cpp,
+    "ours in bfloat16": partial(ours, quantization="none"),
+    "ours in 8 bit": partial(ours, quantization="int8"),
+}
+
+
+# --- what is decoded -----------------------------------------------------------------
+
+
+def configured(options: argparse.Namespace, quantization: str) -> Config:
+    overrides = [
+        f"models.target_quantization={quantization}",
+        f"decoding.max_new_tokens={options.max_new_tokens}",
+        "decoding.compile=auto",
+        "sampling.temperature=0",
+        "run.methods=[autoregressive, reference, speculative]",
+    ]
+    return load_config(options.config, options.profile, overrides)
+
+
+def prompts_of(config: Config, options: argparse.Namespace) -> dict[str, list[int]]:
+    """The problems' prompts, as a run has them, by id."""
+    from specsampling.models.load import Pair
+    from specsampling.models.tokenizer import load_tokenizer
+    from specsampling.tasks.humaneval import HumanEval
+
+    assert config.humaneval is not None
+    task = HumanEval(config.humaneval)
+    tokenizer: Any = load_tokenizer(config.models.tokenizer or config.models.target)
+    encoder = Pair(target=None, draft=None, tokenizer=tokenizer, eos_ids=frozenset())  # type: ignore[arg-type]
+    chosen = task.examples()[FIRST : FIRST + options.limit]
+    return {example.id: task.prompt(example, encoder, 10**9).token_ids for example in chosen}
+
+
+# --- processes -----------------------------------------------------------------------
+
+
+class Host:
+    """A process that keeps some contenders ready."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(name, options, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        self.names: list[str] = []
+        while (said := self._receive(name)) is not None:
+            self.names.append(said) if isinstance(said, str) else print(said["skipped"])
+
+    def decode(self, contender: str, prompt: list[int]) -> Generation:
+        self._pipe.send((contender, prompt))
+        return Generation(**self._receive(contender))
+
+    def _receive(self, name: str) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise ConfigError(f"the process of {name} ended; see above, and rerun") from None
+
+
+def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
+    """A host's life: say who is there, then decode what is asked for."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2) if name == "llama.cpp" else None
+    contenders: Contenders = {}
+    try:
+        for family, found in HOSTS[name](options):
+            for kind, decode in found.items():
+                contenders[f"{family}: {kind}"] = decode
+                pipe.send(f"{family}: {kind}")
+    except ImportError as error:
+        pipe.send({"skipped": f'not compared: {error.name} (pip install ".[peers]")'})
+    pipe.send(None)
+    while True:
+        try:
+            contender, prompt = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(asdict(contenders[contender](prompt)))
+        except Exception:  # whatever is inside of a contender: the others go on
+            error = traceback.format_exc(limit=-1).splitlines()[-1]
+            pipe.send(asdict(Generation([], "error", error=f"{contender}: {error}")))
+
+
+# --- the comparison ------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    config = configured(options, "none")
+    require_task(config, "humaneval")
+    meta = meta_of(config, options)
+    check_output(options.output, meta)
+    hosts = [Host(name, options) for name in HOSTS if options.only in name]
+    decoders = {name: partial(host.decode, name) for host in hosts for name in host.names}
+    prompts = prompts_of(config, options)
+    with RunFile.open(options.output, meta, fresh=options.fresh) as run_file:
+        compare(prompts, decoders, run_file)
+    print("\n" + "\n".join(report(run_file.rows)))
+    return 1 if any(row.error for row in run_file.rows) else 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
+    parser.add_argument("--profile", metavar="NAME", help="a profile with a humaneval block")
+    parser.add_argument("--limit", metavar="N", default="8", help="problems (default: 8)")
+    parser.add_argument("--max-new-tokens", metavar="N", default="128", help="(default: 128)")
+    parser.add_argument("--only", metavar="NAME", default="", help=f"one of {', '.join(HOSTS)}")
+    parser.add_argument("--output", metavar="PATH", type=Path, help="JSONL file for the rows")
+    parser.add_argument("--fresh", action="store_true", help="start the output file over")
+    options = parser.parse_args(arguments)
+    options.limit = option_value("run.limit", options.limit)
+    if not any(options.only in name for name in HOSTS):
+        raise ConfigError(f"--only must be part of one of {', '.join(HOSTS)} (got {options.only})")
+    if options.output is None:
+        options.output = Path("Results", options.profile or "", "peers.jsonl")
+    return options
+
+
+def meta_of(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    from specsampling.provenance import run_meta
+
+    versions = {}
+    for package in ("xllamacpp", "flashspec"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    meta = run_meta(config, config.decoding.compile)
+    return {**meta, "versions": meta["versions"] | versions}
+
+
+def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFile) -> None:
+    """Every problem by every contender that has no row of it yet."""
+    names = list(decoders)
+    warm = next(iter(prompts.values()))
+    jobs = [
+        (example, name)
+        for turn, example in enumerate(prompts)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]
+        if (example, name, 0) not in run_file.done
+    ]
+    for name in tqdm({name for _, name in jobs}, desc="warm-up"):
+        decoders[name](warm)
+    for example, name in (bar := tqdm(jobs, unit="row")):
+        bar.set_description(f"{example} {name}")
+        generation = decoders[name](prompts[example])
+        run_file.append(
+            Row(
+                example_id=example,
+                method=name,
+                sample_index=0,
+                completion="",
+                num_prompt_tokens=len(prompts[example]),
+                seed=0,
+                **vars(generation),
+            )
+        )
+
+
+def report(all_rows: Sequence[Row]) -> list[str]:
+    """A line per contender, and our best against the best of the others."""
+    rows = shared_rows([row for row in all_rows if not row.error])
+    table = pd.DataFrame(
+        {
+            "n": {name: str(len(of)) for name, of in rows.items()},
+            "tokens/s": {name: f"{metrics.tokens_per_second(of):.1f}" for name, of in rows.items()},
+            "with prefill": {name: f"{rate_with_prefill(of):.1f}" for name, of in rows.items()},
+            "as its baseline": {name: identical(name, rows) for name in rows},
+        }
+    )
+    lines = aligned(table.rename_axis("contender").reset_index())
+    mine = best(rows, ("ours",))
+    for family in (("llama.cpp",), PYTORCH):
+        other = best(rows, family)
+        if mine and other:
+            ratio = metrics.speedup(rows[other], rows[mine]).of_totals
+            total = metrics.speedup(rows[other], rows[mine], with_prefill=True).of_totals
+            lines.append(
+                f"{mine} / {other}: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], "
+                f"with prefill {total.estimate:.2f} [{total.low:.2f}, {total.high:.2f}]"
+            )
+    return lines
+
+
+def rate_with_prefill(rows: Sequence[Row]) -> float:
+    seconds = sum(row.prefill_seconds + row.decode_seconds for row in rows)
+    return sum(row.num_new_tokens for row in rows) / seconds
+
+
+def best(rows: dict[str, list[Row]], families: tuple[str, ...]) -> str | None:
+    """The contender of some families with the most tokens per second, prefill counted."""
+    names = [name for name in rows if name.startswith(families)]
+    return max(names, key=lambda name: rate_with_prefill(rows[name]), default=None)
+
+
+def identical(name: str, rows: dict[str, list[Row]]) -> str:
+    """How many of a contender's texts are those of its family's own baseline."""
+    family, _, kind = name.partition(": ")
+    if family == "flashspec":
+        family = "transformers"
+    baseline = f"{family}: {BASELINES[family.split()[0]]}"
+    if baseline == name or baseline not in rows:
+        return ""
+    num_equal, num_compared = metrics.count_identical(rows[name], rows[baseline])
+    return f"{num_equal}/{num_compared}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,355 @@
+"""Will speculative sampling pay, on this machine, for this pair? Measured calls, then arithmetic.
+
+    python Benchmarks/plan.py --target deepseek-coder-6.7b --draft deepseek-coder-1.3b
+    python Benchmarks/plan.py --profile exp2-cpu --validate
+
+times a draft call, target calls of one to K + 1 rows and a prefill, with the profile's own models
+or with random weights in the shape of a configuration (a name below, a hub id, or a folder: its
+config.json is all that is read). From these it predicts tokens per second and the best K for
+acceptance rates of 0.3 to 0.95, by the expected tokens of a cycle (Leviathan et al. 2023, Theorem
+3.8, with measured calls in place of c), and the acceptance from which on it pays at all.
+
+`--rows FILE` says what a finished run would take here. `--validate` drives the real decoder with a
+draft that is right as often as it is told to be, and prints measured / predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from autoregressive import autoregressive
+from specsampling.config import ConfigError, load_config
+from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.loading import load_configured_pair
+from specsampling.method.drafts import DraftTerms, ModelDraft, ModelProposer, num_logits
+from specsampling.method.sampling import one_hot
+from specsampling.method.session import Session, context_limit
+from specsampling.models.checkpoint import make_fast
+from specsampling.models.load import draft_models, resolve_device, resolve_dtype
+from specsampling.models.source import quiet_transformers
+from specsampling.models.static import make_static
+from specsampling.provenance import device_name, peak_memory
+from specsampling.results.records import read_run
+from specsampling.results.tables import rows_by_method
+from speculative import speculative
+
+CONFIGS: dict[str, dict[str, Any]] = json.loads(
+    (PROJECT / "specsampling" / "data" / "configs.json").read_text()
+)
+ACCEPTANCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+VALIDATED = (0.5, 0.7, 0.9)
+NUM_CALLS = 15
+STEP = 8  # widths are multiples of it where decoding is bit-exact
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What calls take here, in seconds.
+
+    Attributes:
+        draft: one of a draft's.
+        baseline: the target's of one row.
+        target: by K, the target's that verifies K tokens.
+        prefill: of both models' prompts.
+    """
+
+    draft: float
+    baseline: float
+    target: dict[int, float]
+    prefill: float
+
+    def tokens_per_second(self, acceptance: float, k: int) -> float:
+        """Expected, where each token is accepted with this probability."""
+        return expected_tokens(acceptance, k) / (k * self.draft + self.target[k])
+
+    def best_k(self, acceptance: float) -> int:
+        return max(self.target, key=lambda k: self.tokens_per_second(acceptance, k))
+
+    def speedup(self, acceptance: float) -> float:
+        """Over the target alone, at the best K."""
+        return self.baseline * self.tokens_per_second(acceptance, self.best_k(acceptance))
+
+    def break_even(self) -> float | None:
+        """The least acceptance that pays; None if none does."""
+        steps = (step / 200 for step in range(200))
+        return next((acceptance for acceptance in steps if self.speedup(acceptance) > 1), None)
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Of a cycle: (1 - α^(k + 1)) / (1 - α), Leviathan et al. 2023, equation 1."""
+    return (1 - acceptance ** (k + 1)) / (1 - acceptance)
+
+
+def measure(
+    target: PreTrainedModel, draft: PreTrainedModel, largest_k: int, num_prompt_tokens: int
+) -> Calls:
+    """Time the calls, one kind after the other in turn, so that a busy moment slows them all."""
+    widths = sorted({width_of(k) for k in range(1, largest_k + 1)})
+    kinds: dict[Any, Any] = {"draft": (draft, None), "baseline": (target, None)}
+    kinds |= {width: (target, width) for width in widths}
+    sessions, prefill = {}, 0.0
+    tokens = [i % 1000 + 1 for i in range(num_prompt_tokens)]
+    for kind, (model, width) in kinds.items():
+        sessions[kind] = Session(model, num_prompt_tokens + 64, width)
+        sessions[kind].prefill(tokens[:-1])
+        if kind in ("draft", "baseline"):
+            prefill += sessions[kind].forward_seconds
+    seconds: dict[Any, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(NUM_CALLS):
+        for kind, session in sessions.items():
+            session.length = num_prompt_tokens - 1
+            start = time.perf_counter()
+            session.score(tokens, last=1)
+            seconds[kind].append(time.perf_counter() - start)
+    median = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}
+    by_k = {k: median[width_of(k)] for k in range(1, largest_k + 1)}
+    return Calls(median["draft"], median["baseline"], by_k, prefill)
+
+
+def width_of(k: int) -> int:
+    return (k // STEP + 1) * STEP
+
+
+# --- models --------------------------------------------------------------------------
+
+
+def random_model(name: str, dtype: torch.dtype, device: torch.device, to_8_bit: bool) -> Any:
+    """A model in the shape of a configuration, its weights random, made fast."""
+    with quiet_transformers():
+        if name in CONFIGS:
+            config: Any = AutoConfig.for_model(**CONFIGS[name])
+        else:
+            try:
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            except Exception as error:
+                known = ", ".join(CONFIGS)
+                raise ConfigError(
+                    f"--target and --draft must name a configuration (got {name}); choose one of "
+                    f"{known}, a hub id, or a folder with a config.json"
+                ) from error
+        with no_init_weights(), device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+        weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)
+    make_fast(model.eval(), to_8_bit and device.type == "cpu")
+    return model
+
+
+# --- a draft that is right as often as it is told to be ------------------------------
+
+
+@dataclass(frozen=True)
+class ScriptedDraft:
+    """Asks a model, for its time, and proposes what the target will say, or not, by lot."""
+
+    model: PreTrainedModel
+    text: list[int]  # the target's own, prompt and all
+    acceptance: float
+
+    def start(self, terms: DraftTerms) -> ScriptedProposer:
+        return ScriptedProposer(self, terms)
+
+
+class ScriptedProposer(ModelProposer):
+    def __init__(self, script: ScriptedDraft, terms: DraftTerms):
+        super().__init__(ModelDraft(script.model), terms)
+        self._script = script
+        self._chance = random.Random(0)
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        proposed, _ = super().propose(tokens, k)
+        right = self._script.text[len(tokens) : len(tokens) + len(proposed)]
+        right += proposed[len(right) :]
+        vocab_size = self._terms.vocab_size
+        said = [
+            token if self._chance.random() < self._script.acceptance else (token + 1) % vocab_size
+            for token in right
+        ]
+        return said, one_hot(torch.tensor(said, device=self._terms.device), vocab_size)
+
+
+def validate(
+    target: PreTrainedModel, draft: PreTrainedModel, calls: Calls, prompt: list[int], num_new: int
+) -> list[str]:
+    """Measured / predicted tokens per second of the real decoder, at the best K."""
+    options: dict[str, Any] = {"max_new_tokens": num_new}
+    lines = []
+    for acceptance in VALIDATED:
+        k = calls.best_k(acceptance)
+        own = autoregressive(target, prompt, width=width_of(k), **options)
+        script = ScriptedDraft(draft, prompt + own.token_ids, acceptance)
+        done = speculative(target, script, prompt, k=k, width=width_of(k), **options)
+        if done.token_ids != own.token_ids:
+            lines.append(f"acceptance {acceptance}: the outputs differ from the target's own")
+        accepted, drafted = sum(done.accepted), sum(done.drafted)
+        cycles = len(done.drafted)
+        predicted = cycles * calls.target[k] + drafted * calls.draft
+        lines.append(
+            f"acceptance {acceptance:.2f}, K = {k}: "
+            f"{len(done.token_ids) / done.decode_seconds:.1f} tokens/s, "
+            f"measured / predicted {predicted / done.decode_seconds:.2f} "
+            f"({accepted} of {drafted} accepted in {cycles} cycles)"
+        )
+    return lines
+
+
+# --- what is printed -----------------------------------------------------------------
+
+
+def report(calls: Calls) -> list[str]:
+    """Times, a line per acceptance, and what to do, in one sentence."""
+    widths = {width_of(k): seconds for k, seconds in calls.target.items()}
+    c = calls.draft / calls.baseline
+    lines = [
+        f"draft call {1e3 * calls.draft:.1f} ms, target call "
+        + ", ".join(
+            f"{1e3 * seconds:.1f} of {rows} rows"
+            for rows, seconds in ({1: calls.baseline} | widths).items()
+        )
+        + f" (c {c:.2f}); prefill of both {1e3 * calls.prefill:.0f} ms",
+        f"the target alone: {1 / calls.baseline:.1f} tokens/s",
+        "acceptance  best K  tokens/s  speedup",
+    ]
+    for acceptance in ACCEPTANCES:
+        k = calls.best_k(acceptance)
+        rate = calls.tokens_per_second(acceptance, k)
+        lines.append(f"{acceptance:10.2f}  {k:6}  {rate:8.1f}  {calls.speedup(acceptance):7.2f}")
+    return [*lines, advice(calls)]
+
+
+def advice(calls: Calls) -> str:
+    least = calls.break_even()
+    if least is None:
+        return (
+            "Do not: a draft call takes as long as it could save; choose a smaller draft, or "
+            "draft: ngram, which needs no calls."
+        )
+    if least > 0.8:
+        return (
+            f"Only if more than {least:.0%} of the drafted tokens are accepted, which few pairs "
+            "reach; choose a smaller draft, or draft: ngram."
+        )
+    return (
+        f"It pays if more than {least:.0%} of the drafted tokens are accepted; at 80%, K = "
+        f"{calls.best_k(0.8)} gives {calls.speedup(0.8):.1f}x."
+    )
+
+
+def what_rows_would_take(path: Path, calls: Calls) -> list[str]:
+    """Seconds that a finished run's calls would take with these."""
+    lines = []
+    for method, rows in rows_by_method(read_run(path).rows).items():
+        largest = max((max(row.drafted, default=0) for row in rows), default=0)
+        k = min(max(largest, 1), max(calls.target))
+        call = calls.target[k] if method != "autoregressive" else calls.baseline
+        here = sum(
+            row.target_calls * call + row.draft_calls * calls.draft + calls.prefill for row in rows
+        )
+        there = sum(row.prefill_seconds + row.decode_seconds for row in rows)
+        lines.append(f"{method}: {there:.0f} s there, about {here:.0f} s here ({len(rows)} rows)")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    target, draft = pair_of(options)
+    longest = options.prompt_tokens + options.new_tokens
+    if longest + STEP > min(context_limit(target), context_limit(draft)):
+        raise ConfigError(
+            f"--prompt-tokens and --new-tokens must fit both contexts (got {longest} together)"
+        )
+    widths = {width_of(k) for k in range(1, options.k + 1)}
+    say = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731
+    for model, sizes in ((target, {1, *widths}), (draft, {1, 2, max(widths)})):
+        say(make_static(model, options.compile, longest + 64, sizes, say))
+    calls = measure(target, draft, options.k, options.prompt_tokens)
+    print(
+        f"{device_name(target.device)}, {str(target.dtype).removeprefix('torch.')}; peak memory "
+        f"{peak_memory(target.device)}"
+    )
+    print("\n".join(report(calls)))
+    if options.rows:
+        print("\n".join(what_rows_would_take(options.rows, calls)))
+    if options.validate:
+        known = min(num_logits(target), num_logits(draft))
+        prompt = [i % min(known - 1, 1000) + 1 for i in range(options.prompt_tokens)]
+        print("\n".join(validate(target, draft, calls, prompt, options.new_tokens)))
+    return 0
+
+
+def pair_of(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The profile's models, or two of random weights."""
+    if options.target or options.draft:
+        if not (options.target and options.draft):
+            raise ConfigError("--target and --draft must come together; or give --profile")
+        device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, device)
+        to_8_bit = options.quantization == "int8"
+        target, draft = (
+            random_model(name, dtype, device, to_8_bit) for name in (options.target, options.draft)
+        )
+        return target, draft
+    config = load_config(options.config, options.profile)
+    config = replace(config, models=replace(config.models, device=options.device))
+    pair = load_configured_pair(config)
+    models = list(draft_models(config.models.draft, pair.draft).values())
+    if not models:
+        raise ConfigError(
+            f"models.draft must be a model for this (got {config.models.draft}): n-grams take no "
+            "calls, so that they pay wherever some are accepted"
+        )
+    return pair.target, models[0]
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    names = ", ".join(CONFIGS)
+    parser = Parser(f"{__doc__}\nNames: {names}.")
+    parser.add_argument("--target", metavar="NAME", help="a configuration, for random weights")
+    parser.add_argument("--draft", metavar="NAME", help="the same")
+    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
+    parser.add_argument("--profile", metavar="NAME", help="a profile, for its own models")
+    parser.add_argument("--device", metavar="NAME", default="auto")
+    parser.add_argument("--dtype", metavar="NAME", default="auto", help="of random weights")
+    parser.add_argument("--quantization", choices=["none", "int8"], default="none")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="off")
+    parser.add_argument("--k", metavar="N", default="8", help="largest K (default: 8)")
+    parser.add_argument("--prompt-tokens", metavar="N", default="256")
+    parser.add_argument("--new-tokens", metavar="N", default="64", help="decoded by --validate")
+    parser.add_argument("--rows", metavar="FILE", type=Path, help="a finished run's rows")
+    parser.add_argument("--validate", action="store_true")
+    options = parser.parse_args(arguments)
+    for name in ("k", "prompt_tokens", "new_tokens"):
+        value = option_value("run.limit", getattr(options, name))
+        if not isinstance(value, int) or not 2 <= value <= 100_000:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} must be an integer from 2 to 100,000 (got {value})")
+        setattr(options, name, value)
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
