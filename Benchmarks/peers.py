@@ -71,7 +71,7 @@ def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, 
     pair = load_configured_pair(config)
     drafts = load_drafts(config, pair)
     longest = max(len(ids) for ids in prompts_of(config, options).values())
-    make_steps(config, "auto", pair, drafts, longest)
+    make_steps(config, options.compile, pair, drafts, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     yield (
         f"ours {quantization}",
@@ -285,7 +285,7 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
     overrides = [
         f"models.target_quantization={quantization}",
         f"decoding.max_new_tokens={options.max_new_tokens}",
-        "decoding.compile=auto",
+        f"decoding.compile={options.compile}",
         "sampling.temperature=0",
         "run.methods=[autoregressive, reference, speculative]",
     ]
@@ -366,8 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_task(config, "humaneval")
     meta = meta_of(config, options)
     check_output(options.output, meta)
-    hosts = [Host(name, options) for name in HOSTS if options.only in name]
-    decoders = {name: partial(host.decode, name) for host in hosts for name in host.names}
+    hosts = [Host(name, options) for name in options.hosts]
+    decoders = {
+        name: partial(host.decode, name)
+        for host in hosts
+        for name in host.names
+        if not any(part in name for part in options.skip)
+    }
     prompts = prompts_of(config, options)
     with RunFile.open(options.output, meta, fresh=options.fresh) as run_file:
         compare(prompts, decoders, run_file)
@@ -381,13 +386,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", metavar="NAME", help="a profile with a humaneval block")
     parser.add_argument("--limit", metavar="N", default="8", help="problems (default: 8)")
     parser.add_argument("--max-new-tokens", metavar="N", default="128", help="(default: 128)")
-    parser.add_argument("--only", metavar="NAME", default="", help=f"one of {', '.join(HOSTS)}")
+    parser.add_argument("--hosts", metavar="A,B", default=",".join(HOSTS), help="(default: all)")
+    parser.add_argument("--skip", metavar="A,B", default="", help="parts of contenders' names")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--output", metavar="PATH", type=Path, help="JSONL file for the rows")
     parser.add_argument("--fresh", action="store_true", help="start the output file over")
     options = parser.parse_args(arguments)
     options.limit = option_value("run.limit", options.limit)
-    if not any(options.only in name for name in HOSTS):
-        raise ConfigError(f"--only must be part of one of {', '.join(HOSTS)} (got {options.only})")
+    options.hosts = option_value("run.methods", options.hosts)
+    options.skip = [part for part in option_value("run.methods", options.skip) if part]
+    for name in options.hosts:
+        if name not in HOSTS:
+            raise ConfigError(f"--hosts must be of {', '.join(HOSTS)} (got {name}); mend it")
     if options.output is None:
         options.output = Path("Results", options.profile or "", "peers.jsonl")
     return options

@@ -1,0 +1,110 @@
+"""plan.py: arithmetic that is right, shapes that are the models', predictions that are measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from specsampling.console import exit_code
+
+sys.path.insert(0, str(PROJECT / "Benchmarks"))
+import plan
+
+SIZES = {  # parameters, in millions
+    "deepseek-coder-6.7b": 6740,
+    "deepseek-coder-1.3b": 1346,
+    "gpt-neo-1.3b": 1316,
+    "gpt-neo-125m": 125,
+    "qwen2.5-coder-0.5b": 494,
+    "qwen2.5-coder-1.5b": 1544,
+    "qwen2.5-coder-7b": 7616,
+}
+
+
+@pytest.mark.parametrize("name", plan.CONFIGS)
+def test_shipped_configurations_have_the_models_sizes(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plan.CONFIGS[name]))
+    assert round(model.num_parameters() / 1e6) == SIZES[name]
+
+
+def test_expected_tokens_are_the_sum_of_a_cycles_chances():
+    for acceptance in (0.0, 0.3, 0.9):
+        for k in (1, 4, 9):
+            expected = sum(acceptance**i for i in range(k + 1))
+            assert plan.expected_tokens(acceptance, k) == pytest.approx(expected)
+
+
+def calls(draft, baseline=10.0, call=11.0):
+    return plan.Calls(draft, baseline, dict.fromkeys(range(1, 9), call), prefill=0.0)
+
+
+def test_a_draft_that_costs_nothing_is_asked_for_all_and_pays_early():
+    free = calls(0.0)
+    assert free.best_k(0.8) == 8
+    assert free.speedup(0.8) == pytest.approx(plan.expected_tokens(0.8, 8) * 10 / 11)
+    assert free.break_even() == pytest.approx(0.095, abs=0.006)  # 1.1 tokens a cycle
+
+
+def test_a_draft_as_slow_as_its_target_never_pays():
+    assert calls(10.0).break_even() is None
+    assert plan.advice(calls(10.0)).startswith("Do not")
+    assert "Only if" in plan.advice(calls(7.0))
+    assert plan.advice(calls(1.0)).startswith("It pays if more than")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for seed, name in enumerate(("target", "draft")):
+        make_model("llama", seed).config.save_pretrained(tmp_path / name)
+    return [f"--{name}={tmp_path / name}" for name in ("target", "draft")]
+
+
+def test_a_pair_by_its_configurations_is_measured_and_validated(folders, capsys):
+    arguments = ["--device=cpu", "--dtype=float32", "--k=4", "--prompt-tokens=20"]
+    done = plan.main([*folders, *arguments, "--new-tokens=40", "--validate"])
+    printed = capsys.readouterr().out
+    assert done == 0
+    assert printed.count("measured / predicted") == len(plan.VALIDATED)
+    assert "differ" not in printed
+    assert "the target alone" in printed and "peak memory" in printed
+
+
+def test_scripted_acceptance_is_what_it_was_told(folders):
+    target, draft = make_model("llama", 0), make_model("llama", 1)
+    prompt = list(range(1, 20))
+    own = plan.autoregressive(target, prompt, max_new_tokens=100, width=8)
+    script = plan.ScriptedDraft(draft, prompt + own.token_ids, 0.7)
+    done = plan.speculative(target, script, prompt, k=3, max_new_tokens=100, width=8)
+    assert done.token_ids == own.token_ids
+    tested = sum(a + (a < d) for a, d in zip(done.accepted, done.drafted))
+    assert 0.5 < sum(done.accepted) / tested < 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target=no/such", "--draft=gpt-neo-125m"], "must name a configuration"),
+        (["--target=gpt-neo-125m"], "must come together"),
+        (["--k=0"], "--k must be an integer from 2"),
+        (["--k=x"], "--k must be an integer"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert exit_code(plan.main, [*arguments, "--device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_what_a_finished_run_would_take_here():
+    lines = plan.what_rows_would_take(Path(PROJECT, "Results", "results1.jsonl"), calls(1.0))
+    assert [line.partition(":")[0] for line in lines] == [
+        "autoregressive",
+        "reference",
+        "speculative",
+    ]
+    assert all("(32 rows)" in line for line in lines)
