@@ -24,7 +24,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
@@ -49,7 +49,7 @@ from specsampling.results.records import Row, RunFile, check_output
 from specsampling.results.tables import aligned, shared_rows
 
 Decode = Callable[[list[int]], Generation]
-Contenders = dict[str, Decode]
+Contenders = Mapping[str, Decode]
 
 NUM_CORES = os.cpu_count() or 1
 BASELINES = {"transformers": "generate", "llama.cpp": "alone", "ours": "reference"}
@@ -62,6 +62,8 @@ FIRST = 40  # of the problems: those before were looked at while the settings we
 
 def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, Contenders]]:
     """Our own decoders, as a run of the profile would have them."""
+    import torch
+
     from autoregressive import autoregressive
     from specsampling.console import bind_decoders
     from specsampling.loading import load_configured_pair, load_drafts, make_steps
@@ -76,7 +78,7 @@ def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, 
     yield (
         f"ours {quantization}",
         {
-            name: partial(decode, generator=None, is_stop=None)  # type: ignore[call-arg]
+            name: partial(decode, generator=torch.Generator(), is_stop=None)
             for name, decode in decoders.items()
         },
     )
@@ -128,7 +130,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Iterator[tuple[st
         return generate(prompt, assistant_model=draft)
 
     longest = max(len(ids) for ids in prompts_of(config, options).values())
-    static = {
+    static: dict[str, Any] = {
         "cache_implementation": "static",
         "cache_config": {"max_cache_len": longest + limit},
         "compile_config": CompileConfig(mode="default", fullgraph=False, dynamic=False),
@@ -336,7 +338,7 @@ class Host:
 def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
     """A host's life: say who is there, then decode what is asked for."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2) if name == "llama.cpp" else None
-    contenders: Contenders = {}
+    contenders: dict[str, Decode] = {}
     try:
         for family, found in HOSTS[name](options):
             for kind, decode in found.items():
@@ -353,8 +355,8 @@ def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
         try:
             pipe.send(asdict(contenders[contender](prompt)))
         except Exception:  # whatever is inside of a contender: the others go on
-            error = traceback.format_exc(limit=-1).splitlines()[-1]
-            pipe.send(asdict(Generation([], "error", error=f"{contender}: {error}")))
+            problem = traceback.format_exc(limit=-1).splitlines()[-1]
+            pipe.send(asdict(Generation([], "error", error=f"{contender}: {problem}")))
 
 
 # --- the comparison ------------------------------------------------------------------

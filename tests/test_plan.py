@@ -14,7 +14,7 @@ sys.path.insert(0, str(PROJECT / "Benchmarks"))
 import plan
 
 SIZES = {  # parameters, in millions
-    "deepseek-coder-6.7b": 6740,
+    "deepseek-coder-6.7b": 6741,
     "deepseek-coder-1.3b": 1346,
     "gpt-neo-1.3b": 1316,
     "gpt-neo-125m": 125,
