@@ -9,18 +9,21 @@ static cache, assisted on two schedules, prompt lookup), flashspec, llama.cpp th
 (baseline, reference, speculative; bfloat16 and 8 bit, compiled). What is not installed is one
 line: `pip install ".[peers]"`.
 
-Contenders live in processes of their own and decode one at a time, in an order that rotates from
-problem to problem; loading, compiling and a first text are not counted. Each one's outputs are
-compared with those of its own baseline. A rerun continues where the last one stopped.
+Contenders live in processes of their own (the Qwen pair's need about 17 GB together; `--hosts`
+takes some of them) and decode one at a time, in an order that rotates from problem to problem;
+loading, compiling and a first text are not counted. Each one's outputs are compared with those of
+its own baseline. A rerun continues where the last one stopped. The figure goes beside the rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,7 +32,7 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,22 +48,30 @@ from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.method.text import Generation
 from specsampling.results import metrics
+from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, RunFile, check_output
 from specsampling.results.tables import aligned, shared_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Decode = Callable[[list[int]], Generation]
 Contenders = Mapping[str, Decode]
 
+Found = Iterator[tuple[str, Contenders]]  # by family
+
 NUM_CORES = os.cpu_count() or 1
 BASELINES = {"transformers": "generate", "llama.cpp": "alone", "ours": "reference"}
+FAMILIES = ("transformers", "llama.cpp", "ours in 16 bit", "ours in 8 bit")
+COLOURS = {"ours": DARK, "llama.cpp": MIDDLE}  # the others: LIGHT
 PYTORCH = ("transformers", "flashspec")
 FIRST = 40  # of the problems: those before were looked at while the settings were chosen
 
 
-# --- the contenders: each host is a process with models of its own -------------------
+# --- the contenders, as the processes that they live in find them --------------------
 
 
-def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, Contenders]]:
+def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
     """Our own decoders, as a run of the profile would have them."""
     import torch
 
@@ -76,7 +87,7 @@ def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, 
     make_steps(config, options.compile, pair, drafts, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     yield (
-        f"ours {quantization}",
+        family,
         {
             name: partial(decode, generator=torch.Generator(), is_stop=None)
             for name, decode in decoders.items()
@@ -84,7 +95,7 @@ def ours(options: argparse.Namespace, quantization: str) -> Iterator[tuple[str, 
     )
 
 
-def transformers_and_flashspec(options: argparse.Namespace) -> Iterator[tuple[str, Contenders]]:
+def transformers_and_flashspec(options: argparse.Namespace) -> Found:
     """transformers' own ways to decode, and flashspec over the same two models."""
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
@@ -106,26 +117,26 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Iterator[tuple[st
 
     def generate(prompt: list[int], **how: Any) -> Generation:
         ends_of_prefill: list[float] = []
-        hook = target.register_forward_hook(lambda *_: ends_of_prefill.append(time.perf_counter()))
+
+        def end_prefill(*_: Any) -> None:
+            ends_of_prefill.append(time.perf_counter())
+            hook.remove()  # of the first call: a compiled one must not find it
+
+        hook = target.register_forward_hook(end_prefill)
         start = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                ids = target.generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                    max_new_tokens=limit,
-                    do_sample=False,
-                    **how,
-                )[0, len(prompt) :].tolist()
-        finally:
-            hook.remove()
+        with torch.inference_mode():
+            ids = target.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=limit,
+                do_sample=False,
+                **how,
+            )[0, len(prompt) :].tolist()
         return timed(ids, start, ends_of_prefill[0], limit)
 
-    def assisted(
-        prompt: list[int], num_tokens: int, schedule: str, confidence: float
-    ) -> Generation:
+    def assisted(prompt: list[int], num_tokens: int, confidence: float) -> Generation:
         draft.generation_config.num_assistant_tokens = num_tokens
-        draft.generation_config.num_assistant_tokens_schedule = schedule
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = confidence
         return generate(prompt, assistant_model=draft)
 
@@ -164,38 +175,23 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Iterator[tuple[st
     yield "flashspec", {"composite": composite}
 
 
-def llama_cpp(options: argparse.Namespace) -> Iterator[tuple[str, Contenders]]:
-    """llama.cpp on the published file of the target, and for a small model on others of it."""
+def llama_cpp(options: argparse.Namespace, path: Path, draft: Path | None, kind: str) -> Found:
+    """One server of llama.cpp: two in one process share its cores badly (a third of the speed)."""
     import xllamacpp
     from xllamacpp import common_speculative_type as kinds
 
-    from specsampling.models.load import LOOKUP_FIRST
-
-    config = configured(options, "none")
-    target = gguf_of(config.models.target)
-    draft = gguf_of(config.models.draft.removeprefix(LOOKUP_FIRST))
-    if target is None:
-        return
-
-    def server(path: Path, kind: str) -> Any:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel = 2048, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = NUM_CORES
-        params.verbosity = 10  # below that it does not say which tokens it chose
-        if kind == "n-grams":
-            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
-        if kind == "draft":
-            params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-            params.speculative.draft.mparams.path = str(draft)
-        return xllamacpp.Server(params)
-
-    limit = config.decoding.max_new_tokens
-    for path in files_of(target):
-        found = {}
-        for kind in ("alone", "n-grams", *(["draft"] if draft is not None else [])):
-            found[kind] = partial(llama_cpp_decode, server(path, kind), limit)
-        yield f"llama.cpp {path.stem.rpartition('.')[2].rpartition('-')[2]}", found
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel = 2048, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = NUM_CORES
+    params.verbosity = 10  # below that it does not say which tokens it chose
+    if kind == "n-grams":
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+    if kind == "draft":
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        params.speculative.draft.mparams.path = str(draft)
+    decode = partial(llama_cpp_decode, xllamacpp.Server(params), int(options.max_new_tokens))
+    yield f"llama.cpp {type_of(path)}", {kind: decode}
 
 
 def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
@@ -205,7 +201,7 @@ def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
     answer = server.handle_completions(request | {"top_k": 1, "return_tokens": True})
     seconds = time.perf_counter() - start
     answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
-    prefill_seconds = answer["timings"]["prompt_ms"] / 1000
+    prefill_seconds: float = answer["timings"]["prompt_ms"] / 1000
     return Generation(
         token_ids=answer["__verbose"]["tokens"],
         finish_reason=answer["choices"][0]["finish_reason"],
@@ -229,15 +225,26 @@ def files_of(path: Path) -> list[Path]:
     """A GGUF file, and a small one's weights again in 8 bit and in bfloat16 beside it."""
     import gguf
 
-    if path.stat().st_size > 200e6:
+    if path.stat().st_size > 200e6:  # the larger the model, the less its other sizes can win
         return [path]
     files = [path]
     for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16):
-        other = path.with_name(f"{path.stem.rpartition('.')[0]}.{kind.name}.gguf")
+        other = path.with_name(f"{path.stem}.{kind.name}.gguf")
         if not other.exists():
             requantize(path, other, kind)
         files.append(other)
     return files
+
+
+def type_of(path: Path) -> str:
+    """What most of a file's bytes are in: Q4_K, Q8_0, BF16."""
+    import gguf
+
+    sizes: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        name = tensor.tensor_type.name
+        sizes[name] = sizes.get(name, 0) + tensor.n_bytes
+    return max(sizes, key=sizes.__getitem__)
 
 
 def requantize(path: Path, other: Path, kind: Any) -> None:
@@ -272,12 +279,29 @@ def timed(ids: list[int], start: float, end_of_prefill: float, limit: int) -> Ge
     )
 
 
-HOSTS: dict[str, Callable[[argparse.Namespace], Iterator[tuple[str, Contenders]]]] = {
-    "transformers": transformers_and_flashspec,
-    "llama.cpp": llama_cpp,
-    "ours in bfloat16": partial(ours, quantization="none"),
-    "ours in 8 bit": partial(ours, quantization="int8"),
-}
+def finders(config: Config, options: argparse.Namespace) -> dict[str, Callable[..., Found]]:
+    """What finds the contenders of each process, by a name for it."""
+    from specsampling.models.load import LOOKUP_FIRST
+
+    found: dict[str, Callable[..., Found]] = {}
+    for family in options.hosts:
+        if family == "transformers":
+            found[family] = transformers_and_flashspec
+        elif family == "ours in 16 bit":
+            found[family] = partial(ours, family=family, quantization="none")
+        elif family == "ours in 8 bit":
+            found[family] = partial(ours, family=family, quantization="int8")
+        elif importlib.util.find_spec("xllamacpp") is None:
+            print('not compared: xllamacpp (pip install ".[peers]")')
+        elif (target := gguf_of(config.models.target)) is None:
+            print("not compared: llama.cpp (the target is no GGUF file)")
+        else:
+            draft = gguf_of(config.models.draft.removeprefix(LOOKUP_FIRST))
+            for path in files_of(target):
+                for kind in ("alone", "n-grams", *(["draft"] if draft is not None else [])):
+                    name = f"{family} {type_of(path)} {kind}"
+                    found[name] = partial(llama_cpp, path=path, draft=draft, kind=kind)
+    return found
 
 
 # --- what is decoded -----------------------------------------------------------------
@@ -314,19 +338,24 @@ def prompts_of(config: Config, options: argparse.Namespace) -> dict[str, list[in
 class Host:
     """A process that keeps some contenders ready."""
 
-    def __init__(self, name: str, options: argparse.Namespace):
+    def __init__(self, name: str, find: Callable[..., Found], options: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(name, options, theirs), daemon=True)
-        process.start()
+        arguments = (name, find, options, theirs)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
         theirs.close()
         self.names: list[str] = []
         while (said := self._receive(name)) is not None:
-            self.names.append(said) if isinstance(said, str) else print(said["skipped"])
+            self.names.append(said) if isinstance(said, str) else print(said["problem"])
 
     def decode(self, contender: str, prompt: list[int]) -> Generation:
         self._pipe.send((contender, prompt))
         return Generation(**self._receive(contender))
+
+    def close(self) -> None:
+        self._pipe.close()  # which ends it
+        self._process.join(timeout=10)
 
     def _receive(self, name: str) -> Any:
         try:
@@ -335,17 +364,23 @@ class Host:
             raise ConfigError(f"the process of {name} ended; see above, and rerun") from None
 
 
-def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """A host's life: say who is there, then decode what is asked for."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2) if name == "llama.cpp" else None
+def serve(
+    name: str, find: Callable[..., Found], options: argparse.Namespace, pipe: Connection
+) -> None:
+    """A process's life: say who is there, then decode what is asked for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks closes the pipe
+    if name.startswith("llama.cpp"):  # tells every token
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     contenders: dict[str, Decode] = {}
     try:
-        for family, found in HOSTS[name](options):
+        for family, found in find(options):
             for kind, decode in found.items():
                 contenders[f"{family}: {kind}"] = decode
                 pipe.send(f"{family}: {kind}")
     except ImportError as error:
-        pipe.send({"skipped": f'not compared: {error.name} (pip install ".[peers]")'})
+        pipe.send({"problem": f'not compared: {error.name} (pip install ".[peers]")'})
+    except Exception as error:  # whatever is inside of a contender: the others go on
+        pipe.send({"problem": f"not compared: {name}: {in_one_line(error)}"})
     pipe.send(None)
     while True:
         try:
@@ -353,10 +388,14 @@ def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send(asdict(contenders[contender](prompt)))
-        except Exception:  # whatever is inside of a contender: the others go on
-            problem = traceback.format_exc(limit=-1).splitlines()[-1]
-            pipe.send(asdict(Generation([], "error", error=f"{contender}: {problem}")))
+            done = contenders[contender](prompt)
+        except Exception as error:
+            done = Generation([], "error", error=in_one_line(error))
+        pipe.send(asdict(done))
+
+
+def in_one_line(error: Exception) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
 
 
 # --- the comparison ------------------------------------------------------------------
@@ -366,19 +405,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     config = configured(options, "none")
     require_task(config, "humaneval")
-    meta = meta_of(config, options)
+    meta = meta_of(config)
     check_output(options.output, meta)
-    hosts = [Host(name, options) for name in options.hosts]
-    decoders = {
-        name: partial(host.decode, name)
-        for host in hosts
-        for name in host.names
-        if not any(part in name for part in options.skip)
-    }
     prompts = prompts_of(config, options)
-    with RunFile.open(options.output, meta, fresh=options.fresh) as run_file:
-        compare(prompts, decoders, run_file)
+    hosts: list[Host] = []
+    try:
+        for name, find in finders(config, options).items():
+            print(f"starting {name} ...", flush=True)
+            hosts.append(Host(name, find, options))
+        decoders = {
+            name: partial(host.decode, name)
+            for host in hosts
+            for name in host.names
+            if not any(part in name for part in options.skip)
+        }
+        with RunFile.open(options.output, meta, fresh=options.fresh) as run_file:
+            compare(prompts, decoders, run_file)
+    finally:
+        for host in hosts:
+            host.close()
     print("\n" + "\n".join(report(run_file.rows)))
+    save_figure(figure(run_file.rows), options.output.parent / "figures", options.output.stem)
     return 1 if any(row.error for row in run_file.rows) else 0
 
 
@@ -388,7 +435,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", metavar="NAME", help="a profile with a humaneval block")
     parser.add_argument("--limit", metavar="N", default="8", help="problems (default: 8)")
     parser.add_argument("--max-new-tokens", metavar="N", default="128", help="(default: 128)")
-    parser.add_argument("--hosts", metavar="A,B", default=",".join(HOSTS), help="(default: all)")
+    parser.add_argument("--hosts", metavar="A,B", default=",".join(FAMILIES), help="(default: all)")
     parser.add_argument("--skip", metavar="A,B", default="", help="parts of contenders' names")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--output", metavar="PATH", type=Path, help="JSONL file for the rows")
@@ -398,14 +445,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.hosts = option_value("run.methods", options.hosts)
     options.skip = [part for part in option_value("run.methods", options.skip) if part]
     for name in options.hosts:
-        if name not in HOSTS:
-            raise ConfigError(f"--hosts must be of {', '.join(HOSTS)} (got {name}); mend it")
+        if name not in FAMILIES:
+            raise ConfigError(f"--hosts must be of {', '.join(FAMILIES)} (got {name}); mend it")
     if options.output is None:
         options.output = Path("Results", options.profile or "", "peers.jsonl")
     return options
 
 
-def meta_of(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+def meta_of(config: Config) -> dict[str, Any]:
     from specsampling.provenance import run_meta
 
     versions = {}
@@ -419,17 +466,21 @@ def meta_of(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFile) -> None:
-    """Every problem by every contender that has no row of it yet."""
-    names = list(decoders)
-    warm = next(iter(prompts.values()))
+    """Every problem by every contender that has no row of it yet, and that can do a first one."""
+    first = next(iter(prompts.values()))
+    names = []
+    for name in (bar := tqdm(decoders, unit="contender")):
+        bar.set_description(f"warm-up: {name}")
+        if problem := decoders[name](first).error:
+            tqdm.write(f"not compared: {name}: {problem}")
+        else:
+            names.append(name)
     jobs = [
         (example, name)
         for turn, example in enumerate(prompts)
         for name in names[turn % len(names) :] + names[: turn % len(names)]
         if (example, name, 0) not in run_file.done
     ]
-    for name in tqdm({name for _, name in jobs}, desc="warm-up"):
-        decoders[name](warm)
     for example, name in (bar := tqdm(jobs, unit="row")):
         bar.set_description(f"{example} {name}")
         generation = decoders[name](prompts[example])
@@ -457,18 +508,35 @@ def report(all_rows: Sequence[Row]) -> list[str]:
             "as its baseline": {name: identical(name, rows) for name in rows},
         }
     )
-    lines = aligned(table.rename_axis("contender").reset_index())
-    mine = best(rows, ("ours",))
-    for family in (("llama.cpp",), PYTORCH):
-        other = best(rows, family)
-        if mine and other:
+    lines = [f"{row.method}, {row.example_id}: {row.error}" for row in all_rows if row.error]
+    lines += [*aligned(table.rename_axis("contender").reset_index()), ""]
+    eight, sixteen = (f"{family}: autoregressive" for family in reversed(FAMILIES[2:]))
+    pairs = [(best(rows, ("ours",)), best(rows, family)) for family in (("llama.cpp",), PYTORCH)]
+    for mine, other in [*pairs, (eight, sixteen)]:
+        if mine in rows and other in rows:
             ratio = metrics.speedup(rows[other], rows[mine]).of_totals
             total = metrics.speedup(rows[other], rows[mine], with_prefill=True).of_totals
             lines.append(
-                f"{mine} / {other}: {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], "
-                f"with prefill {total.estimate:.2f} [{total.low:.2f}, {total.high:.2f}]"
+                f"{mine} / {other}: {total.estimate:.2f} [{total.low:.2f}, {total.high:.2f}], "
+                f"without prefill {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
             )
     return lines
+
+
+def figure(all_rows: Sequence[Row]) -> Figure:
+    """A bar per contender, the fastest above."""
+    rows = shared_rows([row for row in all_rows if not row.error])
+    rates = {name: rate_with_prefill(of) for name, of in rows.items()}
+    names = sorted(rates, key=rates.__getitem__)
+    drawn, axes = new_figure()
+    colours = [COLOURS.get(name.split()[0].rstrip(":"), LIGHT) for name in names]
+    bars = axes.barh(names, [rates[name] for name in names], color=colours)
+    axes.bar_label(bars, [f"{rates[name]:.1f}" for name in names], padding=2)
+    num_problems = max((len(of) for of in rows.values()), default=0)
+    axes.set_title(f"What decodes fastest: {num_problems} problems, greedy")
+    axes.set_xlabel("tokens per second, prefill counted")
+    axes.margins(x=0.1)
+    return drawn
 
 
 def rate_with_prefill(rows: Sequence[Row]) -> float:

@@ -202,17 +202,21 @@ def run_experiment(
     with RunFile.open(output, meta, fresh=options.fresh) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{more}", file=sys.stderr)
-        run(
-            pair,
-            task,
-            prompts,
-            decoders,
-            run_file,
-            seed=config.sampling.seed,
-            num_samples=config.sampling.num_samples,
-            warmup=config.run.warmup,
-        )
-    print(f"  peak memory: {peak_memory(pair.target.device)}", file=sys.stderr)
+        try:
+            run(
+                pair,
+                task,
+                prompts,
+                decoders,
+                run_file,
+                seed=config.sampling.seed,
+                num_samples=config.sampling.num_samples,
+                warmup=config.run.warmup,
+            )
+        finally:  # a run that is stopped has a peak too
+            peak = peak_memory(pair.target.device)
+            run_file.note(peak_memory=peak)
+    print(f"  peak memory: {peak}", file=sys.stderr)
     scores = score(output)
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))

@@ -84,6 +84,7 @@ def test_a_run_leaves_rows_meta_scores_and_a_table(finished):
     assert meta["precision"] == "float32"
     assert meta["config"]["speculation"]["k"] == 4
     assert "confirmed" in meta["bit_exact"]
+    assert meta["peak_memory"].endswith("GB") and meta["peak_memory"] in errors
     assert len(read_scores(output)) == 6
     assert all(method in printed for method in METHODS)
     assert "2/2" in printed  # identical outputs

@@ -160,6 +160,16 @@ def test_the_meta_keeps_what_made_the_first_rows_and_notes_what_changed_since(pa
     assert read_meta(path) == {**META, "resumed": [{"date": "Tuesday"}]}
 
 
+def test_a_note_goes_to_the_start_whose_rows_it_is_about(path):
+    for row, peak in ((ROW, "5 GB"), (OTHER, "6 GB"), (None, "7 GB")):
+        with RunFile.open(path, META) as run:
+            if row:
+                run.append(row)
+            run.note(peak_memory=peak)
+    assert read_meta(path) == {**META, "peak_memory": "5 GB", "resumed": [{"peak_memory": "6 GB"}]}
+    assert len(read_rows(path)) == 2
+
+
 def test_opening_a_finished_run_leaves_its_meta_alone(path):
     """Printing the table of a finished run must not change its committed files."""
     write_run(path, ROW)

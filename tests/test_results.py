@@ -462,6 +462,10 @@ def test_run_in_words_names_hardware_precision_config_and_command():
         assert part in text
     for part in ("python main_exp2.py", "torch 2.13.0", META["bit_exact"], "abc1234"):
         assert part in text
+    assert "memory" not in text
+    resumed = [{"peak_memory": "6.1 GB"}, {}, {"peak_memory": "5.9 GB"}]
+    text = tables.describe_run({**META, "peak_memory": "5.9 GB", "resumed": resumed})
+    assert "2 threads, peak memory 5.9 GB or 6.1 GB\n" in text
 
 
 # --- figures -------------------------------------------------------------------------

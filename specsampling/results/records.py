@@ -157,7 +157,8 @@ class RunFile:
         self.done = {row.key for row in self.rows}
         self._path = path
         self._file = file
-        self._unsaved_meta = resumed_meta if values else None
+        self._meta = resumed_meta if values and resumed_meta else dict(meta)
+        self._is_meta_saved = not values
 
     def require_same_examples(self, examples: Mapping[str, tuple[int, str | None]]) -> None:
         """Refuse to go on when the data of rows that are there have changed since.
@@ -188,9 +189,8 @@ class RunFile:
         values = {name: value for name, value in asdict(row).items() if value is not None}
         line = json.dumps(values).encode() + b"\n"
         with one_line_errors(self._path, "written"):
-            if self._unsaved_meta is not None:
-                replace_file(_meta_path(self._path), _meta_text(self._unsaved_meta))
-                self._unsaved_meta = None
+            if not self._is_meta_saved:
+                self._save_meta()
             end = self._file.seek(0, os.SEEK_END)
             try:
                 while line:
@@ -202,6 +202,23 @@ class RunFile:
                 raise
         self.rows.append(row)
         self.done.add(row.key)
+
+    def note(self, **facts: Any) -> None:
+        """Add to the meta what is known only after rows were appended, if any were.
+
+        Where earlier processes have written rows, it goes into this one's entry in `resumed`.
+
+        Raises:
+            RecordsError: it cannot be written.
+        """
+        if self._is_meta_saved:
+            (self._meta["resumed"][-1] if "resumed" in self._meta else self._meta).update(facts)
+            with one_line_errors(self._path, "written"):
+                self._save_meta()
+
+    def _save_meta(self) -> None:
+        replace_file(_meta_path(self._path), _meta_text(self._meta))
+        self._is_meta_saved = True
 
     def close(self) -> None:
         """Close the file and let another process have it."""

@@ -251,12 +251,15 @@ def describe_run(meta: Mapping[str, Any]) -> str:
     k, model_k = (config["speculation"].get(name) for name in ("k", "model_k"))
     limit = f" (at most {model_k} from a model)" if model_k else ""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    starts = (meta, *meta.get("resumed", []))
+    peaks = dict.fromkeys(start["peak_memory"] for start in starts if "peak_memory" in start)
     return f"""\
 models:   target {config["models"]["target"]}, draft {config["models"]["draft"]}
 decoding: k = {k}{limit}, {describe_sampling(config["sampling"])}, \
 at most {config["decoding"]["max_new_tokens"]} new tokens
 exact:    {meta["bit_exact"]}
-machine:  {meta["device_name"]} ({meta["device"]}), {meta["precision"]}, {meta["threads"]} threads
+machine:  {meta["device_name"]} ({meta["device"]}), {meta["precision"]}, {meta["threads"]} threads\
+{", peak memory " * bool(peaks)}{" or ".join(peaks)}
 run:      profile {meta["profile"]}, config {meta["config_hash"]}, \
 commit {meta["git_commit"]}, {meta["date"]}
 command:  {meta["command"]}

@@ -1,0 +1,199 @@
+"""Benchmarks/peers.py as a user runs it, over a tiny pair: rows, resuming, what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_config
+from test_end_to_end import run
+
+from Benchmarks import peers
+from specsampling.results.records import Row, read_meta, read_rows
+
+SCRIPT = "Benchmarks/peers.py"
+OURS = [f"ours in 16 bit: {kind}" for kind in ("autoregressive", "reference", "speculative")]
+THEIRS = [
+    f"transformers: {kind}"
+    for kind in ("generate", "assisted, 3", "assisted, confidence 0.4", "prompt lookup")
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, model_folders) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    return write_config(folder, "demo", "llama", model_folders, {})
+
+
+def compare(config: Path, output: Path, hosts: str, *more: object) -> tuple[int, str, str]:
+    return run(
+        *("--config", config, "--output", output, "--hosts", hosts, "--compile", "off"),
+        *("--skip", "compiled,flashspec", "--limit", 2, "--max-new-tokens", 12, *more),
+        script=SCRIPT,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("peers") / "peers.jsonl"
+    code, printed, errors = compare(config, output, "transformers,llama.cpp,ours in 16 bit")
+    assert code == 0, errors
+    return output, printed, errors
+
+
+def test_every_contender_has_a_row_per_problem_and_a_line(finished):
+    output, printed, errors = finished
+    rows = read_rows(output)
+    assert sorted({row.method for row in rows}) == sorted(OURS + THEIRS)
+    assert len(rows) == 2 * len(OURS + THEIRS)
+    assert {row.example_id for row in rows} == {"HumanEval/40", "HumanEval/41"}
+    for row in rows:
+        assert 1 <= row.num_new_tokens <= 12 and row.prefill_seconds > 0 and not row.error
+    for name in OURS + THEIRS:
+        assert any(line.startswith(name) for line in printed.splitlines())
+    assert "leaked" not in errors and "Traceback" not in errors
+    assert (output.parent / "figures" / "peers.png").stat().st_size > 10_000
+
+
+def test_in_float32_all_decode_the_same_tokens(finished):
+    output, printed, _ = finished
+    texts: dict[str, set[tuple[int, ...]]] = {}
+    for row in read_rows(output):
+        texts.setdefault(row.example_id, set()).add(tuple(row.token_ids))
+    assert all(len(different) == 1 for different in texts.values())
+    assert printed.count("2/2") == len(OURS + THEIRS) - 2  # all but the baselines
+
+
+def test_what_is_not_there_is_one_line(finished):
+    _, printed, _ = finished
+    if importlib.util.find_spec("flashspec") is None:
+        assert 'not compared: flashspec (pip install ".[peers]")' in printed
+    if importlib.util.find_spec("xllamacpp") is None:
+        assert 'not compared: xllamacpp (pip install ".[peers]")' in printed
+    else:
+        assert "not compared: llama.cpp (the target is no GGUF file)" in printed
+
+
+def test_a_rerun_decodes_only_what_is_missing(finished, config):
+    output, _, _ = finished
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:-2]))
+    code, _, errors = compare(config, output, "transformers,ours in 16 bit")
+    assert code == 0, errors
+    again = output.read_text().splitlines(keepends=True)
+    assert again[:-2] == lines[:-2] and len(again) == len(lines)
+    assert len(read_meta(output)["resumed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--hosts", "vllm"], "--hosts must be of transformers, llama.cpp"),
+        (["--limit", "0"], "limit"),
+        (["--max-new-tokens", "x"], "max_new_tokens"),
+        (["--profile", "exp1-rtx3050"], "humaneval"),
+    ],
+)
+def test_mistakes_are_one_line(more, words, config, tmp_path):
+    code, _, errors = compare(config, tmp_path / "peers.jsonl", "ours in 16 bit", *more)
+    assert code == 2
+    assert words in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "peers.jsonl").exists()
+
+
+def row(method: str, seconds: float, error: str | None = None, example: str = "a") -> Row:
+    return Row(
+        example_id=example,
+        method=method,
+        sample_index=0,
+        completion="",
+        token_ids=[] if error else [1, 2, 3],
+        finish_reason="error" if error else "length",
+        num_prompt_tokens=5,
+        accepted=[],
+        drafted=[],
+        target_calls=3,
+        draft_calls=0,
+        seed=0,
+        prefill_seconds=1.0,
+        decode_seconds=seconds,
+        forward_seconds=seconds,
+        error=error,
+    )
+
+
+def test_ratios_are_our_best_against_the_best_of_each_kind():
+    rows = [
+        row(method, seconds, example=example)
+        for example in ("a", "b")
+        for method, seconds in {
+            "ours in 16 bit: autoregressive": 9.0,
+            "ours in 8 bit: autoregressive": 4.0,
+            "ours in 8 bit: speculative": 1.0,
+            "llama.cpp Q4_K: alone": 3.0,
+            "llama.cpp Q4_K: n-grams": 2.0,
+            "transformers: generate": 11.0,
+            "flashspec: composite": 5.0,
+        }.items()
+    ]
+    rows.append(row("transformers: prompt lookup", 1.0, error="broken"))
+    printed = "\n".join(peers.report(rows))
+    ours = "ours in 8 bit: speculative / "
+    assert ours + "llama.cpp Q4_K: n-grams: 1.50 [1.50, 1.50], without prefill 2.00" in printed
+    assert ours + "flashspec: composite: 3.00 [3.00, 3.00]" in printed
+    assert "ours in 8 bit: autoregressive / ours in 16 bit: autoregressive: 2.00" in printed
+    assert "transformers: prompt lookup, a: broken" in printed
+
+
+def broken(options):
+    yield "sound", {"one": lambda prompt: 1 / 0}
+    raise ValueError("its file is torn")
+
+
+def dead(options):
+    raise SystemExit(3)
+    yield
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(capsys):
+    host = peers.Host("broken", broken, options=None)
+    assert host.names == ["sound: one"]
+    assert host.decode("sound: one", [1]).error == "ZeroDivisionError: division by zero"
+    host.close()
+    assert capsys.readouterr().out == "not compared: broken: ValueError: its file is torn\n"
+
+
+def test_a_process_that_ends_is_one_line():
+    with pytest.raises(peers.ConfigError, match="the process of dead ended"):
+        peers.Host("dead", dead, options=None)
+
+
+def test_weights_are_written_again_in_another_type(tmp_path):
+    import gguf
+
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    weights = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    quantised = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("matrix", quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("norm", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    files = {peers.type_of(path): path for path in peers.files_of(path)}
+    assert list(files) == ["Q4_1", "Q8_0", "BF16"]
+    for kind, bound in (("Q8_0", 0.02), ("BF16", 0.02)):
+        reader = gguf.GGUFReader(files[kind])
+        matrix, norm = reader.tensors
+        values = gguf.quants.dequantize(matrix.data, matrix.tensor_type)
+        wanted = gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType.Q4_1)
+        assert np.abs(values - wanted).max() < bound
+        assert norm.tensor_type is gguf.GGMLQuantizationType.F32
+        assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+        assert reader.fields["llama.context_length"].contents() == 64
