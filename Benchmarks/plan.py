@@ -10,7 +10,8 @@ acceptance rates of 0.3 to 0.95, by the expected tokens of a cycle (Leviathan et
 3.8, with measured calls in place of c), and the acceptance from which on it pays at all.
 
 `--rows FILE` says what a finished run would take here. `--validate` drives the real decoder with a
-draft that is right as often as it is told to be, and prints measured / predicted.
+draft that is right as often as it is told to be, and prints measured / predicted. `--figure FOLDER`
+measures at contexts from 128 tokens to the models' limit and draws time per token over context and K.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -50,9 +51,13 @@ from specsampling.models.load import draft_models, resolve_device, resolve_dtype
 from specsampling.models.source import quiet_transformers
 from specsampling.models.static import make_static
 from specsampling.provenance import device_name, peak_memory
+from specsampling.results.figures import DARK, LIGHT, MIDDLE, save_figure
 from specsampling.results.records import read_run
 from specsampling.results.tables import rows_by_method
 from speculative import speculative
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (PROJECT / "specsampling" / "data" / "configs.json").read_text()
@@ -60,6 +65,8 @@ CONFIGS: dict[str, dict[str, Any]] = json.loads(
 ACCEPTANCES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 VALIDATED = (0.5, 0.7, 0.9)
 NUM_CALLS = 15
+SHOWN_ACCEPTANCE = 0.8
+SHADES = (DARK, MIDDLE, LIGHT)
 STEP = 8  # widths are multiples of it where decoding is bit-exact
 
 
@@ -274,6 +281,50 @@ def what_rows_would_take(path: Path, calls: Calls) -> list[str]:
     return lines
 
 
+# --- over contexts -------------------------------------------------------------------
+
+
+def contexts_of(limit: int) -> list[int]:
+    """128 tokens, doubled up to what a model can hold with room for a few calls."""
+    longest = limit - 64 - STEP
+    doubled = [128 << i for i in range(longest.bit_length()) if 128 << i < longest]
+    return [*doubled, longest]
+
+
+def context_figure(measured: dict[int, Calls], title: str) -> Figure:
+    """Milliseconds a call over the context, and a token over K at three contexts."""
+    import matplotlib.pyplot as plt
+
+    drawn, (calls, tokens) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    plt.close(drawn)
+    contexts = list(measured)
+    kinds = {"draft": [1e3 * of.draft for of in measured.values()]}
+    kinds["target, 1 row"] = [1e3 * of.baseline for of in measured.values()]
+    for k in measured[contexts[0]].target:
+        rows = width_of(k)
+        kinds[f"target, {rows} rows"] = [1e3 * of.target[k] for of in measured.values()]
+    for (name, times), marker in zip(kinds.items(), "osD^v<>"):
+        calls.plot(contexts, times, marker=marker, markersize=4, color=DARK, label=name)
+    calls.set_xscale("log", base=2)
+    calls.set_xlabel("context (tokens)")
+    calls.set_ylabel("milliseconds per call")
+    colours = dict(zip([contexts[-1], contexts[len(contexts) // 2], contexts[0]], SHADES))
+    for context, colour in colours.items():
+        of = measured[context]
+        times = [1e3 / of.tokens_per_second(SHOWN_ACCEPTANCE, k) for k in of.target]
+        tokens.plot(list(of.target), times, "o-", markersize=4, color=colour, label=f"{context:,}")
+        tokens.axhline(1e3 * of.baseline, color=colour, linestyle="--", linewidth=1)
+    tokens.set_xlabel(f"K, {SHOWN_ACCEPTANCE:.0%} accepted (dashed: the target alone)")
+    tokens.set_ylabel("milliseconds per token")
+    for axes in (calls, tokens):
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    calls.legend(title="call")
+    tokens.legend(title="context")
+    drawn.suptitle(title)
+    return drawn
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     target, draft = pair_of(options)
@@ -298,6 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = min(num_logits(target), num_logits(draft))
         prompt = [i % min(known - 1, 1000) + 1 for i in range(options.prompt_tokens)]
         print("\n".join(validate(target, draft, calls, prompt, options.new_tokens)))
+    if options.figure:
+        measured = {}
+        for context in contexts_of(min(context_limit(target), context_limit(draft))):
+            measured[context] = measure(target, draft, options.k, context)
+            say(f"context {context:,}: " + report(measured[context])[0])
+        save_figure(context_figure(measured, device_name(target.device)), options.figure, "contexts")
     return 0
 
 
@@ -341,6 +398,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", metavar="N", default="64", help="decoded by --validate")
     parser.add_argument("--rows", metavar="FILE", type=Path, help="a finished run's rows")
     parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--figure", metavar="FOLDER", type=Path, help="for contexts.png and .svg")
     options = parser.parse_args(arguments)
     for name in ("k", "prompt_tokens", "new_tokens"):
         value = option_value("run.limit", getattr(options, name))

@@ -59,7 +59,7 @@ def test_a_draft_as_slow_as_its_target_never_pays():
 @pytest.fixture
 def folders(tmp_path):
     for seed, name in enumerate(("target", "draft")):
-        make_model("llama", seed).config.save_pretrained(tmp_path / name)
+        make_model("llama", seed, context=1024).config.save_pretrained(tmp_path / name)
     return [f"--{name}={tmp_path / name}" for name in ("target", "draft")]
 
 
@@ -71,6 +71,19 @@ def test_a_pair_by_its_configurations_is_measured_and_validated(folders, capsys)
     assert printed.count("measured / predicted") == len(plan.VALIDATED)
     assert "differ" not in printed
     assert "the target alone" in printed and "peak memory" in printed
+
+
+def test_contexts_double_up_to_the_limit():
+    assert plan.contexts_of(1024) == [128, 256, 512, 952]
+    assert plan.contexts_of(200) == [128]
+
+
+def test_time_per_token_is_drawn_over_context_and_k(folders, tmp_path, capsys):
+    arguments = ["--device=cpu", "--dtype=float32", "--k=9", "--prompt-tokens=20"]
+    done = plan.main([*folders, *arguments, "--new-tokens=8", f"--figure={tmp_path / 'made'}"])
+    assert done == 0
+    assert "context 128: draft call" in capsys.readouterr().err
+    assert (tmp_path / "made" / "contexts.png").stat().st_size > 10_000
 
 
 def test_scripted_acceptance_is_what_it_was_told(folders):
