@@ -327,7 +327,8 @@ def prompts_of(config: Config, options: argparse.Namespace) -> dict[str, list[in
     assert config.humaneval is not None
     task = HumanEval(config.humaneval)
     tokenizer: Any = load_tokenizer(config.models.tokenizer or config.models.target)
-    encoder = Pair(target=None, draft=None, tokenizer=tokenizer, eos_ids=frozenset())  # type: ignore[arg-type]
+    models: dict[str, Any] = {"target": None, "draft": None}  # which encode nothing
+    encoder = Pair(**models, tokenizer=tokenizer, eos_ids=frozenset())
     chosen = task.examples()[FIRST : FIRST + options.limit]
     return {example.id: task.prompt(example, encoder, 10**9).token_ids for example in chosen}
 

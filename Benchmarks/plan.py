@@ -10,8 +10,9 @@ acceptance rates of 0.3 to 0.95, by the expected tokens of a cycle (Leviathan et
 3.8, with measured calls in place of c), and the acceptance from which on it pays at all.
 
 `--rows FILE` says what a finished run would take here. `--validate` drives the real decoder with a
-draft that is right as often as it is told to be, and prints measured / predicted. `--figure FOLDER`
-measures at contexts from 128 tokens to the models' limit and draws time per token over context and K.
+draft that is right as often as it is told to be, and prints measured / predicted. `--figure
+FOLDER` measures at contexts from 128 tokens to the models' limit, and draws time per token over
+context and K.
 """
 
 from __future__ import annotations
@@ -354,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for context in contexts_of(min(context_limit(target), context_limit(draft))):
             measured[context] = measure(target, draft, options.k, context)
             say(f"context {context:,}: " + report(measured[context])[0])
-        save_figure(context_figure(measured, device_name(target.device)), options.figure, "contexts")
+        drawn = context_figure(measured, device_name(target.device))
+        save_figure(drawn, options.figure, "contexts")
     return 0
 
 
