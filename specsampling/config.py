@@ -65,6 +65,7 @@ Method = Annotated[
         re.compile(r"autoregressive|reference|speculative(:.+)?").fullmatch,
     ),
 ]
+VerifierName = Literal["token", "block"]
 PromptStyle = Literal["completion", "chat"]
 
 
@@ -92,6 +93,7 @@ class SpeculationConfig:
     min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Ngram
     ngram_min: Ngram
+    verifier: VerifierName = "token"
 
 
 @dataclass(frozen=True)
@@ -312,8 +314,9 @@ def config_hash(config: Config) -> str:
     del values["profile"]
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
-    if values["decoding"]["compile"] == "off":
-        del values["decoding"]["compile"]  # as in runs from before it was there
+    for block, key, was in (("decoding", "compile", "off"), ("speculation", "verifier", "token")):
+        if values[block][key] == was:
+            del values[block][key]  # as in runs from before it was there
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

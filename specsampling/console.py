@@ -28,6 +28,7 @@ from specsampling.loading import (
     settle_steps,
 )
 from specsampling.provenance import PROJECT, peak_memory, run_meta
+from specsampling.results.audit import audit
 from specsampling.results.records import (
     Key,
     RecordsError,
@@ -40,7 +41,12 @@ from specsampling.results.records import (
     read_run,
     write_scores,
 )
-from specsampling.results.tables import describe_sampling, format_table, summary_table
+from specsampling.results.tables import (
+    describe_sampling,
+    format_table,
+    rows_by_method,
+    summary_table,
+)
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
@@ -172,7 +178,8 @@ def run_experiment(
         score: a finished file -> its scores.
 
     Returns:
-        The exit code: 1 if a text ended in an error, which its row and the table name.
+        The exit code: 1 if a text ended in an error, which its row and the table name, or if the
+            tokens are not the target's own, which a line under the table says.
 
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
@@ -216,12 +223,15 @@ def run_experiment(
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
             run_file.note(peak_memory=peak)
+        audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
+        run_file.note(audit={method: str(found) for method, found in audits.items() if found})
     print(f"  peak memory: {peak}", file=sys.stderr)
     scores = score(output)
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))
     print(format_table(summary_table(run_file.rows, scores, sampling)))
-    return 1 if any(row.error for row in run_file.rows) else 0
+    is_lossless = all(found.is_lossless for found in audits.values() if found)
+    return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
 def _rows_there(output: Path) -> Run | None:
@@ -252,6 +262,7 @@ def bind_decoders(
 ) -> dict[str, Decode]:
     """Each method's decoder, with the models and everything else that a run does not change."""
     from specsampling.method.sampling import Sampling
+    from specsampling.method.verify import VERIFIERS
 
     warp = config.sampling
     shared: dict[str, Any] = {
@@ -260,6 +271,7 @@ def bind_decoders(
         "eos_ids": pair.eos_ids,
     }
     width, k = call_width(config), config.speculation.k
+    verifier = VERIFIERS[config.speculation.verifier]
     decoders: dict[str, Decode] = {}
     for method in config.run.methods:
         _, _, spec = method.partition(":")
@@ -269,7 +281,13 @@ def bind_decoders(
             decoders[method] = partial(autoregressive, pair.target, width=width, **shared)
         else:
             decoders[method] = partial(
-                speculative, pair.target, drafts[spec], k=k, width=width, **shared
+                speculative,
+                pair.target,
+                drafts[spec],
+                k=k,
+                width=width,
+                verifier=verifier,
+                **shared,
             )
     return decoders
 
