@@ -58,11 +58,15 @@ Ngram = Annotated[
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4"]
 Compile = Literal["auto", "on", "off"]
+SPECULATIVE = re.compile(
+    r"speculative(:(?P<draft>.+?))?(@(?P<k>[0-9]{1,4}))?(@(?P<rule>token|block))?"
+)
 Method = Annotated[
     str,
     Rule(
-        ": autoregressive, reference, speculative, or speculative:DRAFT",
-        re.compile(r"autoregressive|reference|speculative(:.+)?").fullmatch,
+        ": autoregressive, reference, speculative or speculative:DRAFT, each with @K or @block",
+        lambda name: name in ("autoregressive", "reference") or SPECULATIVE.fullmatch(name),
+        "K is at least 1 and at most speculation.k",
     ),
 ]
 VerifierName = Literal["token", "block"]
@@ -234,6 +238,13 @@ class Config:
                 "decoding.bit_exact must be true for the method reference (got false); "
                 "set it, or take reference out of run.methods"
             )
+        for method in self.run.methods:
+            k = method_parts(method, speculation).k
+            if not 1 <= k <= speculation.k:
+                raise ConfigError(
+                    f"run.methods must have K from 1 to speculation.k, here {speculation.k} "
+                    f"(got {shown(method)}); raise speculation.k"
+                )
         models = self.models
         draft = models.draft.removeprefix("ngram+")
         has_model_draft = draft != "ngram" and not draft.startswith("target-layers:")
@@ -321,6 +332,23 @@ def config_hash(config: Config) -> str:
 
 
 # Reading: a file and options -> plain values; `checking` makes the dataclasses of these.
+
+
+@dataclass(frozen=True)
+class MethodParts:
+    """A method's name taken apart: `draft` "" is the profile's, the others are, where not named."""
+
+    draft: str
+    k: int
+    verifier: VerifierName
+
+
+def method_parts(method: str, speculation: SpeculationConfig) -> MethodParts:
+    """Of `speculative:DRAFT@K@RULE`; a baseline has what the profile has, and uses none of it."""
+    found = SPECULATIVE.fullmatch(method)
+    draft, k, rule = found.group("draft", "k", "rule") if found else (None, None, None)
+    k = speculation.k if k is None else int(k)
+    return MethodParts(draft or "", k, rule or speculation.verifier)
 
 
 @dataclass(frozen=True)

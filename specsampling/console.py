@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from specsampling.config import Config, ConfigError, load_config, require_task
+from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.loading import (
     call_width,
@@ -270,11 +270,10 @@ def bind_decoders(
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
         "eos_ids": pair.eos_ids,
     }
-    width, k = call_width(config), config.speculation.k
-    verifier = VERIFIERS[config.speculation.verifier]
+    width = call_width(config)
     decoders: dict[str, Decode] = {}
     for method in config.run.methods:
-        _, _, spec = method.partition(":")
+        parts = method_parts(method, config.speculation)
         if method == "autoregressive":
             decoders[method] = partial(autoregressive, pair.target, **shared)
         elif method == "reference":
@@ -283,10 +282,10 @@ def bind_decoders(
             decoders[method] = partial(
                 speculative,
                 pair.target,
-                drafts[spec],
-                k=k,
+                drafts[parts.draft],
+                k=parts.k,
                 width=width,
-                verifier=verifier,
+                verifier=VERIFIERS[parts.verifier],
                 **shared,
             )
     return decoders

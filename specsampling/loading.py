@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, ConfigError
+from specsampling.config import Compile, Config, ConfigError, method_parts
 from specsampling.provenance import device_name, precision
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load_configured_pair(config: Config) -> Pair:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     models = config.models
-    others = [spec for method in config.run.methods if (spec := method.partition(":")[2])]
+    others = [spec for spec in drafts_named(config) if spec]
     if others:
         check_tokenizers(models.target, others, models.tokenizer)
     print(f"Loading {models.target} with draft {models.draft} ...", file=sys.stderr, flush=True)
@@ -87,13 +87,19 @@ def _draft_options(config: Config) -> dict[str, Any]:
     return options
 
 
+def drafts_named(config: Config) -> list[str]:
+    """The drafts of the methods `speculative:DRAFT`, once each; "" is the pair's own."""
+    parts = (method_parts(method, config.speculation) for method in config.run.methods)
+    return list(dict.fromkeys(part.draft for part in parts))
+
+
 def load_drafts(config: Config, pair: Pair) -> dict[str, Draft]:
     """The drafts of the methods `speculative:DRAFT`, and the pair's own, which is "" here."""
     from specsampling.models.load import draft_models, load_draft, resolve_dtype
 
     drafts = {"": pair.draft}
     loaded = draft_models(config.models.draft, pair.draft)
-    for spec in (method.partition(":")[2] for method in config.run.methods):
+    for spec in drafts_named(config):
         if spec in drafts:
             continue
         print(f"Loading the draft {spec} ...", file=sys.stderr, flush=True)
