@@ -256,7 +256,7 @@ def _keys(config: Config, task: Task) -> set[Key]:
 def bind_decoders(
     config: Config,
     pair: Pair,
-    drafts: dict[str, Draft],
+    drafts: dict[tuple[str, bool], Draft],
     autoregressive: Callable,
     speculative: Callable,
 ) -> dict[str, Decode]:
@@ -273,7 +273,7 @@ def bind_decoders(
     width = call_width(config)
     decoders: dict[str, Decode] = {}
     for method in config.run.methods:
-        parts = method_parts(method, config.speculation)
+        parts = method_parts(method, config)
         if method == "autoregressive":
             decoders[method] = partial(autoregressive, pair.target, **shared)
         elif method == "reference":
@@ -282,7 +282,7 @@ def bind_decoders(
             decoders[method] = partial(
                 speculative,
                 pair.target,
-                drafts[parts.draft],
+                drafts[parts.draft, parts.is_adaptive],
                 k=parts.k,
                 width=width,
                 verifier=VERIFIERS[parts.verifier],
@@ -337,6 +337,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
 
     import torch
 
+    from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.method.sampling import Sampling
     from specsampling.runner import check_prompt, sample_seed
 
@@ -346,11 +347,12 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     warp = config.sampling
     seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
     self_check(config, pair, len(prompt))
+    is_adaptive = config.speculation.k == "auto"
     generation = speculative(
         pair.target,
-        pair.draft,
+        AdaptiveDraft.of(pair.draft) if is_adaptive else pair.draft,
         prompt,
-        k=config.speculation.k,
+        k=config.largest_k,
         max_new_tokens=config.decoding.max_new_tokens,
         sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
         generator=torch.Generator(pair.target.device).manual_seed(seed),
