@@ -24,36 +24,19 @@ if __name__ == "__main__":
 
     catch_signals()
 
-from Benchmarks.table1 import CELLS, cell_overrides
-from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value
+from Benchmarks.table1 import CELLS, cell_overrides, cell_parser, chosen_cells, run_cells
+from specsampling.config import ConfigError, load_config
+from specsampling.console import exit_code, option_value
 from specsampling.results.figure1 import figure1, figure1_paths, format_figure1, over_k
 from specsampling.results.figures import save_figure
-from specsampling.results.records import check_output, read_run
+from specsampling.results.records import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
-    paths = {
-        cell: path
-        for cell, path in figure1_paths(options.output_folder).items()
-        if cell in options.cells
-    }
-    overrides = {cell: overrides_of(cell, options) for cell in paths}
-    for cell in paths:  # a mistake is told before hours of decoding
-        config = load_config(options.config, options.profile, overrides[cell])
-        require_task(config, CELLS[cell].task)
-    for path in paths.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(path)
-    for cell, path in paths.items():
-        print(f"\n{cell}", flush=True)
-        cell_arguments = ["--config", str(options.config), "--output", str(path)]
-        if options.profile is not None:
-            cell_arguments += ["--profile", options.profile]
-        for override in overrides[cell]:
-            cell_arguments += ["--set", override]
-        CELLS[cell].main(cell_arguments + ["--fresh"] * options.fresh)
+    paths = figure1_paths(options.output_folder)
+    paths = {cell: paths[cell] for cell in options.cells}
+    run_cells(paths, {cell: overrides_of(cell, options) for cell in paths}, options)
     tables = {cell: over_k(read_run(path)) for cell, path in paths.items()}
     print(f"\nFigure 1\n{format_figure1(tables)}")
     save_figure(figure1(tables), options.output_folder / "figures", "figure1")
@@ -61,39 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
-    parser.add_argument(
-        "--profile", metavar="NAME", help="a profile with the blocks xsum and humaneval"
-    )
-    parser.add_argument("--limit", metavar="N", help="only the first N examples of each benchmark")
-    parser.add_argument("--num-samples", metavar="N", default="1", help="of nucleus (default: 1)")
+    parser = cell_parser(__doc__, num_samples=1)
     parser.add_argument("--k", metavar="N", default="8", help="largest K (default: 8)")
-    parser.add_argument(
-        "--cells", metavar="A,B", default=",".join(CELLS), help=f"of {', '.join(CELLS)}"
-    )
-    parser.add_argument(
-        "--output-folder",
-        metavar="PATH",
-        type=Path,
-        default=Path("Results"),
-        help="folder of the rows (default: Results)",
-    )
-    parser.add_argument("--fresh", action="store_true", help="start the cells' files over")
+    parser.add_argument("--cells", metavar="A,B", default=",".join(CELLS), help="some of them")
     options = parser.parse_args(arguments)
     options.k = option_value("speculation.k", options.k)
     if not isinstance(options.k, int) or not 1 <= options.k <= 64:
         raise ConfigError(f"--k must be an integer from 1 to 64 (got {options.k})")
-    options.cells = options.cells.split(",")
-    for cell in options.cells:
-        if cell not in CELLS:
-            raise ConfigError(f"--cells must be of {', '.join(CELLS)} (got {cell})")
+    options.cells = chosen_cells(options.cells)
     return options
 
 
 def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile: table1's, and one method for each K."""
-    config: Config = load_config(options.config, options.profile)
+    config = load_config(options.config, options.profile)
     is_lookup, _, model = config.models.draft.partition("+")
     draft = model if is_lookup == "ngram" and model else config.models.draft
     baselines = ["autoregressive"]
