@@ -143,7 +143,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
     longest = max(len(ids) for ids in prompts_of(config, options).values())
     static: dict[str, Any] = {
         "cache_implementation": "static",
-        "cache_config": {"max_cache_len": longest + limit},
+        "max_cache_len": longest + limit,
         "compile_config": CompileConfig(mode="default", fullgraph=False, dynamic=False),
     }
     static["compile_config"]._compile_all_devices = True
