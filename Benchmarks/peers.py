@@ -83,7 +83,7 @@ def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
     config = configured(options, quantization)
     pair = load_configured_pair(config)
     drafts = load_drafts(config, pair)
-    longest = max(len(ids) for ids in prompts_of(config, options).values())
+    longest = max(len(ids) for ids in prompts_of(config).values())
     make_steps(config, options.compile, pair, drafts, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     yield (
@@ -140,7 +140,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
         draft.generation_config.assistant_confidence_threshold = confidence
         return generate(prompt, assistant_model=draft)
 
-    longest = max(len(ids) for ids in prompts_of(config, options).values())
+    longest = max(len(ids) for ids in prompts_of(config).values())
     static: dict[str, Any] = {
         "cache_implementation": "static",
         "max_cache_len": longest + limit,
@@ -311,6 +311,7 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
     overrides = [
         f"models.target_quantization={quantization}",
         f"decoding.max_new_tokens={options.max_new_tokens}",
+        f"run.limit={options.limit}",
         f"decoding.compile={options.compile}",
         "sampling.temperature=0",
         "run.methods=[autoregressive, reference, speculative]",
@@ -318,7 +319,7 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
     return load_config(options.config, options.profile, overrides)
 
 
-def prompts_of(config: Config, options: argparse.Namespace) -> dict[str, list[int]]:
+def prompts_of(config: Config) -> dict[str, list[int]]:
     """The problems' prompts, as a run has them, by id."""
     from specsampling.models.load import Pair
     from specsampling.models.tokenizer import load_tokenizer
@@ -329,7 +330,7 @@ def prompts_of(config: Config, options: argparse.Namespace) -> dict[str, list[in
     tokenizer: Any = load_tokenizer(config.models.tokenizer or config.models.target)
     models: dict[str, Any] = {"target": None, "draft": None}  # which encode nothing
     encoder = Pair(**models, tokenizer=tokenizer, eos_ids=frozenset())
-    chosen = task.examples()[FIRST : FIRST + options.limit]
+    chosen = task.examples()[FIRST:][: config.run.limit]
     return {example.id: task.prompt(example, encoder, 10**9).token_ids for example in chosen}
 
 
@@ -408,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_task(config, "humaneval")
     meta = meta_of(config)
     check_output(options.output, meta)
-    prompts = prompts_of(config, options)
+    prompts = prompts_of(config)
     hosts: list[Host] = []
     try:
         for name, find in finders(config, options).items():
@@ -442,7 +443,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="PATH", type=Path, help="JSONL file for the rows")
     parser.add_argument("--fresh", action="store_true", help="start the output file over")
     options = parser.parse_args(arguments)
-    options.limit = option_value("run.limit", options.limit)
     options.hosts = option_value("run.methods", options.hosts)
     options.skip = [part for part in option_value("run.methods", options.skip) if part]
     for name in options.hosts:

@@ -117,7 +117,7 @@ def measure(
     kinds: dict[Any, Any] = {"draft": (draft, None), "baseline": (target, None)}
     kinds |= {width: (target, width) for width in widths}
     sessions, prefill = {}, 0.0
-    tokens = [i % 1000 + 1 for i in range(num_prompt_tokens)]
+    tokens = some_tokens(target, draft, num_prompt_tokens)
     for kind, (model, width) in kinds.items():
         sessions[kind] = Session(model, num_prompt_tokens + 64, width)
         sessions[kind].prefill(tokens[:-1])
@@ -133,6 +133,12 @@ def measure(
     median = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}
     by_k = {k: median[width_of(k)] for k in range(1, largest_k + 1)}
     return Calls(median["draft"], median["baseline"], by_k, prefill)
+
+
+def some_tokens(target: PreTrainedModel, draft: PreTrainedModel, num: int) -> list[int]:
+    """A text that both models can read."""
+    known = min(num_logits(target), num_logits(draft))
+    return [i % min(known - 1, 1000) + 1 for i in range(num)]
 
 
 def width_of(k: int) -> int:
@@ -347,8 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rows:
         print("\n".join(what_rows_would_take(options.rows, calls)))
     if options.validate:
-        known = min(num_logits(target), num_logits(draft))
-        prompt = [i % min(known - 1, 1000) + 1 for i in range(options.prompt_tokens)]
+        prompt = some_tokens(target, draft, options.prompt_tokens)
         print("\n".join(validate(target, draft, calls, prompt, options.new_tokens)))
     if options.figure:
         measured = {}
