@@ -176,7 +176,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
 
 
 def llama_cpp(options: argparse.Namespace, path: Path, draft: Path | None, kind: str) -> Found:
-    """One server of llama.cpp: two in one process share its cores badly (a third of the speed)."""
+    """One server of llama.cpp in its own process: of six in one, each had a third the speed."""
     import xllamacpp
     from xllamacpp import common_speculative_type as kinds
 

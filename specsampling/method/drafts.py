@@ -8,12 +8,14 @@ the distributions that its proposals were really drawn from.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.forward import RUNNER
@@ -116,6 +118,8 @@ class ModelProposer:
         self._session = Session(draft.model, self._longest)
         embeddings: Any = draft.model.get_input_embeddings()
         self._last_id: int = embeddings.num_embeddings - 1
+        self._knows_all = embeddings.num_embeddings >= terms.vocab_size
+        self._none = torch.zeros(0, terms.vocab_size, device=terms.device)
 
     @property
     def num_calls(self) -> int:
@@ -133,31 +137,38 @@ class ModelProposer:
         k = max(0, min(k, self._longest - len(tokens) + 1))  # a full context is silent
         sequence = list(tokens)
         terms = self._terms
-        draft_probs = torch.zeros(k, terms.vocab_size, device=self._session.device)
+        draft_probs: list[Tensor] = []
         for i in range(k):
             logits = self._session.score(self._known(sequence), last=1)
             # Vocabularies may be padded to different sizes: the target's decides. Cut before
             # the warp, so that the distribution reported is the one sampled from.
             logits = logits[:, : terms.vocab_size]
-            draft_probs[i, : logits.shape[1]] = probs_from_logits(logits, terms.sampling)[0]
+            probs = probs_from_logits(logits, terms.sampling)
+            probs = functional.pad(probs, (0, terms.vocab_size - probs.shape[1]))
             try:
-                sequence.append(sample(draft_probs[i], terms.generator))
+                sequence.append(sample(probs[0], terms.generator))
             except NonFiniteError:
                 raise NonFiniteError("draft") from None
+            draft_probs.append(probs)
             if i + 1 < k and not self._is_confident(logits):
                 break
-        return sequence[len(tokens) :], draft_probs[: len(sequence) - len(tokens)]
+        return sequence[len(tokens) :], torch.cat([self._none, *draft_probs])
 
     def _is_confident(self, logits: Tensor) -> bool:
         """Whether a token of [1, V] logits is probable enough to draft another."""
         limit = self._draft.min_confidence
-        return limit == 0 or float(logits.float().softmax(-1).max()) >= limit
+        if limit == 0:
+            return True
+        logits = logits.float()
+        return float(logits.max() - logits.logsumexp(-1)) >= math.log(limit)
 
     def rollback(self, length: int) -> None:
         self._session.length = min(self._session.length, length)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Ids the model can embed; a padding id of a wider target is fed as its last one."""
+        if self._knows_all:
+            return list(tokens)
         return [min(token, self._last_id) for token in tokens]
 
 
