@@ -252,8 +252,8 @@ class Config:
             k = method_parts(method, self).k
             if not 1 <= k <= self.largest_k:
                 raise ConfigError(
-                    f"run.methods must have K from 1 to speculation.k, here {self.largest_k} "
-                    f"(got {shown(method)}); raise speculation.k"
+                    f"run.methods must be methods of K 1 to speculation.k, here {self.largest_k} "
+                    f"(got {shown(method)}); choose such a K, or raise speculation.k"
                 )
         models = self.models
         draft = models.draft.removeprefix("ngram+")

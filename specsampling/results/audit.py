@@ -96,7 +96,7 @@ def audit_transforms(texts: Sequence[Sequence[float]]) -> SampledAudit:
     behind = np.concatenate([np.asarray(text[1:], dtype=float) for text in texts])
     pairs = (before >= 0) & (behind >= 0)
     before, behind = before[pairs], behind[pairs]
-    has_pairs = len(before) > 2 and before.std() > 0 and behind.std() > 0
+    has_pairs = len(before) > 2 and np.ptp(before) > 0 and np.ptp(behind) > 0
     spread = math.sqrt(math.log(2 / (FALSE_ALARM / 2))) + math.sqrt(-math.log(1 - POWER))
     return SampledAudit(
         num_tokens=len(values),

@@ -25,10 +25,10 @@ CELLS = ("xsum-nucleus", "xsum-greedy", "humaneval-nucleus", "humaneval-greedy")
 NOTES = (
     "K 0 is the baseline of one token a call. alpha: accepted / tested tokens; c: draft call / "
     "target call; loop: milliseconds a cycle, of its draft calls, its target call, and the rest",
-    "predicted: (1 - alpha^(K+1)) / ((1 - alpha)(Kc + 1)), Leviathan et al. 2023, Theorem 3.8, K being "
-    "the mean number of drafted tokens; for calls of one width it is a speedup over `reference`, "
-    "whose calls have that width too, and otherwise over the baseline; the last column is the "
-    "measured one / it",
+    "predicted: (1 - alpha^(K+1)) / ((1 - alpha)(Kc + 1)), Leviathan et al. 2023, Theorem 3.8, K "
+    "being the mean number of drafted tokens; for calls of one width it is a speedup over "
+    "`reference`, whose calls have that width too, and otherwise over the baseline; the last "
+    "column is the measured one / it",
 )
 
 
@@ -78,7 +78,7 @@ def _cycle_columns(rows: Sequence[Row]) -> dict[str, float]:
 
 def best_k(table: pd.DataFrame) -> int:
     """The K of the least time per token."""
-    return int(table.loc[table["ms/token"].idxmin(), "K"])
+    return int(table["K"].iloc[int(table["ms/token"].argmin())])
 
 
 def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
