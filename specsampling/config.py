@@ -356,7 +356,7 @@ class MethodParts:
 
 def method_parts(method: str, config: Config) -> MethodParts:
     """Of `speculative:DRAFT@K@RULE`; a baseline has what the profile has, and uses none of it."""
-    found = SPECULATIVE.fullmatch(method)
+    found: Any = SPECULATIVE.fullmatch(method)
     draft, k, rule = found.group("draft", "k", "rule") if found else (None, None, None)
     k = k or config.speculation.k
     is_adaptive = k == "auto"
