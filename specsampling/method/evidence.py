@@ -87,12 +87,15 @@ def transform(index: Tensor, target_probs: Tensor, draft_probs: Tensor, uniforms
     Returns:
         [n] in [0, 1); `IMPOSSIBLE` where the target's probability is 0.
     """
-    draft = torch.zeros_like(target_probs)
-    draft[: len(draft_probs)] = draft_probs
-    target_at, draft_at = target_probs.gather(-1, index), draft.gather(-1, index)  # [n, 1]
-    this, that = target_probs * draft_at, target_at * draft
-    before = (this < that) | ((this == that) & (target_probs > target_at))
-    equal = (this == that) & (target_probs == target_at)
+    k = len(draft_probs)
+    target_at = target_probs.gather(-1, index)  # [n, 1]
+    before, equal = target_probs > target_at, target_probs == target_at
+    if k:
+        this = target_probs[:k] * draft_probs.gather(-1, index[:k])
+        that = target_at[:k] * draft_probs
+        tie = this == that
+        before[:k].logical_and_(tie).logical_or_(this < that)
+        equal[:k].logical_and_(tie)
     mass_before = torch.where(before, target_probs, 0.0).sum(-1)
     mass_equal = torch.where(equal, target_probs, 0.0).sum(-1)
     values = mass_before + uniforms * mass_equal
