@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specsampling.method.decode import decode_text
+from specsampling.method.evidence import Evidence
 from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
@@ -52,9 +53,13 @@ def autoregressive(
         is_stop=is_stop,
     )
     session = Session(target, capacity=text.limit, width=width)
+    evidence = Evidence(sampling, generator)
 
     def cycle() -> None:
-        target_probs = probs_from_logits(session.score(text.tokens, last=1), sampling)  # [1, V]
-        text.extend([sample(target_probs[0], generator)])
+        logits = session.score(text.tokens, last=1)
+        target_probs = probs_from_logits(logits, sampling)  # [1, V]
+        token = sample(target_probs[0], generator)
+        evidence.add([token], logits, target_probs)
+        text.extend([token])
 
-    return decode_text(text, session, cycle)
+    return decode_text(text, session, cycle, evidence)

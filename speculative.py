@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 from specsampling.method.decode import Cycle, decode_text
 from specsampling.method.drafts import Draft, DraftTerms
+from specsampling.method.evidence import Evidence
 from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
-from specsampling.method.verify import verify
+from specsampling.method.verify import Verifier, verify
 
 
 def speculative(
@@ -39,6 +40,7 @@ def speculative(
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
     width: int | None = None,
+    verifier: Verifier = verify,
     eos_ids: Collection[int] = (),
     is_stop: StopCheck | None = None,
 ) -> Generation:
@@ -56,6 +58,7 @@ def speculative(
         sampling: temperature, top-k and top-p of both models; greedy by default.
         generator: source of randomness, on the model's device.
         width: rows of every target call, above k (see `Session`); None for as many as needed.
+        verifier: the rejection rule: `verify`, or `verify_block`.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.
 
@@ -73,18 +76,21 @@ def speculative(
     )
     session = Session(target, capacity=text.limit, width=width)
     proposer = draft.start(DraftTerms.of(target, text.limit, sampling, generator))
+    evidence = Evidence(sampling, generator)
 
     def cycle() -> Cycle:
         draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.room - 1))
         logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
         target_probs = probs_from_logits(logits, sampling)  # [k + 1, V]
-        verdict = verify(target_probs, draft_probs, draft_tokens, generator)
-        text.extend([*draft_tokens[: verdict.num_accepted], verdict.token])
+        verdict = verifier(target_probs, draft_probs, draft_tokens, generator)
+        new_tokens = [*draft_tokens[: verdict.num_accepted], verdict.token]
+        evidence.add(new_tokens, logits, target_probs, draft_probs)
+        text.extend(new_tokens)
         session.length = min(session.length, len(text.tokens) - 1)
         proposer.rollback(len(text.tokens) - 1)
         return Cycle(verdict.num_accepted, len(draft_tokens))
 
-    return decode_text(text, session, cycle, proposer)
+    return decode_text(text, session, cycle, evidence, proposer)
 
 
 if __name__ == "__main__":

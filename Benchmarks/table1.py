@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 import main_exp1
 import main_exp2
-from specsampling.config import load_config, require_task
+from specsampling.config import ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.results.records import check_output, read_run
 from specsampling.results.table1 import format_table1, table1, table1_paths
@@ -58,27 +58,36 @@ CELLS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_options(arguments)
+    options = cell_parser(__doc__, num_samples=4).parse_args(arguments)
     overrides = {name: cell_overrides(cell, options) for name, cell in CELLS.items()}
-    for name, cell in CELLS.items():  # a mistake is told before hours of decoding
-        require_task(load_config(options.config, options.profile, overrides[name]), cell.task)
     paths = table1_paths(options.output_folder)
-    for path in paths.values():
-        check_output(path)
-    for name, cell in CELLS.items():
-        print(f"\n{name}", flush=True)
-        cell_arguments = ["--config", str(options.config), "--output", str(paths[name])]
-        if options.profile is not None:
-            cell_arguments += ["--profile", options.profile]
-        for override in overrides[name]:
-            cell_arguments += ["--set", override]
-        cell.main(cell_arguments + ["--fresh"] * options.fresh)
+    run_cells(paths, overrides, options)
     print(f"\nTable 1\n{format_table1(table1([read_run(path) for path in paths.values()]))}")
     return 0
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+def run_cells(
+    paths: Mapping[str, Path], overrides: Mapping[str, list[str]], options: argparse.Namespace
+) -> None:
+    """Run cells of the grid, each with what it changes in the profile, one after the other."""
+    for name in paths:  # a mistake is told before hours of decoding
+        config = load_config(options.config, options.profile, overrides[name])
+        require_task(config, CELLS[name].task)
+    for path in paths.values():
+        check_output(path)
+    for name, path in paths.items():
+        print(f"\n{name}", flush=True)
+        cell_arguments = ["--config", str(options.config), "--output", str(path)]
+        if options.profile is not None:
+            cell_arguments += ["--profile", options.profile]
+        for override in overrides[name]:
+            cell_arguments += ["--set", override]
+        CELLS[name].main(cell_arguments + ["--fresh"] * options.fresh)
+
+
+def cell_parser(doc: str, num_samples: int) -> Parser:
+    """The options of a script that runs cells of the grid."""
+    parser = Parser(doc)
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument(
         "--profile", metavar="NAME", help="a profile with the blocks xsum and humaneval"
@@ -87,8 +96,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--num-samples",
         metavar="N",
-        default="4",
-        help="samples per example in the nucleus cells (default: 4)",
+        default=str(num_samples),
+        help=f"samples per example in the nucleus cells (default: {num_samples})",
     )
     parser.add_argument(
         "--output-folder",
@@ -98,7 +107,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="folder of the rows (default: Results)",
     )
     parser.add_argument("--fresh", action="store_true", help="start the cells' files over")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def chosen_cells(text: str) -> list[str]:
+    """The cells named in `--cells A,B`."""
+    for cell in text.split(","):
+        if cell not in CELLS:
+            raise ConfigError(f"--cells must be of {', '.join(CELLS)} (got {cell}); name some")
+    return text.split(",")
 
 
 def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:

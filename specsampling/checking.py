@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 MAX_SHOWN = 80  # characters of a value or a name in an error
 
@@ -81,6 +91,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return converted
     if type(None) in args:
         return None if value is None else _convert(args[0], value, path)
+    if kind in (Union, UnionType):
+        return _convert_to_one(args, value, path)
     if is_dataclass(kind):
         return build(kind, checked(dict, value, path), f"{path}.")
     if kind is tuple and type(value) is list:
@@ -94,6 +106,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     raise _Misfit(nearest(str(value), args) if kind is Literal else _TYPES[kind][1])
 
 
+def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
+    """`value` as the first of the hints that it fits."""
+    misfits = []
+    for hint in hints:
+        try:
+            return _convert(hint, value, path)
+        except _Misfit as misfit:
+            misfits.append(misfit)
+    raise max(misfits, key=lambda misfit: (misfit.rule is not None, type(value) is str))
+
+
 def _words(hint: Any, broken: Rule | None = None) -> str:
     """A type hint in words: `null or an integer >= 1`; of several rules the first or the broken."""
     kind, args = get_origin(hint) or hint, get_args(hint)
@@ -102,8 +125,10 @@ def _words(hint: Any, broken: Rule | None = None) -> str:
         return f"{_words(args[0], broken)}{rule.words}"
     if type(None) in args:
         return f"null or {_words(args[0], broken)}"
+    if kind in (Union, UnionType):
+        return " or ".join(_words(arg, broken) for arg in args)
     if kind is Literal:
-        return f"one of {', '.join(args)}"
+        return f"one of {', '.join(args)}" if len(args) > 1 else args[0]
     if kind is tuple:
         return f"a list, each item {_words(args[0], broken)}"
     return _TYPES[dict if is_dataclass(kind) else kind][0]

@@ -58,13 +58,18 @@ Ngram = Annotated[
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4"]
 Compile = Literal["auto", "on", "off"]
+SPECULATIVE = re.compile(
+    r"speculative(:(?P<draft>.+?))?(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block))?"
+)
 Method = Annotated[
     str,
     Rule(
-        ": autoregressive, reference, speculative, or speculative:DRAFT",
-        re.compile(r"autoregressive|reference|speculative(:.+)?").fullmatch,
+        ": autoregressive, reference, speculative or speculative:DRAFT, each with @K or @block",
+        lambda name: name in ("autoregressive", "reference") or SPECULATIVE.fullmatch(name),
+        "K is auto, or at least 1 and at most speculation.k",
     ),
 ]
+VerifierName = Literal["token", "block"]
 PromptStyle = Literal["completion", "chat"]
 
 
@@ -83,15 +88,19 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. `ngram_*` matter to lookups only, the last two to models."""
+    """How much is drafted. `ngram_*` matter to lookups only, `m*` to models with a fixed k."""
 
-    k: Annotated[
-        int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED
-    ]
+    k: (
+        Annotated[
+            int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED
+        ]
+        | Literal["auto"]
+    )
     model_k: Annotated[int, at_least(1, "null is as many as k"), _DRAFTED] | None
     min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Ngram
     ngram_min: Ngram
+    verifier: VerifierName = "token"
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,14 @@ class Config:
     @property
     def width(self) -> int:
         """Tokens in a decode call, padding included; from k: the next multiple of 8 above it."""
-        return self.decoding.width or (self.speculation.k // WIDTH_STEP + 1) * WIDTH_STEP
+        k = self.speculation.k
+        needed = WIDTH_STEP if k == "auto" else (k // WIDTH_STEP + 1) * WIDTH_STEP
+        return self.decoding.width or needed
+
+    @property
+    def largest_k(self) -> int:
+        """Tokens drafted per cycle at most; where k is found while decoding, all that fit."""
+        return self.width - 1 if self.speculation.k == "auto" else self.speculation.k
 
     def __post_init__(self) -> None:
         """Hold the rules between fields; a ConfigError names the one that is broken."""
@@ -217,9 +233,9 @@ class Config:
                 f"{speculation.ngram_max} (got {speculation.ngram_min}); lower the one or raise "
                 "the other"
             )
-        if 0 < decoding.width <= speculation.k:
+        if 0 < decoding.width <= max(1, self.largest_k):
             raise ConfigError(
-                f"decoding.width must be 0 or >= speculation.k + 1, here {speculation.k + 1} "
+                f"decoding.width must be 0 or >= speculation.k + 1, here {self.largest_k + 1} "
                 f"(got {decoding.width}); 0 chooses it from speculation.k"
             )
         if decoding.bit_exact and decoding.width % WIDTH_STEP:
@@ -232,6 +248,13 @@ class Config:
                 "decoding.bit_exact must be true for the method reference (got false); "
                 "set it, or take reference out of run.methods"
             )
+        for method in self.run.methods:
+            k = method_parts(method, self).k
+            if not 1 <= k <= self.largest_k:
+                raise ConfigError(
+                    f"run.methods must be methods of K 1 to speculation.k, here {self.largest_k} "
+                    f"(got {shown(method)}); choose such a K, or raise speculation.k"
+                )
         models = self.models
         draft = models.draft.removeprefix("ngram+")
         has_model_draft = draft != "ngram" and not draft.startswith("target-layers:")
@@ -312,12 +335,33 @@ def config_hash(config: Config) -> str:
     del values["profile"]
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
-    if values["decoding"]["compile"] == "off":
-        del values["decoding"]["compile"]  # as in runs from before it was there
+    for block, key, was in (("decoding", "compile", "off"), ("speculation", "verifier", "token")):
+        if values[block][key] == was:
+            del values[block][key]  # as in runs from before it was there
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # Reading: a file and options -> plain values; `checking` makes the dataclasses of these.
+
+
+@dataclass(frozen=True)
+class MethodParts:
+    """A method's name taken apart: `draft` "" is the profile's, the others are, where not named."""
+
+    draft: str
+    k: int
+    is_adaptive: bool  # k is the most
+    verifier: VerifierName
+
+
+def method_parts(method: str, config: Config) -> MethodParts:
+    """Of `speculative:DRAFT@K@RULE`; a baseline has what the profile has, and uses none of it."""
+    found: Any = SPECULATIVE.fullmatch(method)
+    draft, k, rule = found.group("draft", "k", "rule") if found else (None, None, None)
+    k = k or config.speculation.k
+    is_adaptive = k == "auto"
+    largest = config.largest_k if is_adaptive else int(k)
+    return MethodParts(draft or "", largest, is_adaptive, rule or config.speculation.verifier)
 
 
 @dataclass(frozen=True)

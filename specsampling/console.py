@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from specsampling.config import Config, ConfigError, load_config, require_task
+from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.loading import (
     call_width,
@@ -28,6 +28,7 @@ from specsampling.loading import (
     settle_steps,
 )
 from specsampling.provenance import PROJECT, peak_memory, run_meta
+from specsampling.results.audit import audit
 from specsampling.results.records import (
     Key,
     RecordsError,
@@ -40,7 +41,12 @@ from specsampling.results.records import (
     read_run,
     write_scores,
 )
-from specsampling.results.tables import describe_sampling, format_table, summary_table
+from specsampling.results.tables import (
+    describe_sampling,
+    format_table,
+    rows_by_method,
+    summary_table,
+)
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
@@ -172,7 +178,8 @@ def run_experiment(
         score: a finished file -> its scores.
 
     Returns:
-        The exit code: 1 if a text ended in an error, which its row and the table name.
+        The exit code: 1 if a text ended in an error, which its row and the table name, or if the
+            tokens are not the target's own, which a line under the table says.
 
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
@@ -216,12 +223,15 @@ def run_experiment(
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
             run_file.note(peak_memory=peak)
+        audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
+        run_file.note(audit={method: str(found) for method, found in audits.items() if found})
     print(f"  peak memory: {peak}", file=sys.stderr)
     scores = score(output)
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))
     print(format_table(summary_table(run_file.rows, scores, sampling)))
-    return 1 if any(row.error for row in run_file.rows) else 0
+    is_lossless = all(found.is_lossless for found in audits.values() if found)
+    return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
 def _rows_there(output: Path) -> Run | None:
@@ -246,12 +256,13 @@ def _keys(config: Config, task: Task) -> set[Key]:
 def bind_decoders(
     config: Config,
     pair: Pair,
-    drafts: dict[str, Draft],
+    drafts: dict[tuple[str, bool], Draft],
     autoregressive: Callable,
     speculative: Callable,
 ) -> dict[str, Decode]:
     """Each method's decoder, with the models and everything else that a run does not change."""
     from specsampling.method.sampling import Sampling
+    from specsampling.method.verify import VERIFIERS
 
     warp = config.sampling
     shared: dict[str, Any] = {
@@ -259,17 +270,23 @@ def bind_decoders(
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
         "eos_ids": pair.eos_ids,
     }
-    width, k = call_width(config), config.speculation.k
+    width = call_width(config)
     decoders: dict[str, Decode] = {}
     for method in config.run.methods:
-        _, _, spec = method.partition(":")
+        parts = method_parts(method, config)
         if method == "autoregressive":
             decoders[method] = partial(autoregressive, pair.target, **shared)
         elif method == "reference":
             decoders[method] = partial(autoregressive, pair.target, width=width, **shared)
         else:
             decoders[method] = partial(
-                speculative, pair.target, drafts[spec], k=k, width=width, **shared
+                speculative,
+                pair.target,
+                drafts[parts.draft, parts.is_adaptive],
+                k=parts.k,
+                width=width,
+                verifier=VERIFIERS[parts.verifier],
+                **shared,
             )
     return decoders
 
@@ -320,6 +337,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
 
     import torch
 
+    from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.method.sampling import Sampling
     from specsampling.runner import check_prompt, sample_seed
 
@@ -329,11 +347,12 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     warp = config.sampling
     seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
     self_check(config, pair, len(prompt))
+    is_adaptive = config.speculation.k == "auto"
     generation = speculative(
         pair.target,
-        pair.draft,
+        AdaptiveDraft.of(pair.draft) if is_adaptive else pair.draft,
         prompt,
-        k=config.speculation.k,
+        k=config.largest_k,
         max_new_tokens=config.decoding.max_new_tokens,
         sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
         generator=torch.Generator(pair.target.device).manual_seed(seed),

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, ConfigError
+from specsampling.config import Compile, Config, ConfigError, MethodParts, method_parts
 from specsampling.provenance import device_name, precision
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load_configured_pair(config: Config) -> Pair:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     models = config.models
-    others = [spec for method in config.run.methods if (spec := method.partition(":")[2])]
+    others = list({parts.draft: None for parts in drafts_named(config) if parts.draft})
     if others:
         check_tokenizers(models.target, others, models.tokenizer)
     print(f"Loading {models.target} with draft {models.draft} ...", file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def _check_context(config: Config, pair: Pair) -> None:
     context = context_limit(pair.target)
     sizes = {
         "decoding.max_new_tokens": config.decoding.max_new_tokens + 1,  # a prompt has one or more
-        "speculation.k": config.speculation.k + 1,
+        "speculation.k": config.largest_k + 1,
         "decoding.width": call_width(config) or 0,
     }
     for field, size in sizes.items():
@@ -82,22 +82,27 @@ def _check_context(config: Config, pair: Pair) -> None:
 
 
 def _draft_options(config: Config) -> dict[str, Any]:
-    options = vars(config.speculation).copy()
-    del options["k"]
-    return options
+    names = ("ngram_max", "ngram_min", "model_k", "min_confidence")
+    return {name: getattr(config.speculation, name) for name in names}
 
 
-def load_drafts(config: Config, pair: Pair) -> dict[str, Draft]:
-    """The drafts of the methods `speculative:DRAFT`, and the pair's own, which is "" here."""
+def drafts_named(config: Config) -> list[MethodParts]:
+    """Of the methods; the draft "" is the pair's own."""
+    return [method_parts(method, config) for method in config.run.methods]
+
+
+def load_drafts(config: Config, pair: Pair) -> dict[tuple[str, bool], Draft]:
+    """The methods' drafts, by name ("" is the pair's own) and whether k is found while decoding."""
+    from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.models.load import draft_models, load_draft, resolve_dtype
 
-    drafts = {"": pair.draft}
+    fixed = {"": pair.draft}
     loaded = draft_models(config.models.draft, pair.draft)
-    for spec in (method.partition(":")[2] for method in config.run.methods):
-        if spec in drafts:
+    for spec in (parts.draft for parts in drafts_named(config)):
+        if spec in fixed:
             continue
         print(f"Loading the draft {spec} ...", file=sys.stderr, flush=True)
-        drafts[spec] = load_draft(
+        fixed[spec] = load_draft(
             spec,
             pair.target,
             resolve_dtype(config.models.dtype, pair.target.device),
@@ -105,7 +110,11 @@ def load_drafts(config: Config, pair: Pair) -> dict[str, Draft]:
             **_draft_options(config),
             loaded=loaded,
         )
-        loaded |= draft_models(spec, drafts[spec])
+        loaded |= draft_models(spec, fixed[spec])
+    drafts: dict[tuple[str, bool], Draft] = {(spec, False): draft for spec, draft in fixed.items()}
+    for parts in drafts_named(config):
+        if parts.is_adaptive:
+            drafts[parts.draft, True] = AdaptiveDraft.of(fixed[parts.draft])
     return drafts
 
 
@@ -134,7 +143,7 @@ def make_steps(
     config: Config,
     mode: Compile,
     pair: Pair,
-    drafts: dict[str, Draft],
+    drafts: dict[tuple[str, bool], Draft],
     num_prompt_tokens: int,
 ) -> bool:
     """Compile or capture the models' decode calls, and say what became of each.
@@ -149,7 +158,7 @@ def make_steps(
     longest = num_prompt_tokens + config.decoding.max_new_tokens
     widest = call_width(config) or config.width
     models = {config.models.target: (pair.target, {1, widest})}
-    for spec, draft in drafts.items():  # a draft is fed its own last token, or all that it missed
+    for (spec, _), draft in drafts.items():  # fed its own last token, or all that it missed
         for name, model in draft_models(spec or config.models.draft, draft).items():
             models[f"the draft {name}"] = model, {1, 2, widest}
     for name, (model, sizes) in models.items():

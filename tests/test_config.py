@@ -48,7 +48,7 @@ def write(folder, text):
 
 def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
     assert error_of("speculation.k=0") == (
-        "speculation.k must be an integer >= 1 (got 0); "
+        "speculation.k must be an integer >= 1 or auto (got 0); "
         "choose run.methods: [autoregressive] to draft nothing"
     )
 
@@ -62,10 +62,10 @@ def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
         ("sampling.top_p=1:30", 'sampling.top_p must be a number > 0 and <= 1 (got "1:30")'),
         ("decoding.bit_exact=yes", 'decoding.bit_exact must be true or false (got "yes")'),
         ("decoding.bit_exact=off", 'decoding.bit_exact must be true or false (got "off")'),
-        ("speculation.k=true", "speculation.k must be an integer >= 1 (got true)"),
-        ("speculation.k='5'", 'speculation.k must be an integer >= 1 (got "5")'),
-        ("speculation.k=5.0", "speculation.k must be an integer >= 1 (got 5.0)"),
-        ("speculation.k=null", "speculation.k must be an integer >= 1 (got null)"),
+        ("speculation.k=true", "speculation.k must be an integer >= 1 or auto (got true)"),
+        ("speculation.k='5'", 'speculation.k must be an integer >= 1 or auto (got "5")'),
+        ("speculation.k=5.0", "speculation.k must be an integer >= 1 or auto (got 5.0)"),
+        ("speculation.k=null", "speculation.k must be an integer >= 1 or auto (got null)"),
         ("speculation=5", "speculation must be a block of `key: value` lines (got 5)"),
         ("sampling.temperature='0.5'", 'sampling.temperature must be a number >= 0 (got "0.5")'),
         ("sampling.temperature=true", "sampling.temperature must be a number >= 0 (got true)"),
@@ -97,6 +97,10 @@ def test_a_value_of_the_wrong_type_is_refused(override, rule):
         ("speculation.model_k=0", "null or an integer >= 1"),
         ("speculation.min_confidence=1", "a number >= 0 and < 1"),
         ("run.methods=['speculative:']", "or speculative:DRAFT"),
+        ("run.methods=['speculative@0']", "methods of K 1 to speculation.k, here 7"),
+        ("run.methods=['speculative:ngram@8']", '(got "speculative:ngram@8"); choose such a K'),
+        ("run.methods=['speculative@both']", "each with @K or @block"),
+        ("speculation.verifier=tokens", "token"),
         ("decoding.max_new_tokens=0", "an integer >= 1"),
         ("decoding.width=-8", "an integer >= 0"),
         ("sampling.temperature=-0.1", "a number >= 0"),
@@ -109,7 +113,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, rule):
         ("sampling.num_samples=0", "an integer >= 1"),
         ("run.methods=[]", "at least one, none twice"),
         ("run.methods=[speculative, speculative]", "at least one, none twice"),
-        ("run.methods=[greedy]", "autoregressive, reference, speculative, or speculative:DRAFT"),
+        ("run.methods=[greedy]", "autoregressive, reference, speculative or speculative:DRAFT"),
         ("run.limit=0", "null or an integer >= 1"),
         ("run.warmup=-1", "an integer >= 0"),
         ("humaneval.stop_strings=['']", "a string that is not empty"),
@@ -173,7 +177,7 @@ def test_a_missing_key_is_named_with_its_rule(tmp_path):
     text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}})
     path = write(tmp_path, text.replace("      k: 7\n", ""))
     assert error_of(path=path, profile=None) == (
-        "speculation.k is missing; it must be an integer >= 1"
+        "speculation.k is missing; it must be an integer >= 1 or auto"
     )
 
 

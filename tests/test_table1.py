@@ -116,7 +116,7 @@ def test_without_bit_exact_decoding_nothing_is_compared_with_reference(config):
     values["profiles"]["demo"]["run"]["methods"] = ["autoregressive", "speculative"]
     path = config.with_name("not_exact.yaml")
     path.write_text(yaml.safe_dump(values))
-    options = table1.parse_options(["--config", str(path)])
+    options = table1.cell_parser("", 4).parse_args(["--config", str(path)])
     overrides = table1.cell_overrides(table1.CELLS["xsum-greedy"], options)
     assert load_config(path, None, overrides).run.methods == ("autoregressive", "speculative")
 

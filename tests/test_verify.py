@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import specsampling.method.verify as module
-from specsampling.method.sampling import GREEDY, Sampling, one_hot, probs_from_logits
-from specsampling.method.verify import Verdict, residual, verify
+from specsampling.method.sampling import (
+    GREEDY,
+    NonFiniteError,
+    Sampling,
+    one_hot,
+    probs_from_logits,
+)
+from specsampling.method.verify import VERIFIERS, Verdict, residual, verify, verify_block
 
 VOCAB = 3
 STRATA = 2  # representative uniforms in each of the cells "accept" and "reject"
@@ -35,25 +41,60 @@ def joint(table: dict[tuple, torch.Tensor], length: int) -> dict[tuple, float]:
     }
 
 
-def emitted_joint(rule, target, draft, k: int, monkeypatch) -> dict[tuple, float]:
-    """Distribution of k + 1 tokens: one cycle of `rule`, completed by the target.
+def token_thresholds(target_probs, draft_probs, drafted) -> list[float]:
+    """Below which uniform each token is accepted: Chen et al. 2023, Algorithm 2."""
+    return [
+        min(1.0, float(target_probs[i, token] / draft_probs[i, token]))
+        for i, token in enumerate(drafted)
+    ]
 
-    Every draft text is enumerated. Each uniform is put on both sides of the threshold that
-    Algorithm 2 names, at STRATA points a side, and weighted with the side's size. What the
-    rule samples from is taken whole instead of being sampled.
+
+def block_thresholds(target_probs, draft_probs, drafted) -> list[float]:
+    """Below which uniform each beginning is: Sun et al. 2025, Algorithm 2, as it stands there."""
+    weight, thresholds = 1.0, []
+    for i, token in enumerate(drafted):
+        weight = min(1.0, weight * float(target_probs[i, token] / draft_probs[i, token]))
+        if i + 1 == len(drafted):
+            thresholds.append(weight)
+        else:
+            mass = float((weight * target_probs[i + 1] - draft_probs[i + 1]).clamp(min=0).sum())
+            whole = mass + 1 - weight
+            thresholds.append(mass / whole if whole > 0 else 0.0)
+    return thresholds
+
+
+THRESHOLDS = {"token": token_thresholds, "block": block_thresholds}
+
+
+def never(text: tuple) -> bool:
+    return False
+
+
+def blocks(draft, k: int, stop=never, text: tuple = (), mass: float = 1.0):
+    """Every drafted text with its probability: k tokens, or as many as until a stop."""
+    if len(text) == k or (text and stop(text)):
+        yield text, mass
+        return
+    for token, probability in enumerate(draft[text].tolist()):
+        if probability:
+            yield from blocks(draft, k, stop, (*text, token), mass * probability)
+
+
+def verdicts(rule, thresholds_of, target, draft, k: int, monkeypatch, stop=never):
+    """Every cycle that a rule can have: drafted text, tokens accepted, what is sampled, its mass.
+
+    Each uniform is put on both sides of its threshold, at STRATA points a side, and weighted
+    with the side's size. What the rule samples from is taken whole instead of being sampled.
     """
     sampled_from = []
     monkeypatch.setattr(module, "sample", lambda probs, generator: sampled_from.append(probs) or 0)
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: uniforms)
-    result: dict[tuple, float] = defaultdict(float)
-    for drafted, draft_mass in joint(draft, k).items():
-        if not draft_mass:
-            continue
-        target_probs = torch.stack([target[drafted[:i]] for i in range(k + 1)])
-        draft_probs = torch.stack([draft[drafted[:i]] for i in range(k)])
+    for drafted, draft_mass in blocks(draft, k, stop):
+        num = len(drafted)
+        target_probs = torch.stack([target[drafted[:i]] for i in range(num + 1)])
+        draft_probs = torch.stack([draft[drafted[:i]] for i in range(num)])
         cells = []
-        for i, token in enumerate(drafted):
-            threshold = min(1.0, float(target_probs[i, token] / draft_probs[i, token]))
+        for threshold in thresholds_of(target_probs, draft_probs, drafted):
             sides = [(0.0, threshold), (threshold, 1.0)]
             cells.append(
                 [
@@ -70,10 +111,25 @@ def emitted_joint(rule, target, draft, k: int, monkeypatch) -> dict[tuple, float
                 weight *= size
             sampled_from.clear()
             num_accepted = rule(target_probs, draft_probs, list(drafted), None).num_accepted
-            prefix = drafted[:num_accepted]
-            for token, mass in enumerate(sampled_from[-1].tolist()):
-                complete(result, target, (*prefix, token), weight * mass, k + 1)
+            yield drafted, num_accepted, sampled_from[-1], weight
+
+
+def emitted_joint(
+    rule, target, draft, k: int, monkeypatch, thresholds_of=token_thresholds, stop=never
+) -> dict[tuple, float]:
+    """Distribution of k + 1 tokens: one cycle of `rule`, completed by the target."""
+    result: dict[tuple, float] = defaultdict(float)
+    every = verdicts(rule, thresholds_of, target, draft, k, monkeypatch, stop)
+    for drafted, num_accepted, probs, weight in every:
+        for token, mass in enumerate((probs / probs.sum()).tolist()):
+            text = (*drafted[:num_accepted], token)
+            complete(result, target, text, weight * mass, k + 1)
     return result
+
+
+def expected_accepted(name: str, target, draft, k: int, monkeypatch) -> float:
+    every = verdicts(VERIFIERS[name], THRESHOLDS[name], target, draft, k, monkeypatch)
+    return sum(num_accepted * weight for _, num_accepted, _, weight in every)
 
 
 def complete(result, target, text: tuple, mass: float, length: int) -> None:
@@ -110,16 +166,80 @@ def drafts(k: int, sampling: Sampling, target):
     }
 
 
+STOPS = {
+    "never": never,
+    "after token 1": lambda text: text[-1] == 1,
+    "after one token": lambda text: True,
+}
+
+
 @pytest.mark.parametrize("draft_name", ["other", "identical", "one-hot", "opposite"])
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_emitted_distribution_is_the_targets(k, warp, draft_name, monkeypatch):
+@pytest.mark.parametrize("rule", VERIFIERS)
+def test_emitted_distribution_is_the_targets(rule, k, warp, draft_name, monkeypatch):
+    """Wherever the draft stops, as long as the text drafted so far decides it."""
     sampling = WARPS[warp]
     target = conditional_table(k, seed=1, sampling=sampling)
     draft = drafts(k, sampling, target)[draft_name]
-    emitted = emitted_joint(verify, target, draft, k, monkeypatch)
-    assert sum(emitted.values()) == pytest.approx(1, abs=1e-5)
-    assert largest_error(emitted, joint(target, k + 1)) < 1e-6
+    options = {"thresholds_of": THRESHOLDS[rule]}
+    for stop in STOPS.values() if k > 1 else [never]:
+        emitted = emitted_joint(
+            VERIFIERS[rule], target, draft, k, monkeypatch, stop=stop, **options
+        )
+        assert sum(emitted.values()) == pytest.approx(1, abs=1e-5)
+        assert largest_error(emitted, joint(target, k + 1)) < 1e-6
+
+
+def test_the_block_rule_accepts_at_least_as_much_and_mostly_more(monkeypatch):
+    """The same for one token; beyond that, what is gained depends on the pair."""
+    gains = []
+    for seed in range(20):
+        target = conditional_table(3, seed=seed, sampling=Sampling(1.0))
+        draft = conditional_table(3, seed=100 + seed, sampling=Sampling(1.0))
+        for k in (1, 2, 3):
+            token, block = (
+                expected_accepted(name, target, draft, k, monkeypatch) for name in VERIFIERS
+            )
+            assert block > token - 1e-6
+            if k == 1:
+                assert block == pytest.approx(token, abs=1e-6)
+            else:
+                gains.append(block / token - 1)
+    assert sum(gain > 1e-4 for gain in gains) > 0.9 * len(gains)
+
+
+def test_the_papers_two_symbols(monkeypatch):
+    """Sun et al. 2025, section 3: 11/9 tokens of two accepted, where token by token it is 10/9."""
+    texts = [text for length in range(3) for text in itertools.product(range(2), repeat=length)]
+    target = dict.fromkeys(texts, torch.tensor([1 / 3, 2 / 3]))
+    draft = dict.fromkeys(texts, torch.tensor([2 / 3, 1 / 3]))
+    for name, accepted in (("token", 10 / 9), ("block", 11 / 9)):
+        found = expected_accepted(name, target, draft, 2, monkeypatch)
+        assert found == pytest.approx(accepted, abs=1e-6)
+
+
+@pytest.mark.parametrize("warp", WARPS)
+def test_with_one_hot_drafts_both_rules_are_one(warp, monkeypatch):
+    """Greedy decoding and n-grams: the same tokens accepted, equally often."""
+    target = conditional_table(3, seed=1, sampling=WARPS[warp])
+    draft = drafts(3, WARPS[warp], target)["one-hot"]
+    chances = []
+    for name in VERIFIERS:
+        chance: dict[tuple, float] = defaultdict(float)
+        every = verdicts(VERIFIERS[name], THRESHOLDS[name], target, draft, 3, monkeypatch)
+        for _, num_accepted, probs, weight in every:
+            for token, mass in enumerate((probs / probs.sum()).tolist()):
+                chance[num_accepted, token] += weight * mass
+        chances.append(chance)
+    assert largest_error(*chances) < 1e-6 and largest_error(*reversed(chances)) < 1e-6
+
+
+def test_a_row_of_nan_ends_a_block():
+    target = torch.tensor([[0.5, 0.5], [torch.nan, torch.nan], [0.5, 0.5]])
+    draft = torch.full((2, 2), 0.5)
+    with pytest.raises(NonFiniteError):
+        verify_block(target, draft, [0, 1], torch.Generator())
 
 
 def accept_by_position(target_probs, draft_probs, draft_tokens, generator):
@@ -182,34 +302,41 @@ def test_residual_of_equal_distributions_is_the_target():
     assert residual(probs, probs).tolist() == [0.25, 0.75]
 
 
-def test_nothing_over_nothing_rejects():
+RULES = pytest.mark.parametrize("rule", VERIFIERS.values(), ids=VERIFIERS)
+
+
+@RULES
+def test_nothing_over_nothing_rejects(rule):
     """0/0 is nan, and min(1, nan) accepted a token that the target never emits."""
     target = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     draft = torch.tensor([[0.0, 1.0]])
-    verdict = verify(target, draft, [0], torch.Generator().manual_seed(0))
+    verdict = rule(target, draft, [0], torch.Generator().manual_seed(0))
     assert verdict == Verdict(0, 1)
 
 
-def test_a_uniform_of_zero_does_not_accept_what_the_target_excludes(monkeypatch):
+@RULES
+def test_a_uniform_of_zero_does_not_accept_what_the_target_excludes(rule, monkeypatch):
     """u <= 0 accepted a token of probability 0 once in 2^24 draws."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(1))
     target = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
-    assert verify(target, torch.tensor([[1.0, 0.0]]), [0], None) == Verdict(0, 1)
+    assert rule(target, torch.tensor([[1.0, 0.0]]), [0], None) == Verdict(0, 1)
 
 
-def test_greedy_accepts_the_argmax_always_and_nothing_else():
+@RULES
+def test_greedy_accepts_the_argmax_always_and_nothing_else(rule):
     """Argmax drafts judged by random acceptance are neither greedy nor sampling."""
     target = one_hot(torch.tensor([2, 0, 1]), VOCAB)
     draft = one_hot(torch.tensor([2, 1]), VOCAB)
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
-        assert verify(target, draft, [2, 1], generator) == Verdict(1, 0)
-        assert verify(target[:2], draft[:1], [2], generator) == Verdict(1, 0)
+        assert rule(target, draft, [2, 1], generator) == Verdict(1, 0)
+        assert rule(target[:2], draft[:1], [2], generator) == Verdict(1, 0)
 
 
-def test_no_draft_tokens_is_plain_sampling():
+@RULES
+def test_no_draft_tokens_is_plain_sampling(rule):
     target = torch.tensor([[0.0, 0.0, 1.0]])
-    assert verify(target, torch.zeros(0, 3), [], torch.Generator()) == Verdict(0, 2)
+    assert rule(target, torch.zeros(0, 3), [], torch.Generator()) == Verdict(0, 2)
 
 
 def test_the_generator_runs_on_from_cycle_to_cycle():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from specsampling.method.drafts import Proposer
+from specsampling.method.evidence import Evidence
 from specsampling.method.sampling import NonFiniteError
 from specsampling.method.session import Session, synchronized_seconds
 from specsampling.method.text import Generation, Text
@@ -25,6 +26,7 @@ def decode_text(
     text: Text,
     session: Session,
     cycle: Callable[[], Cycle | None],
+    evidence: Evidence,
     proposer: Proposer | None = None,
 ) -> Generation:
     """Prefill what holds a cache, and run cycles until the text ends.
@@ -36,6 +38,7 @@ def decode_text(
         text: the prompt; each cycle adds at least one token to it.
         session: the target's.
         cycle: one round; None stands for one without a draft.
+        evidence: of the cycles' tokens.
         proposer: who drafts in it, if anyone does.
     """
     caches: list[Session | Proposer] = [session] if proposer is None else [session, proposer]
@@ -69,4 +72,6 @@ def decode_text(
         forward_seconds=sum(cache.forward_seconds for cache in caches),
         target_call_seconds=target_seconds,
         draft_call_seconds=sum(draft_seconds),
+        transforms=evidence.transforms[: len(text.new_tokens)] or None,
+        gaps=evidence.gaps[: len(text.new_tokens)] or None,
     )

@@ -200,6 +200,7 @@ class NgramProposer:
         self._terms = terms
         self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> where its last follower stands
         self._num_seen = 0
+        self.matched = 0  # tokens that the last lookup found again
 
     def prefill(self, tokens: Sequence[int]) -> None:
         for end in range(self._num_seen + 1, len(tokens)):
@@ -211,9 +212,11 @@ class NgramProposer:
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         self.prefill(tokens)
         sequence = list(tokens)
+        self.matched = 0
         for n in reversed(self._lengths):
             follower = self._follower.get(tuple(tokens[-n:]))
             if follower is not None:
+                self.matched = n
                 for i in range(follower, follower + k):  # may run into its own proposals
                     sequence.append(sequence[i])
                 break

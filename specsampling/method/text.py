@@ -36,6 +36,9 @@ class Generation:
         forward_seconds: the part of the two spent inside the models' forward calls.
         target_call_seconds: the part of decode_seconds that the target's calls took.
         draft_call_seconds: the draft's.
+        transforms: when sampling, one per new token: evidence of the distribution that it was drawn
+            from (`evidence.transform`).
+        gaps: when greedy: by how much its logit was the largest (`evidence.gap`).
         error: why the text could not be decoded further, in one line; None in all other cases.
     """
 
@@ -50,6 +53,8 @@ class Generation:
     forward_seconds: float = 0.0
     target_call_seconds: float = 0.0
     draft_call_seconds: float = 0.0
+    transforms: list[float] | None = None
+    gaps: list[float] | None = None
     error: str | None = None
 
     def kinds(self) -> list[str]:

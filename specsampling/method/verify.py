@@ -1,18 +1,19 @@
-"""Accept, correct, bonus: the rejection rule that keeps the target's distribution.
+"""Accept, correct, bonus: the rejection rules that keep the target's distribution.
 
-Knows only tensors: no tokenizer, no model, no cache. Greedy decoding and n-gram
+Two rules for one cycle: token by token (`verify`), and the block as a whole (`verify_block`).
+They know only tensors: no tokenizer, no model, no cache. Greedy decoding and n-gram
 drafts need no code of their own here, their distributions are one-hot rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specsampling.method.sampling import sample
+from specsampling.method.sampling import NonFiniteError, sample
 
 
 class Verdict(NamedTuple):
@@ -42,17 +43,63 @@ def verify(
         generator: source of all randomness, on the tensors' device.
     """
     k = len(draft_tokens)
-    index = torch.tensor(draft_tokens, dtype=torch.long, device=target_probs.device)[:, None]
-    target_at_token = target_probs[:k].gather(-1, index).squeeze(-1)  # [k, V] -> [k]
-    draft_at_token = draft_probs.gather(-1, index).squeeze(-1)  # [k, V] -> [k]
     uniforms = torch.rand(k, generator=generator, device=target_probs.device)
     # u < ratio, never <=: a ratio of 0, or the nan of 0 / 0, must reject for every u in [0, 1).
-    accepted = uniforms < target_at_token / draft_at_token
+    accepted = uniforms < ratios_at(target_probs, draft_probs, draft_tokens)
     num_accepted = int(accepted.long().cumprod(dim=0).sum())
     if num_accepted == k:
         return Verdict(k, sample(target_probs[k], generator))
     correction = residual(target_probs[num_accepted], draft_probs[num_accepted])
     return Verdict(num_accepted, sample(correction, generator))
+
+
+def verify_block(
+    target_probs: Tensor,
+    draft_probs: Tensor,
+    draft_tokens: Sequence[int],
+    generator: torch.Generator | None,
+) -> Verdict:
+    """One cycle of block verification (Sun et al. 2025, arXiv 2403.10444, Algorithm 2).
+
+    The first i tokens have the weight w_i = min(1, w_(i-1) target / draft), w_0 = 1: what a token
+    is more probable than its draft makes up for one before it. They are accepted with probability
+    h_i = m_i / (m_i + 1 - w_i), where m_i is the mass of (w_i target - draft)+ behind them, and
+    all k with h_k = w_k. The longest accepted beginning counts, whatever was rejected within it.
+    No rule that sees the same accepts more in expectation; with one-hot drafts, so greedily too,
+    it is the token by token rule. Arguments and result as `verify`'s.
+
+    Raises:
+        NonFiniteError: a target's distribution holds NaN.
+    """
+    k = len(draft_tokens)
+    uniforms = torch.rand(k, generator=generator, device=target_probs.device)
+    ratios = ratios_at(target_probs, draft_probs, draft_tokens)
+    log_ratios = ratios.nan_to_num(nan=0.0, posinf=1e30).log()  # 0 / 0: what no draft draws
+    sums = torch.cat([log_ratios.new_zeros(1), log_ratios.cumsum(0)])
+    weights = (sums - sums.cummax(0).values).exp()  # [k + 1]: the recursion above, unrolled
+    mass = (weights[:k, None] * target_probs[:k] - draft_probs).clamp(min=0).sum(-1)  # [k]
+    if not mass.isfinite().all():
+        raise NonFiniteError
+    within = mass / (mass + 1 - weights[:k])  # nan, and never accepted, where nothing is left
+    accepted = uniforms < torch.cat([within[1:], weights[1:][-1:]])  # [k]
+    num_accepted = max((i for i, yes in enumerate(accepted.tolist(), start=1) if yes), default=0)
+    if num_accepted == k:
+        return Verdict(k, sample(target_probs[k], generator))
+    weighted = weights[num_accepted] * target_probs[num_accepted]
+    return Verdict(num_accepted, sample(residual(weighted, draft_probs[num_accepted]), generator))
+
+
+Verifier = Callable[[Tensor, Tensor, Sequence[int], "torch.Generator | None"], Verdict]
+VERIFIERS: Mapping[str, Verifier] = {"token": verify, "block": verify_block}
+
+
+def ratios_at(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Sequence[int]) -> Tensor:
+    """[k] target / draft, at each drafted token."""
+    k = len(draft_tokens)
+    index = torch.tensor(draft_tokens, dtype=torch.long, device=target_probs.device)[:, None]
+    target_at_token = target_probs[:k].gather(-1, index).squeeze(-1)  # [k, V] -> [k]
+    draft_at_token = draft_probs.gather(-1, index).squeeze(-1)  # [k, V] -> [k]
+    return target_at_token / draft_at_token
 
 
 def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
@@ -61,7 +108,7 @@ def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     (q - p)+ of Chen et al. 2023, section 3, where q is the target.
 
     Args:
-        target_probs: [V] float32, sums to 1.
+        target_probs: [V] float32, sums to 1, or to a weight below it.
         draft_probs: [V] float32, sums to 1.
 
     Returns:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.session import CONTEXT_NAMES, context_limit
 from specsampling.models.checkpoint import load_model
@@ -245,7 +246,7 @@ def load_draft(
 
 def draft_models(draft: str, loaded: Draft) -> dict[str, PreTrainedModel]:
     """The model that a loaded draft asks, by its spec, if it asks one."""
-    asked = loaded.model if isinstance(loaded, CompositeDraft) else loaded
+    asked = loaded.model if isinstance(loaded, (CompositeDraft, AdaptiveDraft)) else loaded
     if not isinstance(asked, ModelDraft):
         return {}
     return {draft.removeprefix(LOOKUP_FIRST): asked.model}

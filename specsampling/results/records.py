@@ -58,6 +58,8 @@ class Row:
     num_cut_tokens: int | None = None  # left out of a prompt that was too long; None for none
     target_call_seconds: float | None = None  # of decode_seconds; None in rows of before them
     draft_call_seconds: float | None = None
+    transforms: list[float] | None = None  # one per new token: see method/evidence.py
+    gaps: list[float] | None = None
     error: str | None = None  # why the text ended early, where finish_reason is error
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from specsampling.results import metrics
+from specsampling.results.audit import audit, describe_partings, partings
 from specsampling.results.records import RougeScore, Row, Run, Score, Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
@@ -88,6 +89,7 @@ def summary_table(
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs: same token ids as method {compared_with}")
+    notes += audit_notes(kept)
     for method, of_method in kept.items():
         if any(row.draft_call_seconds for row in of_method):
             notes.append(_prediction(method, of_method))
@@ -104,6 +106,17 @@ def summary_table(
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
+
+
+def audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What was recorded of the tokens says, a line per method and one of the baseline's texts."""
+    found = {method: audit(of_method) for method, of_method in rows.items()}
+    notes = [f"{method}: {of_method}" for method, of_method in found.items() if of_method]
+    if BASELINE in rows and "reference" in rows:
+        gaps = partings(rows[BASELINE], rows["reference"])
+        if gaps:
+            notes.append(f"{BASELINE}: {describe_partings(gaps, len(rows[BASELINE]))}")
+    return notes
 
 
 def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:

@@ -1,0 +1,76 @@
+"""Every draft, rule and choice of K beside each other, on both tasks, greedily and sampled.
+
+    python Benchmarks/methods.py --limit 20                     the demo pair
+    python Benchmarks/methods.py --limit 20 --profile exp2-cpu  Qwen2.5-Coder 1.5B with 0.5B
+
+Drafts: the profile's model, n-grams, both, and the target's own first layers. Rules (where they
+differ: sampling, and a draft that has a distribution): token by token, and the block as a whole. K:
+the profile's, and found while decoding. Each cell of the grid is one run whose methods take turns.
+Rows go to methods/ in the output folder; a rerun continues, and Benchmarks/methods.ipynb shows the
+table and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
+from Benchmarks.table1 import CELLS, cell_overrides, cell_parser, chosen_cells, run_cells
+from specsampling.config import load_config
+from specsampling.console import exit_code
+from specsampling.results.methods import format_methods, methods_paths, methods_table
+from specsampling.results.records import read_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    paths = methods_paths(options.output_folder)
+    paths = {cell: paths[cell] for cell in options.cells}
+    run_cells(paths, {cell: overrides_of(cell, options) for cell in paths}, options)
+    for cell, path in paths.items():
+        print(f"\n{cell}\n{format_methods(methods_table(read_run(path)))}")
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = cell_parser(__doc__, num_samples=1)
+    parser.add_argument("--cells", metavar="A,B", default=",".join(CELLS), help="some of them")
+    parser.add_argument(
+        "--layers", metavar="N", default="4", help="the target's first N as a draft; 0: none"
+    )
+    options = parser.parse_args(arguments)
+    options.cells = chosen_cells(options.cells)
+    return options
+
+
+def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
+    """What a cell changes in the profile: table1's, and a method for each combination."""
+    config = load_config(options.config, options.profile)
+    model = config.models.draft.removeprefix("ngram+")
+    drafts = ["ngram"] if model == "ngram" else ["ngram", model, f"ngram+{model}"]
+    if options.layers != "0":
+        drafts.append(f"target-layers:{options.layers}")
+    is_greedy = CELLS[cell].temperature == 0
+    methods = ["autoregressive"]
+    if is_greedy and config.decoding.bit_exact:
+        methods.append("reference")
+    for draft in drafts:
+        for k in (config.speculation.k, "auto"):
+            one_rule = is_greedy or draft == "ngram"
+            rules = ["token"] if one_rule else ["token", "block"]
+            methods += [f"speculative:{draft}@{k}@{rule}" for rule in rules]
+    listed = ", ".join(f'"{method}"' for method in dict.fromkeys(methods))
+    return [*cell_overrides(CELLS[cell], options), f"run.methods=[{listed}]"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,277 @@
+"""How many tokens to draft, and by whom, found out while decoding: `speculation.k: auto`.
+
+Every choice is made to raise expected tokens per second, from running estimates over all texts of
+a run: how often a model's proposals are accepted, by the confidence with which they were made; how
+often a lookup's are, by its n-gram's length and their position; and how long calls take. With r the
+tokens per second so far, one more drafted token pays if the chance that it is accepted, and all
+before it, exceeds r times what it costs (Dinkelbach 1967: the best ratio is where the gain is 0).
+
+Exact all the same: a token is proposed or not before it is drawn. What decides are accepted text,
+past verdicts, clocks, and the draft's distributions up to the token before, never the token itself:
+a rule that dropped tokens for being unlikely would change the distribution that the verifier is
+told. Sampled texts depend on the clock in this way, as to which they are; not their distribution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from specsampling.method.drafts import (
+    CompositeDraft,
+    Draft,
+    DraftTerms,
+    ModelDraft,
+    ModelProposer,
+    NgramDraft,
+)
+
+MEMORY = 0.99  # of the estimates of times and yields, per cycle: the last hundred or so count
+NUM_BINS = 20  # of the draft's confidence
+PRIOR = 4.0  # verdicts that an estimate begins with
+LOOKUP_PRIOR = 0.5  # what they say of lookups; of models: their own confidence
+CURIOSITY = 40  # cycles after which the one who was not asked for long is asked again
+
+
+class Share:
+    """An estimate of a probability, from a prior and what was seen."""
+
+    def __init__(self, prior: float):
+        self._hits, self._trials = PRIOR * prior, PRIOR
+
+    def see(self, hit: bool) -> None:
+        self._hits += hit
+        self._trials += 1
+
+    @property
+    def estimate(self) -> float:
+        return self._hits / self._trials
+
+
+class Ratio:
+    """Something per something else, old terms fading; 0 before anything was seen."""
+
+    def __init__(self) -> None:
+        self._upper = self._lower = 0.0
+
+    def see(self, upper: float, lower: float) -> None:
+        self._upper = MEMORY * self._upper + upper
+        self._lower = MEMORY * self._lower + lower
+
+    @property
+    def estimate(self) -> float:
+        return self._upper / self._lower if self._lower else 0.0
+
+
+class Line:
+    """Seconds of a target call over its rows: a fading least-squares line, never falling."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5  # of 1, x, y, xx, xy
+
+    def see(self, x: float, y: float) -> None:
+        terms = (1.0, x, y, x * x, x * y)
+        self._sums = [MEMORY * old + new for old, new in zip(self._sums, terms)]
+
+    @property
+    def slope(self) -> float:
+        n, x, y, xx, xy = self._sums
+        spread = n * xx - x * x
+        return max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * n else 0.0
+
+    def at(self, x: float) -> float:
+        n, mean_x, mean_y = self._sums[0], self._sums[1], self._sums[2]
+        return (mean_y + self.slope * (n * x - mean_x)) / n if n else 0.0
+
+
+@dataclass
+class Cycle:
+    """Who proposed how many tokens in a cycle, and what it took.
+
+    Attributes:
+        num_proposed: tokens, of a lookup or of the model.
+        matched: of a lookup, tokens that were found again; 0 for the model's.
+        confidences: the model's largest probability at each of its tokens but perhaps the last.
+        draft_calls: of the model.
+        draft_seconds: in them.
+        seconds: of the whole cycle.
+    """
+
+    num_proposed: int = 0
+    matched: int = 0
+    confidences: Sequence[float] = ()
+    draft_calls: int = 0
+    draft_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Experience:
+    """What a run has seen of its cycles so far."""
+
+    pace: Ratio = field(default_factory=Ratio)  # tokens per second
+    draft_call: Ratio = field(default_factory=Ratio)  # seconds per call
+    target_call: Line = field(default_factory=Line)
+    model_cycle: Ratio = field(default_factory=Ratio)  # tokens per cycle in which the model drafted
+    model_seconds: Ratio = field(default_factory=Ratio)  # seconds per such cycle
+    by_confidence: list[Share] = field(
+        default_factory=lambda: [Share((i + 0.5) / NUM_BINS) for i in range(NUM_BINS)]
+    )
+    model: Share = field(default_factory=lambda: Share(0.7))
+    lookup: dict[tuple[int, int], Share] = field(
+        default_factory=lambda: defaultdict(lambda: Share(LOOKUP_PRIOR))
+    )
+    cycles_without_model: int = 0
+    cycles_without_lookup: int = 0
+
+    def learn(self, cycle: Cycle, num_accepted: int) -> None:
+        """From a cycle that is over."""
+        self.pace.see(num_accepted + 1, cycle.seconds)
+        self.target_call.see(cycle.num_proposed + 1, cycle.seconds - cycle.draft_seconds)
+        verdicts = [True] * num_accepted + [False] * (num_accepted < cycle.num_proposed)
+        if cycle.draft_calls:
+            self.draft_call.see(cycle.draft_seconds, cycle.draft_calls)
+            self.model_cycle.see(num_accepted + 1, 1)
+            self.model_seconds.see(cycle.seconds, 1)
+            for confidence, is_accepted in zip(cycle.confidences, verdicts):
+                self._at(confidence).see(is_accepted)
+                self.model.see(is_accepted)
+        for position, is_accepted in enumerate(verdicts if cycle.matched else ()):
+            self.lookup[cycle.matched, position].see(is_accepted)
+        self.cycles_without_model = 0 if cycle.draft_calls else self.cycles_without_model + 1
+        self.cycles_without_lookup = 0 if cycle.matched else self.cycles_without_lookup + 1
+
+    def chance(self, confidence: float) -> float:
+        """That a token is accepted which was drawn where the draft was so sure of one."""
+        return self._at(confidence).estimate
+
+    def _at(self, confidence: float) -> Share:
+        return self.by_confidence[min(int(confidence * NUM_BINS), NUM_BINS - 1)]
+
+    def one_more_pays(self, chance_so_far: float) -> bool:
+        """Whether the model should draft a token behind some that are accepted with a chance."""
+        expected = chance_so_far * self.model.estimate
+        cost = self.draft_call.estimate + self.target_call.slope
+        return expected > self.pace.estimate * cost
+
+    def lookup_plan(self, length: int, most: int) -> tuple[int, float]:
+        """How many tokens behind a match of so many to propose, and how many would be accepted."""
+        cost = self.pace.estimate * self.target_call.slope
+        chance, expected = 1.0, 0.0
+        for position in range(most):
+            chance *= self.lookup[length, position].estimate
+            if position and chance <= cost:
+                return position, expected
+            expected += chance
+        return most, expected
+
+    def prefers_model(self, num_proposed: int, expected: float) -> bool:
+        """Whether the model's turn is worth more than a lookup of so many tokens."""
+        if self.cycles_without_model >= CURIOSITY:
+            return True
+        if self.cycles_without_lookup >= CURIOSITY or not self.model_seconds.estimate:
+            return False
+        pace = self.pace.estimate
+        lookup_gain = 1 + expected - pace * self.target_call.at(num_proposed + 1)
+        model_gain = self.model_cycle.estimate - pace * self.model_seconds.estimate
+        return model_gain > lookup_gain
+
+
+@dataclass(frozen=True)
+class AdaptiveDraft:
+    """A lookup, a model, or both, asked as experience says."""
+
+    lookup: NgramDraft | None
+    model: ModelDraft | None
+    experience: Experience = field(default_factory=Experience, compare=False)
+
+    @classmethod
+    def of(cls, draft: Draft) -> AdaptiveDraft:
+        """The same lookup and model as a draft of fixed numbers."""
+        if isinstance(draft, NgramDraft):
+            return cls(draft, None)
+        if isinstance(draft, CompositeDraft):
+            return cls(draft.lookup, replace(draft.model, max_k=None))
+        assert isinstance(draft, ModelDraft)
+        return cls(None, replace(draft, max_k=None))
+
+    def start(self, terms: DraftTerms) -> AdaptiveProposer:
+        return AdaptiveProposer(self, terms)
+
+
+class AdaptiveProposer:
+    def __init__(self, draft: AdaptiveDraft, terms: DraftTerms):
+        self._experience = draft.experience
+        self._lookup = draft.lookup.start(terms) if draft.lookup else None
+        self._model = CarefulProposer(draft.model, terms, draft.experience) if draft.model else None
+        self._terms = terms
+        self._cycle: Cycle | None = None  # the one under way
+
+    @property
+    def num_calls(self) -> int:
+        return self._model.num_calls if self._model else 0
+
+    @property
+    def forward_seconds(self) -> float:
+        return self._model.forward_seconds if self._model else 0.0
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        for proposer in (self._lookup, self._model):
+            if proposer:
+                proposer.prefill(tokens)
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        self._cycle, self._started, self._num_tokens = Cycle(), time.perf_counter(), len(tokens)
+        if self._lookup:
+            proposed, draft_probs = self._lookup.propose(tokens, k)
+            num, expected = self._experience.lookup_plan(self._lookup.matched, len(proposed))
+            if num and not (self._model and self._experience.prefers_model(num, expected)):
+                self._cycle.matched, self._cycle.num_proposed = self._lookup.matched, num
+                return proposed[:num], draft_probs[:num]
+        if self._model is None:
+            return [], torch.zeros(0, self._terms.vocab_size, device=self._terms.device)
+        calls, seconds = self._model.num_calls, self._model.forward_seconds
+        proposed, draft_probs = self._model.propose(tokens, k)
+        self._cycle.num_proposed = len(proposed)
+        self._cycle.draft_calls = self._model.num_calls - calls
+        self._cycle.draft_seconds = self._model.forward_seconds - seconds
+        self._cycle.confidences = self._model.confidences
+        return proposed, draft_probs
+
+    def rollback(self, length: int) -> None:
+        for proposer in (self._lookup, self._model):
+            if proposer:
+                proposer.rollback(length)
+        if self._cycle:
+            self._cycle.seconds = time.perf_counter() - self._started
+            # Less than were accepted, where the text ended before them.
+            num_accepted = max(0, min(length - self._num_tokens, self._cycle.num_proposed))
+            self._experience.learn(self._cycle, num_accepted)
+            self._cycle = None
+
+
+class CarefulProposer(ModelProposer):
+    """Drafts as long as one more token pays."""
+
+    def __init__(self, draft: ModelDraft, terms: DraftTerms, experience: Experience):
+        super().__init__(draft, terms)
+        self._experience = experience
+        self.confidences: list[float] = []  # of this cycle's proposals
+        self._chance = 1.0
+
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        self.confidences, self._chance = [], 1.0
+        is_due = self._experience.cycles_without_model >= CURIOSITY
+        pays = is_due or self._experience.one_more_pays(1.0)
+        return super().propose(tokens, k if pays else 0)
+
+    def _is_confident(self, logits: Tensor) -> bool:
+        confidence = float(logits.float().softmax(-1).max())
+        self.confidences.append(confidence)
+        self._chance *= self._experience.chance(confidence)
+        return self._experience.one_more_pays(self._chance)

@@ -1,0 +1,139 @@
+"""Figure 1 of Chen et al. 2023 over our runs: time per token, acceptance and loop time over K.
+
+Knows runs as `records` reads them; makes none (`Benchmarks/figure1.py` does).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from specsampling.config import SPECULATIVE
+from specsampling.results import metrics
+from specsampling.results.figures import DARK, MIDDLE
+from specsampling.results.records import Row, Run
+from specsampling.results.tables import BASELINE, aligned, as_text, interval_columns, shared_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CELLS = ("xsum-nucleus", "xsum-greedy", "humaneval-nucleus", "humaneval-greedy")
+NOTES = (
+    "K 0 is the baseline of one token a call. alpha: accepted / tested tokens; c: draft call / "
+    "target call; loop: milliseconds a cycle, of its draft calls, its target call, and the rest",
+    "predicted: (1 - alpha^(K+1)) / ((1 - alpha)(Kc + 1)), Leviathan et al. 2023, Theorem 3.8, K "
+    "being the mean number of drafted tokens; for calls of one width it is a speedup over "
+    "`reference`, whose calls have that width too, and otherwise over the baseline; the last "
+    "column is the measured one / it",
+)
+
+
+def figure1_paths(folder: str | Path) -> dict[str, Path]:
+    """Where the rows of each cell of the grid are."""
+    return {cell: Path(folder, "figure1", f"{cell}.jsonl") for cell in CELLS}
+
+
+def over_k(run: Run) -> pd.DataFrame:
+    """A line per K, from 0 (the baseline), over the examples that every method has."""
+    rows = shared_rows(run.rows)
+    by_k = {0: rows.get(BASELINE, [])}
+    for method, of_method in rows.items():
+        found = SPECULATIVE.fullmatch(method)
+        if found and found.group("k"):
+            by_k[int(found.group("k"))] = of_method
+    compared_with = rows.get("reference", by_k[0])
+    lines = []
+    for k, of_k in sorted(by_k.items()):
+        line: dict[str, Any] = {"K": k, "n": len(of_k)}
+        line["ms/token"] = 1000 / metrics.tokens_per_second(of_k)
+        line |= interval_columns("speedup", metrics.speedup(by_k[0], of_k).of_totals)
+        if k:
+            line |= _cycle_columns(of_k)
+            line["predicted"] = metrics.predicted_speedup(of_k)
+            measured = metrics.speedup(compared_with, of_k).of_totals.estimate
+            line["measured / predicted"] = measured / line["predicted"]
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _cycle_columns(rows: Sequence[Row]) -> dict[str, float]:
+    num_cycles = sum(len(row.drafted) for row in rows)
+    seconds = {
+        "loop": sum(row.decode_seconds for row in rows),
+        "draft": sum(row.draft_call_seconds or math.nan for row in rows),
+        "target": sum(row.target_call_seconds or math.nan for row in rows),
+    }
+    seconds["rest"] = seconds["loop"] - seconds["draft"] - seconds["target"]
+    return {
+        "accepted": metrics.draft_acceptance_rate(rows),
+        "alpha": metrics.per_token_acceptance(rows),
+        "c": metrics.cost_ratio(rows),
+        **{f"{name} ms": 1000 * value / num_cycles for name, value in seconds.items()},
+    }
+
+
+def best_k(table: pd.DataFrame) -> int:
+    """The K of the least time per token."""
+    return int(table["K"].iloc[int(table["ms/token"].argmin())])
+
+
+def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
+    """An `over_k` as text."""
+    text = pd.DataFrame({"K": table["K"].astype(str), "n": table["n"].astype(str)})
+    text["ms/token"] = [f"{value:.1f}" for value in table["ms/token"]]
+    intervals = table[["speedup", "speedup low", "speedup high"]].itertuples(index=False)
+    text["speedup [95%]"] = [f"{mid:.2f} [{low:.2f}, {high:.2f}]" for mid, low, high in intervals]
+    for name, digits in {"accepted": 3, "alpha": 3, "c": 2, "predicted": 2}.items():
+        text[name] = [_number(value, digits) for value in table[name]]
+    text["measured / predicted"] = [_number(value, 2) for value in table["measured / predicted"]]
+    for name in ("loop ms", "draft ms", "target ms", "rest ms"):
+        text[name] = [_number(value, 1) for value in table[name]]
+    return text
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def format_figure1(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Every cell's table for a terminal, and what the columns are."""
+    lines = []
+    for cell, table in tables.items():
+        best = table.set_index("K").loc[best_k(table)]
+        speedup = as_text("speedup", best["speedup"])
+        lines += [f"{cell}: fastest at K = {best.name}, {speedup}", *aligned(figure1_table(table))]
+    return "\n".join([*lines, "", *NOTES])
+
+
+def figure1(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """The paper's three panels: time per token, acceptance rate and loop time over K."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    plt.close(figure)
+    titles = {
+        "ms/token": "time per token (ms)\nK = 0: the baseline; dotted: predicted",
+        "accepted": "draft acceptance rate",
+        "loop ms": "loop time (ms)",
+    }
+    for cell, table in tables.items():
+        task, _, sampling = cell.partition("-")
+        colour = DARK if task == "humaneval" else MIDDLE
+        style = {"marker": "o" if sampling == "greedy" else "s", "color": colour, "markersize": 4}
+        line = "-" if sampling == "greedy" else "--"
+        for axes, column in zip(panels, titles):
+            axes.plot(table["K"], table[column], line, label=cell, **style)
+        measured = table["ms/token"] * table["measured / predicted"]
+        panels[0].plot(table["K"], measured, ":", color=colour)
+    for axes, title in zip(panels, titles.values()):
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("K")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].set_ylim(top=1)
+    panels[2].legend()
+    return figure

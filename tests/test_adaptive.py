@@ -1,0 +1,142 @@
+"""k: auto. As exact as any number of drafted tokens, and soon about as fast as the best of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_sampled_decoding import FALSE_ALARM, p_value
+from test_sampled_decoding import pair as pair  # a fixture
+
+from autoregressive import autoregressive
+from specsampling.method.adaptive import AdaptiveDraft, Cycle, Experience, Line
+from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
+from speculative import speculative
+
+PROMPT = [1, 4, 2, 1, 4]
+
+
+def drafts_of(model) -> dict[str, AdaptiveDraft]:
+    lookup = NgramDraft(3, 1)
+    return {
+        "lookup": AdaptiveDraft.of(lookup),
+        "model": AdaptiveDraft.of(ModelDraft(model, max_k=2)),
+        "both": AdaptiveDraft.of(CompositeDraft(lookup, ModelDraft(model))),
+    }
+
+
+@pytest.mark.parametrize("width", [None, 8])
+@pytest.mark.parametrize("kind", ["lookup", "model", "both"])
+def test_greedy_texts_are_the_targets_own(model_of, kind, width):
+    target, other = model_of("llama"), model_of("llama", 1)
+    draft = drafts_of(other)[kind]
+    for prompt in (PROMPT, [3], list(range(30))):
+        expected = autoregressive(target, prompt, max_new_tokens=60, width=width)
+        for _ in range(3):  # with more experience each time
+            done = speculative(target, draft, prompt, k=7, max_new_tokens=60, width=width)
+            assert done.token_ids == expected.token_ids
+    assert draft.experience.pace.estimate > 0
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model", "both"])
+def test_sampled_texts_have_the_targets_distribution(pair, kind):
+    target, model = pair
+    assert p_value(target, drafts_of(model)[kind], None) > FALSE_ALARM
+
+
+def best_fixed(alpha: float, draft: float, slope: float, most: int) -> float:
+    """Tokens per second of the best K, a target call of one row taking one second."""
+    return max(
+        sum(alpha**i for i in range(k + 1)) / (1 + k * (draft + slope)) for k in range(most + 1)
+    )
+
+
+def decode(alphas, draft, slope=0.0, *, cycles=4000, skipped=300, most=7, seed=0) -> float:
+    """Tokens per second of a simulated model draft whose confidence is the chance of acceptance."""
+    seen, chance = Experience(), random.Random(seed)
+    tokens = seconds = 0.0
+    for turn in range(cycles):
+        cycle, confidences, so_far = Cycle(), [], 1.0
+        while len(confidences) < most and (
+            seen.cycles_without_model >= 40 or seen.one_more_pays(so_far)
+        ):
+            confidences.append(chance.choice(alphas))
+            so_far *= seen.chance(confidences[-1])
+            if not seen.one_more_pays(so_far):
+                break
+        accepted = 0
+        while accepted < len(confidences) and chance.random() < confidences[accepted]:
+            accepted += 1
+        cycle.confidences, cycle.num_proposed = confidences, len(confidences)
+        cycle.draft_calls, cycle.draft_seconds = len(confidences), draft * len(confidences)
+        cycle.seconds = 1 + slope * len(confidences) + cycle.draft_seconds
+        seen.learn(cycle, accepted)
+        if turn >= skipped:
+            tokens, seconds = tokens + accepted + 1, seconds + cycle.seconds
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.7, 0.9, 0.98])
+@pytest.mark.parametrize("draft", [0.05, 0.2, 0.5])
+def test_it_reaches_97_percent_of_the_best_fixed_k(alpha, draft):
+    assert decode([alpha], draft) > 0.97 * best_fixed(alpha, draft, 0.0, 7)
+
+
+def test_it_sees_that_rows_cost_something():
+    assert decode([0.8], 0.05, slope=0.15) > 0.97 * best_fixed(0.8, 0.05, 0.15, 7)
+
+
+def test_where_confidence_varies_it_beats_every_fixed_k():
+    mixed = [0.99, 0.99, 0.99, 0.2]
+    mean = sum(mixed) / 4
+    assert decode(mixed, 0.2) > 1.05 * best_fixed(mean, 0.2, 0.0, 7)
+
+
+def test_a_draft_that_never_pays_falls_silent():
+    assert decode([0.1], 0.5) > 0.97
+
+
+def lookups(matched, accepted, num_proposed=7, seconds=1.0):
+    return Cycle(num_proposed=num_proposed, matched=matched, seconds=seconds), accepted
+
+
+def test_a_lookup_that_is_seldom_right_leaves_the_turn_to_the_model():
+    seen = Experience()
+    model = Cycle(4, confidences=[0.9] * 4, draft_calls=4, draft_seconds=0.4, seconds=1.4)
+    for _ in range(60):
+        seen.learn(*lookups(1, accepted=0))
+        seen.learn(*lookups(3, accepted=6))
+        seen.learn(model, 4)
+    assert seen.prefers_model(*seen.lookup_plan(1, 7))
+    assert not seen.prefers_model(*seen.lookup_plan(3, 7))
+    for _ in range(40):  # nobody is forgotten
+        seen.learn(model, 4)
+    assert not seen.prefers_model(*seen.lookup_plan(1, 7))
+
+
+def test_a_lookup_is_cut_where_rows_cost_more_than_they_bring():
+    seen = Experience()
+    for turn in range(60):
+        rows = 1 + turn % 7
+        accepted = min(1, rows)
+        seen.learn(*lookups(2, accepted, num_proposed=rows, seconds=1 + 0.1 * rows))
+    assert seen.target_call.slope == pytest.approx(0.1, abs=0.01)
+    num, expected = seen.lookup_plan(2, 7)
+    assert 1 <= num <= 3 and 0.5 < expected < 2
+
+
+def test_a_line_through_equal_times_is_level_and_never_falls():
+    line = Line()
+    for x, y in ((1, 5.0), (8, 5.0), (3, 5.0)):
+        line.see(x, y)
+    assert line.slope == pytest.approx(0, abs=1e-9) and line.at(4) == pytest.approx(5)
+    for _ in range(50):
+        line.see(1, 6.0)
+        line.see(8, 4.0)
+    assert line.slope == 0
+
+
+def test_a_draft_that_is_cut_to_two_tokens_is_free_again():
+    model = torch.nn.Linear(1, 1)
+    assert AdaptiveDraft.of(ModelDraft(model, max_k=2)).model.max_k is None
