@@ -105,7 +105,7 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["--config", "/dev/null"], "not a file"),
         (["--config", "/proc/self/mem"], "config must be a YAML file"),
         (["--set", "speculation.k=010:00"], 'speculation.k must be an integer >= 1 or auto (got "010:00")'),
-        (["--set", "speculation.k=65536"], "speculation.k must be an integer <= 1024 (got 65536)"),
+        (["--set", "speculation.k=65536"], "speculation.k must be an integer <= 1024 or auto (got 65536)"),
         (["--set", "speculation.model_k=9999"], "null or an integer <= 1024 (got 9999)"),
         (["--set", "speculation.ngram_max=100000"], "an integer <= 64 (got 100000)"),
         (["--set", "decoding.width=65536"], "an integer <= 2048 (got 65536)"),
