@@ -132,6 +132,7 @@ def figure1(tables: Mapping[str, pd.DataFrame]) -> Figure:
     for axes, title in zip(panels, titles.values()):
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("K")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_ylim(top=1)
