@@ -9,6 +9,7 @@ from conftest import PROJECT, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specsampling.console import exit_code
+from specsampling.method.text import Generation
 
 sys.path.insert(0, str(PROJECT / "Benchmarks"))
 import plan
@@ -71,6 +72,20 @@ def test_a_pair_by_its_configurations_is_measured_and_validated(folders, capsys)
     assert printed.count("measured / predicted") == len(plan.VALIDATED)
     assert "differ" not in printed
     assert "the target alone" in printed and "peak memory" in printed
+
+
+def test_predictions_are_of_calls_timed_before_and_after_the_text(monkeypatch):
+    """A machine's pace drifted by a third: predictions timed once were off by a fifth."""
+    slow = iter([plan.Calls(1.0, 1.0, dict.fromkeys(range(1, 9), 2.0), 0.0)] * 99)
+    slower = iter([plan.Calls(3.0, 1.0, dict.fromkeys(range(1, 9), 4.0), 0.0)] * 99)
+    timings = (calls for both in zip(slow, slower) for calls in both)
+    done = Generation([1, 2, 3], "length", accepted=[1, 0], drafted=[1, 1], decode_seconds=8.0)
+    monkeypatch.setattr(plan, "measure", lambda *_: next(timings))
+    monkeypatch.setattr(plan, "autoregressive", lambda *_, **__: done)
+    monkeypatch.setattr(plan, "speculative", lambda *_, **__: done)
+    calls = plan.Calls(0.1, 1.0, dict.fromkeys(range(1, 9), 1.0), 0.0)
+    for line in plan.validate(None, None, calls, [1], 3):  # (6 + 14) / 2 s predicted
+        assert "measured / predicted 1.25 (1 of 2 accepted in 2 cycles)" in line
 
 
 def test_contexts_double_up_to_the_limit():
