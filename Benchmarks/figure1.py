@@ -4,10 +4,11 @@
     python Benchmarks/figure1.py --limit 2     a first look; without it, the same goes on from there
 
 Each cell (XSum and HumanEval, the paper's nucleus and greedily) is one run of main_exp1.py or
-main_exp2.py whose methods are the baseline and `speculative@K` for every K, so that all take turns.
-The draft is the profile's model, without lookups before it and without a stop where it is unsure:
-K tokens every time, as in the paper. Rows go to figure1/ in the output folder. A rerun continues
-where the last one stopped; Benchmarks/figure1.ipynb shows the tables and the figure.
+main_exp2.py whose methods are the baseline, `speculative@K` for every K, and `speculative@auto`,
+so that all take turns. The draft is the profile's model, without lookups before it and without a
+stop where it is unsure: K tokens every time, as in the paper. Texts end after 128 tokens, as its
+XSum's do. Rows go to figure1/ in the output folder. A rerun continues where the last one stopped;
+Benchmarks/figure1.ipynb shows the tables and the figure.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ if __name__ == "__main__":
 from Benchmarks.table1 import CELLS, cell_overrides, cell_parser, chosen_cells, run_cells
 from specsampling.config import ConfigError, load_config
 from specsampling.console import exit_code, option_value
-from specsampling.results.figure1 import figure1, figure1_paths, format_figure1, over_k
+from specsampling.results.figure1 import figure1, figure1_paths, format_figure1
 from specsampling.results.figures import save_figure
 from specsampling.results.records import read_run
+
+MAX_NEW_TOKENS = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = figure1_paths(options.output_folder)
     paths = {cell: paths[cell] for cell in options.cells}
     run_cells(paths, {cell: overrides_of(cell, options) for cell in paths}, options)
-    tables = {cell: over_k(read_run(path)) for cell, path in paths.items()}
-    print(f"\nFigure 1\n{format_figure1(tables)}")
-    save_figure(figure1(tables), options.output_folder / "figures", "figure1")
+    runs = {cell: read_run(path) for cell, path in paths.items()}
+    print(f"\nFigure 1\n{format_figure1(runs)}")
+    save_figure(figure1(runs), options.output_folder / "figures", "figure1")
     return 0
 
 
@@ -63,12 +66,13 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     baselines = ["autoregressive"]
     if CELLS[cell].temperature == 0 and config.decoding.bit_exact:
         baselines.append("reference")
-    methods = [*baselines, *(f"speculative@{k}" for k in range(1, options.k + 1))]
+    methods = [*baselines, *(f"speculative@{k}" for k in [*range(1, options.k + 1), "auto"])]
     return [
         *cell_overrides(CELLS[cell], options),
         f"models.draft={draft}",
         f"speculation.k={options.k}",
         "speculation.model_k=null",
+        f"decoding.max_new_tokens={min(MAX_NEW_TOKENS, config.decoding.max_new_tokens)}",
         "speculation.min_confidence=0",
         "decoding.width=0",
         f"run.methods=[{', '.join(methods)}]",

@@ -66,6 +66,20 @@ def test_a_line_per_k_with_loop_time_acceptance_and_prediction(made):
     assert grid.best_k(grid.over_k(made)) == 2
 
 
+def test_the_k_found_while_decoding_is_held_against_the_best_fixed_one(made):
+    assert grid.found_k(made) is None
+    found = [
+        dataclasses.replace(row, method="speculative@auto", decode_seconds=2 * row.decode_seconds)
+        for row in made.rows
+        if row.method == "speculative@2"
+    ]
+    both = Run([*made.rows, *found], META, None)
+    assert grid.found_k(both).estimate == pytest.approx(0.5)
+    assert grid.over_k(both).equals(grid.over_k(made))
+    line = "fastest at K = 2, 2.17; K found while decoding: 0.50 [0.50, 0.50] of that pace"
+    assert grid.describe_cell("xsum-greedy", both) == f"xsum-greedy: {line}"
+
+
 def test_calls_of_one_width_are_predicted_over_the_reference(made):
     reference = [
         dataclasses.replace(row, method="reference", decode_seconds=2 * row.decode_seconds)
@@ -80,7 +94,7 @@ def test_calls_of_one_width_are_predicted_over_the_reference(made):
 
 
 def test_the_figure_has_the_papers_three_panels(made):
-    figure = grid.figure1({"xsum-greedy": grid.over_k(made), "humaneval-greedy": grid.over_k(made)})
+    figure = grid.figure1({"xsum-greedy": made, "humaneval-greedy": made})
     assert [axes.get_xlabel() for axes in figure.axes] == ["K"] * 3
     assert [len(axes.lines) for axes in figure.axes] == [4, 2, 2]
     figure.draw_without_rendering()
@@ -105,16 +119,16 @@ def test_the_script_leaves_a_run_per_cell_with_every_k(config, tmp_path):
     assert not paths["xsum-greedy"].exists()
     for cell, baselines in (("xsum-nucleus", 1), ("humaneval-greedy", 2)):
         rows = read_rows(paths[cell])
-        assert len(rows) == 2 * (baselines + 2)
+        assert len(rows) == 2 * (baselines + 3)
         for k in (1, 2):
             drafted = [row.drafted for row in rows if row.method == f"speculative@{k}"]
             assert max(max(of_row, default=0) for of_row in drafted) == k
         settings = read_meta(paths[cell])["config"]["speculation"]
         assert (settings["model_k"], settings["min_confidence"]) == (None, 0)
-        assert f"{cell}: fastest at K = " in printed
+        assert f"{cell}: fastest at K = " in printed and "K found while decoding: " in printed
     assert (tmp_path / "deep" / "figures" / "figure1.png").exists()
     again, _, _ = run(*arguments, *cells, script="Benchmarks/figure1.py")
-    assert again == 0 and len(read_rows(paths["xsum-nucleus"])) == 6
+    assert again == 0 and len(read_rows(paths["xsum-nucleus"])) == 8
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ class ModelProposer:
             # the warp, so that the distribution reported is the one sampled from.
             logits = logits[:, : terms.vocab_size]
             probs = probs_from_logits(logits, terms.sampling)
-            probs = functional.pad(probs, (0, terms.vocab_size - probs.shape[1]))
+            if probs.shape[1] < terms.vocab_size:
+                probs = functional.pad(probs, (0, terms.vocab_size - probs.shape[1]))
             try:
                 sequence.append(sample(probs[0], terms.generator))
             except NonFiniteError:

@@ -31,6 +31,7 @@ class Evidence:
         self.transforms: list[float] = []
         self.gaps: list[float] = []
         self._is_greedy = sampling.is_greedy
+        self._is_sparse = sampling.top_k > 0 or sampling.top_p < 1
         # A stream of its own: the texts are the same whether or not somebody looks on.
         self._random = random.Random(generator.initial_seed() if generator else 0)
 
@@ -57,7 +58,14 @@ class Evidence:
         uniforms = torch.tensor([self._random.random() for _ in tokens], device=logits.device)
         if draft_probs is None:
             draft_probs = target_probs[:0]
-        values = transform(index, target_probs[:n], draft_probs[:n], uniforms)
+        target_probs, draft_probs = target_probs[:n], draft_probs[:n]
+        if self._is_sparse:  # all else has no mass: a few hundred columns instead of 50,000
+            support = target_probs.amax(0)
+            support[index[:, 0]] = 1.0
+            columns = support.nonzero()[:, 0]
+            index = torch.searchsorted(columns, index)
+            target_probs, draft_probs = target_probs[:, columns], draft_probs[:, columns]
+        values = transform(index, target_probs, draft_probs, uniforms)
         self.transforms += [round(value, 6) for value in values.tolist()]
 
 

@@ -45,8 +45,8 @@ def verify(
     k = len(draft_tokens)
     uniforms = torch.rand(k, generator=generator, device=target_probs.device)
     # u < ratio, never <=: a ratio of 0, or the nan of 0 / 0, must reject for every u in [0, 1).
-    accepted = uniforms < ratios_at(target_probs, draft_probs, draft_tokens)
-    num_accepted = int(accepted.long().cumprod(dim=0).sum())
+    accepted = (uniforms < ratios_at(target_probs, draft_probs, draft_tokens)).tolist()
+    num_accepted = (accepted + [False]).index(False)
     if num_accepted == k:
         return Verdict(k, sample(target_probs[k], generator))
     correction = residual(target_probs[num_accepted], draft_probs[num_accepted])

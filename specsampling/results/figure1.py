@@ -21,6 +21,7 @@ from specsampling.results.tables import BASELINE, aligned, as_text, interval_col
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+AUTO = "speculative@auto"
 CELLS = ("xsum-nucleus", "xsum-greedy", "humaneval-nucleus", "humaneval-greedy")
 NOTES = (
     "K 0 is the baseline of one token a call. alpha: accepted / tested tokens; c: draft call / "
@@ -43,7 +44,7 @@ def over_k(run: Run) -> pd.DataFrame:
     by_k = {0: rows.get(BASELINE, [])}
     for method, of_method in rows.items():
         found = SPECULATIVE.fullmatch(method)
-        if found and found.group("k"):
+        if found and (found.group("k") or "auto") != "auto":
             by_k[int(found.group("k"))] = of_method
     compared_with = rows.get("reference", by_k[0])
     lines = []
@@ -76,6 +77,16 @@ def _cycle_columns(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def found_k(run: Run) -> metrics.Interval | None:
+    """The pace of the K found while decoding over that of the best fixed one, or of none."""
+    rows = shared_rows(run.rows)
+    if AUTO not in rows:
+        return None
+    best = best_k(over_k(run))
+    best_rows = rows[f"speculative@{best}" if best else BASELINE]
+    return metrics.speedup(best_rows, rows[AUTO]).of_totals
+
+
 def best_k(table: pd.DataFrame) -> int:
     """The K of the least time per token."""
     return int(table["K"].iloc[int(table["ms/token"].argmin())])
@@ -99,17 +110,26 @@ def _number(value: float, digits: int) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def format_figure1(tables: Mapping[str, pd.DataFrame]) -> str:
+def describe_cell(cell: str, run: Run) -> str:
+    """Where a cell is fastest, in one line."""
+    table = over_k(run)
+    best = table.set_index("K").loc[best_k(table)]
+    line = f"{cell}: fastest at K = {best.name}, {as_text('speedup', best['speedup'])}"
+    if found := found_k(run):
+        interval = f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        line += f"; K found while decoding: {interval} of that pace"
+    return line
+
+
+def format_figure1(runs: Mapping[str, Run]) -> str:
     """Every cell's table for a terminal, and what the columns are."""
     lines = []
-    for cell, table in tables.items():
-        best = table.set_index("K").loc[best_k(table)]
-        speedup = as_text("speedup", best["speedup"])
-        lines += [f"{cell}: fastest at K = {best.name}, {speedup}", *aligned(figure1_table(table))]
+    for cell, run in runs.items():
+        lines += [describe_cell(cell, run), *aligned(figure1_table(over_k(run)))]
     return "\n".join([*lines, "", *NOTES])
 
 
-def figure1(tables: Mapping[str, pd.DataFrame]) -> Figure:
+def figure1(runs: Mapping[str, Run]) -> Figure:
     """The paper's three panels: time per token, acceptance rate and loop time over K."""
     import matplotlib.pyplot as plt
 
@@ -120,7 +140,8 @@ def figure1(tables: Mapping[str, pd.DataFrame]) -> Figure:
         "accepted": "draft acceptance rate",
         "loop ms": "loop time (ms)",
     }
-    for cell, table in tables.items():
+    for cell, run in runs.items():
+        table = over_k(run)
         task, _, sampling = cell.partition("-")
         colour = DARK if task == "humaneval" else MIDDLE
         style = {"marker": "o" if sampling == "greedy" else "s", "color": colour, "markersize": 4}
