@@ -6,8 +6,8 @@
 Each cell (XSum and HumanEval, the paper's nucleus and greedily) is one run of main_exp1.py or
 main_exp2.py whose methods are the baseline, `speculative@K` for every K, and `speculative@auto`,
 so that all take turns. The draft is the profile's model, without lookups before it and without a
-stop where it is unsure: K tokens every time, as in the paper. Texts end after 128 tokens, as its
-XSum's do. Rows go to figure1/ in the output folder. A rerun continues where the last one stopped;
+stop where it is unsure: K tokens every time, as in the paper. Texts end after 64 tokens.
+Rows go to figure1/ in the output folder. A rerun continues where the last one stopped;
 Benchmarks/figure1.ipynb shows the tables and the figure.
 """
 
@@ -32,7 +32,7 @@ from specsampling.results.figure1 import figure1, figure1_paths, format_figure1
 from specsampling.results.figures import save_figure
 from specsampling.results.records import read_run
 
-MAX_NEW_TOKENS = 128
+MAX_NEW_TOKENS = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
