@@ -34,6 +34,7 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import load_config
 from specsampling.console import exit_code
+from specsampling.edge import rank
 from specsampling.results.methods import format_methods, methods_paths, methods_table
 from specsampling.results.records import read_run
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = methods_paths(options.output_folder)
     paths = {cell: paths[cell] for cell in options.cells}
     run_cells(paths, {cell: overrides_of(cell, options) for cell in paths}, options)
+    if rank():
+        return 0
     for cell, path in paths.items():
         print(f"\n{cell}\n{format_methods(methods_table(read_run(path)))}")
     return 0

@@ -36,6 +36,7 @@ import main_exp1
 import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.edge import rank
 from specsampling.results.records import check_output, read_run
 from specsampling.results.table1 import format_table1, table1, table1_paths
 
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = {name: cell_overrides(cell, options) for name, cell in CELLS.items()}
     paths = table1_paths(options.output_folder)
     run_cells(paths, overrides, options)
+    if rank():
+        return 0
     print(f"\nTable 1\n{format_table1(table1([read_run(path) for path in paths.values()]))}")
     return 0
 
@@ -75,7 +78,7 @@ def run_cells(
     for name in paths:  # a mistake is told before hours of decoding
         config = load_config(options.config, options.profile, overrides[name])
         require_task(config, CELLS[name].task)
-    for path in paths.values():
+    for path in paths.values() if rank() == 0 else ():
         check_output(path)
     for name, path in paths.items():
         print(f"\n{name}", flush=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
+from specsampling.edge import is_launched, rank
 from specsampling.loading import (
     call_width,
     load_configured_pair,
@@ -27,13 +28,13 @@ from specsampling.loading import (
     self_check,
     settle_steps,
 )
-from specsampling.provenance import PROJECT, peak_memory, run_meta
+from specsampling.provenance import PROJECT, device_name, peak_memory, run_meta
+from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
 from specsampling.results.records import (
     Key,
     RecordsError,
     Run,
-    RunFile,
     Scores,
     check_fresh,
     check_output,
@@ -41,6 +42,7 @@ from specsampling.results.records import (
     read_run,
     write_scores,
 )
+from specsampling.results.shards import Shard, open_run_file, take_in
 from specsampling.results.tables import (
     describe_sampling,
     format_table,
@@ -98,9 +100,12 @@ def read_experiment(
         folder = "" if options.profile is None else NO_FILE_NAME.sub("_", config.profile)
         options.output = Path("Results", folder, file_name)
     if options.score:
+        if rank():
+            raise SystemExit(0)  # rank 0 scores
         return options, config
     require_task(config, task)
-    check_output(options.output)
+    if rank() == 0:
+        check_output(options.output)
     if task == "xsum":
         return options, replace(config, humaneval=None)
     return options, replace(config, xsum=None)
@@ -184,19 +189,28 @@ def run_experiment(
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
-    from specsampling.runner import encode_prompts, run
+    from specsampling.runner import all_jobs, encode_prompts, run
 
     output, decoding = options.output, config.decoding
-    there = None if options.fresh else _rows_there(output)
+    ranks = Ranks.of_launch() if is_launched() else None
+    here = config  # and where this rank decodes
+    if ranks:
+        here = replace(
+            config, models=replace(config.models, device=ranks.device(config.models.device))
+        )
+    was_stopped = take_in(output, ranks, options.fresh)
+    there = None if options.fresh or rank() else _rows_there(output)
+    if ranks:
+        there = ranks.from_main(there)
     wanted = _keys(config, task)
     pending = wanted - {row.key for row in there.rows} if there else wanted
     mode, why_eager = settle_steps(config, there, len(wanted))
     meta = run_meta(config, mode)
-    if options.fresh:  # either is told before minutes of loading
+    if rank() == 0 and options.fresh:  # either is told before minutes of loading
         check_fresh(output)
-    else:
+    elif rank() == 0:
         check_output(output, meta)
-    pair = load_configured_pair(config)
+    pair = load_configured_pair(here)
     prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for _, prompt in prompts)
     drafts = load_drafts(config, pair)
@@ -206,7 +220,10 @@ def run_experiment(
         meta.pop("steps", None)
     meta["bit_exact"] = self_check(config, pair, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
-    with RunFile.open(output, meta, fresh=options.fresh) as run_file:
+    num_samples = config.sampling.num_samples
+    order = [job.key for job in all_jobs(prompts, config.run.methods, num_samples)]
+    name, rows = device_name(pair.target.device), there.rows if there else []
+    with open_run_file(output, meta, options.fresh, rows, ranks, name) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{more}", file=sys.stderr)
         try:
@@ -217,12 +234,19 @@ def run_experiment(
                 decoders,
                 run_file,
                 seed=config.sampling.seed,
-                num_samples=config.sampling.num_samples,
+                num_samples=num_samples,
                 warmup=config.run.warmup,
+                ranks=ranks,
             )
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
             run_file.note(peak_memory=peak)
+        if isinstance(run_file, Shard):
+            run_file.merge(order)
+            if rank():
+                return 0
+        elif was_stopped:
+            run_file.sort(order)
         audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
         run_file.note(audit={method: str(found) for method, found in audits.items() if found})
     print(f"  peak memory: {peak}", file=sys.stderr)

@@ -22,6 +22,33 @@ MAX_LINE = 2000
 STOPPED = "stopped; finished rows are kept, and the same command goes on"
 
 
+# What launchers of several processes set in each: how many there are, and which one it is.
+LAUNCHED = {
+    "WORLD_SIZE": "RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that make one run."""
+    return _rank_and_count()[1] > 1
+
+
+def rank() -> int:
+    """Of this process among those of one run; 0 is the only one, or the one who speaks."""
+    return _rank_and_count()[0] if is_launched() else 0
+
+
+def _rank_and_count() -> tuple[int, int]:
+    for size, index in LAUNCHED.items():
+        given = os.environ.get(index, ""), os.environ.get(size, "")
+        if all(text.isdigit() for text in given):
+            return int(given[0]), int(given[1])
+    return 0, 1
+
+
 class Stopped(BaseException):
     """A signal asked the script to end. No mistake, so that nobody handles it as one."""
 
@@ -72,6 +99,8 @@ def exit_code(
 ) -> int:
     """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
     _mend_streams()
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     _signals.code, _signals.may_raise = None, True
     try:
         code = main(arguments)
@@ -99,7 +128,8 @@ def _code_of(error: BaseException) -> int:
         _give_up_output()
         return BROKEN_PIPE
     if isinstance(error, _mistakes()):
-        _say(f"error: {error}")
+        if not (rank() and type(error).__name__ == "ConfigError"):  # every rank reads the same
+            _say(f"error: {error}")
     elif isinstance(error, OSError):
         _give_up_output()
         _say(
@@ -122,11 +152,20 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from specsampling.checking import ConfigError
     from specsampling.method.text import PromptError
     from specsampling.models.errors import ModelError
+    from specsampling.ranks import RanksError
     from specsampling.results.records import RecordsError
     from specsampling.tasks.sandbox import SandboxError
     from specsampling.tasks.task import TaskError
 
-    return ConfigError, ModelError, PromptError, RecordsError, SandboxError, TaskError
+    return (
+        ConfigError,
+        ModelError,
+        PromptError,
+        RanksError,
+        RecordsError,
+        SandboxError,
+        TaskError,
+    )
 
 
 def one_line(text: str) -> str:
@@ -139,8 +178,12 @@ def _say(message: str) -> None:
     """A line on stderr, if anybody is there to read it."""
     from contextlib import suppress
 
+    if rank():
+        if message == STOPPED:
+            return  # rank 0 says it
+        message = f"rank {rank()}: {message}"
     with suppress(OSError, ValueError):
-        print(one_line(message), file=sys.stderr, flush=True)
+        print(one_line(message), file=sys.__stderr__ if rank() else sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:

@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,9 @@ from tqdm import tqdm
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation, PromptError, StopCheck
 from specsampling.models.load import Pair
-from specsampling.results.records import Row, RunFile
+from specsampling.ranks import Ranks
+from specsampling.results.records import Key, Row, RunFile
+from specsampling.results.shards import Shard
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 
 
@@ -70,21 +72,56 @@ def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
         )
 
 
+class Job(NamedTuple):
+    """A row to be made."""
+
+    example: Example
+    prompt: Prompt
+    sample_index: int
+    method: str
+
+    @property
+    def key(self) -> Key:
+        return self.example.id, self.method, self.sample_index
+
+
+def all_jobs(
+    prompts: Sequence[tuple[Example, Prompt]], methods: Sequence[str], num_samples: int
+) -> list[Job]:
+    """A run's rows in their order: the methods' rotates from one example to the next, so that a
+    machine that slows down slows them all.
+    """
+    names = list(methods)
+    return [
+        Job(example, prompt, sample_index, name)
+        for turn, (example, prompt) in enumerate(prompts)
+        for sample_index in range(num_samples)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]
+    ]
+
+
+def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
+    """A rank's: every so many-th (example, sample) pair, all methods of a pair together."""
+    pairs = list(dict.fromkeys((job.example.id, job.sample_index) for job in jobs))
+    mine = set(pairs[ranks.index :: ranks.count])
+    return [job for job in jobs if (job.example.id, job.sample_index) in mine]
+
+
 def run(
     pair: Pair,
     task: Task,
     prompts: Sequence[tuple[Example, Prompt]],
     methods: dict[str, Decode],
-    run_file: RunFile,
+    run_file: RunFile | Shard,
     *,
     seed: int,
     num_samples: int = 1,
     warmup: int = 0,
+    ranks: Ranks | None = None,
 ) -> None:
     """Decode every example with every method and append a row for each as it is finished.
 
-    Rows that the file has already are skipped. The methods' order rotates from one example
-    to the next, so that a machine that slows down slows them all.
+    Rows that the file has already are skipped.
 
     Args:
         pair: the loaded models.
@@ -95,6 +132,7 @@ def run(
         seed: of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
         warmup: examples decoded by every method, and thrown away, before the clock counts.
+        ranks: this process among several, of whom each makes its share; None for the only one.
 
     Raises:
         RecordsError: a row cannot be written, or the file has rows of other data.
@@ -103,17 +141,9 @@ def run(
         {example.id: (len(prompt.token_ids), example.reference) for example, prompt in prompts}
     )
     names = list(methods)
-    jobs = [
-        (example, prompt, sample_index, name)
-        for turn, (example, prompt) in enumerate(prompts)
-        for sample_index in range(num_samples)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]
-    ]
-    pending = [
-        (example, prompt, sample_index, name)
-        for example, prompt, sample_index, name in jobs
-        if (example.id, name, sample_index) not in run_file.done
-    ]
+    jobs = all_jobs(prompts, names, num_samples)
+    pending = [job for job in jobs if job.key not in run_file.done]
+    mine = share_of(pending, ranks) if ranks else pending
     show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be one of those
     is_stop = StopStrings(task.stop_strings, show) if task.stop_strings else None
 
@@ -135,19 +165,22 @@ def run(
         )
 
     progress = Progress(run_file.rows, names)
-    with tqdm(total=len(jobs), initial=len(jobs) - len(pending), unit="row") as bar:
-        if pending:
+    num_there = len(jobs) - len(pending)
+    with tqdm(total=len(jobs), initial=num_there, unit="row") as bar:
+        if mine:
             bar.set_description("warm-up")
             for example, prompt in prompts[:warmup]:
                 for name in names:
                     decode(example, prompt, 0, name)
-        for example, prompt, sample_index, name in pending:
-            bar.set_description(example.id)
-            row = decode(example, prompt, sample_index, name)
+        for job in mine:
+            bar.set_description(job.example.id)
+            row = decode(*job)
             run_file.append(row)
             progress.add(row)
             bar.set_postfix_str(str(progress), refresh=False)
-            bar.update()
+            bar.update(num_there + ranks.count_row() - bar.n if ranks else 1)
+        if ranks:  # the others' rows still to come
+            ranks.meet(lambda: bar.update(num_there + ranks.num_rows() - bar.n))
 
 
 def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> int:

@@ -61,6 +61,8 @@ class Row:
     transforms: list[float] | None = None  # one per new token: see method/evidence.py
     gaps: list[float] | None = None
     error: str | None = None  # why the text ended early, where finish_reason is error
+    rank: int | None = None  # which of several processes made it, and where
+    device: str | None = None
 
     @property
     def key(self) -> Key:
@@ -188,8 +190,7 @@ class RunFile:
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
-        values = {name: value for name, value in asdict(row).items() if value is not None}
-        line = json.dumps(values).encode() + b"\n"
+        line = _line(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:
                 self._save_meta()
@@ -218,6 +219,23 @@ class RunFile:
             with one_line_errors(self._path, "written"):
                 self._save_meta()
 
+    def sort(self, order: Sequence[Key]) -> None:
+        """Put the rows into an order, all at once; those that it does not name come first.
+
+        Raises:
+            RecordsError: the file cannot be written.
+        """
+        places = {key: place for place, key in enumerate(order)}
+        ordered = sorted(self.rows, key=lambda row: places.get(row.key, -1))
+        if ordered == self.rows:
+            return
+        with one_line_errors(self._path, "written"):
+            replace_file(self._path, b"".join(map(_line, ordered)).decode())
+            self._file.close()
+            self._file = io.FileIO(self._path, "a+")
+            lock_alone(self._path, self._file)
+        self.rows = ordered
+
     def _save_meta(self) -> None:
         replace_file(_meta_path(self._path), _meta_text(self._meta))
         self._is_meta_saved = True
@@ -231,6 +249,11 @@ class RunFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _line(row: Row) -> bytes:
+    values = {name: value for name, value in asdict(row).items() if value is not None}
+    return json.dumps(values).encode() + b"\n"
 
 
 def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:

@@ -1,0 +1,110 @@
+"""One run on several processes: all GPUs of a machine, or several machines.
+
+`accelerate launch` or `torchrun` starts the processes; accelerate tells them of each other. Each
+rank decodes its share of the (example, sample) pairs, all methods of a pair, into a shard of its
+own beside the output; rank 0 merges the shards. Ranks that wait for each other ask rank 0's store
+instead of standing in a collective call, which would give up after half an hour.
+
+Knows nothing of models, methods and rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from specsampling.checking import ConfigError
+
+POLL_SECONDS = 0.2
+
+
+class RanksError(RuntimeError):
+    """The ranks cannot find each other any more, in one line."""
+
+
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        index: from 0 to `count` - 1.
+        count: of all processes, on all machines.
+        local_index: among this machine's.
+    """
+
+    _all: Ranks | None = None
+
+    @classmethod
+    def of_launch(cls) -> Ranks:
+        """The same object each time: what the ranks ask each other is numbered."""
+        if cls._all is None:
+            cls._all = cls()
+        return cls._all
+
+    def __init__(self) -> None:
+        import torch
+        from accelerate import PartialState
+        from torch.distributed import PrefixStore, distributed_c10d
+
+        self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
+        self.index: int = self._state.process_index
+        self.count: int = self._state.num_processes
+        self.local_index: int = self._state.local_process_index
+        self._store = PrefixStore("specsampling", distributed_c10d._get_default_store())
+        self._num_meetings = 0
+
+    def device(self, device: str) -> str:
+        """Which device of this machine a rank takes for the one configured.
+
+        Raises:
+            ConfigError: it names one GPU, which all would share.
+        """
+        import torch
+
+        if device.startswith("cuda:"):
+            raise ConfigError(
+                f"models.device must be auto, cuda or cpu for several processes (got {device}); "
+                "each takes a GPU of its own"
+            )
+        if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+            return f"cuda:{self.local_index}"
+        return device
+
+    def _add(self, name: str, amount: int) -> int:
+        """Add to a number that rank 0 keeps; what it is then."""
+        try:
+            return self._store.add(name, amount)
+        except RuntimeError as error:  # torch's DistError, and what it was before that was there
+            raise RanksError(
+                "rank 0 has ended; finished rows are kept, and the same command goes on"
+            ) from error
+
+    def count_row(self) -> int:
+        """Say that a row is done; how many are, of all ranks, since they last met."""
+        return self._add(f"rows {self._num_meetings}", 1)
+
+    def num_rows(self) -> int:
+        return self._add(f"rows {self._num_meetings}", 0)
+
+    def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until every rank is here, however long that takes."""
+        name = f"meeting {self._num_meetings}"
+        self._add(name, 1)
+        while self._add(name, 0) < self.count:
+            meanwhile()
+            time.sleep(POLL_SECONDS)
+        self._num_meetings += 1
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        from accelerate.utils import broadcast_object_list
+
+        self.meet()
+        return broadcast_object_list([value])[0]
+
+    def gather(self, values: list) -> list:
+        """All ranks' values, rank 0's first, on every rank."""
+        from accelerate.utils import gather_object
+
+        self.meet()
+        return gather_object(values)

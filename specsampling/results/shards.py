@@ -1,0 +1,177 @@
+"""A run's rows while several processes make them: a file for each, merged at the end.
+
+A shard is a run file of its own, `name.rank0003.jsonl`, on the disk of the machine that writes it.
+What a run that was killed has left of them is taken in by the next one.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from specsampling.ranks import Ranks
+from specsampling.results.records import Key, Row, RunFile, check_output, read_meta, read_rows
+
+Left = tuple[dict[str, Any], list[Row]]  # a shard's meta and rows
+
+
+def shard_path(output: Path, rank: int) -> Path:
+    return output.with_suffix(f".rank{rank:04d}.jsonl")
+
+
+def open_run_file(
+    output: Path,
+    meta: dict[str, Any],
+    fresh: bool,
+    there: Sequence[Row],
+    ranks: Ranks | None,
+    device: str,
+) -> RunFile | Shard:
+    """Where rows go: the run's file, or this rank's shard.
+
+    Args:
+        output: the run's file.
+        meta, fresh: as `RunFile.open` takes them.
+        there: rows that the file has and that stay.
+        ranks: this process among several; None for the only one.
+        device: the name of this one's, for its rows.
+    """
+    if ranks is None:
+        return RunFile.open(output, meta, fresh)
+    return Shard(output, meta, there, ranks, device, fresh)
+
+
+class Shard:
+    """A rank's part of a run file; rank 0 keeps the whole one open, so that no other run has it.
+
+    Attributes:
+        rows: of the whole file before this run, and the rank's own.
+        done: their keys.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        meta: dict[str, Any],
+        there: Sequence[Row],
+        ranks: Ranks,
+        device: str,
+        fresh: bool,
+    ):
+        self._ranks = ranks
+        self._device = device
+        self._whole = RunFile.open(output, meta, fresh) if ranks.index == 0 else None
+        self._path = shard_path(output, ranks.index)
+        self._own = RunFile.open(self._path, meta, fresh=True)
+        self.rows = list(there)
+        self.done = {row.key for row in there}
+
+    def require_same_examples(self, examples: Mapping[str, tuple[int, str | None]]) -> None:
+        """As `RunFile`'s."""
+        if self._whole:
+            self._whole.require_same_examples(examples)
+
+    def append(self, row: Row) -> None:
+        """As `RunFile`'s, into the shard, with the rank and its device."""
+        row = replace(row, rank=self._ranks.index, device=self._device)
+        self._own.append(row)
+        self.rows.append(row)
+        self.done.add(row.key)
+
+    def note(self, **facts: Any) -> None:
+        """As `RunFile`'s, of the whole file."""
+        if self._whole:
+            self._whole.note(**facts)
+
+    def merge(self, order: Sequence[Key]) -> None:
+        """Put every rank's rows into the whole file, in the order of one process."""
+        rows = self._ranks.gather(self._own.rows)
+        if self._whole:
+            _append_new(self._whole, rows)
+            self._whole.sort(order)
+            self.rows = self._whole.rows
+        self._ranks.meet()
+        self._own.close()
+        remove([self._path])
+
+    def close(self) -> None:
+        self._own.close()
+        if self._whole:
+            self._whole.close()
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def left_shards(output: Path) -> list[Path]:
+    """Shards of an output that no process writes any more.
+
+    Raises:
+        RecordsError: one does.
+    """
+    paths = sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank[0-9]*.jsonl"))
+    for path in paths:
+        check_output(path)
+    return paths
+
+
+def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
+    """Put what a run that was stopped has left in shards into its file, from every machine.
+
+    Args:
+        output: the whole file.
+        ranks: this process among several; None for the only one.
+        fresh: delete the shards instead.
+
+    Returns:
+        Whether rows were put there, as rank 0 knows it.
+    """
+    found = False
+    if ranks is None or ranks.index == 0:
+        paths = left_shards(output)
+        found = _merge(output, [] if fresh else map(_read, paths))
+        remove(paths)
+    if ranks:
+        ranks.meet()  # where the disk is shared, nothing is left now
+        is_elsewhere = ranks.index > 0 and ranks.local_index == 0
+        paths = left_shards(output) if is_elsewhere else []
+        left = ranks.gather([] if fresh else [_read(path) for path in paths])
+        if ranks.index == 0:
+            found = _merge(output, left) or found
+        ranks.meet()
+        remove(paths)
+    return found
+
+
+def _read(path: Path) -> Left:
+    rows = read_rows(path)
+    return (read_meta(path) if rows else {}), rows
+
+
+def _merge(output: Path, shards: Iterable[Left]) -> bool:
+    found = False
+    for meta, rows in shards:
+        if rows:
+            with RunFile.open(output, meta) as run_file:
+                _append_new(run_file, rows)
+            found = True
+    return found
+
+
+def _append_new(run_file: RunFile, rows: Iterable[Row]) -> None:
+    for row in rows:
+        if row.key not in run_file.done:  # else a run was stopped between merging and this
+            run_file.append(row)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete shards with their metas."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".meta.json").unlink(missing_ok=True)
