@@ -19,15 +19,16 @@ ARROWS: dict[str, set[str]] = {
     "checking": set(),
     "config": {"strict_yaml", "checking"},
     "models": {"method"},
-    "results": {"method.text", "config"},
+    "ranks": {"checking"},
+    "results": {"ranks", "method.text", "config"},
     "tasks": {"results", "method.text", "config"},
-    "runner": {"tasks", "results", "models", "method"},
+    "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},
     "loading": {"provenance", "results", "models", "method", "config"},
-    "edge": {"tasks", "results", "models", "method", "checking"},
+    "edge": {"tasks", "results", "ranks", "models", "method", "checking"},
     "console": {
-        *("edge", "loading", "provenance", "runner", "tasks", "results", "models", "method"),
-        *("config", "strict_yaml"),
+        *("edge", "loading", "provenance", "runner", "tasks", "results", "ranks", "models"),
+        *("method", "config", "strict_yaml"),
     },
 }
 

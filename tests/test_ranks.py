@@ -1,0 +1,249 @@
+"""Several processes make one run: the same rows, none lost and none twice, whoever is killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_end_to_end import METHODS, PROJECT, run
+from test_end_to_end import config as config  # a fixture
+from test_records import ROW
+from test_results import META
+
+from specsampling import edge
+from specsampling.ranks import Ranks
+from specsampling.results import shards
+from specsampling.results.records import RecordsError, RunFile, read_meta, read_rows
+from specsampling.runner import Job, all_jobs, share_of
+from specsampling.tasks.task import Example, Prompt
+
+OF_A_PROCESS = ("seconds", "rank", "device")  # fields that differ from process to process
+
+
+def launch(*arguments: object, num: int = 2, cwd: Path = PROJECT, nodes: str = "") -> list[str]:
+    """The command that starts ranks, as `accelerate launch` has it on GPUs."""
+    where = nodes.split() if nodes else ["--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(num)]
+    return [*torchrun, str(PROJECT / "main_exp2.py"), *map(str, arguments)]
+
+
+def start(command: list[str], cwd: Path = PROJECT) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def without_process(path: Path) -> list[dict]:
+    """The rows of a file in its order, without what depends on the process that made them."""
+    return [
+        {
+            name: value
+            for name, value in vars(row).items()
+            if not any(part in name for part in OF_A_PROCESS)
+        }
+        for row in read_rows(path)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory) -> Path:
+    """The file that one process writes, with two sampled texts for each problem."""
+    output = tmp_path_factory.mktemp("alone") / "results2.jsonl"
+    code, _, errors = run(*options(config, output))
+    assert code == 0, errors
+    return output
+
+
+def options(config: Path, output: Path) -> list[object]:
+    sampled = ["sampling.temperature=1", "sampling.num_samples=2", "run.threads=1"]
+    settings = [part for field in sampled for part in ("--set", field)]
+    return ["--config", config, "--limit", 5, "--output", output, *settings]
+
+
+def test_two_processes_write_the_file_that_one_writes(config, alone, tmp_path):
+    output = tmp_path / "results2.jsonl"
+    code, printed, errors = finish(start(launch(*options(config, output))))
+    assert code == 0, errors
+    assert without_process(output) == without_process(alone)
+    rows = read_rows(output)
+    assert {row.rank for row in rows} == {0, 1} and all(row.device for row in rows)
+    by_pair = {(row.example_id, row.sample_index, row.rank) for row in rows}
+    assert len(by_pair) == 10  # all methods of a pair on the same rank
+    assert errors.count("rows go to") == 1 and printed.count("speculative") >= 1
+    assert "30/30" in errors  # the sum over ranks
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("results2.jsonl", "results2.meta.json", "results2.scores.jsonl"),
+    ]
+    assert read_meta(output).keys() == read_meta(alone).keys()
+    assert read_rows(alone)[0].rank is None
+
+
+def test_kills_lose_nothing_and_repeat_nothing(config, alone, tmp_path):
+    """A random rank is killed again and again, and each time another number of ranks goes on."""
+    output = tmp_path / "results2.jsonl"
+    chance = random.Random(0)
+    numbers = [2, 3, 1, 2]
+    seen = 0
+    for num in numbers:
+        process = start(launch(*options(config, output), num=num))
+        deadline = time.monotonic() + 120
+        while num_rows(output) < seen + 2 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ranks = ranks_of(process)
+        if ranks:
+            os.kill(chance.choice(ranks), signal.SIGKILL)
+        code, _, errors = finish(process)
+        assert code != 0 or num_rows(output) == 30, errors
+        assert num_rows(output) >= seen, errors
+        seen = num_rows(output)
+    code, _, errors = run(*options(config, output))
+    assert code == 0, errors
+    assert without_process(output) == without_process(alone)
+    assert not list(tmp_path.glob("*.rank*"))
+
+
+def num_rows(output: Path) -> int:
+    """Of a run and of its shards."""
+    paths = [output, *output.parent.glob("results2.rank*.jsonl")]
+    keys = {row.key for path in paths if path.exists() for row in read_rows(path)}
+    return len(keys)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    try:
+        children = psutil.Process(process.pid).children()
+        return [child.pid for child in children if "main_exp2.py" in " ".join(child.cmdline())]
+    except psutil.Error:
+        return []
+
+
+def test_machines_without_a_shared_disk(config, alone, tmp_path):
+    """Two launches of one process each, in folders of their own."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    port = chance_port()
+    processes = []
+    for node, folder in enumerate(folders):
+        folder.mkdir()
+        nodes = f"--nnodes 2 --node-rank {node} --master-addr 127.0.0.1 --master-port {port}"
+        output = Path("results2.jsonl")
+        command = launch(*options(config, output), num=1, nodes=nodes)
+        processes.append(start(command, cwd=folder))
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert without_process(folders[0] / "results2.jsonl") == without_process(alone)
+    assert not list(folders[1].iterdir())
+
+
+def chance_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_mistake_is_said_once(config, tmp_path):
+    command = launch(
+        "--config", config, "--set", "speculation.k=0", "--output", tmp_path / "a.jsonl"
+    )
+    code, printed, errors = finish(start(command))
+    assert code != 0
+    assert errors.count("speculation.k must be") == 1
+    code, _, errors = finish(
+        start(launch("--config", config, "--device", "cuda:1", "--output", tmp_path / "a.jsonl"))
+    )
+    assert code != 0 and errors.count("models.device must be auto") == 1
+
+
+class OneOf:
+    """A rank that meets nobody."""
+
+    def __init__(self, index: int, count: int):
+        self.index, self.count, self.local_index = index, count, index
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_shares_are_disjoint_even_and_whole(count):
+    prompts = [(Example(str(i), "", None, None), Prompt((1,))) for i in range(5)]
+    jobs = all_jobs(prompts, METHODS, 3)
+    shares = [share_of(jobs, OneOf(index, count)) for index in range(count)]
+    assert sorted(job.key for share in shares for job in share) == sorted(job.key for job in jobs)
+    pairs = [{(job.example.id, job.sample_index) for job in share} for share in shares]
+    assert sum(map(len, pairs)) == 15
+    assert max(map(len, pairs)) - min(map(len, pairs)) <= 1
+    assert all(isinstance(job, Job) for job in jobs)
+
+
+def test_what_a_stopped_run_left_is_taken_in(tmp_path):
+    output = tmp_path / "run.jsonl"
+    for index in (0, 2):
+        with RunFile.open(shards.shard_path(output, index), META) as shard:
+            shard.append(dataclasses.replace(ROW, sample_index=index))
+    with shards.shard_path(output, 2).open("ab") as file:
+        file.write(b'{"torn')
+    assert shards.take_in(output, None, fresh=False)
+    assert [row.sample_index for row in read_rows(output)] == [0, 2]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.jsonl", "run.meta.json"]
+    assert not shards.take_in(output, None, fresh=False)
+
+
+def test_what_another_process_still_writes_is_left_alone(tmp_path):
+    output = tmp_path / "run.jsonl"
+    with RunFile.open(shards.shard_path(output, 1), META) as shard:
+        shard.append(ROW)
+        with pytest.raises(RecordsError, match="being written by another process"):
+            shards.take_in(output, None, fresh=True)
+    assert shards.take_in(output, None, fresh=True) is False
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_put_in_order(tmp_path):
+    rows = [dataclasses.replace(ROW, sample_index=i) for i in (3, 0, 2, 1)]
+    with RunFile.open(tmp_path / "a.jsonl", META) as run_file:
+        for row in rows:
+            run_file.append(row)
+        run_file.sort([(ROW.example_id, ROW.method, i) for i in (0, 1, 2)])
+        run_file.append(dataclasses.replace(ROW, sample_index=9))
+        with pytest.raises(RecordsError, match="another process"):
+            RunFile.open(tmp_path / "a.jsonl", META)
+    assert [row.sample_index for row in read_rows(tmp_path / "a.jsonl")] == [3, 0, 1, 2, 9]
+
+
+def test_which_rank_a_process_is(monkeypatch):
+    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
+        monkeypatch.delenv(name, raising=False)
+    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    monkeypatch.setenv("RANK", "3")  # of something else
+    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (edge.is_launched(), edge.rank()) == (True, 3)
+
+
+def test_each_takes_a_gpu_of_its_own(monkeypatch):
+    ranks = object.__new__(Ranks)
+    ranks.local_index = 3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [ranks.device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:3", "cuda:3", "cpu"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ranks.device("auto") == "auto"
