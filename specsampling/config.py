@@ -162,6 +162,11 @@ class RunConfig:
         at_least(0, "0 leaves the number to torch"),
         at_most(1024, "more than a machine's cores only wait; 0 leaves the number to torch"),
     ]
+    batch_size: Annotated[
+        int,
+        at_least(1, "1 decodes one text after the other"),
+        at_most(1024, "each has a part of the cache of its own"),
+    ] = 1
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,11 @@ class Config:
             raise ConfigError(
                 f"decoding.width must be a multiple of {WIDTH_STEP} for decoding.bit_exact: true "
                 f"(got {decoding.width}); 0 chooses it from speculation.k"
+            )
+        if self.run.batch_size > 1 and decoding.compile == "on":
+            raise ConfigError(
+                f"run.batch_size must be 1 for decoding.compile: on (got {self.run.batch_size}); "
+                "set one of the two, or compile: auto"
             )
         if "reference" in self.run.methods and not decoding.bit_exact:
             raise ConfigError(
@@ -335,7 +345,11 @@ def config_hash(config: Config) -> str:
     del values["profile"]
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
-    for block, key, was in (("decoding", "compile", "off"), ("speculation", "verifier", "token")):
+    for block, key, was in (
+        ("decoding", "compile", "off"),
+        ("speculation", "verifier", "token"),
+        ("run", "batch_size", 1),
+    ):
         if values[block][key] == was:
             del values[block][key]  # as in runs from before it was there
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -24,6 +24,7 @@ from specsampling.loading import (
     call_width,
     load_configured_pair,
     load_drafts,
+    make_batch,
     make_steps,
     self_check,
     settle_steps,
@@ -218,6 +219,8 @@ def run_experiment(
         print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
     elif pending and not make_steps(config, mode, pair, drafts, longest):
         meta.pop("steps", None)
+    if config.run.batch_size > 1:
+        make_batch(config, pair, drafts, longest)
     meta["bit_exact"] = self_check(config, pair, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     num_samples = config.sampling.num_samples
@@ -236,6 +239,7 @@ def run_experiment(
                 seed=config.sampling.seed,
                 num_samples=num_samples,
                 warmup=config.run.warmup,
+                batch_size=config.run.batch_size,
                 ranks=ranks,
             )
         finally:  # a run that is stopped has a peak too

@@ -131,6 +131,8 @@ def settle_steps(config: Config, there: Run | None, num_rows: int) -> tuple[Comp
     mode, device = config.decoding.compile, config.models.device
     if mode != "auto":
         return mode, "decoding.compile: off"
+    if config.run.batch_size > 1:
+        return "off", "run.batch_size: several texts at once"
     if there is not None:
         is_eager = not there.meta.get("steps")
         return ("off", "as the rows that are there") if is_eager else ("auto", "")
@@ -165,6 +167,32 @@ def make_steps(
         say = partial(print, f"  {name}:", file=sys.stderr, flush=True)
         say(make_static(model, mode, longest, sizes, report=say))
     return runner_of(pair.target) is not None
+
+
+def make_batch(
+    config: Config, pair: Pair, drafts: dict[tuple[str, bool], Draft], num_prompt_tokens: int
+) -> None:
+    """Make the models ready for `run.batch_size` texts at once.
+
+    Raises:
+        ModelError: one of them cannot decode several.
+    """
+    from specsampling.method.batch import install
+    from specsampling.method.step import has_step
+    from specsampling.models.errors import ModelError
+    from specsampling.models.load import draft_models
+
+    size, widest = config.run.batch_size, call_width(config) or config.width
+    models = {config.models.target: pair.target}
+    for (spec, _), draft in drafts.items():
+        models |= draft_models(spec or config.models.draft, draft)
+    for name, model in models.items():
+        if not has_step(model):
+            raise ModelError(
+                f"run.batch_size must be 1 for {name} (got {size}): {model.config.model_type} "
+                "models keep transformers' forward, which is for one text here"
+            )
+        install(model, size, num_prompt_tokens + config.decoding.max_new_tokens, widest)
 
 
 def self_check(config: Config, pair: Pair, num_prompt_tokens: int) -> str:

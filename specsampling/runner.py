@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
 
+from specsampling.method.batch import decode_together
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation, PromptError, StopCheck
 from specsampling.models.load import Pair
@@ -21,6 +23,8 @@ from specsampling.ranks import Ranks
 from specsampling.results.records import Key, Row, RunFile
 from specsampling.results.shards import Shard
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
+
+BLOCK = 4  # pairs decoded by a method in its turn, for each place of a batch
 
 
 class Decode(Protocol):
@@ -107,6 +111,20 @@ def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     return [job for job in jobs if (job.example.id, job.sample_index) in mine]
 
 
+def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+    """Jobs that are decoded together: a method's over some (example, sample) pairs.
+
+    Methods take turns from one such block of pairs to the next, as they do from text to text
+    where each is alone. A block has more pairs than a batch places, since some texts end early.
+    """
+    pairs = list(dict.fromkeys((job.example.id, job.sample_index) for job in jobs))
+    for start in range(0, len(pairs), BLOCK * batch_size):
+        block = set(pairs[start : start + BLOCK * batch_size])
+        of_block = [job for job in jobs if (job.example.id, job.sample_index) in block]
+        for method in dict.fromkeys(job.method for job in of_block):
+            yield [job for job in of_block if job.method == method]
+
+
 def run(
     pair: Pair,
     task: Task,
@@ -117,6 +135,7 @@ def run(
     seed: int,
     num_samples: int = 1,
     warmup: int = 0,
+    batch_size: int = 1,
     ranks: Ranks | None = None,
 ) -> None:
     """Decode every example with every method and append a row for each as it is finished.
@@ -132,6 +151,8 @@ def run(
         seed: of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
         warmup: examples decoded by every method, and thrown away, before the clock counts.
+        batch_size: texts decoded at once, by models that were made ready for so many. Then a row's
+            seconds are its share of them: each moment's in equal parts to the texts then open.
         ranks: this process among several, of whom each makes its share; None for the only one.
 
     Raises:
@@ -164,6 +185,15 @@ def run(
             **vars(generation),
         )
 
+    def decode_all(jobs: Sequence[Job]) -> Iterator[Row]:
+        if batch_size == 1:
+            for job in jobs:
+                yield decode(*job)
+            return
+        for group in groups_of(jobs, batch_size):
+            for done in decode_together((partial(decode, *job) for job in group), batch_size):
+                yield shared_seconds(done.result, done.share)
+
     progress = Progress(run_file.rows, names)
     num_there = len(jobs) - len(pending)
     with tqdm(total=len(jobs), initial=num_there, unit="row") as bar:
@@ -172,15 +202,20 @@ def run(
             for example, prompt in prompts[:warmup]:
                 for name in names:
                     decode(example, prompt, 0, name)
-        for job in mine:
-            bar.set_description(job.example.id)
-            row = decode(*job)
+        for row in decode_all(mine):
+            bar.set_description(row.example_id)
             run_file.append(row)
             progress.add(row)
             bar.set_postfix_str(str(progress), refresh=False)
             bar.update(num_there + ranks.count_row() - bar.n if ranks else 1)
         if ranks:  # the others' rows still to come
             ranks.meet(lambda: bar.update(num_there + ranks.num_rows() - bar.n))
+
+
+def shared_seconds(row: Row, share: float) -> Row:
+    """A row with a share of its seconds."""
+    seconds = {name: value for name, value in vars(row).items() if name.endswith("_seconds")}
+    return replace(row, **{name: share * value for name, value in seconds.items() if value})
 
 
 def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> int:

@@ -24,18 +24,19 @@ MAX_GROUPED_ROWS = 64  # of a call whose mask stands once per query head of a ke
 
 
 class Buffers(NamedTuple):
-    """A text's keys and values, [1, key heads, capacity, head_dim] for each layer."""
+    """Texts' keys and values, [texts, key heads, capacity, head_dim] for each layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, capacity: int) -> Buffers:
+    def of(cls, model: PreTrainedModel, capacity: int, num_texts: int = 1) -> Buffers:
         # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
         config: Any = model.config
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        shape = (1, getattr(config, "num_key_value_heads", num_heads), capacity, head_dim)
+        num_keys = getattr(config, "num_key_value_heads", num_heads)
+        shape = (num_texts, num_keys, capacity, head_dim)
         dtype, device, layers = model.dtype, model.device, range(config.num_hidden_layers)
         keys, values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in range(2)
@@ -58,10 +59,14 @@ class _Cache:
         self._positions = positions
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        all_keys, all_values = self._buffers.keys[layer], self._buffers.values[layer]
-        all_keys.index_copy_(2, self._positions, keys.to(all_keys.dtype))
-        all_values.index_copy_(2, self._positions, values.to(all_values.dtype))
-        return all_keys, all_values
+        buffers = self._buffers.keys[layer], self._buffers.values[layer]
+        for buffer, new in zip(buffers, (keys, values)):
+            if self._positions.dim() == 1:
+                buffer.index_copy_(2, self._positions, new.to(buffer.dtype))
+            else:
+                places = self._positions[:, None, :, None].expand(new.shape)
+                buffer.scatter_(2, places, new.to(buffer.dtype))
+        return buffers
 
 
 def has_step(model: PreTrainedModel) -> bool:
@@ -86,14 +91,15 @@ def decode_step(model: PreTrainedModel, ids: Tensor, positions: Tensor, buffers:
 
     Args:
         model: one that `has_step`.
-        ids: [rows] token ids.
-        positions: [rows] where they stand; keys and values are written there.
-        buffers: the text's.
+        ids: [rows] token ids; of several texts, [texts, rows].
+        positions: of the same shape, where they stand; keys and values are written there.
+        buffers: the text's, or texts'.
 
     Returns:
-        [rows, V] in the model's dtype or float32.
+        [rows, V] or [texts, rows, V], in the model's dtype or float32.
     """
-    return head(model, hidden_states(model, ids, positions, buffers))
+    logits = model.get_output_embeddings()(hidden_states(model, ids, positions, buffers))
+    return logits if ids.dim() == 2 else logits[0]
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ def hidden_states(
     buffers: Buffers,
     is_filled: bool = False,
 ) -> Tensor:
-    """What `decode_step` gives to the head, [1, rows, d].
+    """What `decode_step` gives to the head, [texts, rows, d].
 
     Args:
         model, ids, positions, buffers: as there.
@@ -119,7 +125,9 @@ def hidden_states(
     base: Any = model.base_model
     masks: dict[str, Tensor | None]
     cache = _Cache(buffers, positions)
-    embedded = model.get_input_embeddings()(ids[None])
+    if ids.dim() == 1:
+        ids, positions = ids[None], positions[None]
+    embedded = model.get_input_embeddings()(ids)
     if config.model_type == "gpt_neo":
         known = positions.clamp(max=base.wpe.num_embeddings - 1)  # padding may reach beyond
         hidden = (embedded + base.wpe(known)).to(base.ln_f.weight.dtype)
@@ -131,14 +139,14 @@ def hidden_states(
             hidden = _gpt_neo_block(block, hidden, masks[kind], cache)
         return base.ln_f(hidden)
     hidden = embedded.to(base.norm.weight.dtype)  # float32 between layers in 8 bit
-    rotation = base.rotary_emb(hidden, positions[None])
+    rotation = base.rotary_emb(hidden, positions)
     masks = _masks(model, positions, buffers, is_filled)
     for layer, kind in zip(base.layers, _layer_kinds(config)):
         hidden = layer(
             hidden,
             attention_mask=masks[kind],
             position_embeddings=rotation,
-            position_ids=positions[None],
+            position_ids=positions,
             past_key_values=cache,
         )
     return base.norm(hidden)
@@ -158,7 +166,7 @@ def _masks(
     """A mask for each kind of layer that the model has."""
     config: Any = model.config
     group = 1
-    if config._attn_implementation.startswith(GROUPED) and len(positions) <= MAX_GROUPED_ROWS:
+    if config._attn_implementation.startswith(GROUPED) and positions.shape[1] <= MAX_GROUPED_ROWS:
         group = config.num_attention_heads // config.num_key_value_heads
     masks: dict[str, Tensor | None] = {}
     for kind in set(_layer_kinds(config)):
@@ -172,24 +180,24 @@ def _masks(
 
 
 def _mask(positions: Tensor, keys: Tensor, window: int | None = None, group: int = 1) -> Tensor:
-    """[1, 1, group * rows, keys]: 0 where a row sees a key, else -inf, to be added.
+    """[texts, 1, group * rows, keys]: 0 where a row sees a key, else -inf, to be added.
 
     Args:
-        positions: [rows].
+        positions: [texts, rows].
         keys: a layer's buffer.
         window: how many keys a row sees, itself the newest; None for all before it.
         group: query heads that share a key head and stand together as rows of one.
     """
     key = torch.arange(keys.shape[2], device=keys.device)
-    is_hidden = key > positions[:, None]
+    is_hidden = key > positions[:, :, None]
     if window is not None:
-        is_hidden |= key <= positions[:, None] - window
+        is_hidden |= key <= positions[:, :, None] - window
     mask = torch.zeros(is_hidden.shape, dtype=keys.dtype, device=keys.device)
-    return mask.masked_fill_(is_hidden, -torch.inf).repeat(group, 1)[None, None]
+    return mask.masked_fill_(is_hidden, -torch.inf).repeat(1, group, 1)[:, None]
 
 
 def _gpt_neo_block(block: Any, hidden: Tensor, mask: Tensor | None, cache: _Cache) -> Tensor:
-    """[1, rows, d] -> [1, rows, d]; its attention's products are not scaled."""
+    """[texts, rows, d] -> [texts, rows, d]; its attention's products are not scaled."""
     attention = block.attn.attention
     normed = block.ln_1(hidden)
     queries, keys, values = (

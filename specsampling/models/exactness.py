@@ -17,13 +17,16 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import num_logits
+from specsampling.method.forward import runner_of
 from specsampling.method.session import Session, attention_windows, context_limit
 from specsampling.models.errors import ModelError
 from specsampling.models.source import reason
@@ -203,6 +206,8 @@ def _random_tokens(model: PreTrainedModel, num_tokens: int) -> list[int]:
 def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -> ExactnessCheck:
     """Feed the same tokens one by one and in one call, and compare the logits' bits.
 
+    Where several texts are decoded at once, also in a call with others'.
+
     That is done near the beginning, around the edge of each attention window, and at the end of
     the longest text to come.
 
@@ -232,6 +237,11 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
         alone = [session.score(tokens[: start + i + 1], last=1) for i in range(len(rows))]
         all_together.append(rows)
         all_alone.append(torch.cat(alone))
+    runner = runner_of(target)
+    if isinstance(runner, BatchRunner):
+        for start, rows in zip(reversed(starts), list(all_together)):
+            all_together.append(_among_others(target, runner, tokens[: start + together], width))
+            all_alone.append(rows)
     one, other = torch.cat(all_together), torch.cat(all_alone)
     error = _proof(target, one).difference(_proof(target, other))
     if math.isnan(error):
@@ -243,3 +253,22 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
         )
     difference = (one.float() - other.float()).nan_to_num().abs().max().item()
     return ExactnessCheck(torch.equal(one, other), len(one), difference, longest)
+
+
+def _among_others(
+    target: PreTrainedModel, runner: BatchRunner, tokens: list[int], width: int | None
+) -> Tensor:
+    """The last tokens' first rows, scored while other texts of other lengths are open too."""
+
+    def score(tokens: list[int], num_rows: int) -> Tensor:
+        session = Session(target, runner.capacity, width)
+        session.prefill(tokens[:-num_rows])
+        return session.score(tokens, last=num_rows)[:NUM_ALONE]
+
+    together = min(width or WIDTH, len(tokens))
+    jobs = [partial(score, tokens, together)]
+    for i in range(1, runner.num_places):
+        others = tokens[i % len(tokens) :] or tokens
+        jobs.append(partial(score, others, min(1 + i % together, len(others))))
+    results = {done.index: done.result for done in decode_together(jobs, runner.num_places)}
+    return results[0]
