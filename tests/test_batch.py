@@ -1,0 +1,209 @@
+"""Several texts at once: each gets the tokens that it gets alone, whoever it is decoded beside."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from conftest import make_model
+from test_end_to_end import config as config  # a fixture
+from test_end_to_end import run
+from test_ranks import without_process
+from transformers import MistralConfig, MistralForCausalLM
+
+from autoregressive import autoregressive
+from specsampling.method.adaptive import AdaptiveDraft
+from specsampling.method.batch import BatchRunner, decode_together, install
+from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
+from specsampling.method.forward import RUNNER
+from specsampling.method.sampling import GREEDY, Sampling
+from specsampling.models.exactness import check_exactness
+from specsampling.results.records import read_rows
+from speculative import speculative
+
+PROMPTS = [[1, 4, 2, 1, 4], [3], list(range(30)), [7, 7, 7, 8, 7, 7], [100, 2, 50], [5, 6] * 9]
+LONGEST = 30 + 24
+WIDTH = 8
+
+
+def mistral():
+    """Its layers see only the newest 16 keys."""
+    torch.manual_seed(3)
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = MistralConfig(
+        vocab_size=120, sliding_window=16, initializer_range=0.3, **shape, **heads
+    )
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt_neo", "mistral"])
+def pair(request):
+    """Models of their own: they get runners."""
+    target = mistral() if request.param == "mistral" else make_model(request.param)
+    return target, make_model("llama", 1)
+
+
+def drafts_of(model):
+    lookup = NgramDraft(3, 1)
+    return {
+        "model": ModelDraft(model),
+        "lookup": lookup,
+        "both, until unsure": CompositeDraft(lookup, ModelDraft(model, 3, 0.3)),
+        "k auto": AdaptiveDraft.of(CompositeDraft(lookup, ModelDraft(model))),
+    }
+
+
+def jobs_of(target, draft, width, sampling):
+    """A decoder for each prompt; each text ends where it ends."""
+    for i, prompt in enumerate(PROMPTS):
+        shared = {"max_new_tokens": 10 + 2 * i, "sampling": sampling, "eos_ids": (11,)}
+        shared["generator"] = torch.Generator().manual_seed(i)
+        if draft is None:
+            yield partial(autoregressive, target, prompt, width=width, **shared)
+        else:
+            yield partial(speculative, target, draft, prompt, k=4, width=width, **shared)
+
+
+def alone(*arguments):
+    return [job().token_ids for job in jobs_of(*arguments)]
+
+
+def together(target, model, size, *arguments):
+    for decoded in (target, model):
+        install(decoded, size, LONGEST, WIDTH)
+    try:
+        done = list(decode_together(jobs_of(target, *arguments), size))
+    finally:
+        for decoded in (target, model):
+            del decoded.__dict__[RUNNER]
+    return [text.result.token_ids for text in sorted(done)]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width", [None, WIDTH])
+@pytest.mark.parametrize("kind", ["baseline", *drafts_of(None)])
+def test_each_text_is_the_one_it_is_alone(kind, width, sampling, pair):
+    target, model = pair
+    if kind == "k auto" and not sampling.is_greedy:
+        pytest.skip("sampled texts depend on the clock then, as to which they are")
+    draft = None if kind == "baseline" else drafts_of(model)[kind]
+    expected = alone(target, draft, width, sampling)
+    for size in (2, 4, 9):
+        assert together(target, model, size, draft, width, sampling) == expected
+
+
+def test_calls_are_shared(pair, monkeypatch):
+    target, model = pair
+    sizes = []
+    run_batch = BatchRunner.run
+    monkeypatch.setattr(
+        BatchRunner, "run", lambda self, asked: sizes.append(len(asked)) or run_batch(self, asked)
+    )
+    together(target, model, 6, None, WIDTH, GREEDY)
+    assert max(sizes) == 6 and len(sizes) <= 20  # as many calls as the longest text has tokens
+
+
+def test_the_seconds_of_texts_add_up_to_the_time_that_passed(pair):
+    target, model = pair
+    for decoded in (target, model):
+        install(decoded, 3, LONGEST, WIDTH)
+    start = time.perf_counter()
+    done = list(decode_together(jobs_of(target, ModelDraft(model), None, GREEDY), 3))
+    passed = time.perf_counter() - start
+    for decoded in (target, model):
+        del decoded.__dict__[RUNNER]
+    seconds = [
+        text.share * (text.result.prefill_seconds + text.result.decode_seconds) for text in done
+    ]
+    assert sum(seconds) == pytest.approx(passed, rel=0.2)
+    assert all(0 < text.share <= 1.01 for text in done)
+
+
+def test_bits_are_the_same_among_others(pair):
+    target, _ = pair
+    install(target, 5, 64, WIDTH)
+    try:
+        check = check_exactness(target, WIDTH, 64)
+        assert check.is_exact and check.num_rows >= 16
+    finally:
+        del target.__dict__[RUNNER]
+
+
+def test_bits_that_depend_on_others_are_noticed(pair, monkeypatch):
+    """The negative control."""
+    target, _ = pair
+    install(target, 5, 64, WIDTH)
+    run_batch = BatchRunner.run
+    monkeypatch.setattr(
+        BatchRunner,
+        "run",
+        lambda self, asked: [rows + 1e-6 * (len(asked) > 1) for rows in run_batch(self, asked)],
+    )
+    try:
+        assert not check_exactness(target, WIDTH, 64).is_exact
+    finally:
+        del target.__dict__[RUNNER]
+
+
+def test_a_text_of_nan_leaves_the_others_alone(pair):
+    target, model = pair
+    expected = alone(target, None, WIDTH, GREEDY)
+    runner = install(target, 3, LONGEST, WIDTH)
+    run_batch = runner.run
+    poisoned = []
+
+    def run(asked):
+        logits = run_batch(asked)
+        if len(poisoned) < 1 and len(asked) == 3:
+            place = asked[1].place if isinstance(asked, list) else None
+            poisoned.append(place)
+            runner._places[place].values[0].fill_(torch.nan)
+            logits[1] = torch.full_like(logits[1], torch.nan)
+        return logits
+
+    runner.run = run
+    try:
+        done = sorted(decode_together(jobs_of(target, None, WIDTH, GREEDY), 3))
+    finally:
+        del target.__dict__[RUNNER]
+    assert poisoned
+    results = [text.result for text in done]
+    assert [result.finish_reason for result in results].count("error") == 1
+    for result, tokens in zip(results, expected):
+        assert result.finish_reason == "error" or result.token_ids == tokens
+
+
+def test_a_run_of_several_at_once_has_the_rows_of_one_by_one(config, tmp_path):
+    outputs = [tmp_path / name for name in ("one.jsonl", "four.jsonl")]
+    for output, size in zip(outputs, (1, 4)):
+        code, printed, errors = run(
+            *("--config", config, "--limit", 6, "--output", output),
+            *("--set", f"run.batch_size={size}"),
+        )
+        assert code == 0, errors
+        assert "6/6" in printed and "confirmed" in errors
+    one, four = (
+        sorted(without_process(output), key=lambda row: (row["example_id"], row["method"]))
+        for output in outputs
+    )
+    for row in (*one, *four):  # logits' differences, in float32, by rounding
+        row.pop("gaps")
+    assert one == four
+    assert all(row.decode_seconds > 0 for row in read_rows(outputs[1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["run.batch_size=0"], "run.batch_size must be >= 1"),
+        (["run.batch_size=2", "decoding.compile=on"], "run.batch_size must be 1 for"),
+    ],
+)
+def test_what_cannot_be_is_one_line(settings, message, config, tmp_path):
+    changed = [part for field in settings for part in ("--set", field)]
+    code, printed, errors = run("--config", config, "--output", tmp_path / "a.jsonl", *changed)
+    assert (code, printed) == (2, "") and message in errors and errors.count("\n") == 1
