@@ -62,7 +62,8 @@ class BatchRunner:
     def __init__(self, model: PreTrainedModel, num_places: int, capacity: int):
         self.capacity = capacity
         self.num_places = num_places
-        self.num_parameters = sum(weights.numel() for weights in model.parameters())
+        config: Any = model.config
+        self.size = config.num_hidden_layers * config.hidden_size**2  # its calls' order
         self._model = model
         self._all = Buffers.of(model, capacity, num_places)
         self._places = [
@@ -169,7 +170,7 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
         waiting = [text for text in texts if text.request is not None]
         if waiting and len(texts) == len(waiting):
             runners = {text.request.runner for text in waiting if text.request}
-            runner = min(runners, key=lambda runner: runner.num_parameters)
+            runner = min(runners, key=lambda runner: runner.size)
             asking = [text for text in waiting if text.request and text.request.runner is runner]
             with torch.inference_mode():
                 logits = runner.run([text.request for text in asking if text.request])
