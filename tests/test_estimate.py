@@ -1,0 +1,68 @@
+"""Memory from configurations alone: the sizes that everybody knows, and who fits where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from Benchmarks.plan import CONFIGS
+from specsampling.models.estimate import Lengths, Need, need_of, outline, weight_bytes
+
+CUDA = torch.device("cuda")
+GB = 1e9
+LENGTHS = Lengths(longest=900, prompt=640, width=8)
+
+
+def outlined(name: str):
+    return outline(AutoConfig.for_model(**CONFIGS[name]), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "expected"),
+    [
+        ("gpt-neo-1.3b", "none", 2.63),
+        ("gpt-neo-125m", "none", 0.25),
+        ("deepseek-coder-6.7b", "none", 13.48),
+        ("deepseek-coder-6.7b", "int8", 6.98),
+        ("deepseek-coder-6.7b", "nf4", 4.2),
+        ("deepseek-coder-1.3b", "none", 2.69),
+    ],
+)
+def test_weights(name, quantization, expected):
+    size = weight_bytes(outlined(name), quantization, CUDA) / GB
+    assert size == pytest.approx(expected, rel=0.03)
+
+
+def pair_need(target: str, draft: str, quantization: str) -> Need:
+    return need_of(outlined(target), quantization, CUDA, LENGTHS) + need_of(
+        outlined(draft), "none", CUDA, LENGTHS
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "quantization", "memory", "fits"),
+    [
+        ("gpt-neo-1.3b", "gpt-neo-125m", "none", 6, True),
+        ("gpt-neo-1.3b", "gpt-neo-125m", "int8", 6, True),
+        ("gpt-neo-1.3b", "gpt-neo-125m", "none", 3, False),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "none", 15, False),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "int8", 15, True),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "nf4", 15, True),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "int8", 8, False),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "nf4", 8, True),
+    ],
+)
+def test_who_fits_where(target, draft, quantization, memory, fits):
+    assert (pair_need(target, draft, quantization).total <= memory * GB) == fits
+
+
+def test_texts_and_lengths_are_counted():
+    model = outlined("gpt-neo-125m")
+    one, long, many = (
+        need_of(model, "none", CUDA, lengths)
+        for lengths in (Lengths(600, 64, 8), Lengths(1256, 64, 8), Lengths(600, 64, 8, 16))
+    )
+    assert long.caches == pytest.approx(2 * one.caches, rel=0.1)
+    assert many.caches == 16 * one.caches and many.activations > 8 * one.activations
+    assert one.weights == many.weights
