@@ -131,7 +131,7 @@ def cache_bytes(model: PreTrainedModel, lengths: Lengths) -> int:
 
 
 def activation_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
-    """Of the larger of two calls: the prompt's through a layer, or a decode call with its logits."""
+    """Of the larger call: the prompt's through a layer, or a decode call with its logits."""
     config: Any = model.config.get_text_config(decoder=True)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     head: Any = model.get_output_embeddings()
