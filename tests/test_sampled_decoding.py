@@ -114,7 +114,7 @@ class DishonestDraft:
 
     @staticmethod
     def _misreport(tokens, probs):
-        return tokens, torch.full_like(probs, 1 / VOCAB)
+        return tokens, torch.full_like(probs, 1 / probs.shape[-1])
 
 
 def test_a_draft_that_misreports_its_distribution_is_noticed(pair):
