@@ -169,22 +169,14 @@ def drafts_of(target, model) -> dict[str, Callable[[], object]]:
 KINDS = list(drafts_of(None, None))
 
 
-CASES = [  # warp, k, new tokens, ending
-    ("softmax", 2, 2, "length"),
-    ("cold", 2, 3, "eos"),
-    ("top-k", 3, 3, "stop"),
-    ("nucleus", 1, 3, "length"),
-    ("greedy", 3, 4, "stop"),
-]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_the_decoders_texts_have_the_targets_distribution(name, kind, model_of, decoded_texts):
     target, model = models(model_of)
     make_draft = drafts_of(target, model)[kind]
-    for warp, k, num, ending in CASES:
-        options = {"num": num, "sampling": WARPS[warp], **ENDINGS[ending]}
+    cases = itertools.product((1, 2, 3), WARPS.values())
+    for (k, sampling), ending in zip(cases, itertools.cycle(ENDINGS.values())):
+        options = {"num": 3, "sampling": sampling, **ending}
         found = decoded_texts(target, make_draft, name, k=k, **options)
         assert_is_wanted(found, wanted_texts(target, **options))
 
@@ -196,7 +188,7 @@ def assert_is_wanted(found: dict, wanted: dict) -> None:
 
 
 def test_so_they_have_for_any_models_and_warp(model_of, decoded_texts):
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(
         name=st.sampled_from(list(VERIFIERS)),
         kind=st.sampled_from(KINDS),
