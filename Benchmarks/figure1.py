@@ -25,14 +25,19 @@ if __name__ == "__main__":
 
     catch_signals()
 
-from Benchmarks.table1 import CELLS, cell_overrides, cell_parser, chosen_cells, run_cells
+from Benchmarks.table1 import (
+    CELLS,
+    cell_overrides,
+    cell_parser,
+    chosen_cells,
+    run_cells,
+    short_texts,
+)
 from specsampling.config import ConfigError, load_config
 from specsampling.console import exit_code, option_value
 from specsampling.results.figure1 import figure1, figure1_paths, format_figure1
 from specsampling.results.figures import save_figure
 from specsampling.results.records import read_run
-
-MAX_NEW_TOKENS = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +77,7 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
         f"models.draft={draft}",
         f"speculation.k={options.k}",
         "speculation.model_k=null",
-        f"decoding.max_new_tokens={min(MAX_NEW_TOKENS, config.decoding.max_new_tokens)}",
+        short_texts(config),
         "speculation.min_confidence=0",
         "decoding.width=0",
         f"run.methods=[{', '.join(methods)}]",

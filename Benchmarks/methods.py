@@ -3,11 +3,11 @@
     python Benchmarks/methods.py --limit 20                     the demo pair
     python Benchmarks/methods.py --limit 20 --profile exp2-cpu  Qwen2.5-Coder 1.5B with 0.5B
 
-Drafts: the profile's model, n-grams, both, and the target's own first layers. Rules (where they
-differ: sampling, and a draft that has a distribution): token by token, and the block as a whole. K:
-the profile's, and found while decoding. Each cell of the grid is one run whose methods take turns.
-Rows go to methods/ in the output folder; a rerun continues, and Benchmarks/methods.ipynb shows the
-table and a figure.
+Drafts: the profile's model, n-grams, both, and the target's own first layers. K: the profile's, and
+found while decoding. Rules: token by token, and, for the profile's K where they differ (sampling,
+and a draft that has a distribution), the block as a whole. Each cell of the grid is one run whose
+methods take turns, over texts of 64 tokens. Rows go to methods/ in the output folder; a rerun
+continues, and Benchmarks/methods.ipynb shows the table and a figure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ if __name__ == "__main__":
 
     catch_signals()
 
-from Benchmarks.table1 import CELLS, cell_overrides, cell_parser, chosen_cells, run_cells
+from Benchmarks.table1 import (
+    CELLS,
+    cell_overrides,
+    cell_parser,
+    chosen_cells,
+    run_cells,
+    short_texts,
+)
 from specsampling.config import load_config
 from specsampling.console import exit_code
 from specsampling.results.methods import format_methods, methods_paths, methods_table
@@ -63,13 +70,18 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     methods = ["autoregressive"]
     if is_greedy and config.decoding.bit_exact:
         methods.append("reference")
+    k = config.speculation.k
     for draft in drafts:
-        for k in (config.speculation.k, "auto"):
-            one_rule = is_greedy or draft == "ngram"
-            rules = ["token"] if one_rule else ["token", "block"]
-            methods += [f"speculative:{draft}@{k}@{rule}" for rule in rules]
-    listed = ", ".join(f'"{method}"' for method in dict.fromkeys(methods))
-    return [*cell_overrides(CELLS[cell], options), f"run.methods=[{listed}]"]
+        choices = [f"{k}@token", "auto@token"]
+        if not is_greedy and draft != "ngram":
+            choices.append(f"{k}@block")
+        methods += [f"speculative:{draft}@{choice}" for choice in dict.fromkeys(choices)]
+    listed = ", ".join(f'"{method}"' for method in methods)
+    return [
+        *cell_overrides(CELLS[cell], options),
+        short_texts(config),
+        f"run.methods=[{listed}]",
+    ]
 
 
 if __name__ == "__main__":

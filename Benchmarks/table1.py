@@ -34,10 +34,12 @@ if __name__ == "__main__":
 
 import main_exp1
 import main_exp2
-from specsampling.config import ConfigError, load_config, require_task
+from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.results.records import check_output, read_run
 from specsampling.results.table1 import format_table1, table1, table1_paths
+
+SHORT_TEXT = 64  # tokens
 
 
 class Cell(NamedTuple):
@@ -137,6 +139,11 @@ def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
         limit = json.dumps(option_value("run.limit", options.limit))  # which YAML reads as it is
         overrides.append(f"run.limit={limit}")
     return overrides
+
+
+def short_texts(config: Config) -> str:
+    """What ends a text early where many methods are timed beside each other."""
+    return f"decoding.max_new_tokens={min(SHORT_TEXT, config.decoding.max_new_tokens)}"
 
 
 if __name__ == "__main__":

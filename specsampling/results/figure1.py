@@ -87,6 +87,15 @@ def found_k(run: Run) -> metrics.Interval | None:
     return metrics.speedup(best_rows, rows[AUTO]).of_totals
 
 
+def loop_line(table: pd.DataFrame) -> tuple[float, float, float]:
+    """Loop time over K as a line: milliseconds at K = 0, milliseconds per K, and R squared."""
+    from scipy.stats import linregress
+
+    drafting = table[table["K"] > 0]
+    fit = linregress(drafting["K"], drafting["loop ms"])
+    return float(fit.intercept), float(fit.slope), float(fit.rvalue) ** 2
+
+
 def best_k(table: pd.DataFrame) -> int:
     """The K of the least time per token."""
     return int(table["K"].iloc[int(table["ms/token"].argmin())])
@@ -118,6 +127,9 @@ def describe_cell(cell: str, run: Run) -> str:
     if found := found_k(run):
         interval = f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
         line += f"; K found while decoding: {interval} of that pace"
+    if len(table) > 3:
+        intercept, slope, fit = loop_line(table)
+        line += f"; loop time {intercept:.1f} + {slope:.2f} K ms (R^2 {fit:.3f})"
     return line
 
 
