@@ -57,10 +57,12 @@ class BatchRunner:
     Attributes:
         capacity: of each text's part of the cache.
         num_places: how many texts there can be at once.
+        widest: of their calls, in rows.
     """
 
-    def __init__(self, model: PreTrainedModel, num_places: int, capacity: int):
+    def __init__(self, model: PreTrainedModel, num_places: int, capacity: int, widest: int):
         self.capacity = capacity
+        self.widest = widest
         self.num_places = num_places
         config: Any = model.config
         self.size = config.num_hidden_layers * config.hidden_size**2  # its calls' order
@@ -73,7 +75,7 @@ class BatchRunner:
         self._owners: list[weakref.ref | None] = [None] * num_places
 
     def num_rows(self, needed: int) -> int:
-        return needed
+        return min(needed, self.widest)
 
     def buffers(self, capacity: int, owner: object) -> Buffers:
         """A free place's."""
@@ -128,7 +130,7 @@ def install(model: PreTrainedModel, num_places: int, longest: int, widest: int) 
             the padding of its last call.
     """
     capacity = -(-(longest + 2 * widest) // BLOCK) * BLOCK
-    runner = BatchRunner(model, num_places, capacity)
+    runner = BatchRunner(model, num_places, capacity, widest)
     model.__dict__[RUNNER] = runner
     return runner
 

@@ -261,7 +261,7 @@ def _among_others(
     """The last tokens' first rows, scored while other texts of other lengths are open too."""
 
     def score(tokens: list[int], num_rows: int) -> Tensor:
-        session = Session(target, runner.capacity, width)
+        session = Session(target, len(tokens), width)
         session.prefill(tokens[:-num_rows])
         return session.score(tokens, last=num_rows)[:NUM_ALONE]
 
