@@ -63,6 +63,7 @@ class Shard:
     ):
         self._ranks = ranks
         self._device = device
+        self._facts: dict[str, Any] = {}
         self._whole = RunFile.open(output, meta, fresh) if ranks.index == 0 else None
         self._path = shard_path(output, ranks.index)
         self._own = RunFile.open(self._path, meta, fresh=True)
@@ -82,9 +83,10 @@ class Shard:
         self.done.add(row.key)
 
     def note(self, **facts: Any) -> None:
-        """As `RunFile`'s, of the whole file."""
+        """As `RunFile`'s, of the whole file; where that gains its first rows by merging, then."""
+        self._facts |= facts
         if self._whole:
-            self._whole.note(**facts)
+            self._whole.note(**self._facts)
 
     def merge(self, order: Sequence[Key]) -> None:
         """Put every rank's rows into the whole file, in the order of one process."""
