@@ -1,0 +1,68 @@
+"""A target over several GPUs, where no single one holds it: which layer goes where.
+
+accelerate chooses and moves what passes from one to the next; here it is asked with the memory that
+is free less what the caches and the draft will take, and held to it. Layers left to the machine's
+own memory are read anew for each call, a hundred times as slow, so only on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from specsampling.models.errors import ModelError
+from specsampling.models.memory import gigabytes
+
+SPLIT = "auto-split"
+SPLIT_OFFLOAD = "auto-split-offload"
+OFFLOADED = ("cpu", "disk")
+
+
+def device_map(
+    model: PreTrainedModel,
+    free: Mapping[int, int],
+    reserved: int,
+    caches: int,
+    weights: int,
+    machine: int = 0,
+) -> dict[str, int | str]:
+    """Where each part of a target goes.
+
+    Args:
+        model: its `estimate.outline`.
+        free: bytes of each GPU.
+        reserved: of the first GPU's, for the draft and calls.
+        caches: of the target, which lie where its layers do.
+        weights: of the target, in the precision to come.
+        machine: bytes of the machine's own memory that layers may take; 0 allows none.
+
+    Raises:
+        ModelError: they do not hold it.
+    """
+    from accelerate import infer_auto_device_map
+
+    share = weights / (weights + caches)  # of a layer's bytes, its weights
+    first = min(free)
+    limits: dict[int | str, int] = {
+        gpu: int(share * max(0, size - (reserved if gpu == first else 0)))
+        for gpu, size in free.items()
+    }
+    unquantized = sum(part.numel() * part.element_size() for part in set(model.parameters()))
+    scale = unquantized / weights  # accelerate counts the outline's own precision
+    places: dict[str, int | str] = infer_auto_device_map(
+        model,
+        max_memory={
+            where: int(size * scale) for where, size in (limits | {"cpu": machine}).items()
+        },
+        no_split_module_classes=list(model._no_split_modules or ()),
+    )
+    left_over = [name for name, where in places.items() if where in OFFLOADED]
+    if left_over and (not machine or any(where == "disk" for where in places.values())):
+        raise ModelError(
+            f"models.device {SPLIT}: the target needs {gigabytes(weights + caches)} with its cache, "
+            f"and the GPUs have {gigabytes(sum(free.values()) - reserved)} free beside the draft; "
+            f"choose int8 or nf4, shorter texts, or {SPLIT_OFFLOAD}, which keeps the rest in the "
+            "machine's memory and is many times as slow"
+        )
+    return places
