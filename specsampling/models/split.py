@@ -62,7 +62,7 @@ def device_map(
         raise ModelError(
             f"models.device {SPLIT}: the target needs {gigabytes(weights + caches)} with its cache, "
             f"and the GPUs have {gigabytes(sum(free.values()) - reserved)} free beside the draft; "
-            f"choose int8 or nf4, shorter texts, or {SPLIT_OFFLOAD}, which keeps the rest in the "
-            "machine's memory and is many times as slow"
+            f"choose int8 or nf4, shorter texts, or {SPLIT_OFFLOAD}, which keeps the rest in "
+            "the machine's memory and is many times as slow"
         )
     return places
