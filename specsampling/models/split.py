@@ -60,7 +60,7 @@ def device_map(
     left_over = [name for name, where in places.items() if where in OFFLOADED]
     if left_over and (not machine or any(where == "disk" for where in places.values())):
         raise ModelError(
-            f"models.device {SPLIT}: the target needs {gigabytes(weights + caches)} with its cache, "
+            f"models.device {SPLIT}: the target needs {gigabytes(weights + caches)} with caches, "
             f"and the GPUs have {gigabytes(sum(free.values()) - reserved)} free beside the draft; "
             f"choose int8 or nf4, shorter texts, or {SPLIT_OFFLOAD}, which keeps the rest in "
             "the machine's memory and is many times as slow"
