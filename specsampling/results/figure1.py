@@ -148,7 +148,8 @@ def figure1(runs: Mapping[str, Run]) -> Figure:
     figure, panels = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
     plt.close(figure)
     titles = {
-        "ms/token": "time per token (ms)\nK = 0: the baseline; dotted: predicted",
+        "ms/token": "time per token (ms); K = 0: the baseline\n"
+        "dotted: predicted; star: K found while decoding",
         "accepted": "draft acceptance rate",
         "loop ms": "loop time (ms)",
     }
@@ -162,6 +163,11 @@ def figure1(runs: Mapping[str, Run]) -> Figure:
             axes.plot(table["K"], table[column], line, label=cell, **style)
         measured = table["ms/token"] * table["measured / predicted"]
         panels[0].plot(table["K"], measured, ":", color=colour)
+        if found := shared_rows(run.rows).get(AUTO):
+            num_drafted = [k for row in found for k in row.drafted]
+            mean_k = sum(num_drafted) / max(len(num_drafted), 1)
+            milliseconds = 1000 / metrics.tokens_per_second(found)
+            panels[0].plot([mean_k], [milliseconds], "*", color=colour, markersize=11)
     for axes, title in zip(panels, titles.values()):
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("K")
