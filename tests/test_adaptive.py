@@ -58,9 +58,7 @@ def decode(alphas, draft, slope=0.0, *, cycles=4000, skipped=300, most=7, seed=0
     tokens = seconds = 0.0
     for turn in range(cycles):
         cycle, confidences, so_far = Cycle(), [], 1.0
-        while len(confidences) < most and (
-            seen.cycles_without_model >= 40 or seen.one_more_pays(so_far)
-        ):
+        while len(confidences) < most and (seen.is_model_due or seen.one_more_pays(so_far)):
             confidences.append(chance.choice(alphas))
             so_far *= seen.chance(confidences[-1])
             if not seen.one_more_pays(so_far):
@@ -113,6 +111,33 @@ def test_a_lookup_that_is_seldom_right_leaves_the_turn_to_the_model():
     for _ in range(40):  # nobody is forgotten
         seen.learn(model, 4)
     assert not seen.prefers_model(*seen.lookup_plan(1, 7))
+
+
+def test_lookups_are_tried_beside_a_model_that_is_always_right():
+    """They were not for 40 cycles of 11 tokens each: on code, that was a whole run without them."""
+    seen = Experience()
+    model = Cycle(14, confidences=[0.99] * 13, draft_calls=14, draft_seconds=0.45, seconds=0.57)
+    num_with_model = 0
+    for _ in range(30):
+        num, expected = seen.lookup_plan(3, 15)
+        if seen.prefers_model(num, expected):
+            num_with_model += 1
+            seen.learn(model, 14)
+        else:
+            seen.learn(*lookups(3, num, num_proposed=num, seconds=0.12))
+    assert 1 <= num_with_model <= 3
+
+
+def test_lookups_that_are_always_wrong_are_soon_left():
+    seen = Experience()
+    model = Cycle(4, confidences=[0.9] * 4, draft_calls=4, draft_seconds=0.02, seconds=0.05)
+    seconds = 0.0
+    for _ in range(300):
+        is_model = seen.prefers_model(*seen.lookup_plan(2, 7))
+        cycle = (model, 4) if is_model else lookups(2, 0, seconds=0.03)
+        seen.learn(*cycle)
+        seconds += 0.0 if is_model else 0.03
+    assert seconds < 0.05 * 300 * 0.05
 
 
 def test_a_lookup_is_cut_where_rows_cost_more_than_they_bring():

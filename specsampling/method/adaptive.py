@@ -34,8 +34,8 @@ from specsampling.method.drafts import (
 MEMORY = 0.99  # of the estimates of times and yields, per cycle: the last hundred or so count
 NUM_BINS = 20  # of the draft's confidence
 PRIOR = 4.0  # verdicts that an estimate begins with
-LOOKUP_PRIOR = 0.5  # what they say of lookups; of models: their own confidence
-CURIOSITY = 40  # cycles after which the one who was not asked for long is asked again
+LOOKUP_PRIOR = 0.8  # what they say of lookups, so that they are tried; of models: their confidence
+CURIOSITY = 0.02  # of the time, for asking again the one who has not been asked for long
 
 
 class Share:
@@ -126,8 +126,8 @@ class Experience:
     lookup: dict[tuple[int, int], Share] = field(
         default_factory=lambda: defaultdict(lambda: Share(LOOKUP_PRIOR))
     )
-    cycles_without_model: int = 0
-    cycles_without_lookup: int = 0
+    seconds_without_model: float = 0.0
+    seconds_without_lookup: float = 0.0
 
     def learn(self, cycle: Cycle, num_accepted: int) -> None:
         """From a cycle that is over."""
@@ -143,8 +143,17 @@ class Experience:
                 self.model.see(is_accepted)
         for position, is_accepted in enumerate(verdicts if cycle.matched else ()):
             self.lookup[cycle.matched, position].see(is_accepted)
-        self.cycles_without_model = 0 if cycle.draft_calls else self.cycles_without_model + 1
-        self.cycles_without_lookup = 0 if cycle.matched else self.cycles_without_lookup + 1
+        self.seconds_without_model += cycle.seconds
+        self.seconds_without_lookup += cycle.seconds
+        if cycle.draft_calls:
+            self.seconds_without_model = 0.0
+        if cycle.matched:
+            self.seconds_without_lookup = 0.0
+
+    @property
+    def is_model_due(self) -> bool:
+        """Whether it has not been asked for so long that a cycle of it hardly costs anything."""
+        return CURIOSITY * self.seconds_without_model > self.model_seconds.estimate
 
     def chance(self, confidence: float) -> float:
         """That a token is accepted which was drawn where the draft was so sure of one."""
@@ -172,12 +181,14 @@ class Experience:
 
     def prefers_model(self, num_proposed: int, expected: float) -> bool:
         """Whether the model's turn is worth more than a lookup of so many tokens."""
-        if self.cycles_without_model >= CURIOSITY:
+        lookup_seconds = self.target_call.at(num_proposed + 1)
+        if self.is_model_due:
             return True
-        if self.cycles_without_lookup >= CURIOSITY or not self.model_seconds.estimate:
+        is_lookup_due = CURIOSITY * self.seconds_without_lookup > lookup_seconds
+        if is_lookup_due or not self.model_seconds.estimate:
             return False
         pace = self.pace.estimate
-        lookup_gain = 1 + expected - pace * self.target_call.at(num_proposed + 1)
+        lookup_gain = 1 + expected - pace * lookup_seconds
         model_gain = self.model_cycle.estimate - pace * self.model_seconds.estimate
         return model_gain > lookup_gain
 
@@ -266,8 +277,7 @@ class CarefulProposer(ModelProposer):
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         self.confidences, self._chance = [], 1.0
-        is_due = self._experience.cycles_without_model >= CURIOSITY
-        pays = is_due or self._experience.one_more_pays(1.0)
+        pays = self._experience.is_model_due or self._experience.one_more_pays(1.0)
         return super().propose(tokens, k if pays else 0)
 
     def _is_confident(self, logits: Tensor) -> bool:
