@@ -199,7 +199,7 @@ def test_a_run_of_several_at_once_has_the_rows_of_one_by_one(config, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["run.batch_size=0"], "run.batch_size must be >= 1"),
+        (["run.batch_size=0"], "run.batch_size must be an integer >= 1"),
         (["run.batch_size=2", "decoding.compile=on"], "run.batch_size must be 1 for"),
     ],
 )

@@ -49,8 +49,8 @@ def pair_need(target: str, draft: str, quantization: str) -> Need:
         ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "none", 15, False),
         ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "int8", 15, True),
         ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "nf4", 15, True),
-        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "int8", 8, False),
-        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "nf4", 8, True),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "int8", 9, False),
+        ("deepseek-coder-6.7b", "deepseek-coder-1.3b", "nf4", 9, True),
     ],
 )
 def test_who_fits_where(target, draft, quantization, memory, fits):

@@ -237,6 +237,7 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
         alone = [session.score(tokens[: start + i + 1], last=1) for i in range(len(rows))]
         all_together.append(rows)
         all_alone.append(torch.cat(alone))
+    del session  # which has a text's place
     runner = runner_of(target)
     if isinstance(runner, BatchRunner):
         for start, rows in zip(reversed(starts), list(all_together)):
