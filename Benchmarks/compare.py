@@ -1,7 +1,7 @@
 """What changed between two runs of one task: scores, texts, and where texts part.
 
-    python Benchmarks/compare.py Results/qwen2.5-coder-int8/results2.jsonl \\
-        Results/qwen2.5-coder/results2.jsonl --methods speculative
+    python Benchmarks/compare.py Results/qwen2.5-coder/results2.jsonl \\
+        Results/qwen2.5-coder-int8/results2.jsonl --methods speculative
 
 For two runs that differ in a precision, a target, a version: each method that both have is compared
 over the (example, sample) pairs that both have. Speeds are not: two runs are two hours.
@@ -46,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.run} and {options.other} must have a method in common (got none); "
             "choose other files"
         )
-    print(format_comparison(compare_runs(*runs, chosen)))
+    table = compare_runs(*runs, chosen)
+    if not table["n"].any():
+        raise ConfigError(
+            f"{options.run} and {options.other} must have examples in common (got none); choose "
+            "runs of one task"
+        )
+    print(format_comparison(table))
     return 0
 
 

@@ -219,3 +219,16 @@ def test_where_the_baseline_parts_from_the_reference():
     gaps = partings(baseline, reference)
     assert gaps == [0.125]
     assert describe_partings(gaps, 2).startswith("1 of 2 texts part from reference's")
+
+
+def test_the_support_alone_gives_the_same_transforms():
+    """Where a warp leaves most tokens without mass, only the others are looked at."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 500, generator=generator)
+    target, draft = probs_from_logits(logits, COLD), probs_from_logits(-logits[:3], COLD)
+    tokens = [sample(row, generator) for row in target[:3]] + [int(target[3].argmin())]
+    sparse, dense = Evidence(COLD, generator), Evidence(PLAIN, generator)
+    for evidence in (sparse, dense):
+        evidence.add(tokens, logits, target, draft)
+    assert sparse.transforms == pytest.approx(dense.transforms, abs=2e-6)
+    assert sparse.transforms[3] == -1

@@ -34,7 +34,7 @@ def test_equal_texts_and_tokens_before_the_first_difference():
     (line,) = table.to_dict("records")
     assert (line["n"], line["equal"]) == (3, 1)
     assert line["before"] == pytest.approx((4 + 2 + 1) / 10)
-    assert "difference" not in line
+    assert not any("pass@1" in name for name in line)
 
 
 def test_scores_are_compared_over_what_both_have(tmp_path, capsys):
@@ -51,3 +51,11 @@ def test_scores_are_compared_over_what_both_have(tmp_path, capsys):
     assert "--methods must be of those in both files: speculative" in capsys.readouterr().err
     assert exit_code(script.main, [str(paths[0]), str(tmp_path / "none.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_runs_of_other_examples_cannot_be_compared(tmp_path, capsys):
+    ours = write_results(tmp_path / "a", rows(0), "results2")
+    others = [dataclasses.replace(row, example_id="x" + row.example_id) for row in rows(1)]
+    theirs = write_results(tmp_path / "b", others, "results2")
+    assert exit_code(script.main, [str(ours), str(theirs)]) == 2
+    assert "must have examples in common" in capsys.readouterr().err

@@ -107,3 +107,13 @@ def test_samples_have_the_distribution():
 
 def test_one_hot_of_no_tokens_has_no_rows():
     assert one_hot(torch.tensor([], dtype=torch.long), 7).shape == (0, 7)
+
+
+def test_a_row_of_nan_leaves_the_other_rows_nuclei_whole():
+    """A flat row beside one of NaN kept its first 64 tokens only."""
+    logits = torch.zeros(2, 1000)
+    alone = probs_from_logits(logits[:1], Sampling(1.0, top_p=0.9))
+    logits[1] = torch.nan
+    beside = probs_from_logits(logits, Sampling(1.0, top_p=0.9))
+    assert int((alone > 0).sum()) in range(899, 903)
+    assert torch.equal(beside[:1], alone) and beside[1].isnan().any()

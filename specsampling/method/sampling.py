@@ -90,8 +90,8 @@ def _nucleus(probs: Tensor, top_p: float, num_sorted: int = 64) -> Tensor:
     kept = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
     mass = kept.sum(dim=-1, keepdim=True)
     nucleus = torch.zeros_like(probs).scatter_(-1, order, kept / mass)
-    if num_sorted < probs.shape[-1] and mass.amin() < top_p:  # False for NaN
-        is_short = mass[:, 0] < top_p
+    is_short = mass[:, 0] < top_p  # not a row of NaN, which no ordering makes whole
+    if num_sorted < probs.shape[-1] and is_short.any():
         nucleus[is_short] = _nucleus(probs[is_short], top_p, 16 * num_sorted)
     return nucleus
 

@@ -66,7 +66,7 @@ def _scores(scores: Sequence, others: Sequence) -> dict[str, object]:
         passed: Sequence[Score] = scores
         values = [metrics.pass_at_k_interval(of, 1) for of in (passed, others)]
         name, difference = "pass@1", metrics.pass_at_k_difference(passed, others, 1)
-    intervals = dict(zip((name, f"other's {name}", "difference"), (*values, difference)))
+    intervals = dict(zip((name, f"other's {name}", f"{name}, less other's"), (*values, difference)))
     return {
         column: f"{value.estimate:.1%} [{value.low:.1%}, {value.high:.1%}]"
         for column, value in intervals.items()
