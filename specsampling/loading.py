@@ -192,7 +192,9 @@ def make_batch(
                 f"run.batch_size must be 1 for {name} (got {size}): {model.config.model_type} "
                 "models keep transformers' forward, which is for one text here"
             )
-        install(model, size, num_prompt_tokens + config.decoding.max_new_tokens, widest)
+        longest = num_prompt_tokens + config.decoding.max_new_tokens
+        width = config.width if config.decoding.bit_exact and model is pair.target else None
+        install(model, size, longest, widest, width)
 
 
 def self_check(config: Config, pair: Pair, num_prompt_tokens: int) -> str:

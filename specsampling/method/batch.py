@@ -58,11 +58,21 @@ class BatchRunner:
         capacity: of each text's part of the cache.
         num_places: how many texts there can be at once.
         widest: of their calls, in rows.
+        width: rows of calls that always cover all places, so that a row's bits do not depend on how
+            many texts are open; None for calls that are as large as need be.
     """
 
-    def __init__(self, model: PreTrainedModel, num_places: int, capacity: int, widest: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_places: int,
+        capacity: int,
+        widest: int,
+        width: int | None = None,
+    ):
         self.capacity = capacity
         self.widest = widest
+        self.width = width
         self.num_places = num_places
         config: Any = model.config
         self.size = config.num_hidden_layers * config.hidden_size**2  # its calls' order
@@ -97,14 +107,16 @@ class BatchRunner:
         """Logits of each request, [rows, V], from one call.
 
         Requests of fewer rows are padded behind their tokens, which is overwritten before any row
-        sees it. Places without a request, up to the last that has one, are fed a token at the very
-        end of their part of the cache, where no text's tokens come (see `install`).
+        sees it. Places without a request, up to the last that has one or all of them (see `width`),
+        are fed a token at the very end of their part of the cache, where no text's tokens come (see
+        `install`).
         """
         by_place = {request.place: request for request in requests}
         num_rows = max(len(request.ids) for request in requests)
         steps = torch.arange(num_rows, device=self._model.device)
         ids, positions = [], []
-        for place in range(max(by_place) + 1):
+        is_whole = num_rows == self.width
+        for place in range(self.num_places if is_whole else max(by_place) + 1):
             if place in by_place:
                 asked = by_place[place]
                 start = asked.positions[0]
@@ -119,7 +131,13 @@ class BatchRunner:
         return [logits[request.place, : len(request.ids)] for request in requests]
 
 
-def install(model: PreTrainedModel, num_places: int, longest: int, widest: int) -> BatchRunner:
+def install(
+    model: PreTrainedModel,
+    num_places: int,
+    longest: int,
+    widest: int,
+    width: int | None = None,
+) -> BatchRunner:
     """Give a model a runner for several texts, in place of any that it has.
 
     Args:
@@ -128,9 +146,10 @@ def install(model: PreTrainedModel, num_places: int, longest: int, widest: int) 
         longest: of them, in tokens.
         widest: of their calls, in rows. So many positions stay free behind the longest text and
             the padding of its last call.
+        width: rows of calls that are made bit-exact, if any.
     """
     capacity = -(-(longest + 2 * widest) // BLOCK) * BLOCK
-    runner = BatchRunner(model, num_places, capacity, widest)
+    runner = BatchRunner(model, num_places, capacity, widest, width)
     model.__dict__[RUNNER] = runner
     return runner
 

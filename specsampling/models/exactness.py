@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import num_logits
-from specsampling.method.forward import runner_of
+from specsampling.method.forward import RUNNER, runner_of
 from specsampling.method.session import Session, attention_windows, context_limit
 from specsampling.models.errors import ModelError
 from specsampling.models.source import reason
@@ -74,14 +74,26 @@ class ExactnessCheck:
         largest_difference: the largest difference between two logits that should be equal; nan
             where some are not finite.
         num_tokens: the longest text that was looked at.
+        num_texts: decoded at once.
+        from_alone: where these are several, the largest difference from the logits of a text that
+            is decoded by itself.
     """
 
     is_exact: bool
     num_rows: int
     largest_difference: float
     num_tokens: int
+    num_texts: int = 1
+    from_alone: float = 0.0
 
     def __str__(self) -> str:
+        if self.is_exact and self.num_texts > 1:
+            alone = f"within {self.from_alone:.3g} of" if self.from_alone else "bitwise"
+            return (
+                f"confirmed ({self.num_rows} rows alone, in one call, and beside "
+                f"{self.num_texts - 1} other texts, of up to {self.num_tokens} tokens: bitwise "
+                f"equal; {alone} those of run.batch_size 1)"
+            )
         if self.is_exact:
             return (
                 f"confirmed ({self.num_rows} rows alone and in one call, in texts of up to "
@@ -206,7 +218,8 @@ def _random_tokens(model: PreTrainedModel, num_tokens: int) -> list[int]:
 def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -> ExactnessCheck:
     """Feed the same tokens one by one and in one call, and compare the logits' bits.
 
-    Where several texts are decoded at once, also in a call with others'.
+    Where several texts are decoded at once, also in a call with others', and, as a matter of its
+    own, with one text at a time.
 
     That is done near the beginning, around the edge of each attention window, and at the end of
     the longest text to come.
@@ -226,34 +239,63 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
     starts = sorted({min(NUM_PREFILLED, last), last, *(edge for edge in edges if 0 < edge < last)})
     tokens = _random_tokens(target, longest)
 
-    session = Session(target, longest, width)
+    runner = runner_of(target)
+    num_texts = runner.num_places if isinstance(runner, BatchRunner) else 1
+    all_together, all_alone = _together_and_alone(target, tokens, starts, width)
+    from_alone = 0.0
+    if isinstance(runner, BatchRunner):
+        one_text = _without_runner(target, tokens, starts, width)
+        from_alone = _largest(torch.cat(all_together), torch.cat(one_text))
+        for start, rows in zip(starts, list(all_together)):
+            all_together.append(_among_others(target, runner, tokens[: start + together], width))
+            all_alone.append(rows)
+    one, other = torch.cat(all_together), torch.cat(all_alone)
+    error = _proof(target, one).difference(_proof(target, other))
+    if math.isnan(error):
+        return ExactnessCheck(False, len(one), math.nan, longest, num_texts)
+    if error >= TOLERANCES[torch.bfloat16]:
+        raise ModelError(
+            f"{target.config.model_type} models give other logits for a token alone than in a call "
+            f"with others (off by {error:.0%}, more than rounding); choose another architecture"
+        )
+    difference = _largest(one, other)
+    return ExactnessCheck(
+        torch.equal(one, other), len(one), difference, longest, num_texts, from_alone
+    )
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    """The largest difference between two logits."""
+    return (one.float() - other.float()).nan_to_num().abs().max().item()
+
+
+def _together_and_alone(
+    target: PreTrainedModel, tokens: list[int], starts: list[int], width: int | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The first rows behind each start, from one call and from a call each."""
+    session = Session(target, len(tokens), width)
     session.prefill(tokens[: starts[-1]])
     all_together, all_alone = [], []
     for start in reversed(starts):  # what lies before a start stays as it was prefilled
-        end = min(start + together, longest)
+        end = min(start + (width or WIDTH), len(tokens))
         session.length = start
         rows = session.score(tokens[:end], last=end - start)[:NUM_ALONE]
         session.length = start
         alone = [session.score(tokens[: start + i + 1], last=1) for i in range(len(rows))]
         all_together.append(rows)
         all_alone.append(torch.cat(alone))
-    del session  # which has a text's place
-    runner = runner_of(target)
-    if isinstance(runner, BatchRunner):
-        for start, rows in zip(reversed(starts), list(all_together)):
-            all_together.append(_among_others(target, runner, tokens[: start + together], width))
-            all_alone.append(rows)
-    one, other = torch.cat(all_together), torch.cat(all_alone)
-    error = _proof(target, one).difference(_proof(target, other))
-    if math.isnan(error):
-        return ExactnessCheck(False, len(one), math.nan, longest)
-    if error >= TOLERANCES[torch.bfloat16]:
-        raise ModelError(
-            f"{target.config.model_type} models give other logits for a token alone than in a call "
-            f"with others (off by {error:.0%}, more than rounding); choose another architecture"
-        )
-    difference = (one.float() - other.float()).nan_to_num().abs().max().item()
-    return ExactnessCheck(torch.equal(one, other), len(one), difference, longest)
+    return all_together[::-1], all_alone[::-1]
+
+
+def _without_runner(
+    target: PreTrainedModel, tokens: list[int], starts: list[int], width: int | None
+) -> list[Tensor]:
+    """The first rows behind each start as a run of one text at a time has them."""
+    runner = target.__dict__.pop(RUNNER)
+    try:
+        return _together_and_alone(target, tokens, starts, width)[0]
+    finally:
+        target.__dict__[RUNNER] = runner
 
 
 def _among_others(
