@@ -268,7 +268,10 @@ def _rows_there(output: Path) -> Run | None:
         run = read_run(output) if output.is_file() else None
     except RecordsError:
         return None
-    return run if run and run.rows else None
+    if run is None:
+        return None
+    rows = [row for row in run.rows if not row.lacked_memory]
+    return replace(run, rows=rows) if rows else None
 
 
 def _keys(config: Config, task: Task) -> set[Key]:

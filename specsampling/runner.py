@@ -19,11 +19,17 @@ from specsampling.method.batch import decode_together
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation, PromptError, StopCheck
 from specsampling.models.load import Pair
+from specsampling.models.memory import is_out_of_memory, release_memory
+from specsampling.models.source import reason
 from specsampling.ranks import Ranks
-from specsampling.results.records import Key, Row, RunFile
+from specsampling.results.records import OUT_OF_MEMORY, Key, Row, RunFile
 from specsampling.results.shards import Shard
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 
+MEMORY_WAYS_OUT = (
+    "lower decoding.max_new_tokens or run.batch_size, choose int8 or nf4, or smaller models; a rerun "
+    "tries again"
+)
 BLOCK = 4  # pairs decoded by a method in its turn, for each place of a batch
 
 
@@ -140,7 +146,8 @@ def run(
 ) -> None:
     """Decode every example with every method and append a row for each as it is finished.
 
-    Rows that the file has already are skipped.
+    Rows that the file has already are skipped. A text for which memory runs out gets a row that says
+    so, and the run goes on.
 
     Args:
         pair: the loaded models.
@@ -171,7 +178,16 @@ def run(
     def decode(example: Example, prompt: Prompt, sample_index: int, name: str) -> Row:
         row_seed = sample_seed(seed, example.id, name, sample_index)
         generator = torch.Generator(pair.target.device).manual_seed(row_seed)
-        generation = methods[name](prompt.token_ids, generator=generator, is_stop=is_stop)
+        error = ""
+        try:
+            generation = methods[name](prompt.token_ids, generator=generator, is_stop=is_stop)
+        except (RuntimeError, MemoryError) as problem:
+            if not is_out_of_memory(problem):
+                raise
+            error = f"{OUT_OF_MEMORY} ({reason(problem)}); {MEMORY_WAYS_OUT}"
+        if error:  # and whatever the decoder held is let go of
+            release_memory()
+            generation = Generation([], "error", error=error)
         return Row(
             example_id=example.id,
             method=name,

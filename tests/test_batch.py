@@ -178,6 +178,37 @@ def test_a_text_of_nan_leaves_the_others_alone(pair):
         assert result.finish_reason == "error" or result.token_ids == tokens
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_texts_that_lack_memory_leave_the_others_alone(kind, pair):
+    target, _ = pair
+    expected = alone(target, None, WIDTH, GREEDY)
+    runner = install(target, 3, LONGEST, WIDTH, WIDTH)
+    run_batch, num_calls = runner.run, []
+
+    def run(asked):
+        num_calls.append(len(asked))
+        if len(num_calls) == 4:
+            raise kind("no more")
+        return run_batch(asked)
+
+    def guarded(job):
+        try:
+            return job().token_ids
+        except kind:
+            return None
+
+    runner.run = run
+    try:
+        jobs = [partial(guarded, job) for job in jobs_of(target, None, WIDTH, GREEDY)]
+        found = [text.result for text in sorted(decode_together(jobs, 3))]
+    finally:
+        del target.__dict__[RUNNER]
+    assert 1 <= found.count(None) <= 3
+    assert [tokens for tokens in found if tokens] == [
+        tokens for tokens, mine in zip(expected, found) if mine
+    ]
+
+
 def test_a_run_of_several_at_once_has_the_rows_of_one_by_one(config, tmp_path):
     outputs = [tmp_path / name for name in ("one.jsonl", "four.jsonl")]
     for output, size in zip(outputs, (1, 4)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from specsampling.method.text import Generation, PromptError
 from specsampling.models.load import Pair, load_pair
@@ -108,6 +109,52 @@ def test_samples_have_streams_of_their_own(pair, tmp_path):
     assert len(set(seeds)) == len(seeds) == 36
     assert sample_seed(0, "a", "one", 0) in seeds
     assert sample_seed(0, "a", "one", 0) != sample_seed(1, "a", "one", 0)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_a_text_that_lacks_memory_is_an_error_row_and_a_rerun_tries_again(problem, pair, tmp_path):
+    path, failing = tmp_path / "r.jsonl", [True]
+
+    def decode(prompt, *, generator, is_stop):
+        if failing and tuple(prompt) == tuple(pair.encode("b")):
+            raise problem
+        return Generation(token_ids=[40], finish_reason="length", decode_seconds=1.0)
+
+    def run_all():
+        prompts = encode_prompts(Words(), pair, None, max_new_tokens=2)
+        with RunFile.open(path, META) as run_file:
+            run(pair, Words(), prompts, {"one": decode, "two": decode}, run_file, seed=0)
+        return {row.key: row for row in read_rows(path)}
+
+    rows = run_all()
+    assert len(rows) == 8
+    failed = [key for key, row in rows.items() if row.finish_reason == "error"]
+    assert failed == [("b", "two", 0), ("b", "one", 0)]
+    assert rows[failed[0]].error.startswith("out of memory (") and "a rerun" in rows[failed[0]].error
+    kept = path.read_text().splitlines()
+    failing.clear()
+    again = run_all()
+    assert again.keys() == rows.keys() and not any(row.error for row in again.values())
+    assert [line for line in kept if '"b"' not in line] == path.read_text().splitlines()[:6]
+
+
+def test_other_errors_end_the_run(pair, tmp_path):
+    def decode(prompt, *, generator, is_stop):
+        raise RuntimeError("shapes do not match")
+
+    prompts = encode_prompts(Words(), pair, None, max_new_tokens=2)
+    with (
+        RunFile.open(tmp_path / "r.jsonl", META) as run_file,
+        pytest.raises(RuntimeError, match="shapes"),
+    ):
+        run(pair, Words(), prompts, {"one": decode}, run_file, seed=0)
 
 
 def test_rows_hold_what_the_task_and_the_decoder_say(pair, tmp_path):

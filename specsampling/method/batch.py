@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -185,7 +186,7 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
         ended: list[Done] = []
         while len(texts) < size and (following := next(pending, None)) is not None:
             texts.append(_Open(*following))
-            ended += _resume(texts, texts[-1])
+            ended += _resume(texts, texts[-1], texts[-1].turn.switch)
         if not texts and not ended:
             return
         waiting = [text for text in texts if text.request is not None]
@@ -193,21 +194,31 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
             runners = {text.request.runner for text in waiting if text.request}
             runner = min(runners, key=lambda runner: runner.size)
             asking = [text for text in waiting if text.request and text.request.runner is runner]
-            with torch.inference_mode():
-                logits = runner.run([text.request for text in asking if text.request])
+            logits: list[Tensor] = []
+            problem: Exception | None = None
+            try:
+                with torch.inference_mode():
+                    logits = runner.run([text.request for text in asking if text.request])
+            except (RuntimeError, MemoryError) as error:  # each decoder's to deal with
+                problem = error
             now = time.perf_counter()
             for text in texts:
                 text.seconds += (now - clock) / len(texts)
             clock = now
-            for text, of_text in zip(asking, logits):
-                ended += _resume(texts, text, of_text)
+            for i, text in enumerate(asking):
+                answer = (
+                    partial(text.turn.throw, problem)
+                    if problem
+                    else partial(text.turn.switch, logits[i])
+                )
+                ended += _resume(texts, text, answer)
         yield from ended
 
 
-def _resume(texts: list[_Open], text: _Open, *answer: Tensor) -> list[Done]:
+def _resume(texts: list[_Open], text: _Open, go_on: Callable[[], Any]) -> list[Done]:
     """Let a text go on until it waits again, or has ended."""
     with torch.inference_mode():  # of the thread, not of the greenlet: the same for all of them
-        given = text.turn.switch(*answer)
+        given = go_on()
     if not text.turn.dead:
         text.request = given
         return []

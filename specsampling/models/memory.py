@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
 import psutil
+import torch
 
 from specsampling.models.errors import ModelError
 
+CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # what torch's says, as a RuntimeError
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
 
 
@@ -54,6 +57,20 @@ def peak_bytes() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the machine had no more to give."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in CPU_ALLOCATOR)
+
+
+def release_memory() -> None:
+    """Give back what only torch's caches and dead cycles of objects hold."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gigabytes(num_bytes: int) -> str:

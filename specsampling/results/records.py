@@ -27,6 +27,7 @@ from specsampling.results.files import (
     require_writable_folder,
 )
 
+OUT_OF_MEMORY = "out of memory"  # begins such a row's error
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
 # In the meta, for rows to share a file; no `steps` where these are eager.
@@ -63,6 +64,11 @@ class Row:
     error: str | None = None  # why the text ended early, where finish_reason is error
     rank: int | None = None  # which of several processes made it, and where
     device: str | None = None
+
+    @property
+    def lacked_memory(self) -> bool:
+        """Whether the text could not be decoded for want of memory: a later run tries again."""
+        return self.error is not None and self.error.startswith(OUT_OF_MEMORY)
 
     @property
     def key(self) -> Key:
@@ -120,7 +126,8 @@ class RunFile:
     def open(cls, path: str | Path, meta: dict[str, Any], fresh: bool = False) -> RunFile:
         """Open a run to append to it, in a new file or where an earlier process stopped.
 
-        A last line that was torn by a kill is dropped. `meta` is written beside a new file;
+        A last line that was torn by a kill is dropped, and rows that lacked memory, which are to be
+        made again. `meta` is written beside a new file;
         a resumed one keeps its own, and with the first new row gains an entry in its list
         `resumed`: what of `meta` is different this time (the date, a package's version).
 
@@ -163,6 +170,7 @@ class RunFile:
         self._file = file
         self._meta = resumed_meta if values and resumed_meta else dict(meta)
         self._is_meta_saved = not values
+        self._rewrite([row for row in self.rows if not row.lacked_memory])
 
     def require_same_examples(self, examples: Mapping[str, tuple[int, str | None]]) -> None:
         """Refuse to go on when the data of rows that are there have changed since.
@@ -226,15 +234,19 @@ class RunFile:
             RecordsError: the file cannot be written.
         """
         places = {key: place for place, key in enumerate(order)}
-        ordered = sorted(self.rows, key=lambda row: places.get(row.key, -1))
-        if ordered == self.rows:
+        self._rewrite(sorted(self.rows, key=lambda row: places.get(row.key, -1)))
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        """Put rows in the place of those that are there, all at once."""
+        if rows == self.rows:
             return
         with one_line_errors(self._path, "written"):
-            replace_file(self._path, b"".join(map(_line, ordered)).decode())
+            replace_file(self._path, b"".join(map(_line, rows)).decode())
             self._file.close()
             self._file = io.FileIO(self._path, "a+")
             lock_alone(self._path, self._file)
-        self.rows = ordered
+        self.rows = rows
+        self.done = {row.key for row in rows}
 
     def _save_meta(self) -> None:
         replace_file(_meta_path(self._path), _meta_text(self._meta))
