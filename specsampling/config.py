@@ -47,9 +47,9 @@ Text = Annotated[str, Rule(" that is not empty", len)]
 Device = Annotated[
     str,
     Rule(
-        ": auto, cpu, cuda, cuda:N or mps",
-        re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?|mps").fullmatch,
-        "N counts this machine's GPUs from 0",
+        ": auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload",
+        re.compile(r"auto(-split(-offload)?)?|cpu|cuda(:[0-9]{1,2})?|mps").fullmatch,
+        "N counts this machine's GPUs from 0; auto-split lays a target over all of them",
     ),
 ]
 Ngram = Annotated[

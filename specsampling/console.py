@@ -26,7 +26,9 @@ from specsampling.loading import (
     load_drafts,
     make_batch,
     make_steps,
+    outline_models,
     self_check,
+    settle_memory,
     settle_steps,
 )
 from specsampling.provenance import PROJECT, device_name, peak_memory, run_meta
@@ -135,7 +137,7 @@ def _add_config_options(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
     parser.add_argument("--seed", metavar="N", help="seed of all randomness")
-    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload")
     parser.add_argument("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
     parser.add_argument(
         "--set",
@@ -211,9 +213,11 @@ def run_experiment(
         check_fresh(output)
     elif rank() == 0:
         check_output(output, meta)
-    pair = load_configured_pair(here)
-    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
+    outlines = outline_models(here)
+    prompts = encode_prompts(task, outlines.pair, config.run.limit, decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for _, prompt in prompts)
+    device_map = settle_memory(here, outlines, longest, ranks.local_count if ranks else 1)
+    pair = load_configured_pair(here, device_map)
     drafts = load_drafts(config, pair)
     if mode == "off":
         print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
@@ -372,9 +376,11 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     from specsampling.method.sampling import Sampling
     from specsampling.runner import check_prompt, sample_seed
 
-    pair = load_configured_pair(config)
+    outlines = outline_models(config)
+    pair = outlines.pair
     prompt = pair.encode_chat(options.prompt) if options.chat else pair.encode(options.prompt)
     check_prompt("the prompt", prompt, pair)
+    pair = load_configured_pair(config, settle_memory(config, outlines, len(prompt)))
     warp = config.sampling
     seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
     self_check(config, pair, len(prompt))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from specsampling.provenance import device_name, precision
 
 if TYPE_CHECKING:
     from specsampling.method.drafts import Draft
+    from specsampling.models.estimate import Planned
     from specsampling.models.load import Pair
     from specsampling.results.records import Run
 
@@ -22,8 +25,107 @@ WORTH_COMPILING = 200  # rows
 THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
 
 
-def load_configured_pair(config: Config) -> Pair:
-    """Load the models that a configuration names, and say what became of `auto`."""
+@dataclass(frozen=True)
+class Outlines:
+    """A run's models before they are loaded: shapes without weights.
+
+    Attributes:
+        pair: encodes prompts, and knows the target's context; nobody drafts.
+        target: as it will be loaded.
+        drafts: the models that will draft.
+    """
+
+    pair: Pair
+    target: Planned
+    drafts: list[Planned]
+
+
+def outline_models(config: Config) -> Outlines:
+    """From configurations and tokenizers alone, what a run needs to know before it loads.
+
+    Raises:
+        ModelError: in one line, what cannot be had.
+    """
+    from specsampling.method.drafts import NgramDraft
+    from specsampling.models.checkpoint import plan_model
+    from specsampling.models.load import (
+        Pair,
+        check_tokenizers,
+        draft_spec,
+        resolve_device,
+        resolve_dtype,
+    )
+
+    models = config.models
+    named = dict.fromkeys([models.draft, *(parts.draft for parts in drafts_named(config))])
+    specs = dict.fromkeys(spec for name in named if name and (spec := draft_spec(name)))
+    dtype = resolve_dtype(models.dtype, resolve_device(models.device))
+    tokenizer = check_tokenizers(models.target, list(specs), models.tokenizer)
+    target = plan_model(models.target, dtype, models.target_quantization)
+    drafts = [plan_model(spec, dtype, models.draft_quantization) for spec in specs]
+    return Outlines(
+        Pair(target.outline, NgramDraft(), tokenizer, frozenset()), target, drafts
+    )
+
+
+def settle_memory(
+    config: Config, outlines: Outlines, num_prompt_tokens: int, num_sharing: int = 1
+) -> dict[str, int | str] | None:
+    """Hold what a run will take against the memory that is free, and say both.
+
+    Args:
+        config: of the run.
+        outlines: its models.
+        num_prompt_tokens: of the longest prompt to come.
+        num_sharing: processes that take as much of this machine.
+
+    Returns:
+        Where each part of the target goes, where it is laid over several GPUs; else None.
+
+    Raises:
+        ModelError: it does not fit, in one line, with what would.
+    """
+    import torch
+
+    from specsampling.models.errors import ModelError
+    from specsampling.models.estimate import Lengths, need_of, ways_out
+    from specsampling.models.load import resolve_device
+    from specsampling.models.memory import free_bytes, gigabytes
+    from specsampling.models.split import SPLIT, split_target
+
+    say = partial(print, file=sys.stderr, flush=True)
+    models = [outlines.target, *outlines.drafts]
+    if any(hasattr(model.outline.config, "quantization_config") for model in models):
+        say("  memory: not estimated, a checkpoint is quantised already")
+        return None
+    width = call_width(config) or config.width
+    longest = num_prompt_tokens + config.decoding.max_new_tokens
+    lengths = Lengths(longest, num_prompt_tokens, width, config.run.batch_size)
+    device = resolve_device(config.models.device)
+    need = need_of(outlines.target, outlines.drafts, device, lengths)
+    if config.models.device.startswith(SPLIT):
+        gpus = {i: free_bytes(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+        return split_target(outlines.target, outlines.drafts, lengths, gpus, config.models.device)
+    free = free_bytes(device) if device.type == "cuda" else free_bytes(device) // num_sharing
+    say(f"  memory: {need}, of {gigabytes(free)} free")
+    if need.total <= free:
+        return None
+    fitting = ways_out(outlines.target, outlines.drafts, device, lengths, free)
+    raise ModelError(
+        f"the models need {need}, and {device} has {gigabytes(free)} free; "
+        f"choose {', or '.join(fitting) or 'smaller models'}"
+    )
+
+
+def load_configured_pair(
+    config: Config, device_map: Mapping[str, int | str] | None = None
+) -> Pair:
+    """Load the models that a configuration names, and say what became of `auto`.
+
+    Args:
+        config: of the run.
+        device_map: as `settle_memory` gives it.
+    """
     import torch
 
     from specsampling.models.load import check_tokenizers, load_pair
@@ -44,6 +146,7 @@ def load_configured_pair(config: Config) -> Pair:
         device=models.device,
         target_quantization=models.target_quantization,
         draft_quantization=models.draft_quantization,
+        device_map=device_map,
         **_draft_options(config),
     )
     device = pair.target.device

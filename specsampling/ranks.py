@@ -10,6 +10,7 @@ Knows nothing of models, methods and rows.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ class Ranks:
         index: from 0 to `count` - 1.
         count: of all processes, on all machines.
         local_index: among this machine's.
+        local_count: how many these are.
     """
 
     _all: Ranks | None = None
@@ -50,6 +52,7 @@ class Ranks:
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.local_index: int = self._state.local_process_index
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._store = PrefixStore("specsampling", distributed_c10d._get_default_store())
         self._num_meetings = 0
 
@@ -61,7 +64,7 @@ class Ranks:
         """
         import torch
 
-        if device.startswith("cuda:"):
+        if device.startswith(("cuda:", "auto-split")):
             raise ConfigError(
                 f"models.device must be auto, cuda or cpu for several processes (got {device}); "
                 "each takes a GPU of its own"

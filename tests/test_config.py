@@ -90,8 +90,8 @@ def test_a_value_of_the_wrong_type_is_refused(override, rule):
     [
         ("models.target=''", "a string that is not empty"),
         ("models.dtype=float8", "one of auto, float32, float16, bfloat16"),
-        ("models.device=gpu", "auto, cpu, cuda, cuda:N or mps"),
-        ("models.device='cuda:'", "auto, cpu, cuda, cuda:N or mps"),
+        ("models.device=gpu", "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"),
+        ("models.device='cuda:'", "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"),
         ("models.draft_quantization=int4", "one of none, int8, nf4"),
         ("speculation.ngram_min=0", "an integer >= 1"),
         ("speculation.model_k=0", "null or an integer >= 1"),

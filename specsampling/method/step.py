@@ -73,6 +73,8 @@ def has_step(model: PreTrainedModel) -> bool:
     """Whether a model's decode call can be one of these."""
     config: Any = model.config
     is_patched = "forward" in vars(model)
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return False  # its layers' keys and values lie on several devices
     if is_patched or not type(model).__module__.startswith("transformers.models."):
         return False  # it may compute something of its own
     if config.model_type == "gpt_neo":

@@ -7,9 +7,10 @@ give.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from specsampling.method.step import has_step
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
 from specsampling.models.errors import ModelError
+from specsampling.models.estimate import Planned, outline_of
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
 from specsampling.models.fused import fuse_layers
 from specsampling.models.memory import require_memory
@@ -38,6 +40,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: str = "none",
+    device_map: Mapping[str, int | str] | None = None,
 ) -> PreTrainedModel:
     """Load one model for inference, straight onto its device.
 
@@ -49,6 +52,8 @@ def load_model(
         dtype: of its weights.
         device: where it goes.
         quantization: "none", "int8" or "nf4". On a CPU "int8" is `packed.Int8Linear`.
+        device_map: where its parts go, if not all of it goes there. A model in parts keeps
+            transformers' layers, between which accelerate moves what passes.
 
     Raises:
         ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
@@ -62,9 +67,9 @@ def load_model(
                 f"cannot put {spec} into int8: this PyTorch has no 8-bit layers for this "
                 "processor; choose none or nf4"
             )
-    model = _read(spec, dtype, device, quantization)
+    model = _read(spec, dtype, device, quantization, device_map)
     proof = require_decodable(model, spec)
-    if quantization != "none":
+    if quantization != "none" or device_map is not None:
         return model
     problem = _try_fast(model, proof, to_8_bit)
     if problem:
@@ -111,32 +116,58 @@ def _keep(module: torch.nn.Module) -> None:
 
 
 def _read(
-    spec: str, dtype: torch.dtype, device: torch.device, quantization: str
+    spec: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str,
+    device_map: Mapping[str, int | str] | None = None,
 ) -> PreTrainedModel:
     """A model as transformers makes it, every tensor of it from the checkpoint."""
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map or {"": device}}
     if quantization != "none":
         options["quantization_config"] = quantization_config(quantization, dtype)
-    try:
-        if not is_gguf(spec) and (kind := read_config(spec)).is_encoder_decoder:
-            raise ModelError(
-                f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
-                "choose a decoder-only model"
-            )
+    with _one_line(spec):
         if is_gguf(spec):
             model = read_model(spec, dtype=dtype).to(device)
         else:
+            _require_decoder(spec)
             _require_memory(spec, dtype, device)
             model = read_model(spec, **options)
             if lists_head_tokens(location := model_location(spec)):
                 trim_head(model, Path(location))
+    return model.eval()
+
+
+def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Planned:
+    """A model as `load_model` would make it, without its weights.
+
+    Raises:
+        ModelError: its configuration cannot be found or read.
+    """
+    with _one_line(spec):
+        _require_decoder(spec)
+        return Planned(outline_of(spec, dtype), quantization)
+
+
+@contextlib.contextmanager
+def _one_line(spec: str) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint, as a ModelError."""
+    try:
+        yield
     except ModelError:
         raise
     except Exception as error:  # a checkpoint can be wrong in any way
         raise ModelError(
             f"cannot load model {spec} ({reason(error)}); {_way_out(error, spec)}"
         ) from error
-    return model.eval()
+
+
+def _require_decoder(spec: str) -> None:
+    if (kind := read_config(spec)).is_encoder_decoder:
+        raise ModelError(
+            f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
+            "choose a decoder-only model"
+        )
 
 
 def _require_memory(spec: str, dtype: torch.dtype, device: torch.device) -> None:

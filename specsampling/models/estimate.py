@@ -1,26 +1,30 @@
 """What a pair takes of memory, from its configurations alone, before anything is loaded.
 
 Weights in the precision asked for, both caches at the lengths to come, and what the widest calls
-make on their way. On a CPU the process itself comes on top, which is there already when this is
-asked; on a GPU the driver's context.
+make on their way. The process itself comes on top, or on a GPU the driver's context: both are there
+already when free memory is asked for.
 
 Knows nothing of texts: lengths come as numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
+from specsampling.models.memory import gigabytes
 from specsampling.models.packed import can_int8
-from specsampling.models.source import quiet_transformers
+from specsampling.models.source import model_location, quiet_transformers, read_config
 
 NF4_BLOCK = 64  # weights that share a float32
-CONTEXT_BYTES = 500_000_000  # of the CUDA driver and its libraries' workspaces, per process
+WORKSPACE_BYTES = 200_000_000  # of CUDA's libraries, made at their first calls
 FLOAT = 4
 
 
@@ -36,25 +40,44 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes."""
+    """Bytes.
+
+    Attributes:
+        weights: of the models as they decode.
+        caches: of the texts that are decoded at once.
+        calls: what the widest call makes on its way.
+        loading: the most at once while weights are read and brought into their form.
+    """
 
     weights: int
     caches: int
-    activations: int
-    context: int = 0
+    calls: int
+    loading: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.caches + self.activations + self.context
+        """The peak."""
+        return max(self.loading, self.weights + self.caches + self.calls)
 
-    def __add__(self, other: Need) -> Need:
-        """Of two models that take turns: what calls make is let go of before the other's."""
-        return Need(
-            self.weights + other.weights,
-            self.caches + other.caches,
-            max(self.activations, other.activations),
-            max(self.context, other.context),
+    def __str__(self) -> str:
+        return (
+            f"{gigabytes(self.total)} (weights {gigabytes(self.weights)}, caches "
+            f"{gigabytes(self.caches)}, calls {gigabytes(self.calls)}, while loading "
+            f"{gigabytes(self.loading)})"
         )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model to be loaded.
+
+    Attributes:
+        outline: see `outline`; in the dtype to come.
+        quantization: as `load_model` takes it.
+    """
+
+    outline: PreTrainedModel
+    quantization: str
 
 
 def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -65,24 +88,72 @@ def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def need_of(
-    model: PreTrainedModel, quantization: str, device: torch.device, lengths: Lengths
-) -> Need:
-    """What a model will take.
+def outline_of(spec: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The `outline` of a model's spec, its head trimmed where it will be."""
+    model = outline(read_config(spec), dtype)
+    if lists_head_tokens(location := model_location(spec)):
+        trim_head(model, Path(location))
+    return model
 
-    Args:
-        model: an `outline` in the dtype to come.
-        quantization: as `load_model` takes it.
-        device: where it will be.
-        lengths: of the run to come.
-    """
-    computes_in = FLOAT if _is_cpu_int8(quantization, device) else model.dtype.itemsize
+
+def need_of(
+    target: Planned, drafts: Sequence[Planned], device: torch.device, lengths: Lengths
+) -> Need:
+    """What a target with its draft models will take, of whom one drafts at a time."""
+    models = [target, *drafts]
+    weights = [weight_bytes(model.outline, _precision(model, device), device) for model in models]
+    caches = [cache_bytes(model.outline, lengths) for model in models]
+    calls = [call_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
+    loading = 0
+    if device.type == "cpu":  # a checkpoint is mapped into memory until its last layer is done
+        loading = max(
+            sum(weights[:i]) + _checkpoint_bytes(model.outline) for i, model in enumerate(models)
+        )
     return Need(
-        weight_bytes(model, quantization, device),
-        cache_bytes(model, lengths),
-        activation_bytes(model, lengths, computes_in),
-        CONTEXT_BYTES if device.type == "cuda" else 0,
+        weights=sum(weights),
+        caches=caches[0] + max(caches[1:], default=0),
+        calls=max(calls) + (WORKSPACE_BYTES if device.type == "cuda" else 0),
+        loading=loading,
     )
+
+
+def ways_out(
+    target: Planned,
+    drafts: Sequence[Planned],
+    device: torch.device,
+    lengths: Lengths,
+    free: int,
+) -> list[str]:
+    """Settings with which the same target would fit, each with what it would take."""
+    quantizations = ("int8",) if device.type == "cpu" else ("int8", "nf4")
+    tried = [
+        (f"models.target_quantization={name}", replace(target, quantization=name), drafts, lengths)
+        for name in quantizations
+        if target.quantization not in (name, "nf4")
+    ]
+    if drafts:
+        tried.append(("models.draft=ngram", target, [], lengths))
+    if lengths.num_texts > 1:
+        tried.append(("run.batch_size=1", target, drafts, replace(lengths, num_texts=1)))
+    shorter = replace(lengths, longest=lengths.prompt + (lengths.longest - lengths.prompt) // 2)
+    tried.append(("half of decoding.max_new_tokens", target, drafts, shorter))
+    needs = [(name, need_of(model, beside, device, of)) for name, model, beside, of in tried]
+    return [f"{name} ({gigabytes(need.total)})" for name, need in needs if need.total <= free]
+
+
+def _precision(model: Planned, device: torch.device) -> str:
+    """A distilled draft is put into 8 bit on a CPU in any case."""
+    is_small = is_distilled(model.outline) and device.type == "cpu" and can_int8()
+    return "int8" if is_small else model.quantization
+
+
+def _computes_in(model: Planned, device: torch.device) -> int:
+    is_int8 = _is_cpu_int8(_precision(model, device), device)
+    return FLOAT if is_int8 else model.outline.dtype.itemsize
+
+
+def _checkpoint_bytes(model: PreTrainedModel) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in set(model.parameters()))
 
 
 def _is_cpu_int8(quantization: str, device: torch.device) -> bool:
@@ -130,8 +201,12 @@ def cache_bytes(model: PreTrainedModel, lengths: Lengths) -> int:
     return lengths.num_texts * capacity * per_token
 
 
-def activation_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
-    """Of the larger call: the prompt's through a layer, or a decode call with its logits."""
+def call_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
+    """Of the larger call: the prompt's through a layer, or a decode call with its logits.
+
+    Args:
+        computes_in: bytes of a number on its way through the layers.
+    """
     config: Any = model.config.get_text_config(decoder=True)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     head: Any = model.get_output_embeddings()

@@ -23,6 +23,7 @@ from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
 from specsampling.models.exactness import require_decodable
 from specsampling.models.source import model_location, reason
+from specsampling.models.split import SPLIT
 from specsampling.models.tokenizer import (
     QUIET,
     end_ids,
@@ -121,6 +122,7 @@ def load_pair(
     device: str = "auto",
     target_quantization: str = "none",
     draft_quantization: str = "none",
+    device_map: Mapping[str, int | str] | None = None,
     ngram_max: int = 3,
     ngram_min: int = 1,
     model_k: int | None = None,
@@ -137,6 +139,8 @@ def load_pair(
         device: "cpu", "cuda", "cuda:N", "mps", or "auto" (a GPU if there is one).
         target_quantization: "none", "int8" or "nf4" (needs the extra `quant`).
         draft_quantization: the same for a draft model of its own.
+        device_map: where each part of the target goes, as accelerate takes it; None for all of it
+            on `device`, where the draft goes in any case.
         ngram_max: longest n-gram that `ngram` looks up.
         ngram_min: shortest.
         model_k: the most tokens that a draft model proposes in a cycle; None for all k.
@@ -148,7 +152,9 @@ def load_pair(
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     shared = check_tokenizers(target, [draft], tokenizer)
-    target_model = load_model(target, chosen_dtype, chosen_device, target_quantization)
+    target_model = load_model(
+        target, chosen_dtype, chosen_device, target_quantization, device_map
+    )
     _say_what_is_left_out(target_model, target)
     proposes = load_draft(
         draft,
@@ -178,10 +184,15 @@ def check_tokenizers(
     """
     shared = load_tokenizer(tokenizer or target)
     for draft in drafts:
-        spec = draft.removeprefix(LOOKUP_FIRST)
-        if tokenizer is None and spec != "ngram" and not spec.startswith(TARGET_LAYERS):
+        if tokenizer is None and (spec := draft_spec(draft)):
             require_same_tokenizer(shared, load_tokenizer(spec), spec)
     return shared
+
+
+def draft_spec(draft: str) -> str:
+    """The spec of the model that a draft brings; "" where it brings none."""
+    spec = draft.removeprefix(LOOKUP_FIRST)
+    return "" if spec == "ngram" or spec.startswith(TARGET_LAYERS) else spec
 
 
 def _say_what_is_left_out(target: PreTrainedModel, spec: str) -> None:
@@ -268,7 +279,7 @@ def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the first CUDA GPU, then Apple's, then the CPU.
+    """`auto` is the first CUDA GPU, then Apple's, then the CPU; `auto-split` begins on the first.
 
     Raises:
         ModelError: the device asked for is not there.
@@ -277,7 +288,7 @@ def resolve_device(device: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(device)
+    chosen = torch.device("cuda" if device.startswith(SPLIT) else device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"models.device {device} is not there (PyTorch sees {torch.cuda.device_count()} CUDA "

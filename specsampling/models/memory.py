@@ -49,6 +49,11 @@ def available_bytes() -> int:
     return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
 
 
+def free_bytes(device: torch.device) -> int:
+    """What a device can still give: a GPU its own memory, all others the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
 def peak_bytes() -> int:
     """The most memory that this process has had so far: on the machine, GPUs not counted."""
     if sys.platform == "win32":

@@ -61,8 +61,11 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 
 
 def read_config(spec: str) -> PreTrainedConfig:
-    """A spec's configuration; a GGUF file has none apart."""
+    """A spec's configuration."""
     with quiet_transformers():
+        if is_gguf(spec):
+            path = Path(spec)
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **SAFE)
         return AutoConfig.from_pretrained(model_location(spec), **SAFE)
 
 

@@ -7,16 +7,49 @@ own memory are read anew for each call, a hundred times as slow, so only on requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from specsampling.models.errors import ModelError
-from specsampling.models.memory import gigabytes
+from specsampling.models.estimate import Lengths, Planned, need_of
+from specsampling.models.memory import available_bytes, gigabytes
 
 SPLIT = "auto-split"
 SPLIT_OFFLOAD = "auto-split-offload"
 OFFLOADED = ("cpu", "disk")
+
+
+def split_target(
+    target: Planned,
+    drafts: Sequence[Planned],
+    lengths: Lengths,
+    free: Mapping[int, int],
+    asked: str,
+) -> dict[str, int | str] | None:
+    """Where each part of a target goes; None where the first GPU holds it beside its drafts.
+
+    Args:
+        target, drafts, lengths: as `estimate.need_of` takes them.
+        free: bytes of each GPU.
+        asked: `SPLIT` or `SPLIT_OFFLOAD`.
+
+    Raises:
+        ModelError: the GPUs do not hold it.
+    """
+    device = torch.device("cuda", min(free))
+    alone = need_of(target, [], device, lengths)
+    beside = need_of(target, drafts, device, lengths)
+    places = device_map(
+        target.outline,
+        free,
+        reserved=beside.total - alone.weights - alone.caches,
+        caches=alone.caches,
+        weights=alone.weights,
+        machine=available_bytes() if asked == SPLIT_OFFLOAD else 0,
+    )
+    return None if set(places.values()) == {min(free)} else places
 
 
 def device_map(
