@@ -6,12 +6,20 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from autoregressive import autoregressive
 from Benchmarks.plan import CONFIGS
+from specsampling.method.drafts import ModelDraft
+from specsampling.method.step import has_step
+from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
-from specsampling.models.estimate import outline, weight_bytes
-from specsampling.models.split import device_map
+from specsampling.models.estimate import Lengths, Planned, outline, weight_bytes
+from specsampling.models.exactness import check_exactness
+from specsampling.models.load import resolve_device
+from specsampling.models.split import device_map, split_target
+from speculative import speculative
 
 GB = 10**9
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +58,50 @@ def test_offloading_is_done_on_request_only(target):
     assert set(found.values()) == {0, 1, "cpu"}
     with pytest.raises(ModelError):
         places(target, [6, 6], machine=1 * GB)
+
+
+def test_the_draft_stays_whole_on_the_first(target):
+    draft = outline(AutoConfig.for_model(**CONFIGS["deepseek-coder-1.3b"]), torch.float16)
+    arguments = Planned(target, "none"), [Planned(draft, "none")], Lengths(900, 640, 8)
+    assert split_target(*arguments, {0: 40 * GB}, "auto-split") is None
+    found = split_target(*arguments, {0: 10 * GB, 1: 10 * GB}, "auto-split")
+    assert found is not None
+    on_first = [name for name, where in found.items() if where == 0 and ".layers." in name]
+    on_second = [name for name, where in found.items() if where == 1 and ".layers." in name]
+    assert 0 < len(on_first) < len(on_second)
+
+
+# --- a target in parts, as accelerate dispatches it: here in memory and on the disk --------------
+
+
+@pytest.fixture(scope="module")
+def in_parts(model_folders):
+    whole = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
+    places: dict[str, int | str] = {
+        name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    }
+    for i in range(whole.config.num_hidden_layers):
+        places[f"model.layers.{i}"] = "disk" if i else "cpu"
+    parts = load_model(
+        str(model_folders["llama-target"]), torch.float32, CPU, device_map=places
+    )
+    return whole, parts
+
+
+def test_a_target_in_parts_says_the_same(in_parts):
+    whole, parts = in_parts
+    assert len(set(parts.hf_device_map.values())) == 2 and not has_step(parts)
+    for prompt in ([1, 4, 2, 1, 4], list(range(30))):
+        expected = autoregressive(whole, prompt, max_new_tokens=20, width=8).token_ids
+        assert autoregressive(parts, prompt, max_new_tokens=20, width=8).token_ids == expected
+        drafted = speculative(
+            parts, ModelDraft(whole, 3), prompt, k=4, max_new_tokens=20, width=8
+        )
+        assert drafted.token_ids == expected and sum(drafted.accepted) > 0
+    assert check_exactness(parts, 8, 60).is_exact
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line():
+    with pytest.raises(ModelError, match="models.device auto-split is not there"):
+        resolve_device("auto-split")
