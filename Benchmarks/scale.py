@@ -1,0 +1,99 @@
+"""How long a long run takes on 1, 8 or 64 processes, from the rows of a short one.
+
+    python Benchmarks/scale.py Results/qwen2.5-coder-int8/results2.jsonl
+    python Benchmarks/scale.py Results/qwen2.5-coder-int8/results2.jsonl --target-ms 12.8 --draft-ms 9
+
+Texts are drawn from the rows and dealt to the processes as `specsampling/runner.py` deals them; the
+slowest process ends the run. Seconds are the rows' own (measured on their machine, one process), or,
+with --target-ms and --draft-ms, the rows' calls times these: a simulation of another machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals
+
+    catch_signals()
+
+import numpy as np
+import pandas as pd
+
+from specsampling.config import ConfigError
+from specsampling.console import Parser, exit_code
+from specsampling.results.records import Row, read_rows
+from specsampling.results.tables import aligned, rows_by_method
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("rows", metavar="FILE", type=Path, help="rows of a run")
+    parser.add_argument("--texts", metavar="N", default="16400", help="of each method")
+    parser.add_argument("--processes", metavar="A,B", default="1,8,64")
+    parser.add_argument("--target-ms", metavar="MS", help="simulate: a call of the target")
+    parser.add_argument("--draft-ms", metavar="MS", help="simulate: a call of the draft")
+    parser.add_argument("--start", metavar="S", default="60", help="seconds until models are ready")
+    options = parser.parse_args(arguments)
+    milliseconds = None
+    if options.target_ms is not None or options.draft_ms is not None:
+        milliseconds = tuple(
+            number(f"--{name}-ms", getattr(options, f"{name}_ms") or "0", 0)
+            for name in ("target", "draft")
+        )
+    num_texts = int(number("--texts", options.texts, 1))
+    counts = [int(number("--processes", count, 1)) for count in options.processes.split(",")]
+    start = number("--start", options.start, 0)
+    lines = []
+    for method, rows in rows_by_method(read_rows(options.rows)).items():
+        seconds = seconds_of(rows, milliseconds)
+        line = {
+            "method": method,
+            "rows": str(len(rows)),
+            "tokens/row": f"{np.mean([row.num_new_tokens for row in rows]):.0f}",
+            "texts/hour": f"{3600 / seconds.mean():.0f}",
+        }
+        for count in counts:
+            hours, idle = hours_of(seconds, num_texts, count, start)
+            line[f"hours on {count}"] = f"{hours:.2f} ({idle:.0%} idle)"
+        lines.append(line)
+    kind = "measured" if milliseconds is None else "simulated from the rows' numbers of calls"
+    print(f"{num_texts:,} texts of each method; seconds are {kind}")
+    print("\n".join(aligned(pd.DataFrame(lines))))
+    return 0
+
+
+def seconds_of(rows: Sequence[Row], milliseconds: tuple[float, ...] | None) -> np.ndarray:
+    """[n] seconds of each text, prefill included; simulated, a prefill is a call more of each."""
+    if milliseconds is None:
+        return np.array([row.prefill_seconds + row.decode_seconds for row in rows])
+    target, draft = milliseconds
+    calls = [(row.target_calls + 1, row.draft_calls + 1 if row.draft_calls else 0) for row in rows]
+    return np.array([target * one + draft * other for one, other in calls]) / 1000
+
+
+def hours_of(
+    seconds: np.ndarray, num_texts: int, num_processes: int, start: float
+) -> tuple[float, float]:
+    """Hours until the last process ends, and the share of all processes' time that is waited."""
+    texts = np.random.default_rng(0).choice(seconds, num_texts)
+    of_process = np.array([texts[i::num_processes].sum() for i in range(num_processes)]) + start
+    return float(of_process.max()) / 3600, float(1 - of_process.mean() / of_process.max())
+
+
+def number(name: str, text: str, least: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value < 1e9:
+        raise ConfigError(f"{name} must be a number >= {least:g} (got {text}); mend it")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,53 @@
+"""Benchmarks/scale.py: the slowest process ends the run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_notebooks import write_results
+from test_records import ROW
+
+from Benchmarks import scale
+from specsampling.console import exit_code
+
+ROWS = [
+    dataclasses.replace(
+        ROW,
+        example_id=str(i),
+        method=method,
+        token_ids=[1] * 10,
+        prefill_seconds=1.0,
+        decode_seconds=2.0 + i,
+        target_calls=calls,
+        draft_calls=drafted,
+    )
+    for method, calls, drafted in (("autoregressive", 10, 0), ("speculative", 4, 12))
+    for i in range(3)
+]
+
+
+def test_texts_are_dealt_and_the_slowest_ends_the_run():
+    seconds = np.full(5, 3600.0)
+    assert scale.hours_of(seconds, 10, 1, 0) == (10, 0)
+    assert scale.hours_of(seconds, 10, 4, 3600) == (4, pytest.approx(1 - 3.5 / 4))
+    assert scale.hours_of(seconds, 3, 64, 0)[0] == 1
+
+
+def test_measured_or_simulated(tmp_path, capsys):
+    path = write_results(tmp_path, ROWS, "results2")
+    assert scale.main([str(path), "--texts", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "seconds are measured" in printed and "900" in printed  # 3600 / (1 + 2 + 1)
+    assert scale.main([str(path), "--target-ms", "100", "--draft-ms", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert "simulated" in printed
+    assert f"{3600 / 1.1:.0f}" in printed and f"{3600 / (0.5 + 0.65):.0f}" in printed
+
+
+@pytest.mark.parametrize("option", ["--texts", "--processes", "--target-ms", "--start"])
+def test_a_wrong_number_is_one_line(option, tmp_path, capsys):
+    path = write_results(tmp_path, ROWS, "results2")
+    assert exit_code(scale.main, [str(path), option, "-1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
