@@ -78,7 +78,7 @@ def test_the_k_found_while_decoding_is_held_against_the_best_fixed_one(made):
     assert grid.over_k(both).equals(grid.over_k(made))
     (panel, *_) = grid.figure1({"xsum-greedy": both}).axes
     assert panel.lines[-1].get_xdata() == [2]  # a star, at the mean of what was drafted
-    line = "fastest at K = 2, 2.17; K found while decoding: 0.50 [0.50, 0.50] of that pace; "
+    line = "fastest at K = 2, 2.17; K found while decoding: 0.50 [0.50, 0.50] of the best fixed K's pace; "
     line += "loop time 10.5 + 2.00 K ms (R^2 1.000)"
     assert grid.describe_cell("xsum-greedy", both) == f"xsum-greedy: {line}"
 
