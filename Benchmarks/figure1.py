@@ -5,10 +5,10 @@
 
 Each cell (XSum and HumanEval, the paper's nucleus and greedily) is one run of main_exp1.py or
 main_exp2.py whose methods are the baseline, the same at the width of all other calls (`reference`),
-`speculative@K` for every K, and `speculative@auto`, so that all take turns. The draft is the profile's model, without lookups before it and without a
-stop where it is unsure: K tokens every time, as in the paper. Texts end after 64 tokens.
-Rows go to figure1/ in the output folder. A rerun continues where the last one stopped;
-Benchmarks/figure1.ipynb shows the tables and the figure.
+`speculative@K` for every K, and `speculative@auto`, so that all take turns. The draft is the
+profile's model, without lookups before it and without a stop where it is unsure: K tokens every
+time, as in the paper. Texts end after 64 tokens. Rows go to figure1/ in the output folder. A rerun
+continues where the last one stopped; Benchmarks/figure1.ipynb shows the tables and the figure.
 """
 
 from __future__ import annotations
