@@ -4,16 +4,17 @@
     python Benchmarks/figure1.py --limit 2     a first look; without it, the same goes on from there
 
 Each cell (XSum and HumanEval, the paper's nucleus and greedily) is one run of main_exp1.py or
-main_exp2.py whose methods are the baseline, `speculative@K` for every K, and `speculative@auto`,
-so that all take turns. The draft is the profile's model, without lookups before it and without a
-stop where it is unsure: K tokens every time, as in the paper. Texts end after 64 tokens.
-Rows go to figure1/ in the output folder. A rerun continues where the last one stopped;
-Benchmarks/figure1.ipynb shows the tables and the figure.
+main_exp2.py whose methods are the baseline, the same at the width of all other calls (`reference`),
+`speculative@K` for every K, and `speculative@auto`, so that all take turns. The draft is the
+profile's model, without lookups before it and without a stop where it is unsure: K tokens every
+time, as in the paper. Texts end after 64 tokens. Rows go to figure1/ in the output folder. A rerun
+continues where the last one stopped; Benchmarks/figure1.ipynb shows the tables and the figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,9 +72,9 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     config = load_config(options.config, options.profile)
     is_lookup, _, model = config.models.draft.partition("+")
     draft = model if is_lookup == "ngram" and model else config.models.draft
-    baselines = ["autoregressive"]
-    if CELLS[cell].temperature == 0 and config.decoding.bit_exact:
-        baselines.append("reference")
+    # The formula takes a call of K + 1 rows for as long as one of 1: so are `reference`'s calls.
+    is_bit_exact = config.decoding.bit_exact
+    baselines = ["autoregressive", *["reference"] * is_bit_exact]
     methods = [*baselines, *(f"speculative@{k}" for k in [*range(1, options.k + 1), "auto"])]
     return [
         *cell_overrides(CELLS[cell], options),
@@ -82,6 +83,8 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
         "speculation.model_k=null",
         short_texts(config),
         "speculation.min_confidence=0",
+        "speculation.verifier=token",
+        f"decoding.bit_exact={json.dumps(is_bit_exact)}",
         "decoding.width=0",
         f"run.methods=[{', '.join(methods)}]",
     ]

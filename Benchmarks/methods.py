@@ -3,9 +3,9 @@
     python Benchmarks/methods.py --limit 20                     the demo pair
     python Benchmarks/methods.py --limit 20 --profile exp2-cpu  Qwen2.5-Coder 1.5B with 0.5B
 
-Drafts: the profile's model, n-grams, both, and the target's own first layers. K: the profile's, and
-found while decoding. Rules: token by token, and, for the profile's K where they differ (sampling,
-and a draft that has a distribution), the block as a whole. Each cell of the grid is one run whose
+Drafts: the profile's model, n-grams, both, and the target's own first layers. K: the profile's
+largest, and found while decoding. Rules: token by token, and, where they differ (sampling, and a
+draft that has a distribution), the block as a whole. Each cell of the grid is one run whose
 methods take turns, over texts of 64 tokens. Rows go to methods/ in the output folder; a rerun
 continues, and Benchmarks/methods.ipynb shows the table and a figure.
 """
@@ -73,12 +73,12 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     methods = ["autoregressive"]
     if is_greedy and config.decoding.bit_exact:
         methods.append("reference")
-    k = config.speculation.k
+    k = config.largest_k
     for draft in drafts:
         choices = [f"{k}@token", "auto@token"]
         if not is_greedy and draft != "ngram":
-            choices.append(f"{k}@block")
-        methods += [f"speculative:{draft}@{choice}" for choice in dict.fromkeys(choices)]
+            choices += [f"{k}@block", "auto@block"]
+        methods += [f"speculative:{draft}@{choice}" for choice in choices]
     listed = ", ".join(f'"{method}"' for method in methods)
     return [
         *cell_overrides(CELLS[cell], options),

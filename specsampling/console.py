@@ -374,6 +374,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
 
     from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.method.sampling import Sampling
+    from specsampling.method.verify import VERIFIERS
     from specsampling.runner import check_prompt, sample_seed
 
     outlines = outline_models(config)
@@ -394,6 +395,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
         sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
         generator=torch.Generator(pair.target.device).manual_seed(seed),
         width=call_width(config),
+        verifier=VERIFIERS[config.speculation.verifier],
         eos_ids=pair.eos_ids,
     )
     print(coloured(generation.token_ids, generation.kinds(), pair.decode))

@@ -171,7 +171,7 @@ def _check_context(config: Config, pair: Pair) -> None:
     context = context_limit(pair.target)
     sizes = {
         "decoding.max_new_tokens": config.decoding.max_new_tokens + 1,  # a prompt has one or more
-        "speculation.k": config.largest_k + 1,
+        "speculation.k": 0 if config.speculation.k == "auto" else config.largest_k + 1,
         "decoding.width": call_width(config) or 0,
     }
     for field, size in sizes.items():

@@ -147,6 +147,15 @@ def test_the_transform_orders_tokens_by_what_the_draft_has_too_much_of():
     assert float(impossible) == -1
 
 
+def test_tokens_of_one_ratio_come_in_the_targets_order():
+    target = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1]])
+    draft = torch.tensor([[0.2, 0.8, 0.0, 0.0, 0.0]])  # the first two have one ratio, so the rest
+    shared = ((2, 0.5, 0.9), (3, 0.5, 0.9))
+    for token, low, high in ((1, 0.0, 0.4), (0, 0.4, 0.5), *shared, (4, 0.9, 1.0)):
+        value = transform(torch.tensor([[token]]), target, draft, torch.tensor([0.5]))
+        assert float(value) == pytest.approx((low + high) / 2)
+
+
 def test_without_a_draft_the_most_probable_comes_first_and_equals_share():
     target = torch.tensor([[0.2, 0.4, 0.2, 0.2]])
     for token, low, high in ((1, 0.0, 0.4), (0, 0.4, 1.0), (3, 0.4, 1.0)):

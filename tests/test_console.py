@@ -19,6 +19,7 @@ from specsampling.console import (
 )
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation
+from specsampling.method.verify import VERIFIERS
 from specsampling.models.errors import ModelError
 from specsampling.models.load import Pair
 
@@ -101,6 +102,22 @@ def test_a_prompt_that_cannot_be_decoded_is_one_line(model_folders, prompt, mess
     options += ["--set", f"models.target={model_folders['llama-target']}", "--dtype", "float32"]
     assert exit_code(partial(decode_one_prompt, None), options) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_one_prompt_is_decoded_by_the_configured_rule(rule, model_folders, capsys):
+    """It was the token by token one, whatever speculation.verifier said."""
+    options = ["--prompt", "word", "--device", "cpu", "--set", "models.draft=ngram"]
+    options += ["--set", f"models.target={model_folders['llama-target']}", "--dtype", "float32"]
+    given = {}
+
+    def decode(target, draft, prompt, **options):
+        given.update(options)
+        return Generation([65], "length", accepted=[0], drafted=[0], decode_seconds=1.0)
+
+    options += ["--set", f"speculation.verifier={rule}"]
+    assert exit_code(partial(decode_one_prompt, decode), options) == 0
+    assert given["verifier"] is VERIFIERS[rule]
 
 
 def test_each_token_has_its_origins_colour():

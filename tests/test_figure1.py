@@ -78,8 +78,8 @@ def test_the_k_found_while_decoding_is_held_against_the_best_fixed_one(made):
     assert grid.over_k(both).equals(grid.over_k(made))
     (panel, *_) = grid.figure1({"xsum-greedy": both}).axes
     assert panel.lines[-1].get_xdata() == [2]  # a star, at the mean of what was drafted
-    line = "fastest at K = 2, 2.17; K found while decoding: 0.50 [0.50, 0.50] of that pace; "
-    line += "loop time 10.5 + 2.00 K ms (R^2 1.000)"
+    line = "fastest at K = 2, 2.17; K found while decoding: 0.50 [0.50, 0.50] of the best fixed "
+    line += "K's pace; loop time 10.5 + 2.00 K ms (R^2 1.000)"
     assert grid.describe_cell("xsum-greedy", both) == f"xsum-greedy: {line}"
 
 
@@ -120,18 +120,19 @@ def test_the_script_leaves_a_run_per_cell_with_every_k(config, tmp_path):
     assert code == 0, errors
     paths = grid.figure1_paths(tmp_path / "deep")
     assert not paths["xsum-greedy"].exists()
-    for cell, baselines in (("xsum-nucleus", 1), ("humaneval-greedy", 2)):
+    for cell in ("xsum-nucleus", "humaneval-greedy"):
         rows = read_rows(paths[cell])
-        assert len(rows) == 2 * (baselines + 3)
+        assert len(rows) == 2 * (2 + 3)
         for k in (1, 2):
             drafted = [row.drafted for row in rows if row.method == f"speculative@{k}"]
             assert max(max(of_row, default=0) for of_row in drafted) == k
         settings = read_meta(paths[cell])["config"]["speculation"]
         assert (settings["model_k"], settings["min_confidence"]) == (None, 0)
+        assert settings["verifier"] == "token"  # the formula's
         assert f"{cell}: fastest at K = " in printed and "K found while decoding: " in printed
     assert (tmp_path / "deep" / "figures" / "figure1.png").exists()
     again, _, _ = run(*arguments, *cells, script="Benchmarks/figure1.py")
-    assert again == 0 and len(read_rows(paths["xsum-nucleus"])) == 8
+    assert again == 0 and len(read_rows(paths["xsum-nucleus"])) == 10
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def test_the_script_runs_every_combination(config, tmp_path, model_folders):
         for k in (7, "auto")
     }
     assert sampled - greedy == {
-        f"speculative:{draft}@7@block" for draft in (model, f"ngram+{model}", "target-layers:1")
+        f"speculative:{draft}@{k}@block"
+        for draft in (model, f"ngram+{model}", "target-layers:1")
+        for k in (7, "auto")
     }
     assert sampled == (greedy | sampled) - {"reference"}
     assert "humaneval-greedy" in printed and "1.00 [" in printed

@@ -72,17 +72,19 @@ def verify_block(
         NonFiniteError: a target's distribution holds NaN.
     """
     k = len(draft_tokens)
-    uniforms = torch.rand(k, generator=generator, device=target_probs.device)
-    ratios = ratios_at(target_probs, draft_probs, draft_tokens)
-    log_ratios = ratios.nan_to_num(nan=0.0, posinf=1e30).log()  # 0 / 0: what no draft draws
-    sums = torch.cat([log_ratios.new_zeros(1), log_ratios.cumsum(0)])
-    weights = (sums - sums.cummax(0).values).exp()  # [k + 1]: the recursion above, unrolled
-    mass = (weights[:k, None] * target_probs[:k] - draft_probs).clamp(min=0).sum(-1)  # [k]
-    if not mass.isfinite().all():
-        raise NonFiniteError
-    within = mass / (mass + 1 - weights[:k])  # nan, and never accepted, where nothing is left
-    accepted = uniforms < torch.cat([within[1:], weights[1:][-1:]])  # [k]
-    num_accepted = max((i for i, yes in enumerate(accepted.tolist(), start=1) if yes), default=0)
+    uniforms = torch.rand(k, generator=generator, device=target_probs.device).tolist()
+    weights = [1.0]
+    for ratio in ratios_at(target_probs, draft_probs, draft_tokens).tolist():
+        weight = weights[-1] * ratio
+        weights.append(min(1.0, weight) if weight >= 0 else 0.0)  # nan: 0 / 0, what no draft draws
+    masses = mass_left(target_probs.new_tensor(weights[1:k]), target_probs[1:k], draft_probs[1:])
+    chances = [
+        mass / (mass + 1 - weight) if mass > 0 else 0.0
+        for weight, mass in zip(weights[1:], masses.tolist())
+    ]
+    chances += weights[1:][-1:]  # of all k
+    accepted = [i for i, (u, h) in enumerate(zip(uniforms, chances), start=1) if u < h]
+    num_accepted = max(accepted, default=0)
     if num_accepted == k:
         return Verdict(k, sample(target_probs[k], generator))
     weighted = weights[num_accepted] * target_probs[num_accepted]
@@ -100,6 +102,24 @@ def ratios_at(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Sequence[
     target_at_token = target_probs[:k].gather(-1, index).squeeze(-1)  # [k, V] -> [k]
     draft_at_token = draft_probs.gather(-1, index).squeeze(-1)  # [k, V] -> [k]
     return target_at_token / draft_at_token
+
+
+def mass_left(weights: Tensor, target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+    """[n] sum of (weight target - draft)+ over all tokens, of [n], [n, V] and [n, V].
+
+    Looked at are only those that a target may emit: of a nucleus, a few hundred.
+
+    Raises:
+        NonFiniteError: a target's distribution holds NaN.
+    """
+    if len(weights):
+        columns = target_probs.amax(0).nonzero()[:, 0]
+        if len(columns) < target_probs.shape[1] // 8:
+            target_probs, draft_probs = target_probs[:, columns], draft_probs[:, columns]
+    masses = (weights[:, None] * target_probs - draft_probs).clamp(min=0).sum(-1)
+    if not masses.isfinite().all():
+        raise NonFiniteError
+    return masses
 
 
 def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:

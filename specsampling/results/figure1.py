@@ -78,13 +78,16 @@ def _cycle_columns(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def found_k(run: Run) -> metrics.Interval | None:
-    """The pace of the K found while decoding over that of the best fixed one, or of none."""
+    """The pace of the K found while decoding over that of the best fixed one, of 1 and more.
+
+    (K = 0, the baseline, calls the target with one row, which none that drafts at one width can.)
+    """
     rows = shared_rows(run.rows)
     if AUTO not in rows:
         return None
-    best = best_k(over_k(run))
-    best_rows = rows[f"speculative@{best}" if best else BASELINE]
-    return metrics.speedup(best_rows, rows[AUTO]).of_totals
+    table = over_k(run)
+    best = best_k(table[table["K"] > 0])
+    return metrics.speedup(rows[f"speculative@{best}"], rows[AUTO]).of_totals
 
 
 def loop_line(table: pd.DataFrame) -> tuple[float, float, float]:
@@ -126,7 +129,7 @@ def describe_cell(cell: str, run: Run) -> str:
     line = f"{cell}: fastest at K = {best.name}, {as_text('speedup', best['speedup'])}"
     if found := found_k(run):
         interval = f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        line += f"; K found while decoding: {interval} of that pace"
+        line += f"; K found while decoding: {interval} of the best fixed K's pace"
     if len(table) > 3:
         intercept, slope, fit = loop_line(table)
         line += f"; loop time {intercept:.1f} + {slope:.2f} K ms (R^2 {fit:.3f})"
