@@ -1,11 +1,11 @@
 """How long a long run takes on 1, 8 or 64 processes, from the rows of a short one.
 
     python Benchmarks/scale.py Results/qwen2.5-coder-int8/results2.jsonl
-    python Benchmarks/scale.py Results/qwen2.5-coder-int8/results2.jsonl --target-ms 12.8 --draft-ms 9
+    python Benchmarks/scale.py Results/results2.jsonl --target-ms 12.8 --draft-ms 9
 
 Texts are drawn from the rows and dealt to the processes as `specsampling/runner.py` deals them; the
-slowest process ends the run. Seconds are the rows' own (measured on their machine, one process), or,
-with --target-ms and --draft-ms, the rows' calls times these: a simulation of another machine.
+slowest process ends the run. Seconds are the rows' own (measured on their machine, one process),
+or, with --target-ms and --draft-ms, the rows' calls times these: another machine, simulated.
 """
 
 from __future__ import annotations

@@ -137,7 +137,11 @@ def _add_config_options(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
     parser.add_argument("--seed", metavar="N", help="seed of all randomness")
-    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload",
+    )
     parser.add_argument("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
     parser.add_argument(
         "--set",

@@ -63,9 +63,7 @@ def outline_models(config: Config) -> Outlines:
     tokenizer = check_tokenizers(models.target, list(specs), models.tokenizer)
     target = plan_model(models.target, dtype, models.target_quantization)
     drafts = [plan_model(spec, dtype, models.draft_quantization) for spec in specs]
-    return Outlines(
-        Pair(target.outline, NgramDraft(), tokenizer, frozenset()), target, drafts
-    )
+    return Outlines(Pair(target.outline, NgramDraft(), tokenizer, frozenset()), target, drafts)
 
 
 def settle_memory(
@@ -117,9 +115,7 @@ def settle_memory(
     )
 
 
-def load_configured_pair(
-    config: Config, device_map: Mapping[str, int | str] | None = None
-) -> Pair:
+def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
     """Load the models that a configuration names, and say what became of `auto`.
 
     Args:

@@ -27,8 +27,8 @@ from specsampling.results.shards import Shard
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 
 MEMORY_WAYS_OUT = (
-    "lower decoding.max_new_tokens or run.batch_size, choose int8 or nf4, or smaller models; a rerun "
-    "tries again"
+    "lower decoding.max_new_tokens or run.batch_size, choose int8 or nf4, or smaller models; a "
+    "rerun tries again"
 )
 BLOCK = 4  # pairs decoded by a method in its turn, for each place of a batch
 
@@ -146,8 +146,8 @@ def run(
 ) -> None:
     """Decode every example with every method and append a row for each as it is finished.
 
-    Rows that the file has already are skipped. A text for which memory runs out gets a row that says
-    so, and the run goes on.
+    Rows that the file has already are skipped. A text for which memory runs out gets a row that
+    says so, and the run goes on.
 
     Args:
         pair: the loaded models.

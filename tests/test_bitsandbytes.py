@@ -55,7 +55,7 @@ def test_its_layers_are_quantised_and_say_about_the_same(quantised, whole):
     ids = torch.tensor([PROMPTS[2]])
     with torch.inference_mode():
         found, expected = (model(ids).logits.float() for model in (quantised, whole))
-    assert 0 < (found - expected).norm() / expected.norm() < 0.5
+    assert 0 < (found - expected).norm() / expected.norm() < 0.8  # unrelated ones: 1.4
 
 
 def test_greedy_texts_are_the_references_or_the_check_says_not(quantised, whole):

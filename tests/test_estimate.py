@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from Benchmarks.plan import CONFIGS
 from specsampling.models.estimate import (
+    WORKSPACE_BYTES,
     Lengths,
     Need,
     Planned,
@@ -89,5 +90,6 @@ def test_texts_and_lengths_are_counted():
         for lengths in (Lengths(600, 64, 8), Lengths(1256, 64, 8), Lengths(600, 64, 8, 16))
     )
     assert long.caches == pytest.approx(2 * one.caches, rel=0.1)
-    assert many.caches == 16 * one.caches and many.calls > 4 * one.calls
+    assert many.caches == 16 * one.caches
+    assert many.calls - WORKSPACE_BYTES > 8 * (one.calls - WORKSPACE_BYTES)
     assert one.weights == many.weights

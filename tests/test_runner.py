@@ -137,7 +137,9 @@ def test_a_text_that_lacks_memory_is_an_error_row_and_a_rerun_tries_again(proble
     assert len(rows) == 8
     failed = [key for key, row in rows.items() if row.finish_reason == "error"]
     assert failed == [("b", "two", 0), ("b", "one", 0)]
-    assert rows[failed[0]].error.startswith("out of memory (") and "a rerun" in rows[failed[0]].error
+    assert (
+        rows[failed[0]].error.startswith("out of memory (") and "a rerun" in rows[failed[0]].error
+    )
     kept = path.read_text().splitlines()
     failing.clear()
     again = run_all()

@@ -77,14 +77,11 @@ def test_the_draft_stays_whole_on_the_first(target):
 @pytest.fixture(scope="module")
 def in_parts(model_folders):
     whole = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
-    places: dict[str, int | str] = {
-        name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-    }
+    around = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places: dict[str, int | str] = dict.fromkeys(around, "cpu")
     for i in range(whole.config.num_hidden_layers):
         places[f"model.layers.{i}"] = "disk" if i else "cpu"
-    parts = load_model(
-        str(model_folders["llama-target"]), torch.float32, CPU, device_map=places
-    )
+    parts = load_model(str(model_folders["llama-target"]), torch.float32, CPU, device_map=places)
     return whole, parts
 
 
@@ -94,9 +91,7 @@ def test_a_target_in_parts_says_the_same(in_parts):
     for prompt in ([1, 4, 2, 1, 4], list(range(30))):
         expected = autoregressive(whole, prompt, max_new_tokens=20, width=8).token_ids
         assert autoregressive(parts, prompt, max_new_tokens=20, width=8).token_ids == expected
-        drafted = speculative(
-            parts, ModelDraft(whole, 3), prompt, k=4, max_new_tokens=20, width=8
-        )
+        drafted = speculative(parts, ModelDraft(whole, 3), prompt, k=4, max_new_tokens=20, width=8)
         assert drafted.token_ids == expected and sum(drafted.accepted) > 0
     assert check_exactness(parts, 8, 60).is_exact
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,7 +38,8 @@ class Request(NamedTuple):
     positions: Tensor  # [rows]
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Done:
     """A text that has ended.
 
     Attributes:

@@ -152,9 +152,7 @@ def load_pair(
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     shared = check_tokenizers(target, [draft], tokenizer)
-    target_model = load_model(
-        target, chosen_dtype, chosen_device, target_quantization, device_map
-    )
+    target_model = load_model(target, chosen_dtype, chosen_device, target_quantization, device_map)
     _say_what_is_left_out(target_model, target)
     proposes = load_draft(
         draft,

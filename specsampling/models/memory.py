@@ -11,7 +11,10 @@ import torch
 
 from specsampling.models.errors import ModelError
 
-CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")  # what torch's says, as a RuntimeError
+CPU_ALLOCATOR = (
+    "can't allocate memory",
+    "not enough memory",
+)  # what torch's says, as a RuntimeError
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
 
 
