@@ -191,30 +191,29 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
             ended += _resume(texts, texts[-1], texts[-1].turn.switch)
         if not texts and not ended:
             return
-        waiting = [text for text in texts if text.request is not None]
-        if waiting and len(texts) == len(waiting):
-            runners = {text.request.runner for text in waiting if text.request}
-            runner = min(runners, key=lambda runner: runner.size)
-            asking = [text for text in waiting if text.request and text.request.runner is runner]
-            logits: list[Tensor] = []
-            problem: Exception | None = None
-            try:
-                with torch.inference_mode():
-                    logits = runner.run([text.request for text in asking if text.request])
-            except (RuntimeError, MemoryError) as error:  # each decoder's to deal with
-                problem = error
+        if texts and all(text.request for text in texts):
+            answers = _answers(texts)
             now = time.perf_counter()
             for text in texts:
                 text.seconds += (now - clock) / len(texts)
             clock = now
-            for i, text in enumerate(asking):
-                answer = (
-                    partial(text.turn.throw, problem)
-                    if problem
-                    else partial(text.turn.switch, logits[i])
-                )
+            for text, answer in answers:
                 ended += _resume(texts, text, answer)
+            del answers
         yield from ended
+
+
+def _answers(texts: list[_Open]) -> list[tuple[_Open, Callable[[], Any]]]:
+    """Make one call for all who wait for the smallest model; how each of these goes on."""
+    runners = {text.request.runner for text in texts if text.request}
+    runner = min(runners, key=lambda runner: runner.size)
+    asking = [text for text in texts if text.request and text.request.runner is runner]
+    try:
+        with torch.inference_mode():
+            logits = runner.run([text.request for text in asking if text.request])
+    except (RuntimeError, MemoryError) as error:  # each decoder's to deal with
+        return [(text, partial(text.turn.throw, type(error), str(error))) for text in asking]
+    return [(text, partial(text.turn.switch, rows)) for text, rows in zip(asking, logits)]
 
 
 def _resume(texts: list[_Open], text: _Open, go_on: Callable[[], Any]) -> list[Done]:

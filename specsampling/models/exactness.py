@@ -247,7 +247,7 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
         one_text = _without_runner(target, tokens, starts, width)
         from_alone = _largest(torch.cat(all_together), torch.cat(one_text))
         for start, rows in zip(starts, list(all_together)):
-            all_together.append(_among_others(target, runner, tokens[: start + together], width))
+            all_together.append(_among_others(target, runner, tokens, start, starts[-1], width))
             all_alone.append(rows)
     one, other = torch.cat(all_together), torch.cat(all_alone)
     error = _proof(target, one).difference(_proof(target, other))
@@ -299,19 +299,26 @@ def _without_runner(
 
 
 def _among_others(
-    target: PreTrainedModel, runner: BatchRunner, tokens: list[int], width: int | None
+    target: PreTrainedModel,
+    runner: BatchRunner,
+    tokens: list[int],
+    start: int,
+    prefilled: int,
+    width: int | None,
 ) -> Tensor:
-    """The last tokens' first rows, scored while other texts of other lengths are open too."""
+    """The first rows behind a start, scored while other texts of other lengths are open too."""
 
-    def score(tokens: list[int], num_rows: int) -> Tensor:
+    def score(tokens: list[int], start: int, prefilled: int) -> Tensor:
         session = Session(target, len(tokens), width)
-        session.prefill(tokens[:-num_rows])
-        return session.score(tokens, last=num_rows)[:NUM_ALONE]
+        session.prefill(tokens[:prefilled])
+        session.length = start
+        end = min(start + (width or WIDTH), len(tokens))
+        return session.score(tokens[:end], last=end - start)[:NUM_ALONE]
 
-    together = min(width or WIDTH, len(tokens))
-    jobs = [partial(score, tokens, together)]
+    jobs = [partial(score, tokens, start, prefilled)]
     for i in range(1, runner.num_places):
-        others = tokens[i % len(tokens) :] or tokens
-        jobs.append(partial(score, others, min(1 + i % together, len(others))))
+        others = tokens[i % len(tokens) :]
+        theirs = min(start, len(others) - 1)
+        jobs.append(partial(score, others, theirs, theirs))
     results = {done.index: done.result for done in decode_together(jobs, runner.num_places)}
     return results[0]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from specsampling.models.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 CPU_ALLOCATOR = (
     "can't allocate memory",
@@ -54,6 +57,8 @@ def available_bytes() -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What a device can still give: a GPU its own memory, all others the machine's."""
+    import torch
+
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
@@ -69,6 +74,8 @@ def peak_bytes() -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the machine had no more to give."""
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in CPU_ALLOCATOR)
@@ -76,6 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Give back what only torch's caches and dead cycles of objects hold."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
