@@ -175,7 +175,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
 
 def test_a_missing_key_is_named_with_its_rule(tmp_path):
     text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}})
-    path = write(tmp_path, text.replace("      k: 7\n", ""))
+    path = write(tmp_path, text.replace("      k: auto\n", ""))
     assert error_of(path=path, profile=None) == (
         "speculation.k is missing; it must be an integer >= 1 or auto"
     )
@@ -203,7 +203,10 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
         (["decoding.width=12"], "decoding.width must be a multiple of 8"),
         (["speculation.k=8", "decoding.width=8"], "must be 0 or >= speculation.k + 1, here 9"),
         (
-            ["run.methods=[speculative]", "decoding.bit_exact=false", "decoding.width=5"],
+            [
+                *("run.methods=[speculative]", "decoding.bit_exact=false"),
+                *("speculation.k=7", "decoding.width=5"),
+            ],
             "must be 0 or >= speculation.k + 1, here 8",
         ),
         (["decoding.bit_exact=false"], "decoding.bit_exact must be true for the method reference"),
@@ -257,7 +260,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins():
 
 def test_overrides_leave_the_other_values_alone():
     changed = config_as_dict(demo("speculation.k=4"))
-    changed["speculation"]["k"] = 7
+    changed["speculation"]["k"] = "auto"
     assert changed == config_as_dict(demo())
 
 
@@ -403,7 +406,8 @@ def test_the_dict_survives_json():
 
 
 def test_the_hash_is_the_same_for_the_same_values():
-    assert config_hash(demo()) == config_hash(demo("sampling.temperature=0.0", "speculation.k=7"))
+    same = demo("sampling.temperature=0.0", "speculation.k=auto")
+    assert config_hash(demo()) == config_hash(same)
     assert len(config_hash(demo())) == 16
 
 

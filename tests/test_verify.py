@@ -16,7 +16,14 @@ from specsampling.method.sampling import (
     one_hot,
     probs_from_logits,
 )
-from specsampling.method.verify import VERIFIERS, Verdict, residual, verify, verify_block
+from specsampling.method.verify import (
+    VERIFIERS,
+    Verdict,
+    mass_left,
+    residual,
+    verify,
+    verify_block,
+)
 
 VOCAB = 3
 STRATA = 2  # representative uniforms in each of the cells "accept" and "reject"
@@ -345,3 +352,18 @@ def test_the_generator_runs_on_from_cycle_to_cycle():
     target, draft = torch.full((2, 2), 0.5), torch.tensor([[1.0, 0.0]])
     verdicts = [verify(target, draft, [0], generator).num_accepted for _ in range(40)]
     assert 5 < sum(verdicts) < 35  # fails by chance with probability < 1e-6
+
+
+@pytest.mark.parametrize("num_kept", [1, 3, 40, 400])
+def test_the_mass_left_is_that_over_all_tokens(num_kept):
+    """Of a nucleus, only the tokens in it are looked at."""
+    generator = torch.Generator().manual_seed(num_kept)
+    target, draft = torch.rand(2, 5, 400, generator=generator) ** 4
+    target[:, num_kept:] = 0
+    target, draft = (rows[:, torch.randperm(400, generator=generator)] for rows in (target, draft))
+    weights = torch.rand(5, generator=generator)
+    expected = (weights[:, None] * target - draft).clamp(min=0).sum(-1)
+    assert mass_left(weights, target, draft) == pytest.approx(expected, rel=1e-5)
+    target[3, 7] = torch.nan
+    with pytest.raises(NonFiniteError):
+        mass_left(weights, target, draft)

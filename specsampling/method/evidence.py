@@ -97,16 +97,14 @@ def transform(index: Tensor, target_probs: Tensor, draft_probs: Tensor, uniforms
     """
     k = len(draft_probs)
     target_at = target_probs.gather(-1, index)  # [n, 1]
-    before, tie = target_probs > target_at, target_probs == target_at
+    before, equal = target_probs > target_at, target_probs == target_at
     if k:
         this = target_probs[:k] * draft_probs.gather(-1, index[:k])
         that = target_at[:k] * draft_probs
-        before[:k], tie[:k] = this < that, this == that
+        tie = this == that
+        before[:k].logical_and_(tie).logical_or_(this < that)
+        equal[:k].logical_and_(tie)
     mass_before = torch.where(before, target_probs, 0.0).sum(-1)
-    rows, columns = tie.nonzero(as_tuple=True)  # of which there are few
-    tied, at = target_probs[rows, columns], target_at[rows, 0]
-    mass_before.index_add_(0, rows, torch.where(tied > at, tied, 0.0))
-    mass_equal = torch.zeros_like(mass_before)
-    mass_equal.index_add_(0, rows, torch.where(tied == at, tied, 0.0))
+    mass_equal = torch.where(equal, target_probs, 0.0).sum(-1)
     values = mass_before + uniforms * mass_equal
     return torch.where(target_at[:, 0] > 0, values, IMPOSSIBLE)
