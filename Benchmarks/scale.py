@@ -1,11 +1,12 @@
 """How long a long run takes on 1, 8 or 64 processes, from the rows of a short one.
 
     python Benchmarks/scale.py Results/qwen2.5-coder-int8/results2.jsonl
-    python Benchmarks/scale.py Results/results2.jsonl --target-ms 12.8 --draft-ms 9
+    python Benchmarks/scale.py Results/results2.jsonl --tokens 512 --target-ms 13.8 --draft-ms 9
 
 Texts are drawn from the rows and dealt to the processes as `specsampling/runner.py` deals them; the
 slowest process ends the run. Seconds are the rows' own (measured on their machine, one process),
-or, with --target-ms and --draft-ms, the rows' calls times these: another machine, simulated.
+or, with --target-ms and --draft-ms, the rows' calls times these: another machine, simulated. With
+--tokens every text has so many, at its row's pace, instead of ending where the row does.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("rows", metavar="FILE", type=Path, help="rows of a run")
     parser.add_argument("--texts", metavar="N", default="16400", help="of each method")
+    parser.add_argument("--tokens", metavar="N", help="of each text (default: as in the rows)")
     parser.add_argument("--processes", metavar="A,B", default="1,8,64")
     parser.add_argument("--target-ms", metavar="MS", help="simulate: a call of the target")
     parser.add_argument("--draft-ms", metavar="MS", help="simulate: a call of the draft")
@@ -46,15 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ("target", "draft")
         )
     num_texts = int(number("--texts", options.texts, 1))
+    tokens = None if options.tokens is None else int(number("--tokens", options.tokens, 1))
     counts = [int(number("--processes", count, 1)) for count in options.processes.split(",")]
     start = number("--start", options.start, 0)
     lines = []
     for method, rows in rows_by_method(read_rows(options.rows)).items():
-        seconds = seconds_of(rows, milliseconds)
+        rows = [row for row in rows if row.num_new_tokens]
+        seconds = seconds_of(rows, milliseconds, tokens)
         line = {
             "method": method,
             "rows": str(len(rows)),
-            "tokens/row": f"{np.mean([row.num_new_tokens for row in rows]):.0f}",
+            "tokens/text": f"{tokens or np.mean([row.num_new_tokens for row in rows]):.0f}",
             "texts/hour": f"{3600 / seconds.mean():.0f}",
         }
         for count in counts:
@@ -67,13 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def seconds_of(rows: Sequence[Row], milliseconds: tuple[float, ...] | None) -> np.ndarray:
+def seconds_of(
+    rows: Sequence[Row], milliseconds: tuple[float, ...] | None, tokens: int | None
+) -> np.ndarray:
     """[n] seconds of each text, prefill included; simulated, a prefill is a call more of each."""
+    lengths = np.array([row.num_new_tokens for row in rows])
+    longer = 1 if tokens is None else tokens / lengths
     if milliseconds is None:
-        return np.array([row.prefill_seconds + row.decode_seconds for row in rows])
-    target, draft = milliseconds
-    calls = [(row.target_calls + 1, row.draft_calls + 1 if row.draft_calls else 0) for row in rows]
-    return np.array([target * one + draft * other for one, other in calls]) / 1000
+        prefills = np.array([row.prefill_seconds for row in rows])
+        return prefills + longer * np.array([row.decode_seconds for row in rows])
+    target, draft = (each / 1000 for each in milliseconds)
+    target_calls = longer * np.array([row.target_calls for row in rows])
+    draft_calls = longer * np.array([row.draft_calls for row in rows])
+    return target * (target_calls + 1) + draft * (draft_calls + (draft_calls > 0))
 
 
 def hours_of(

@@ -219,9 +219,10 @@ def run_experiment(
         check_output(output, meta)
     outlines = outline_models(here)
     prompts = encode_prompts(task, outlines.pair, config.run.limit, decoding.max_new_tokens)
-    longest = max(len(prompt.token_ids) for _, prompt in prompts)
-    device_map = settle_memory(here, outlines, longest, ranks.local_count if ranks else 1)
-    pair = load_configured_pair(here, device_map)
+    lengths = [len(prompt.token_ids) for _, prompt in prompts]
+    longest = max(lengths)
+    memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
+    pair = load_configured_pair(here, memory.device_map)
     drafts = load_drafts(config, pair)
     if mode == "off":
         print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
@@ -252,7 +253,7 @@ def run_experiment(
             )
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
-            run_file.note(peak_memory=peak)
+            run_file.note(peak_memory=peak, expected_memory=memory.peak)
         if isinstance(run_file, Shard):
             run_file.merge(order)
             if rank():
@@ -261,7 +262,8 @@ def run_experiment(
             run_file.sort(order)
         audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
         run_file.note(audit={method: str(found) for method, found in audits.items() if found})
-    print(f"  peak memory: {peak}", file=sys.stderr)
+    expected = f" (expected {memory.peak})" if memory.peak else ""
+    print(f"  peak memory: {peak}{expected}", file=sys.stderr)
     scores = score(output)
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))
@@ -385,7 +387,8 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     pair = outlines.pair
     prompt = pair.encode_chat(options.prompt) if options.chat else pair.encode(options.prompt)
     check_prompt("the prompt", prompt, pair)
-    pair = load_configured_pair(config, settle_memory(config, outlines, len(prompt)))
+    memory = settle_memory(config, outlines, [len(prompt)])
+    pair = load_configured_pair(config, memory.device_map)
     warp = config.sampling
     seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
     self_check(config, pair, len(prompt))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -66,19 +66,29 @@ def outline_models(config: Config) -> Outlines:
     return Outlines(Pair(target.outline, NgramDraft(), tokenizer, frozenset()), target, drafts)
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is known of a run's memory before it is spent.
+
+    Attributes:
+        device_map: where each part of the target goes, if it is laid over several GPUs.
+        peak: expected, in words; "" where it is not estimated.
+    """
+
+    device_map: dict[str, int | str] | None = None
+    peak: str = ""
+
+
 def settle_memory(
-    config: Config, outlines: Outlines, num_prompt_tokens: int, num_sharing: int = 1
-) -> dict[str, int | str] | None:
+    config: Config, outlines: Outlines, prompt_lengths: Collection[int], num_sharing: int = 1
+) -> MemoryPlan:
     """Hold what a run will take against the memory that is free, and say both.
 
     Args:
         config: of the run.
         outlines: its models.
-        num_prompt_tokens: of the longest prompt to come.
+        prompt_lengths: of all prompts to come, in tokens.
         num_sharing: processes that take as much of this machine.
-
-    Returns:
-        Where each part of the target goes, where it is laid over several GPUs; else None.
 
     Raises:
         ModelError: it does not fit, in one line, with what would.
@@ -88,31 +98,40 @@ def settle_memory(
     from specsampling.models.errors import ModelError
     from specsampling.models.estimate import Lengths, need_of, ways_out
     from specsampling.models.load import resolve_device
-    from specsampling.models.memory import free_bytes, gigabytes
+    from specsampling.models.memory import free_bytes, gigabytes, resident_bytes
     from specsampling.models.split import SPLIT, split_target
 
     say = partial(print, file=sys.stderr, flush=True)
     models = [outlines.target, *outlines.drafts]
     if any(hasattr(model.outline.config, "quantization_config") for model in models):
         say("  memory: not estimated, a checkpoint is quantised already")
-        return None
+        return MemoryPlan()
     width = call_width(config) or config.width
-    longest = num_prompt_tokens + config.decoding.max_new_tokens
-    lengths = Lengths(longest, num_prompt_tokens, width, config.run.batch_size)
+    prompt = max(prompt_lengths)
+    longest = prompt + config.decoding.max_new_tokens
+    num_texts = config.run.batch_size
+    lengths = Lengths(longest, prompt, width, num_texts, len(set(prompt_lengths)))
     device = resolve_device(config.models.device)
     need = need_of(outlines.target, outlines.drafts, device, lengths)
     if config.models.device.startswith(SPLIT):
         gpus = {i: free_bytes(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
-        return split_target(outlines.target, outlines.drafts, lengths, gpus, config.models.device)
+        places = split_target(
+            outlines.target, outlines.drafts, lengths, gpus, config.models.device
+        )
+        return MemoryPlan(places)
     free = free_bytes(device) if device.type == "cuda" else free_bytes(device) // num_sharing
     say(f"  memory: {need}, of {gigabytes(free)} free")
-    if need.total <= free:
-        return None
-    fitting = ways_out(outlines.target, outlines.drafts, device, lengths, free)
-    raise ModelError(
-        f"the models need {need}, and {device} has {gigabytes(free)} free; "
-        f"choose {', or '.join(fitting) or 'smaller models'}"
-    )
+    if need.least > free:
+        fitting = ways_out(outlines.target, outlines.drafts, device, lengths, free)
+        raise ModelError(
+            f"the models need {need}, and {device} has {gigabytes(free)} free; "
+            f"choose {', or '.join(fitting) or 'smaller models'}"
+        )
+    if need.total > free:
+        say("  memory: loading will be slow, the checkpoint does not fit beside what is made of it")
+    if device.type == "cpu":
+        return MemoryPlan(peak=gigabytes(resident_bytes() + need.total))
+    return MemoryPlan(peak=f"{gigabytes(need.total)} of {device}")
 
 
 def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
@@ -120,7 +139,7 @@ def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | N
 
     Args:
         config: of the run.
-        device_map: as `settle_memory` gives it.
+        device_map: see `MemoryPlan`.
     """
     import torch
 

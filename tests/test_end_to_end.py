@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import main_exp2
 from autoregressive import autoregressive
 from specsampling.console import exit_code
+from specsampling.models import checkpoint, memory
 from specsampling.models.load import load_pair
 from specsampling.results.records import read_meta, read_rows, read_scores
 
@@ -85,10 +86,25 @@ def test_a_run_leaves_rows_meta_scores_and_a_table(finished):
     assert meta["config"]["speculation"]["k"] == 4
     assert "confirmed" in meta["bit_exact"]
     assert meta["peak_memory"].endswith("GB") and meta["peak_memory"] in errors
+    assert f"(expected {meta['expected_memory']})" in errors
     assert len(read_scores(output)) == 6
     assert all(method in printed for method in METHODS)
     assert "2/2" in printed  # identical outputs
     assert "bit-exact decoding: confirmed" in errors
+
+
+def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
+    config, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "results2.jsonl"
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(checkpoint, "read_model", None)
+    arguments = ["--config", str(config), "--limit", "1", "--output", str(output)]
+    assert exit_code(main_exp2.main, arguments) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("error: the models need 0.0 GB (")
+    assert errors[-1].endswith("cpu has 0.0 GB free; choose smaller models")
+    assert not output.exists()
 
 
 def test_the_methods_take_turns(finished):

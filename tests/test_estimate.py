@@ -93,3 +93,37 @@ def test_texts_and_lengths_are_counted():
     assert many.caches == 16 * one.caches
     assert many.calls - WORKSPACE_BYTES > 8 * (one.calls - WORKSPACE_BYTES)
     assert one.weights == many.weights
+
+
+def test_on_a_cpu_the_checkpoint_is_there_while_it_is_brought_into_its_form():
+    model = outline(AutoConfig.for_model(**CONFIGS["gpt-neo-125m"]), torch.bfloat16)
+    cpu, lengths = torch.device("cpu"), Lengths(900, 640, 8)
+    read = sum(weight.numel() for weight in model.parameters()) * 2  # its head is its embedding
+    one_file, many_files, gguf = (
+        need_of(planned, [], cpu, lengths)
+        for planned in (
+            Planned(model, "none"),
+            Planned(model, "none", largest_file=0.1),
+            Planned(model, "none", is_mapped=False),
+        )
+    )
+    assert one_file.loading == one_file.total == read + one_file.weights
+    assert many_files.loading == pytest.approx(read + 0.1 * many_files.weights)
+    assert one_file.least == one_file.decoding  # pages of files can be read again
+    assert gguf.least == gguf.total == one_file.total
+
+
+def test_on_a_cpu_kernels_are_kept_for_each_length_of_prompt():
+    model = outline(AutoConfig.for_model(**CONFIGS["gpt-neo-125m"]), torch.bfloat16)
+    cpu = torch.device("cpu")
+    few, many, all_of_them = (
+        need_of(Planned(model, "none"), [], cpu, Lengths(900, 640, 8, num_prompts=number)).kernels
+        for number in (10, 100, 10_000)
+    )
+    assert 0 < few and many == 10 * few and all_of_them < 11 * many
+    assert need_of(Planned(model, "none"), [], CUDA, Lengths(900, 640, 8, 1, 100)).kernels == 0
+
+
+def test_what_is_small_is_not_listed():
+    assert str(Need(weights=int(2 * GB), caches=1000, calls=0)) == "2.0 GB (weights 2.0 GB)"
+    assert str(Need(1, 1, 1)) == "0.0 GB (all of it small)"

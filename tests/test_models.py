@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -123,9 +122,9 @@ def test_no_network_is_one_clear_line(monkeypatch, tmp_path):
     assert not any(path.stat().st_size for path in cache.rglob("*") if path.is_file())
 
 
-def test_quantization_without_bitsandbytes_names_the_extra(model_folders):
-    if importlib.util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
+def test_quantization_without_bitsandbytes_names_the_extra(model_folders, monkeypatch):
+    found = "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available"
+    monkeypatch.setattr(found, lambda: False)
     with pytest.raises(ModelError, match=r'pip install "\.\[quant\]"'):
         load_model(str(model_folders["llama-target"]), torch.float32, CPU, "nf4")
 

@@ -28,11 +28,13 @@ from specsampling.tasks.task import Example, Prompt
 OF_A_PROCESS = ("seconds", "rank", "device")  # fields that differ from process to process
 
 
-def launch(*arguments: object, num: int = 2, cwd: Path = PROJECT, nodes: str = "") -> list[str]:
+def launch(
+    *arguments: object, num: int = 2, nodes: str = "", script: str = "main_exp2.py"
+) -> list[str]:
     """The command that starts ranks, as `accelerate launch` has it on GPUs."""
     where = nodes.split() if nodes else ["--standalone"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(num)]
-    return [*torchrun, str(PROJECT / "main_exp2.py"), *map(str, arguments)]
+    return [*torchrun, str(PROJECT / script), *map(str, arguments)]
 
 
 def start(command: list[str], cwd: Path = PROJECT) -> subprocess.Popen:
@@ -96,11 +98,13 @@ def test_two_processes_write_the_file_that_one_writes(config, alone, tmp_path):
     assert read_rows(alone)[0].rank is None
 
 
-def test_kills_lose_nothing_and_repeat_nothing(config, alone, tmp_path):
+@pytest.mark.parametrize(
+    "numbers", [[2, 3, 1, 2], pytest.param([2, 3] * 5, marks=pytest.mark.slow)], ids=len
+)
+def test_kills_lose_nothing_and_repeat_nothing(config, alone, tmp_path, numbers):
     """A random rank is killed again and again, and each time another number of ranks goes on."""
     output = tmp_path / "results2.jsonl"
-    chance = random.Random(0)
-    numbers = [2, 3, 1, 2]
+    chance = random.Random(len(numbers))
     seen = 0
     for num in numbers:
         process = start(launch(*options(config, output), num=num))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
 import pytest
 import torch
+from test_end_to_end import run
 from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
@@ -33,6 +35,21 @@ TIE = 1e-4  # a top-2 logit gap below this is a tie: other kernels may break it 
 @pytest.fixture(scope="module")
 def task():
     return HumanEval(HumanEvalConfig("chat", (), timeout_seconds=3.0, memory_mb=1024))
+
+
+@pytest.mark.parametrize(
+    "options", [("--limit", 8), ("--profile", "exp2-cpu", "--limit", 3)], ids=["demo", "exp2-cpu"]
+)
+def test_memory_is_known_before_it_is_spent(options, tmp_path):
+    """The estimate, with what the process has before it loads, and the peak: within 10%."""
+    output = tmp_path / "rows.jsonl"
+    short = ("--set", "decoding.max_new_tokens=64", "--set", "decoding.compile=off")
+    code, _, errors = run(*options, *short, "--output", output)
+    assert code == 0, errors
+    line = next(line for line in errors.splitlines() if "peak memory:" in line)
+    print(line)
+    peak, expected = (float(part) for part in re.findall(r"([0-9.]+) GB", line))
+    assert expected == pytest.approx(peak, rel=0.1, abs=0.1)  # both rounded to 0.1 GB
 
 
 def same_or_tied(model, prompt, ids, other_ids) -> bool:

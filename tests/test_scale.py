@@ -46,7 +46,13 @@ def test_measured_or_simulated(tmp_path, capsys):
     assert f"{3600 / 1.1:.0f}" in printed and f"{3600 / (0.5 + 0.65):.0f}" in printed
 
 
-@pytest.mark.parametrize("option", ["--texts", "--processes", "--target-ms", "--start"])
+def test_longer_texts_go_on_at_their_pace():
+    rows = [row for row in ROWS if row.method == "speculative"]  # 10 tokens each
+    assert list(scale.seconds_of(rows, None, 20)) == [1 + 2 * (2.0 + i) for i in range(3)]
+    assert scale.seconds_of(rows, (100, 50), 20) == pytest.approx(0.1 * 9 + 0.05 * 25)
+
+
+@pytest.mark.parametrize("option", ["--texts", "--tokens", "--processes", "--target-ms", "--start"])
 def test_a_wrong_number_is_one_line(option, tmp_path, capsys):
     path = write_results(tmp_path, ROWS, "results2")
     assert exit_code(scale.main, [str(path), option, "-1"]) == 2

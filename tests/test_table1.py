@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import write_config
 from test_end_to_end import run
+from test_ranks import finish, launch, start
 
 from Benchmarks import table1
 from specsampling.config import load_config
@@ -71,6 +72,26 @@ def test_the_grid_leaves_a_run_per_cell_with_the_papers_sampling(finished):
         "humaneval-greedy": (0, 1),
         "humaneval-nucleus": (0.8, 0.95),
     }
+
+
+def test_two_processes_make_the_grid(config, finished, tmp_path):
+    code, printed, errors = finish(
+        start(
+            launch(
+                *("--config", config, "--limit", 2, "--num-samples", 3),
+                *("--output-folder", tmp_path),
+                script="Benchmarks/table1.py",
+            )
+        )
+    )
+    assert code == 0, errors
+    assert printed.count("\nTable 1\n") == 1
+    for name, num_rows in NUM_ROWS.items():
+        rows, alone = (read_rows(table1_paths(folder)[name]) for folder in (tmp_path, finished[0]))
+        assert [row.key for row in rows] == [row.key for row in alone]
+        assert {row.rank for row in rows} == {0, 1} and len(rows) == num_rows
+        if name.endswith("-greedy"):
+            assert [row.token_ids for row in rows] == [row.token_ids for row in alone]
 
 
 def test_the_table_comes_last_with_the_papers_below(finished):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specsampling.method.sampling import Sampling
 
+TIE_BREAK = 1e-6  # per probability: orders what has one ratio, and hardly anything else
 IMPOSSIBLE = -1.0  # the transform of a token that the target cannot emit
 
 
@@ -93,18 +94,14 @@ def transform(index: Tensor, target_probs: Tensor, draft_probs: Tensor, uniforms
         uniforms: [n] in [0, 1).
 
     Returns:
-        [n] in [0, 1); `IMPOSSIBLE` where the target's probability is 0.
+        [n] in [0, 1]; `IMPOSSIBLE` where the target's probability is 0.
     """
     k = len(draft_probs)
-    target_at = target_probs.gather(-1, index)  # [n, 1]
-    before, equal = target_probs > target_at, target_probs == target_at
-    if k:
-        this = target_probs[:k] * draft_probs.gather(-1, index[:k])
-        that = target_at[:k] * draft_probs
-        tie = this == that
-        before[:k].logical_and_(tie).logical_or_(this < that)
-        equal[:k].logical_and_(tie)
-    mass_before = torch.where(before, target_probs, 0.0).sum(-1)
-    mass_equal = torch.where(equal, target_probs, 0.0).sum(-1)
-    values = mass_before + uniforms * mass_equal
-    return torch.where(target_at[:, 0] > 0, values, IMPOSSIBLE)
+    order = torch.empty_like(target_probs)  # [n, V], nan where neither has any
+    torch.div(draft_probs, target_probs[:k], out=order[:k])
+    order[:k].add_(target_probs[:k], alpha=TIE_BREAK)
+    order[k:] = target_probs[k:]
+    order.sub_(order.gather(-1, index))
+    share = torch.heaviside(order, uniforms[:, None])  # 1 before the token, u at it, 0 after it
+    values = torch.linalg.vecdot(share, target_probs)
+    return torch.where(target_probs.gather(-1, index)[:, 0] > 0, values, IMPOSSIBLE)

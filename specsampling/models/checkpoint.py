@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from specsampling.method.step import has_step
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
 from specsampling.models.errors import ModelError
-from specsampling.models.estimate import Planned, outline_of
+from specsampling.models.estimate import Lengths, Planned, need_of, outline_of
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
 from specsampling.models.fused import fuse_layers
 from specsampling.models.memory import require_memory
@@ -31,7 +29,6 @@ from specsampling.models.source import is_gguf, model_location, read_config, rea
 
 log = logging.getLogger("specsampling")
 
-PEAK = 1.3  # of what a loaded model takes: the most that loading takes
 INT8_TOLERANCE = 0.3  # of logits in 8 bit: no more than a gross mistake is looked for
 
 
@@ -60,6 +57,7 @@ def load_model(
             with a cache that is rolled back, or there is too little memory.
     """
     to_8_bit = quantization == "int8" and device.type == "cpu"
+    planned = plan_model(spec, dtype, quantization)
     if to_8_bit:
         quantization = "none"
         if not can_int8():
@@ -67,6 +65,8 @@ def load_model(
                 f"cannot put {spec} into int8: this PyTorch has no 8-bit layers for this "
                 "processor; choose none or nf4"
             )
+    if device.type == "cpu":
+        _require_memory(spec, planned)
     model = _read(spec, dtype, device, quantization, device_map)
     proof = require_decodable(model, spec)
     if quantization != "none" or device_map is not None:
@@ -130,8 +130,6 @@ def _read(
         if is_gguf(spec):
             model = read_model(spec, dtype=dtype).to(device)
         else:
-            _require_decoder(spec)
-            _require_memory(spec, dtype, device)
             model = read_model(spec, **options)
             if lists_head_tokens(location := model_location(spec)):
                 trim_head(model, Path(location))
@@ -146,7 +144,15 @@ def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Pla
     """
     with _one_line(spec):
         _require_decoder(spec)
-        return Planned(outline_of(spec, dtype), quantization)
+        return Planned(
+            outline_of(spec, dtype), quantization, not is_gguf(spec), _largest_file(spec)
+        )
+
+
+def _largest_file(spec: str) -> float:
+    """The share of a folder's weights that is in its largest file; 1 where there is no folder."""
+    sizes = [path.stat().st_size for path in Path(model_location(spec)).glob("*.safetensors")]
+    return max(sizes) / sum(sizes) if sizes else 1.0
 
 
 @contextlib.contextmanager
@@ -170,20 +176,15 @@ def _require_decoder(spec: str) -> None:
         )
 
 
-def _require_memory(spec: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a folder's weights where the memory to come, at loading's peak, is not there."""
-    folder = Path(model_location(spec))
-    if device.type != "cpu" or not folder.is_dir():
-        return
-    num_weights = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            num_weights += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+def _require_memory(spec: str, planned: Planned) -> None:
+    """Refuse a model for which a CPU's memory is not there, before minutes of reading it."""
+    if hasattr(planned.outline.config, "quantization_config"):
+        return  # its size is not known
     way_out = "close other programs, or choose a smaller model"
-    if dtype == torch.float32 and num_weights:
+    if planned.outline.dtype == torch.float32:
         way_out += ", or --dtype bfloat16, which needs half of that"
-    require_memory(f"loading {spec}", int(PEAK * num_weights * dtype.itemsize), way_out)
+    needed = need_of(planned, [], torch.device("cpu"), Lengths(0, 0, 0)).least
+    require_memory(f"loading {spec}", needed, way_out)
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

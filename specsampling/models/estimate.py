@@ -1,8 +1,9 @@
 """What a pair takes of memory, from its configurations alone, before anything is loaded.
 
-Weights in the precision asked for, both caches at the lengths to come, and what the widest calls
-make on their way. The process itself comes on top, or on a GPU the driver's context: both are there
-already when free memory is asked for.
+Weights in the precision asked for, both caches at the lengths to come, what the widest calls make
+on their way, and on a CPU what loading takes at its peak and what oneDNN keeps. The process itself
+comes on top, or on a GPU the driver's context: both are there already when free memory is asked
+for.
 
 Knows nothing of texts: lengths come as numbers.
 """
@@ -26,6 +27,12 @@ from specsampling.models.source import model_location, quiet_transformers, read_
 NF4_BLOCK = 64  # weights that share a float32
 WORKSPACE_BYTES = 200_000_000  # of CUDA's libraries, made at their first calls
 FLOAT = 4
+SHOWN = 50_000_000  # bytes: less is 0.0 GB
+# What oneDNN keeps for each matrix shape and each number of rows that it has met, up to so many:
+# measured, 0.5 to 1.2 MB in 16 and 8 bit, growing with the rows.
+PRIMITIVE_BYTES = 1_000_000
+MOST_PRIMITIVES = 1024
+LAYER_SHAPES = 4  # of a layer's matrices, fused: queries with keys and values, output, up, down
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Lengths:
     prompt: int
     width: int  # rows of a target call
     num_texts: int = 1
+    num_prompts: int = 0  # prompts of different lengths
 
 
 @dataclass(frozen=True)
@@ -46,25 +54,42 @@ class Need:
         weights: of the models as they decode.
         caches: of the texts that are decoded at once.
         calls: what the widest call makes on its way.
-        loading: the most at once while weights are read and brought into their form.
+        kernels: what oneDNN keeps, on a CPU.
+        loading: the most at once while weights are read and brought into their form, on a CPU.
+        mapped: of that, pages of the checkpoint's files, which the system can drop and read again.
     """
 
     weights: int
     caches: int
     calls: int
-    loading: int
+    kernels: int = 0
+    loading: int = 0
+    mapped: int = 0
+
+    @property
+    def decoding(self) -> int:
+        return self.weights + self.caches + self.calls + self.kernels
 
     @property
     def total(self) -> int:
         """The peak."""
-        return max(self.loading, self.weights + self.caches + self.calls)
+        return max(self.loading, self.decoding)
+
+    @property
+    def least(self) -> int:
+        """With which it runs, if slowly while it loads."""
+        return max(self.loading - self.mapped, self.decoding)
 
     def __str__(self) -> str:
-        return (
-            f"{gigabytes(self.total)} (weights {gigabytes(self.weights)}, caches "
-            f"{gigabytes(self.caches)}, calls {gigabytes(self.calls)}, while loading "
-            f"{gigabytes(self.loading)})"
-        )
+        sizes = {
+            "weights": self.weights,
+            "caches": self.caches,
+            "calls": self.calls,
+            "kernels": self.kernels,
+            "while loading": self.loading,
+        }
+        parts = [f"{name} {gigabytes(size)}" for name, size in sizes.items() if size > SHOWN]
+        return f"{gigabytes(self.total)} ({', '.join(parts) or 'all of it small'})"
 
 
 @dataclass(frozen=True)
@@ -74,10 +99,15 @@ class Planned:
     Attributes:
         outline: see `outline`; in the dtype to come.
         quantization: as `load_model` takes it.
+        is_mapped: whether its checkpoint is safetensors, mapped into memory until, file by file,
+            the last layer in it has been brought into its form.
+        largest_file: the share of the checkpoint that is in its largest file; 1 if not known.
     """
 
     outline: PreTrainedModel
     quantization: str
+    is_mapped: bool = True
+    largest_file: float = 1.0
 
 
 def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -104,16 +134,24 @@ def need_of(
     weights = [weight_bytes(model.outline, _precision(model, device), device) for model in models]
     caches = [cache_bytes(model.outline, lengths) for model in models]
     calls = [call_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
-    loading = 0
-    if device.type == "cpu":  # a checkpoint is mapped into memory until its last layer is done
-        loading = max(
-            sum(weights[:i]) + _checkpoint_bytes(model.outline) for i, model in enumerate(models)
-        )
-    return Need(
+    need = Need(
         weights=sum(weights),
         caches=caches[0] + max(caches[1:], default=0),
         calls=max(calls) + (WORKSPACE_BYTES if device.type == "cuda" else 0),
+    )
+    if device.type != "cpu":
+        return need
+    loads = [  # what is there, the checkpoint, and the layers whose file is not let go yet
+        (sum(weights[:i]) + read + int(model.largest_file * weights[i]), model.is_mapped * read)
+        for i, model in enumerate(models)
+        for read in [_read_bytes(model.outline)]
+    ]
+    loading, mapped = max(loads)
+    return replace(
+        need,
+        kernels=max(_kernel_bytes(model, device, lengths) for model in models),
         loading=loading,
+        mapped=mapped,
     )
 
 
@@ -138,7 +176,7 @@ def ways_out(
     shorter = replace(lengths, longest=lengths.prompt + (lengths.longest - lengths.prompt) // 2)
     tried.append(("half of decoding.max_new_tokens", target, drafts, shorter))
     needs = [(name, need_of(model, beside, device, of)) for name, model, beside, of in tried]
-    return [f"{name} ({gigabytes(need.total)})" for name, need in needs if need.total <= free]
+    return [f"{name} ({gigabytes(need.total)})" for name, need in needs if need.least <= free]
 
 
 def _precision(model: Planned, device: torch.device) -> str:
@@ -152,8 +190,24 @@ def _computes_in(model: Planned, device: torch.device) -> int:
     return FLOAT if is_int8 else model.outline.dtype.itemsize
 
 
-def _checkpoint_bytes(model: PreTrainedModel) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in set(model.parameters()))
+def _read_bytes(model: PreTrainedModel) -> int:
+    """Of a checkpoint, what is looked at: of an embedding that is no head, some rows only."""
+    weights = set(model.parameters())
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if embedding.weight is not head.weight:
+        weights.discard(embedding.weight)
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _kernel_bytes(model: Planned, device: torch.device, lengths: Lengths) -> int:
+    is_packed = _packs(model.outline, device) or _is_cpu_int8(_precision(model, device), device)
+    num_shapes = LAYER_SHAPES * lengths.num_prompts
+    return is_packed * min(num_shapes, MOST_PRIMITIVES) * PRIMITIVE_BYTES
+
+
+def _packs(model: PreTrainedModel, device: torch.device) -> bool:
+    return device.type == "cpu" and model.dtype == torch.bfloat16
 
 
 def _is_cpu_int8(quantization: str, device: torch.device) -> bool:
@@ -163,7 +217,7 @@ def _is_cpu_int8(quantization: str, device: torch.device) -> bool:
 def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device) -> int:
     """Of the weights once loaded; see `packed.py` for the CPU, bitsandbytes for int8 and nf4."""
     head = model.get_output_embeddings()
-    packs = device.type == "cpu" and model.dtype == torch.bfloat16
+    packs = _packs(model, device)
     total, seen = 0, set()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):

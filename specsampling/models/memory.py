@@ -62,6 +62,11 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
+def resident_bytes() -> int:
+    """What this process has now of the machine's memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_bytes() -> int:
     """The most memory that this process has had so far: on the machine, GPUs not counted."""
     if sys.platform == "win32":
