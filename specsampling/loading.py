@@ -115,9 +115,7 @@ def settle_memory(
     need = need_of(outlines.target, outlines.drafts, device, lengths)
     if config.models.device.startswith(SPLIT):
         gpus = {i: free_bytes(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
-        places = split_target(
-            outlines.target, outlines.drafts, lengths, gpus, config.models.device
-        )
+        places = split_target(outlines.target, outlines.drafts, lengths, gpus, config.models.device)
         return MemoryPlan(places)
     free = free_bytes(device) if device.type == "cuda" else free_bytes(device) // num_sharing
     say(f"  memory: {need}, of {gigabytes(free)} free")
