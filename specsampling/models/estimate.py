@@ -194,8 +194,8 @@ def _read_bytes(model: PreTrainedModel) -> int:
     """Of a checkpoint, what is looked at: of an embedding that is no head, some rows only."""
     weights = set(model.parameters())
     embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    if embedding.weight is not head.weight:
+    head: Any = model.get_output_embeddings()  # a trimmed one has rows of its own
+    if embedding.weight is not getattr(head, "weight", None):
         weights.discard(embedding.weight)
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
