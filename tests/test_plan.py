@@ -134,5 +134,6 @@ def test_what_a_finished_run_would_take_here():
         "autoregressive",
         "reference",
         "speculative",
+        "speculative@7",
     ]
     assert all("(32 rows)" in line for line in lines)

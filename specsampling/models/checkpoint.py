@@ -20,7 +20,7 @@ from specsampling.method.step import has_step
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
 from specsampling.models.errors import ModelError
-from specsampling.models.estimate import Lengths, Planned, need_of, outline_of
+from specsampling.models.estimate import Planned, outline_of, weight_bytes
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
 from specsampling.models.fused import fuse_layers
 from specsampling.models.memory import require_memory
@@ -183,7 +183,7 @@ def _require_memory(spec: str, planned: Planned) -> None:
     way_out = "close other programs, or choose a smaller model"
     if planned.outline.dtype == torch.float32:
         way_out += ", or --dtype bfloat16, which needs half of that"
-    needed = need_of(planned, [], torch.device("cpu"), Lengths(0, 0, 0)).least
+    needed = weight_bytes(planned.outline, planned.quantization, torch.device("cpu"))
     require_memory(f"loading {spec}", needed, way_out)
 
 

@@ -246,12 +246,12 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
 
 def cache_bytes(model: PreTrainedModel, lengths: Lengths) -> int:
     """Of keys and values, over the whole capacity of each text."""
-    config: Any = model.config.get_text_config(decoder=True)
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_keys = getattr(config, "num_key_value_heads", None) or num_heads
+    num_heads = _size(model, "num_attention_heads", 1)
+    head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
+    num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
-    per_token = 2 * config.num_hidden_layers * num_keys * head_dim * model.dtype.itemsize
+    num_layers = _size(model, "num_hidden_layers", 1)
+    per_token = 2 * num_layers * num_keys * head_dim * model.dtype.itemsize
     return lengths.num_texts * capacity * per_token
 
 
@@ -261,14 +261,25 @@ def call_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> in
     Args:
         computes_in: bytes of a number on its way through the layers.
     """
-    config: Any = model.config.get_text_config(decoder=True)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    hidden = _hidden_size(model)
+    inner = _size(model, "intermediate_size", 4 * hidden)
     head: Any = model.get_output_embeddings()
     # The residual, its norm, queries, keys and values; gate, up and their product.
-    per_row = (6 * config.hidden_size + 3 * inner) * computes_in
-    masks = 2 * lengths.prompt**2 * computes_in if config.model_type == "gpt_neo" else 0
+    per_row = (6 * hidden + 3 * inner) * computes_in
+    masks = 2 * lengths.prompt**2 * computes_in if model.config.model_type == "gpt_neo" else 0
     prefill = lengths.prompt * per_row + masks
     rows = lengths.width * lengths.num_texts
     # Logits, and distributions of target and draft in float32 on their way to a verdict.
     decode = rows * (per_row + head.out_features * (computes_in + 5 * FLOAT))
     return max(prefill, decode)
+
+
+def _size(model: PreTrainedModel, name: str, otherwise: int) -> int:
+    """A number of the configuration; some kinds, refused once they are loaded, have none."""
+    value = getattr(model.config.get_text_config(decoder=True), name, None)
+    return value if isinstance(value, int) else otherwise
+
+
+def _hidden_size(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return _size(model, "hidden_size", embedding.weight.shape[1])
