@@ -276,7 +276,9 @@ def call_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> in
 
 def _size(model: PreTrainedModel, name: str, otherwise: int) -> int:
     """A number of the configuration; some kinds, refused once they are loaded, have none."""
-    value = getattr(model.config.get_text_config(decoder=True), name, None)
+    config: Any = model.config.get_text_config(decoder=True)
+    # Not an attribute: where layers differ, transformers refuses to give one for all of them.
+    value = config.to_dict().get(config.attribute_map.get(name, name))
     return value if isinstance(value, int) else otherwise
 
 
