@@ -62,7 +62,7 @@ def load_model(
         quantization = "none"
         if not can_int8():
             raise ModelError(
-                f"cannot put {spec} into int8: this PyTorch has no 8-bit layers for this "
+                f"cannot put {spec} into int8: this PyTorch has no fast 8-bit layers for this "
                 "processor; choose none or nf4"
             )
     if device.type == "cpu":

@@ -12,7 +12,10 @@ Knows nothing of decoding. Other devices and precisions keep their own layers.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,9 @@ from torch import Tensor, nn
 INT8_MAX = 127
 TINY = 1e-12  # scale of rows that are zero
 BLOCK = 8192  # rows of a weight
+ZERO_POINT = 128  # of unsigned inputs
+TRIAL_SIZE = 512  # of the layer with which kernels are tried
+TOO_SLOW = 4  # times float32
 
 
 class PackedLinear(nn.Module):
@@ -65,6 +71,80 @@ def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -
         parameter.data = parameter.data.clone()
 
 
+@dataclass(frozen=True)
+class Int8Kernel:
+    """How this processor multiplies 8-bit numbers.
+
+    Attributes:
+        is_signed: whether inputs are given as signed; else they are shifted by ZERO_POINT.
+        largest_weight: 127, or 63 where sums of two products overflow 16 bit (before VNNI).
+    """
+
+    is_signed: bool
+    largest_weight: int = INT8_MAX
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """[out, in] int8 in oneDNN's own layout."""
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+
+    def multiply(
+        self, inputs: Tensor, packed_weight: Tensor, scales: Tensor, zero_points: Tensor
+    ) -> Tensor:
+        """[rows, in] whole numbers of at most 127, times a packed weight and its scales, [out].
+
+        Returns:
+            [rows, out] float32: sums of integers, then scaled; the same bits signed or unsigned.
+        """
+        if self.is_signed:
+            inputs, zero_point = inputs.to(torch.int8), 0
+        else:
+            inputs, zero_point = (inputs + ZERO_POINT).to(torch.uint8), ZERO_POINT
+        return torch.ops.onednn.qlinear_pointwise.default(
+            *(inputs, 1.0, zero_point),
+            *(packed_weight, scales, zero_points),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+
+
+@cache
+def int8_kernel() -> Int8Kernel | None:
+    """The faster way on this processor, found by trying; None where none is fast.
+
+    oneDNN has fast kernels for signed inputs where there is AMX, for unsigned ones with AVX2 and
+    AVX-512 too; for what it has none, it takes thousands of times as long.
+    """
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    ):
+        return None
+    seconds = {kernel: _seconds(_trial(kernel)) for kernel in map(Int8Kernel, (True, False))}
+    kernel = min(seconds, key=lambda kernel: seconds[kernel])
+    rows, weight = torch.ones(1, TRIAL_SIZE), torch.ones(TRIAL_SIZE, TRIAL_SIZE)
+    if seconds[kernel] > TOO_SLOW * _seconds(lambda: nn.functional.linear(rows, weight)):
+        return None
+    is_exact = bool((_trial(kernel)() == TRIAL_SIZE * INT8_MAX**2).all())
+    return kernel if is_exact else replace(kernel, largest_weight=INT8_MAX // 2)
+
+
+def _trial(kernel: Int8Kernel) -> Callable[[], Tensor]:
+    """A multiplication of the largest numbers."""
+    weight = torch.full((TRIAL_SIZE, TRIAL_SIZE), INT8_MAX, dtype=torch.int8)
+    scales, zero_points = torch.ones(TRIAL_SIZE), torch.zeros(TRIAL_SIZE, dtype=torch.int32)
+    inputs, packed_weight = torch.full((1, TRIAL_SIZE), float(INT8_MAX)), kernel.pack(weight)
+    return lambda: kernel.multiply(inputs, packed_weight, scales, zero_points)
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    """Of the fastest of a few calls, the first not counted."""
+    call()
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
 class Int8Linear(nn.Module):
     """A linear layer for inference in 8 bit: weights for good, inputs while it runs.
 
@@ -72,19 +152,19 @@ class Int8Linear(nn.Module):
     integers, which do not round: a row's bits are the same whatever else is in the call.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, kernel: Int8Kernel):
         super().__init__()
+        self.kernel = kernel
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # Without VNNI the kernel's sums of two products overflow 16 bit: weights get 7 bit there.
-        largest = INT8_MAX if torch.cpu._is_vnni_supported() else INT8_MAX // 2
         weight = linear.weight.data
+        largest = kernel.largest_weight
         self.scales = weight.abs().amax(dim=1).float().clamp(min=TINY) / largest  # [out]
         quantized = torch.empty(weight.shape, dtype=torch.int8)
         for start in range(0, len(weight), BLOCK):  # a head in float32 is a gigabyte
             rows = slice(start, start + BLOCK)
             quantized[rows] = (weight[rows].float() / self.scales[rows, None]).round()
         # Plain attributes: an opaque layout can be neither saved nor moved.
-        self.packed_weight = torch.ops.onednn.qlinear_prepack(quantized, None)
+        self.packed_weight = kernel.pack(quantized)
         self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
         self.bias = None if linear.bias is None else linear.bias.data.float()
 
@@ -92,20 +172,17 @@ class Int8Linear(nn.Module):
         """[..., in_features] -> [..., out_features], in the dtype of `rows`."""
         inputs = rows.reshape(-1, self.in_features).float()
         scale = inputs.abs().amax(dim=-1, keepdim=True).clamp(min=TINY) / INT8_MAX  # [rows, 1]
-        outputs = torch.ops.onednn.qlinear_pointwise.default(
-            *((inputs / scale).round().to(torch.int8), 1.0, 0),
-            *(self.packed_weight, self.scales, self.zero_points),
-            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        outputs = scale * self.kernel.multiply(
+            (inputs / scale).round(), self.packed_weight, self.scales, self.zero_points
         )
-        outputs = outputs * scale
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.to(rows.dtype).view(*rows.shape[:-1], self.out_features)
 
 
 def can_int8() -> bool:
-    """Whether this processor has the kernels."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    """Whether this processor has fast kernels."""
+    return int8_kernel() is not None
 
 
 def to_int8(module: nn.Module) -> None:
@@ -113,7 +190,9 @@ def to_int8(module: nn.Module) -> None:
 
     Embeddings stay as they are: they are only looked up, and the size of a small model.
     """
-    _replace_linears(module, Int8Linear)
+    kernel = int8_kernel()
+    assert kernel, "ask can_int8 first"
+    _replace_linears(module, lambda linear: Int8Linear(linear, kernel))
     for child in module.modules():
         if not isinstance(child, nn.Embedding):
             for parameter in child.parameters(recurse=False):
