@@ -5,6 +5,8 @@ a run: how often a model's proposals are accepted, by the confidence with which 
 often a lookup's are, by its n-gram's length and their position; and how long calls take. With r the
 tokens per second so far, one more drafted token pays if the chance that it is accepted, and all
 before it, exceeds r times what it costs (Dinkelbach 1967: the best ratio is where the gain is 0).
+There is an r for each length of a lookup's match, and one for none: a text is as long as it is, so
+time that is lost where the model must draft cannot be made up where lookups are fast.
 
 Exact all the same: a token is proposed or not before it is drawn. What decides are accepted text,
 past verdicts, clocks, and the draft's distributions up to the token before, never the token itself:
@@ -36,6 +38,8 @@ NUM_BINS = 20  # of the draft's confidence
 PRIOR = 4.0  # verdicts that an estimate begins with
 LOOKUP_PRIOR = 0.8  # what they say of lookups, so that they are tried; of models: their confidence
 CURIOSITY = 0.02  # of the time, for asking again the one who has not been asked for long
+TRIALS = 2  # cycles of the model before it is judged: the first may have met a pause
+STALL = 3.0  # times as long as expected: the machine paused, unless it is so twice in a row
 
 
 class Share:
@@ -95,7 +99,7 @@ class Cycle:
 
     Attributes:
         num_proposed: tokens, of a lookup or of the model.
-        matched: of a lookup, tokens that were found again; 0 for the model's.
+        matched: tokens that a lookup found again, whoever then proposes; 0 for none.
         confidences: the model's largest probability at each of its tokens but perhaps the last.
         draft_calls: of the model.
         draft_seconds: in them.
@@ -109,12 +113,18 @@ class Cycle:
     draft_seconds: float = 0.0
     seconds: float = 0.0
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the proposals are a lookup's."""
+        return self.num_proposed > 0 and not self.draft_calls
+
 
 @dataclass
 class Experience:
     """What a run has seen of its cycles so far."""
 
-    pace: Ratio = field(default_factory=Ratio)  # tokens per second
+    # Tokens per second, by how many tokens a lookup found again.
+    pace: dict[int, Ratio] = field(default_factory=lambda: defaultdict(Ratio))
     draft_call: Ratio = field(default_factory=Ratio)  # seconds per call
     target_call: Line = field(default_factory=Line)
     model_cycle: Ratio = field(default_factory=Ratio)  # tokens per cycle in which the model drafted
@@ -126,34 +136,56 @@ class Experience:
     lookup: dict[tuple[int, int], Share] = field(
         default_factory=lambda: defaultdict(lambda: Share(LOOKUP_PRIOR))
     )
+    num_model_cycles: int = 0
     seconds_without_model: float = 0.0
     seconds_without_lookup: float = 0.0
+    was_slow: bool = False  # the cycle before
 
     def learn(self, cycle: Cycle, num_accepted: int) -> None:
         """From a cycle that is over."""
-        self.pace.see(num_accepted + 1, cycle.seconds)
-        self.target_call.see(cycle.num_proposed + 1, cycle.seconds - cycle.draft_seconds)
+        if not self._has_stalled(cycle):
+            self._learn_times(cycle, num_accepted)
         verdicts = [True] * num_accepted + [False] * (num_accepted < cycle.num_proposed)
-        if cycle.draft_calls:
-            self.draft_call.see(cycle.draft_seconds, cycle.draft_calls)
-            self.model_cycle.see(num_accepted + 1, 1)
-            self.model_seconds.see(cycle.seconds, 1)
-            for confidence, is_accepted in zip(cycle.confidences, verdicts):
-                self._at(confidence).see(is_accepted)
-                self.model.see(is_accepted)
-        for position, is_accepted in enumerate(verdicts if cycle.matched else ()):
+        for confidence, is_accepted in zip(cycle.confidences, verdicts):
+            self._at(confidence).see(is_accepted)
+            self.model.see(is_accepted)
+        for position, is_accepted in enumerate(verdicts if cycle.is_lookup else ()):
             self.lookup[cycle.matched, position].see(is_accepted)
+        self.num_model_cycles += cycle.draft_calls > 0
         self.seconds_without_model += cycle.seconds
         self.seconds_without_lookup += cycle.seconds
         if cycle.draft_calls:
             self.seconds_without_model = 0.0
-        if cycle.matched:
+        if cycle.is_lookup:
             self.seconds_without_lookup = 0.0
+
+    def _has_stalled(self, cycle: Cycle) -> bool:
+        """Whether the machine paused in a cycle; one pause would silence the model for long."""
+        target_seconds = self.target_call.at(cycle.num_proposed + 1)
+        draft_seconds = self.draft_call.estimate * cycle.draft_calls
+        is_slow = (
+            cycle.seconds - cycle.draft_seconds > STALL * target_seconds > 0
+            or cycle.draft_seconds > STALL * draft_seconds > 0
+        )
+        was_slow, self.was_slow = self.was_slow, is_slow
+        return is_slow and not was_slow
+
+    def _learn_times(self, cycle: Cycle, num_accepted: int) -> None:
+        self.pace[cycle.matched].see(num_accepted + 1, cycle.seconds)
+        self.target_call.see(cycle.num_proposed + 1, cycle.seconds - cycle.draft_seconds)
+        if not cycle.draft_calls:
+            return
+        if STALL * cycle.draft_seconds < self.draft_call.estimate * cycle.draft_calls:
+            self.draft_call, self.model_seconds = Ratio(), Ratio()  # those were of a pause
+        self.draft_call.see(cycle.draft_seconds, cycle.draft_calls)
+        self.model_cycle.see(num_accepted + 1, 1)
+        self.model_seconds.see(cycle.seconds, 1)
 
     @property
     def is_model_due(self) -> bool:
         """Whether it has not been asked for so long that a cycle of it hardly costs anything."""
-        return CURIOSITY * self.seconds_without_model > self.model_seconds.estimate
+        is_new = self.num_model_cycles < TRIALS
+        return is_new or CURIOSITY * self.seconds_without_model > self.model_seconds.estimate
 
     def chance(self, confidence: float) -> float:
         """That a token is accepted which was drawn where the draft was so sure of one."""
@@ -162,24 +194,27 @@ class Experience:
     def _at(self, confidence: float) -> Share:
         return self.by_confidence[min(int(confidence * NUM_BINS), NUM_BINS - 1)]
 
-    def one_more_pays(self, chance_so_far: float) -> bool:
-        """Whether the model should draft a token behind some that are accepted with a chance."""
+    def one_more_pays(self, chance_so_far: float, matched: int = 0) -> bool:
+        """Whether the model should draft a token behind some that are accepted with a chance.
+
+        Where a lookup found `matched` tokens again.
+        """
         expected = chance_so_far * self.model.estimate
         cost = self.draft_call.estimate + self.target_call.slope
-        return expected > self.pace.estimate * cost
+        return expected > self.pace[matched].estimate * cost
 
-    def lookup_plan(self, length: int, most: int) -> tuple[int, float]:
+    def lookup_plan(self, matched: int, most: int) -> tuple[int, float]:
         """How many tokens behind a match of so many to propose, and how many would be accepted."""
-        cost = self.pace.estimate * self.target_call.slope
+        cost = self.pace[matched].estimate * self.target_call.slope
         chance, expected = 1.0, 0.0
         for position in range(most):
-            chance *= self.lookup[length, position].estimate
+            chance *= self.lookup[matched, position].estimate
             if position and chance <= cost:
                 return position, expected
             expected += chance
         return most, expected
 
-    def prefers_model(self, num_proposed: int, expected: float) -> bool:
+    def prefers_model(self, matched: int, num_proposed: int, expected: float) -> bool:
         """Whether the model's turn is worth more than a lookup of so many tokens."""
         lookup_seconds = self.target_call.at(num_proposed + 1)
         if self.is_model_due:
@@ -187,7 +222,7 @@ class Experience:
         is_lookup_due = CURIOSITY * self.seconds_without_lookup > lookup_seconds
         if is_lookup_due or not self.model_seconds.estimate:
             return False
-        pace = self.pace.estimate
+        pace = self.pace[matched].estimate
         lookup_gain = 1 + expected - pace * lookup_seconds
         model_gain = self.model_cycle.estimate - pace * self.model_seconds.estimate
         return model_gain > lookup_gain
@@ -240,13 +275,15 @@ class AdaptiveProposer:
         self._cycle, self._started, self._num_tokens = Cycle(), time.perf_counter(), len(tokens)
         if self._lookup:
             proposed, draft_probs = self._lookup.propose(tokens, k)
-            num, expected = self._experience.lookup_plan(self._lookup.matched, len(proposed))
-            if num and not (self._model and self._experience.prefers_model(num, expected)):
-                self._cycle.matched, self._cycle.num_proposed = self._lookup.matched, num
+            matched = self._cycle.matched = self._lookup.matched
+            num, expected = self._experience.lookup_plan(matched, len(proposed))
+            if num and not (self._model and self._experience.prefers_model(matched, num, expected)):
+                self._cycle.num_proposed = num
                 return proposed[:num], draft_probs[:num]
         if self._model is None:
             return [], torch.zeros(0, self._terms.vocab_size, device=self._terms.device)
         calls, seconds = self._model.num_calls, self._model.forward_seconds
+        self._model.matched = self._cycle.matched
         proposed, draft_probs = self._model.propose(tokens, k)
         self._cycle.num_proposed = len(proposed)
         self._cycle.draft_calls = self._model.num_calls - calls
@@ -272,16 +309,17 @@ class CarefulProposer(ModelProposer):
     def __init__(self, draft: ModelDraft, terms: DraftTerms, experience: Experience):
         super().__init__(draft, terms)
         self._experience = experience
+        self.matched = 0  # tokens that a lookup found again before this cycle
         self.confidences: list[float] = []  # of this cycle's proposals
         self._chance = 1.0
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         self.confidences, self._chance = [], 1.0
-        pays = self._experience.is_model_due or self._experience.one_more_pays(1.0)
+        pays = self._experience.is_model_due or self._experience.one_more_pays(1.0, self.matched)
         return super().propose(tokens, k if pays else 0)
 
     def _is_confident(self, logits: Tensor) -> bool:
         confidence = float(logits.float().softmax(-1).max())
         self.confidences.append(confidence)
         self._chance *= self._experience.chance(confidence)
-        return self._experience.one_more_pays(self._chance)
+        return self._experience.one_more_pays(self._chance, self.matched)
