@@ -35,26 +35,27 @@ from specsampling.method.drafts import (
 
 MEMORY = 0.99  # of the estimates of times and yields, per cycle: the last hundred or so count
 NUM_BINS = 20  # of the draft's confidence
-PRIOR = 4.0  # verdicts that an estimate begins with
-LOOKUP_PRIOR = 0.8  # what they say of lookups, so that they are tried; of models: their confidence
+PRIOR = 4.0  # verdicts that a prior counts for
+LOOKUP_PRIOR = 0.8  # so that they are tried
+MODEL_PRIOR = 0.7  # of a token for which no confidence is known yet; else it is that
 CURIOSITY = 0.02  # of the time, for asking again the one who has not been asked for long
 TRIALS = 2  # cycles of the model before it is judged: the first may have met a pause
 STALL = 3.0  # times as long as expected: the machine paused, unless it is so twice in a row
 
 
 class Share:
-    """An estimate of a probability, from a prior and what was seen."""
+    """How often something came true."""
 
-    def __init__(self, prior: float):
-        self._hits, self._trials = PRIOR * prior, PRIOR
+    def __init__(self) -> None:
+        self._hits = self._trials = 0
 
     def see(self, hit: bool) -> None:
         self._hits += hit
         self._trials += 1
 
-    @property
-    def estimate(self) -> float:
-        return self._hits / self._trials
+    def estimate(self, prior: float) -> float:
+        """The probability, by a prior and what was seen."""
+        return (self._hits + PRIOR * prior) / (self._trials + PRIOR)
 
 
 class Ratio:
@@ -129,13 +130,11 @@ class Experience:
     target_call: Line = field(default_factory=Line)
     model_cycle: Ratio = field(default_factory=Ratio)  # tokens per cycle in which the model drafted
     model_seconds: Ratio = field(default_factory=Ratio)  # seconds per such cycle
-    by_confidence: list[Share] = field(
-        default_factory=lambda: [Share((i + 0.5) / NUM_BINS) for i in range(NUM_BINS)]
-    )
-    model: Share = field(default_factory=lambda: Share(0.7))
-    lookup: dict[tuple[int, int], Share] = field(
-        default_factory=lambda: defaultdict(lambda: Share(LOOKUP_PRIOR))
-    )
+    model: Share = field(default_factory=Share)
+    by_confidence: dict[int, Share] = field(default_factory=lambda: defaultdict(Share))
+    # By how many tokens were found again; and by the position behind them, too.
+    lookup: dict[int, Share] = field(default_factory=lambda: defaultdict(Share))
+    by_position: dict[tuple[int, int], Share] = field(default_factory=lambda: defaultdict(Share))
     num_model_cycles: int = 0
     seconds_without_model: float = 0.0
     seconds_without_lookup: float = 0.0
@@ -147,10 +146,11 @@ class Experience:
             self._learn_times(cycle, num_accepted)
         verdicts = [True] * num_accepted + [False] * (num_accepted < cycle.num_proposed)
         for confidence, is_accepted in zip(cycle.confidences, verdicts):
-            self._at(confidence).see(is_accepted)
+            self.by_confidence[_bin(confidence)].see(is_accepted)
             self.model.see(is_accepted)
         for position, is_accepted in enumerate(verdicts if cycle.is_lookup else ()):
-            self.lookup[cycle.matched, position].see(is_accepted)
+            self.lookup[cycle.matched].see(is_accepted)
+            self.by_position[cycle.matched, position].see(is_accepted)
         self.num_model_cycles += cycle.draft_calls > 0
         self.seconds_without_model += cycle.seconds
         self.seconds_without_lookup += cycle.seconds
@@ -189,26 +189,25 @@ class Experience:
 
     def chance(self, confidence: float) -> float:
         """That a token is accepted which was drawn where the draft was so sure of one."""
-        return self._at(confidence).estimate
-
-    def _at(self, confidence: float) -> Share:
-        return self.by_confidence[min(int(confidence * NUM_BINS), NUM_BINS - 1)]
+        bin = _bin(confidence)
+        return self.by_confidence[bin].estimate((bin + 0.5) / NUM_BINS)
 
     def one_more_pays(self, chance_so_far: float, matched: int = 0) -> bool:
         """Whether the model should draft a token behind some that are accepted with a chance.
 
         Where a lookup found `matched` tokens again.
         """
-        expected = chance_so_far * self.model.estimate
+        expected = chance_so_far * self.model.estimate(MODEL_PRIOR)
         cost = self.draft_call.estimate + self.target_call.slope
         return expected > self.pace[matched].estimate * cost
 
     def lookup_plan(self, matched: int, most: int) -> tuple[int, float]:
         """How many tokens behind a match of so many to propose, and how many would be accepted."""
         cost = self.pace[matched].estimate * self.target_call.slope
+        usual = self.lookup[matched].estimate(LOOKUP_PRIOR)
         chance, expected = 1.0, 0.0
         for position in range(most):
-            chance *= self.lookup[matched, position].estimate
+            chance *= self.by_position[matched, position].estimate(usual)
             if position and chance <= cost:
                 return position, expected
             expected += chance
@@ -226,6 +225,10 @@ class Experience:
         lookup_gain = 1 + expected - pace * lookup_seconds
         model_gain = self.model_cycle.estimate - pace * self.model_seconds.estimate
         return model_gain > lookup_gain
+
+
+def _bin(confidence: float) -> int:
+    return min(int(confidence * NUM_BINS), NUM_BINS - 1)
 
 
 @dataclass(frozen=True)
