@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -172,44 +172,7 @@ def run(
     jobs = all_jobs(prompts, names, num_samples)
     pending = [job for job in jobs if job.key not in run_file.done]
     mine = share_of(pending, ranks) if ranks else pending
-    show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be one of those
-    is_stop = StopStrings(task.stop_strings, show) if task.stop_strings else None
-
-    def decode(example: Example, prompt: Prompt, sample_index: int, name: str) -> Row:
-        row_seed = sample_seed(seed, example.id, name, sample_index)
-        generator = torch.Generator(pair.target.device).manual_seed(row_seed)
-        error = ""
-        try:
-            generation = methods[name](prompt.token_ids, generator=generator, is_stop=is_stop)
-        except (RuntimeError, MemoryError) as problem:
-            if not is_out_of_memory(problem):
-                raise
-            error = f"{OUT_OF_MEMORY} ({reason(problem)}); {MEMORY_WAYS_OUT}"
-        if error:  # and whatever the decoder held is let go of
-            release_memory()
-            generation = Generation([], "error", error=error)
-        return Row(
-            example_id=example.id,
-            method=name,
-            sample_index=sample_index,
-            completion=task.completion(example, pair.decode(generation.token_ids)),
-            num_prompt_tokens=len(prompt.token_ids),
-            seed=seed,
-            task_id=example.task_id,
-            reference=example.reference,
-            num_cut_tokens=prompt.num_cut_tokens or None,
-            **vars(generation),
-        )
-
-    def decode_all(jobs: Sequence[Job]) -> Iterator[Row]:
-        if batch_size == 1:
-            for job in jobs:
-                yield decode(*job)
-            return
-        for group in groups_of(jobs, batch_size):
-            for done in decode_together((partial(decode, *job) for job in group), batch_size):
-                yield shared_seconds(done.result, done.share)
-
+    decode = partial(decode_row, pair, task, methods, seed)
     progress = Progress(run_file.rows, names)
     num_there = len(jobs) - len(pending)
     with tqdm(total=len(jobs), initial=num_there, unit="row") as bar:
@@ -217,8 +180,8 @@ def run(
             bar.set_description("warm-up")
             for example, prompt in prompts[:warmup]:
                 for name in names:
-                    decode(example, prompt, 0, name)
-        for row in decode_all(mine):
+                    decode(Job(example, prompt, 0, name))
+        for row in decode_rows(mine, decode, batch_size):
             bar.set_description(row.example_id)
             run_file.append(row)
             progress.add(row)
@@ -226,6 +189,48 @@ def run(
             bar.update(num_there + ranks.count_row() - bar.n if ranks else 1)
         if ranks:  # the others' rows still to come
             ranks.meet(lambda: bar.update(num_there + ranks.num_rows() - bar.n))
+
+
+def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int, job: Job) -> Row:
+    """Decode a text by its method; a row that says so where memory runs out."""
+    row_seed = sample_seed(seed, job.example.id, job.method, job.sample_index)
+    generator = torch.Generator(pair.target.device).manual_seed(row_seed)
+    show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be one of those
+    is_stop = StopStrings(task.stop_strings, show) if task.stop_strings else None
+    error = ""
+    try:
+        generation = methods[job.method](job.prompt.token_ids, generator=generator, is_stop=is_stop)
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        error = f"{OUT_OF_MEMORY} ({reason(problem)}); {MEMORY_WAYS_OUT}"
+    if error:  # and whatever the decoder held is let go of
+        release_memory()
+        generation = Generation([], "error", error=error)
+    return Row(
+        example_id=job.example.id,
+        method=job.method,
+        sample_index=job.sample_index,
+        completion=task.completion(job.example, pair.decode(generation.token_ids)),
+        num_prompt_tokens=len(job.prompt.token_ids),
+        seed=seed,
+        task_id=job.example.task_id,
+        reference=job.example.reference,
+        num_cut_tokens=job.prompt.num_cut_tokens or None,
+        **vars(generation),
+    )
+
+
+def decode_rows(
+    jobs: Sequence[Job], decode: Callable[[Job], Row], batch_size: int
+) -> Iterator[Row]:
+    """Rows as they are finished, decoded one by one or several at once."""
+    if batch_size == 1:
+        yield from map(decode, jobs)
+        return
+    for group in groups_of(jobs, batch_size):
+        for done in decode_together((partial(decode, job) for job in group), batch_size):
+            yield shared_seconds(done.result, done.share)
 
 
 def shared_seconds(row: Row, share: float) -> Row:

@@ -173,20 +173,26 @@ def test_signed_and_unsigned_inputs_give_the_same_bits():
     assert torch.equal(signed, unsigned)
 
 
+@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
 def test_an_8_bit_kernel_is_found_by_trying(monkeypatch):
-    """The fastest one; none where all are slow; weights of 7 bit where the sums overflow."""
+    """The fastest one; none where all are slow or fail; weights of 7 bit where sums overflow."""
 
     def found(signed, unsigned, plain, is_exact=True):
+        def trial(kernel):
+            if signed is None:
+                raise RuntimeError("not on this processor")
+            return lambda: torch.full((1, 4), packed.TRIAL_SIZE * 127**2 - (not is_exact))
+
         seconds = iter([signed, unsigned, plain])
         monkeypatch.setattr(packed, "_seconds", lambda call: next(seconds))
-        sums = packed.TRIAL_SIZE * 127**2 - (not is_exact)
-        monkeypatch.setattr(packed, "_trial", lambda kernel: lambda: torch.full((1, 4), sums))
+        monkeypatch.setattr(packed, "_trial", trial)
         return int8_kernel.__wrapped__()
 
     assert found(1, 2, 1) == Int8Kernel(True)
     assert found(9000, 2, 1) == Int8Kernel(False)
     assert found(9000, 2, 1, is_exact=False) == Int8Kernel(False, 63)
     assert found(9000, 5, 1) is None
+    assert found(None, None, 1) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,7 +25,7 @@ INT8_MAX = 127
 TINY = 1e-12  # scale of rows that are zero
 BLOCK = 8192  # rows of a weight
 ZERO_POINT = 128  # of unsigned inputs
-TRIAL_SIZE = 512  # of the layer with which kernels are tried
+TRIAL_SIZE = 1024  # of the layer with which kernels are tried
 TOO_SLOW = 4  # times float32
 
 
@@ -117,7 +118,12 @@ def int8_kernel() -> Int8Kernel | None:
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     ):
         return None
-    seconds = {kernel: _seconds(_trial(kernel)) for kernel in map(Int8Kernel, (True, False))}
+    seconds: dict[Int8Kernel, float] = {}
+    for kernel in map(Int8Kernel, (True, False)):
+        with suppress(RuntimeError):  # another kind of processor may have neither
+            seconds[kernel] = _seconds(_trial(kernel))
+    if not seconds:
+        return None
     kernel = min(seconds, key=lambda kernel: seconds[kernel])
     rows, weight = torch.ones(1, TRIAL_SIZE), torch.ones(TRIAL_SIZE, TRIAL_SIZE)
     if seconds[kernel] > TOO_SLOW * _seconds(lambda: nn.functional.linear(rows, weight)):
@@ -135,13 +141,21 @@ def _trial(kernel: Int8Kernel) -> Callable[[], Tensor]:
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:
-    """Of the fastest of a few calls, the first not counted."""
-    call()
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
+    """Of the fastest of a few calls, the first not counted.
+
+    On one thread: several wait for one another on a busy machine, longer than a call takes.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         call()
-        found.append(time.perf_counter() - start)
+        found = []
+        for _ in range(10):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
     return min(found)
 
 
