@@ -60,7 +60,7 @@ class Evidence:
         if draft_probs is None:
             draft_probs = target_probs[:0]
         target_probs, draft_probs = target_probs[:n], draft_probs[:n]
-        if self._is_sparse:  # all else has no mass: a few hundred columns instead of 50,000
+        if self._is_sparse and n > 1:  # a few hundred columns instead of 50,000: no other has mass
             support = target_probs.amax(0)
             support[index[:, 0]] = 1.0
             columns = support.nonzero()[:, 0]
@@ -96,12 +96,16 @@ def transform(index: Tensor, target_probs: Tensor, draft_probs: Tensor, uniforms
     Returns:
         [n] in [0, 1]; `IMPOSSIBLE` where the target's probability is 0.
     """
+    token_probs = target_probs.gather(-1, index)  # [n, 1]
     k = len(draft_probs)
-    order = torch.empty_like(target_probs)  # [n, V], nan where neither has any
-    torch.div(draft_probs, target_probs[:k], out=order[:k])
-    order[:k].add_(target_probs[:k], alpha=TIE_BREAK)
-    order[k:] = target_probs[k:]
-    order.sub_(order.gather(-1, index))
+    if k:
+        order = torch.empty_like(target_probs)  # [n, V], nan where neither has any
+        torch.div(draft_probs, target_probs[:k], out=order[:k])
+        order[:k].add_(target_probs[:k], alpha=TIE_BREAK)
+        order[k:] = target_probs[k:]
+        order.sub_(order.gather(-1, index))
+    else:
+        order = target_probs - token_probs
     share = torch.heaviside(order, uniforms[:, None])  # 1 before the token, u at it, 0 after it
     values = torch.linalg.vecdot(share, target_probs)
-    return torch.where(target_probs.gather(-1, index)[:, 0] > 0, values, IMPOSSIBLE)
+    return torch.where(token_probs[:, 0] > 0, values, IMPOSSIBLE)
