@@ -130,7 +130,7 @@ def test_the_model_drafts_where_it_pays_however_fast_lookups_are_elsewhere():
 
 
 def lookups(matched, accepted, num_proposed=7, seconds=1.0):
-    return Cycle(num_proposed=num_proposed, matched=matched, seconds=seconds), accepted
+    return Cycle(num_proposed, matched, lookup_matched=matched, seconds=seconds), accepted
 
 
 def test_a_lookup_that_is_seldom_right_leaves_the_turn_to_the_model():
@@ -150,7 +150,7 @@ def test_a_lookup_that_is_seldom_right_leaves_the_turn_to_the_model():
 def test_lookups_are_tried_beside_a_model_that_is_always_right():
     """They were not for 40 cycles of 11 tokens each: on code, that was a whole run without them."""
     seen = Experience()
-    model = Cycle(14, 3, [0.99] * 13, draft_calls=14, draft_seconds=0.45, seconds=0.57)
+    model = Cycle(14, 3, confidences=[0.99] * 13, draft_calls=14, draft_seconds=0.45, seconds=0.57)
     num_with_model = 0
     for _ in range(30):
         num, expected = seen.lookup_plan(3, 15)
@@ -164,7 +164,7 @@ def test_lookups_are_tried_beside_a_model_that_is_always_right():
 
 def test_lookups_that_are_always_wrong_are_soon_left():
     seen = Experience()
-    model = Cycle(4, 2, [0.9] * 4, draft_calls=4, draft_seconds=0.02, seconds=0.05)
+    model = Cycle(4, 2, confidences=[0.9] * 4, draft_calls=4, draft_seconds=0.02, seconds=0.05)
     seconds = 0.0
     for _ in range(300):
         is_model = seen.prefers_model(2, *seen.lookup_plan(2, 7))

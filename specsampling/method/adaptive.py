@@ -1,5 +1,6 @@
 """How many tokens to draft, and by whom, found out while decoding: `speculation.k: auto`.
 
+A model drafts until a lookup finds what it has drafted, and the lookup goes on from there.
 Every choice is made to raise expected tokens per second, from running estimates over all texts of
 a run: how often a model's proposals are accepted, by the confidence with which they were made; how
 often a lookup's are, by its n-gram's length and their position; and how long calls take. With r the
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -99,8 +100,10 @@ class Cycle:
     """Who proposed how many tokens in a cycle, and what it took.
 
     Attributes:
-        num_proposed: tokens, of a lookup or of the model.
-        matched: tokens that a lookup found again, whoever then proposes; 0 for none.
+        num_proposed: tokens, the model's before a lookup's.
+        matched: tokens that a lookup found again at first, whoever then proposes; 0 for none.
+        lookup_from: of the proposals, the first that is a lookup's.
+        lookup_matched: tokens that it found again there; 0 if it proposes none.
         confidences: the model's largest probability at each of its tokens but perhaps the last.
         draft_calls: of the model.
         draft_seconds: in them.
@@ -109,15 +112,12 @@ class Cycle:
 
     num_proposed: int = 0
     matched: int = 0
+    lookup_from: int = 0
+    lookup_matched: int = 0
     confidences: Sequence[float] = ()
     draft_calls: int = 0
     draft_seconds: float = 0.0
     seconds: float = 0.0
-
-    @property
-    def is_lookup(self) -> bool:
-        """Whether the proposals are a lookup's."""
-        return self.num_proposed > 0 and not self.draft_calls
 
 
 @dataclass
@@ -130,6 +130,8 @@ class Experience:
     target_call: Line = field(default_factory=Line)
     model_cycle: Ratio = field(default_factory=Ratio)  # tokens per cycle in which the model drafted
     model_seconds: Ratio = field(default_factory=Ratio)  # seconds per such cycle
+    # What lookups add behind the model's tokens, per token of its.
+    tail: Ratio = field(default_factory=Ratio)
     model: Share = field(default_factory=Share)
     by_confidence: dict[int, Share] = field(default_factory=lambda: defaultdict(Share))
     # By how many tokens were found again; and by the position behind them, too.
@@ -148,15 +150,18 @@ class Experience:
         for confidence, is_accepted in zip(cycle.confidences, verdicts):
             self.by_confidence[_bin(confidence)].see(is_accepted)
             self.model.see(is_accepted)
-        for position, is_accepted in enumerate(verdicts if cycle.is_lookup else ()):
-            self.lookup[cycle.matched].see(is_accepted)
-            self.by_position[cycle.matched, position].see(is_accepted)
+        of_lookup = verdicts[cycle.lookup_from :] if cycle.lookup_matched else []
+        for position, is_accepted in enumerate(of_lookup):
+            self.lookup[cycle.lookup_matched].see(is_accepted)
+            self.by_position[cycle.lookup_matched, position].see(is_accepted)
+        if cycle.draft_calls:
+            self.tail.see(max(0, num_accepted - cycle.lookup_from), cycle.draft_calls)
         self.num_model_cycles += cycle.draft_calls > 0
         self.seconds_without_model += cycle.seconds
         self.seconds_without_lookup += cycle.seconds
         if cycle.draft_calls:
             self.seconds_without_model = 0.0
-        if cycle.is_lookup:
+        if cycle.lookup_matched:
             self.seconds_without_lookup = 0.0
 
     def _has_stalled(self, cycle: Cycle) -> bool:
@@ -197,18 +202,21 @@ class Experience:
 
         Where a lookup found `matched` tokens again.
         """
-        expected = chance_so_far * self.model.estimate(MODEL_PRIOR)
+        expected = chance_so_far * (self.model.estimate(MODEL_PRIOR) + self.tail.estimate)
         cost = self.draft_call.estimate + self.target_call.slope
         return expected > self.pace[matched].estimate * cost
 
-    def lookup_plan(self, matched: int, most: int) -> tuple[int, float]:
-        """How many tokens behind a match of so many to propose, and how many would be accepted."""
+    def lookup_plan(self, matched: int, most: int, chance: float = 1.0) -> tuple[int, float]:
+        """How many tokens behind a match of so many to propose, and how many would be accepted.
+
+        Behind tokens that are accepted with a chance; one at least where there are none.
+        """
         cost = self.pace[matched].estimate * self.target_call.slope
         usual = self.lookup[matched].estimate(LOOKUP_PRIOR)
-        chance, expected = 1.0, 0.0
+        is_first, expected = chance == 1.0, 0.0
         for position in range(most):
             chance *= self.by_position[matched, position].estimate(usual)
-            if position and chance <= cost:
+            if chance <= cost and not (is_first and position == 0):
                 return position, expected
             expected += chance
         return most, expected
@@ -254,11 +262,20 @@ class AdaptiveDraft:
 
 
 class AdaptiveProposer:
+    """The model drafts until a lookup is worth more, or nothing; then a lookup goes on from there.
+
+    Who proposes a token, if anyone does, depends on the tokens before it alone.
+    """
+
     def __init__(self, draft: AdaptiveDraft, terms: DraftTerms):
         self._experience = draft.experience
         self._lookup = draft.lookup.start(terms) if draft.lookup else None
-        self._model = CarefulProposer(draft.model, terms, draft.experience) if draft.model else None
-        self._terms = terms
+        self._model = (
+            CarefulProposer(draft.model, terms, draft.experience, self._is_for_lookup)
+            if draft.model
+            else None
+        )
+        self._none = torch.zeros(0, terms.vocab_size, device=terms.device)
         self._cycle: Cycle | None = None  # the one under way
 
     @property
@@ -275,24 +292,41 @@ class AdaptiveProposer:
                 proposer.prefill(tokens)
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
-        self._cycle, self._started, self._num_tokens = Cycle(), time.perf_counter(), len(tokens)
+        cycle = self._cycle = Cycle()
+        self._started, self._num_tokens = time.perf_counter(), len(tokens)
+        self._longest = len(tokens) + k
         if self._lookup:
-            proposed, draft_probs = self._lookup.propose(tokens, k)
-            matched = self._cycle.matched = self._lookup.matched
-            num, expected = self._experience.lookup_plan(matched, len(proposed))
-            if num and not (self._model and self._experience.prefers_model(matched, num, expected)):
-                self._cycle.num_proposed = num
-                return proposed[:num], draft_probs[:num]
-        if self._model is None:
-            return [], torch.zeros(0, self._terms.vocab_size, device=self._terms.device)
-        calls, seconds = self._model.num_calls, self._model.forward_seconds
-        self._model.matched = self._cycle.matched
-        proposed, draft_probs = self._model.propose(tokens, k)
-        self._cycle.num_proposed = len(proposed)
-        self._cycle.draft_calls = self._model.num_calls - calls
-        self._cycle.draft_seconds = self._model.forward_seconds - seconds
-        self._cycle.confidences = self._model.confidences
+            self._lookup.prefill(tokens)
+            cycle.matched = self._lookup.find(tokens)[0]
+        is_for_lookup = self._is_for_lookup(tokens)
+        proposed: list[int] = []
+        draft_probs, chance = self._none, 1.0
+        if self._model and not is_for_lookup:
+            calls, seconds = self._model.num_calls, self._model.forward_seconds
+            self._model.matched = cycle.matched
+            proposed, draft_probs = self._model.propose(tokens, k)
+            chance = self._model.chance
+            cycle.draft_calls = self._model.num_calls - calls
+            cycle.draft_seconds = self._model.forward_seconds - seconds
+            cycle.confidences = self._model.confidences
+        cycle.lookup_from = len(proposed)
+        if self._lookup and (proposed or is_for_lookup):
+            sequence = [*tokens, *proposed]
+            matched = self._lookup.find(sequence)[0]
+            num, _ = self._experience.lookup_plan(matched, k - len(proposed), chance)
+            more, more_probs = self._lookup.go_on(sequence, num)
+            cycle.lookup_matched = matched if more else 0
+            proposed, draft_probs = proposed + more, torch.cat([draft_probs, more_probs])
+        cycle.num_proposed = len(proposed)
         return proposed, draft_probs
+
+    def _is_for_lookup(self, sequence: Sequence[int]) -> bool:
+        """Whether a lookup should propose what comes next in this cycle, and not the model."""
+        matched = self._lookup.find(sequence)[0] if self._lookup else 0
+        num, expected = self._experience.lookup_plan(matched, self._longest - len(sequence))
+        if not (matched and num):
+            return False
+        return not (self._model and self._experience.prefers_model(matched, num, expected))
 
     def rollback(self, length: int) -> None:
         for proposer in (self._lookup, self._model):
@@ -307,22 +341,30 @@ class AdaptiveProposer:
 
 
 class CarefulProposer(ModelProposer):
-    """Drafts as long as one more token pays."""
+    """Drafts as long as one more token pays, and it is not for a lookup to propose it."""
 
-    def __init__(self, draft: ModelDraft, terms: DraftTerms, experience: Experience):
+    def __init__(
+        self,
+        draft: ModelDraft,
+        terms: DraftTerms,
+        experience: Experience,
+        is_for_lookup: Callable[[Sequence[int]], bool],
+    ):
         super().__init__(draft, terms)
         self._experience = experience
+        self._is_for_lookup = is_for_lookup
         self.matched = 0  # tokens that a lookup found again before this cycle
         self.confidences: list[float] = []  # of this cycle's proposals
-        self._chance = 1.0
+        self.chance = 1.0  # that all of them are accepted
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
-        self.confidences, self._chance = [], 1.0
+        self.confidences, self.chance = [], 1.0
         pays = self._experience.is_model_due or self._experience.one_more_pays(1.0, self.matched)
         return super().propose(tokens, k if pays else 0)
 
-    def _is_confident(self, logits: Tensor) -> bool:
+    def _goes_on(self, sequence: Sequence[int], logits: Tensor) -> bool:
         confidence = float(logits.float().softmax(-1).max())
         self.confidences.append(confidence)
-        self._chance *= self._experience.chance(confidence)
-        return self._experience.one_more_pays(self._chance, self.matched)
+        self.chance *= self._experience.chance(confidence)
+        pays = self._experience.one_more_pays(self.chance, self.matched)
+        return pays and not self._is_for_lookup(sequence)

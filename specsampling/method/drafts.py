@@ -151,12 +151,12 @@ class ModelProposer:
             except NonFiniteError:
                 raise NonFiniteError("draft") from None
             draft_probs.append(probs)
-            if i + 1 < k and not self._is_confident(logits):
+            if i + 1 < k and not self._goes_on(sequence, logits):
                 break
         return sequence[len(tokens) :], torch.cat([self._none, *draft_probs])
 
-    def _is_confident(self, logits: Tensor) -> bool:
-        """Whether a token of [1, V] logits is probable enough to draft another."""
+    def _goes_on(self, sequence: Sequence[int], logits: Tensor) -> bool:
+        """Whether to draft another token behind a sequence whose last has [1, V] logits."""
         limit = self._draft.min_confidence
         if limit == 0:
             return True
@@ -201,7 +201,6 @@ class NgramProposer:
         self._terms = terms
         self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> where its last follower stands
         self._num_seen = 0
-        self.matched = 0  # tokens that the last lookup found again
 
     def prefill(self, tokens: Sequence[int]) -> None:
         for end in range(self._num_seen + 1, len(tokens)):
@@ -212,18 +211,25 @@ class NgramProposer:
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         self.prefill(tokens)
+        return self.go_on(tokens, k)
+
+    def go_on(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+        """Propose behind tokens that may be no more than proposals themselves."""
         sequence = list(tokens)
-        self.matched = 0
-        for n in reversed(self._lengths):
-            follower = self._follower.get(tuple(tokens[-n:]))
-            if follower is not None:
-                self.matched = n
-                for i in range(follower, follower + k):  # may run into its own proposals
-                    sequence.append(sequence[i])
-                break
+        matched, follower = self.find(tokens)
+        for i in range(follower, follower + k if matched else follower):
+            sequence.append(sequence[i])  # may be one of its own
         proposed = sequence[len(tokens) :]
         ids = torch.tensor(proposed, dtype=torch.long, device=self._terms.device)
         return proposed, one_hot(ids, self._terms.vocab_size)
+
+    def find(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """How many of the last tokens are in the text before, and where their follower is."""
+        for n in reversed(self._lengths):
+            follower = self._follower.get(tuple(tokens[-n:]))
+            if follower is not None:
+                return n, follower
+        return 0, 0
 
     def rollback(self, length: int) -> None:
         """Nothing to forget: only accepted text is looked up."""
