@@ -11,7 +11,8 @@ from test_sampled_decoding import pair as pair  # a fixture
 
 from autoregressive import autoregressive
 from specsampling.method.adaptive import AdaptiveDraft, Cycle, Experience, Line
-from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
+from specsampling.method.drafts import CompositeDraft, DraftTerms, ModelDraft, NgramDraft
+from specsampling.method.sampling import Sampling
 from speculative import speculative
 
 PROMPT = [1, 4, 2, 1, 4]
@@ -183,6 +184,42 @@ def test_a_lookup_is_cut_where_rows_cost_more_than_they_bring():
     assert seen.target_call.slope == pytest.approx(0.1, abs=0.01)
     num, expected = seen.lookup_plan(2, 7)
     assert 1 <= num <= 3 and 0.5 < expected < 2
+
+
+def terms_of(model) -> DraftTerms:
+    return DraftTerms.of(model, 60, Sampling(), None)
+
+
+def test_a_lookup_goes_on_from_what_the_model_has_drafted(model_of, monkeypatch):
+    """The model drafted all of a text that it repeated, though after 3 tokens a lookup had it."""
+    model = model_of("llama")
+    terms = terms_of(model)
+    drafted = iter([4, 2, 6])
+    monkeypatch.setattr("specsampling.method.drafts.sample", lambda probs, _: next(drafted))
+    tokens = [1, 4, 2, 9, 8, 5, 1]
+    proposer = AdaptiveDraft.of(CompositeDraft(NgramDraft(3, 3), ModelDraft(model))).start(terms)
+    proposer._experience.num_model_cycles = 2
+    proposer.prefill(tokens[:-1])
+    proposed, draft_probs = proposer.propose(tokens, 7)
+    assert proposed == [4, 2, 9, 8, 5, 1, 4] and proposer.num_calls == 2
+    assert draft_probs.shape == (7, terms.vocab_size)
+    ids = torch.tensor(proposed[2:])[:, None]
+    assert (draft_probs[2:].gather(1, ids) == 1).all() and (draft_probs[2:].sum(1) == 1).all()
+    proposer.rollback(len(tokens) + 4)
+    seen = proposer._experience
+    assert seen.tail.estimate == pytest.approx(2 / 2)
+    assert [seen.by_position[3, i].estimate(0.5) for i in (0, 2)] == [pytest.approx(0.6), 0.4]
+
+
+def test_a_token_is_worth_what_lookups_add_behind_it():
+    """Where they added much, the model was silent: all of it counted as pace, none as its own."""
+    seen = Experience()
+    cycle = Cycle(15, 0, 3, 3, confidences=[0.9] * 3, draft_calls=3, draft_seconds=0.6, seconds=1.6)
+    for _ in range(20):
+        seen.learn(cycle, 15)
+    assert seen.tail.estimate == pytest.approx(4)
+    assert seen.pace[0].estimate * seen.draft_call.estimate > 1
+    assert seen.one_more_pays(1.0)
 
 
 def test_what_a_lookup_may_propose_is_found_out_over_all_positions():

@@ -155,7 +155,7 @@ class Experience:
             self.lookup[cycle.lookup_matched].see(is_accepted)
             self.by_position[cycle.lookup_matched, position].see(is_accepted)
         if cycle.draft_calls:
-            self.tail.see(max(0, num_accepted - cycle.lookup_from), cycle.draft_calls)
+            self.tail.see(sum(of_lookup), cycle.draft_calls)
         self.num_model_cycles += cycle.draft_calls > 0
         self.seconds_without_model += cycle.seconds
         self.seconds_without_lookup += cycle.seconds
