@@ -9,9 +9,9 @@ before it, exceeds r times what it costs (Dinkelbach 1967: the best ratio is whe
 There is an r for each length of a lookup's match, and one for none: a text is as long as it is, so
 time that is lost where the model must draft cannot be made up where lookups are fast.
 
-Exact all the same: a token is proposed or not, and by whom, before it is drawn. What decides are the
-tokens before it, accepted or drafted, past verdicts, clocks, and the draft's distributions up to
-the token before, never the token itself: a rule that dropped tokens for being unlikely would
+Exact all the same: a token is proposed or not, and by whom, before it is drawn. What decides are
+the tokens before it, accepted or drafted, past verdicts, clocks, and the draft's distributions up
+to the token before, never the token itself: a rule that dropped tokens for being unlikely would
 change the distribution that the verifier is told. Sampled texts depend on the clock in this way, as
 to which they are; not their distribution.
 """
