@@ -317,7 +317,8 @@ class AdaptiveProposer:
             num, _ = self._experience.lookup_plan(matched, k - len(proposed), chance)
             more, more_probs = self._lookup.go_on(sequence, num)
             cycle.lookup_matched = matched if more else 0
-            proposed, draft_probs = proposed + more, torch.cat([draft_probs, more_probs])
+            draft_probs = torch.cat([draft_probs, more_probs]) if proposed else more_probs
+            proposed = proposed + more
         cycle.num_proposed = len(proposed)
         return proposed, draft_probs
 
