@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -209,6 +211,22 @@ def test_a_lookup_goes_on_from_what_the_model_has_drafted(model_of, monkeypatch)
     seen = proposer._experience
     assert seen.tail.estimate == pytest.approx(2 / 2)
     assert [seen.by_position[3, i].estimate(0.5) for i in (0, 2)] == [pytest.approx(0.6), 0.4]
+
+
+def test_a_proposer_and_its_cache_are_let_go_of_with_their_text(model_of):
+    """Proposers that knew each other kept a batch's places, until the garbage collector ran."""
+    model = model_of("llama")
+    draft = AdaptiveDraft.of(CompositeDraft(NgramDraft(3, 1), ModelDraft(model)))
+    gc.disable()
+    try:
+        proposer = draft.start(terms_of(model))
+        proposer.prefill(PROMPT)
+        proposer.propose(PROMPT, 4)
+        session = weakref.ref(proposer._model._session)
+        del proposer
+        assert session() is None
+    finally:
+        gc.enable()
 
 
 def test_a_token_is_worth_what_lookups_add_behind_it():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +33,7 @@ from specsampling.method.drafts import (
     ModelDraft,
     ModelProposer,
     NgramDraft,
+    NgramProposer,
 )
 
 MEMORY = 0.99  # of the estimates of times and yields, per cycle: the last hundred or so count
@@ -262,6 +263,25 @@ class AdaptiveDraft:
         return AdaptiveProposer(self, terms)
 
 
+class Turn:
+    """Whose turn it is to propose the next token of a cycle.
+
+    An object of its own: proposers that knew each other would keep their caches for too long.
+    """
+
+    def __init__(self, lookup: NgramProposer | None, has_model: bool, experience: Experience):
+        self._lookup, self._has_model, self._experience = lookup, has_model, experience
+        self.longest = 0  # what the text may grow to in this cycle
+
+    def is_lookups(self, sequence: Sequence[int]) -> bool:
+        """Whether a lookup should go on from here, and not the model."""
+        matched = self._lookup.find(sequence)[0] if self._lookup else 0
+        num, expected = self._experience.lookup_plan(matched, self.longest - len(sequence))
+        if not (matched and num):
+            return False
+        return not (self._has_model and self._experience.prefers_model(matched, num, expected))
+
+
 class AdaptiveProposer:
     """The model drafts until a lookup is worth more, or nothing; then a lookup goes on from there.
 
@@ -271,11 +291,9 @@ class AdaptiveProposer:
     def __init__(self, draft: AdaptiveDraft, terms: DraftTerms):
         self._experience = draft.experience
         self._lookup = draft.lookup.start(terms) if draft.lookup else None
-        self._model = (
-            CarefulProposer(draft.model, terms, draft.experience, self._is_for_lookup)
-            if draft.model
-            else None
-        )
+        model = draft.model
+        turn = self._turn = Turn(self._lookup, model is not None, draft.experience)
+        self._model = CarefulProposer(model, terms, draft.experience, turn) if model else None
         self._none = torch.zeros(0, terms.vocab_size, device=terms.device)
         self._cycle: Cycle | None = None  # the one under way
 
@@ -295,14 +313,14 @@ class AdaptiveProposer:
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         cycle = self._cycle = Cycle()
         self._started, self._num_tokens = time.perf_counter(), len(tokens)
-        self._longest = len(tokens) + k
+        self._turn.longest = len(tokens) + k
         if self._lookup:
             self._lookup.prefill(tokens)
             cycle.matched = self._lookup.find(tokens)[0]
-        is_for_lookup = self._is_for_lookup(tokens)
+        is_lookups = self._turn.is_lookups(tokens)
         proposed: list[int] = []
         draft_probs, chance = self._none, 1.0
-        if self._model and not is_for_lookup:
+        if self._model and not is_lookups:
             calls, seconds = self._model.num_calls, self._model.forward_seconds
             self._model.matched = cycle.matched
             proposed, draft_probs = self._model.propose(tokens, k)
@@ -311,7 +329,7 @@ class AdaptiveProposer:
             cycle.draft_seconds = self._model.forward_seconds - seconds
             cycle.confidences = self._model.confidences
         cycle.lookup_from = len(proposed)
-        if self._lookup and (proposed or is_for_lookup):
+        if self._lookup and (proposed or is_lookups):
             sequence = [*tokens, *proposed]
             matched = self._lookup.find(sequence)[0]
             num, _ = self._experience.lookup_plan(matched, k - len(proposed), chance)
@@ -321,14 +339,6 @@ class AdaptiveProposer:
             proposed = proposed + more
         cycle.num_proposed = len(proposed)
         return proposed, draft_probs
-
-    def _is_for_lookup(self, sequence: Sequence[int]) -> bool:
-        """Whether a lookup should propose what comes next in this cycle, and not the model."""
-        matched = self._lookup.find(sequence)[0] if self._lookup else 0
-        num, expected = self._experience.lookup_plan(matched, self._longest - len(sequence))
-        if not (matched and num):
-            return False
-        return not (self._model and self._experience.prefers_model(matched, num, expected))
 
     def rollback(self, length: int) -> None:
         for proposer in (self._lookup, self._model):
@@ -345,16 +355,9 @@ class AdaptiveProposer:
 class CarefulProposer(ModelProposer):
     """Drafts as long as one more token pays, and it is not for a lookup to propose it."""
 
-    def __init__(
-        self,
-        draft: ModelDraft,
-        terms: DraftTerms,
-        experience: Experience,
-        is_for_lookup: Callable[[Sequence[int]], bool],
-    ):
+    def __init__(self, draft: ModelDraft, terms: DraftTerms, experience: Experience, turn: Turn):
         super().__init__(draft, terms)
-        self._experience = experience
-        self._is_for_lookup = is_for_lookup
+        self._experience, self._turn = experience, turn
         self.matched = 0  # tokens that a lookup found again before this cycle
         self.confidences: list[float] = []  # of this cycle's proposals
         self.chance = 1.0  # that all of them are accepted
@@ -369,4 +372,4 @@ class CarefulProposer(ModelProposer):
         self.confidences.append(confidence)
         self.chance *= self._experience.chance(confidence)
         pays = self._experience.one_more_pays(self.chance, self.matched)
-        return pays and not self._is_for_lookup(sequence)
+        return pays and not self._turn.is_lookups(sequence)
