@@ -241,3 +241,12 @@ def test_the_support_alone_gives_the_same_transforms():
         evidence.add(tokens, logits, target, draft)
     assert sparse.transforms == pytest.approx(dense.transforms, abs=2e-6)
     assert sparse.transforms[3] == -1
+
+
+def test_without_a_draft_the_most_probable_tokens_come_first():
+    """Turned around it is uniform too, but a token alone was looked at by no test of its value."""
+    target_probs = torch.tensor([[0.1, 0.5, 0.15, 0.25, 0.0]])
+    uniforms = torch.tensor([0.4])
+    for token, value in ((1, 0.2), (3, 0.6), (0, 0.94), (4, -1.0)):
+        found = transform(torch.tensor([[token]]), target_probs, target_probs[:0], uniforms)
+        assert float(found) == pytest.approx(value)

@@ -152,7 +152,7 @@ def test_rows_of_zeros_and_nans_stay_what_they_are():
 
 @pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
 def test_8_bit_layers_are_fast_on_this_processor():
-    """Signed inputs took thousands of times as long where there is no AMX."""
+    """Signed inputs took hundreds of times as long where there is no AMX."""
     linear = torch.nn.Linear(512, 2048, bias=False)
     layer, rows = Int8Linear(linear, int8_kernel()), torch.randn(1, 512)
     seconds = {linear: [], layer: []}

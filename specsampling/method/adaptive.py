@@ -196,8 +196,8 @@ class Experience:
 
     def chance(self, confidence: float) -> float:
         """That a token is accepted which was drawn where the draft was so sure of one."""
-        bin = _bin(confidence)
-        return self.by_confidence[bin].estimate((bin + 0.5) / NUM_BINS)
+        index = _bin(confidence)
+        return self.by_confidence[index].estimate((index + 0.5) / NUM_BINS)
 
     def one_more_pays(self, chance_so_far: float, matched: int = 0) -> bool:
         """Whether the model should draft a token behind some that are accepted with a chance.

@@ -217,7 +217,7 @@ class NgramProposer:
         """Propose behind tokens that may be no more than proposals themselves."""
         sequence = list(tokens)
         matched, follower = self.find(tokens)
-        for i in range(follower, follower + k if matched else follower):
+        for i in range(follower, follower + k) if matched else ():
             sequence.append(sequence[i])  # may be one of its own
         proposed = sequence[len(tokens) :]
         ids = torch.tensor(proposed, dtype=torch.long, device=self._terms.device)

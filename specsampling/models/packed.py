@@ -112,7 +112,7 @@ def int8_kernel() -> Int8Kernel | None:
     """The faster way on this processor, found by trying; None where none is fast.
 
     oneDNN has fast kernels for signed inputs where there is AMX, for unsigned ones with AVX2 and
-    AVX-512 too; for what it has none, it takes thousands of times as long.
+    AVX-512 too; for what it has none, it takes hundreds of times as long.
     """
     if not (
         torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
