@@ -12,7 +12,7 @@ from test_sampled_decoding import FALSE_ALARM, p_value
 from test_sampled_decoding import pair as pair  # a fixture
 
 from autoregressive import autoregressive
-from specsampling.method.adaptive import AdaptiveDraft, Cycle, Experience, Line
+from specsampling.method.adaptive import AdaptiveDraft, CallSeconds, Cycle, Experience, Line
 from specsampling.method.drafts import CompositeDraft, DraftTerms, ModelDraft, NgramDraft
 from specsampling.method.sampling import Sampling
 from speculative import speculative
@@ -48,15 +48,16 @@ def test_sampled_texts_have_the_targets_distribution(pair, kind):
     assert p_value(target, drafts_of(model)[kind], None) > FALSE_ALARM
 
 
-def best_fixed(alpha: float, draft: float, slope: float, most: int) -> float:
+def best_fixed(alpha: float, draft: float, slope: float, most: int, step: float = 0.0) -> float:
     """Tokens per second of the best K, a target call of one row taking one second."""
     return max(
-        sum(alpha**i for i in range(k + 1)) / (1 + k * (draft + slope)) for k in range(most + 1)
+        sum(alpha**i for i in range(k + 1)) / (1 + k * (draft + slope) + step * (k > 0))
+        for k in range(most + 1)
     )
 
 
 def decode(
-    alphas, draft, slope=0.0, *, cycles=4000, skipped=300, most=7, seed=0, pauses=()
+    alphas, draft, slope=0.0, *, step=0.0, cycles=4000, skipped=300, most=7, seed=0, pauses=()
 ) -> float:
     """Tokens per second of a simulated model draft whose confidence is the chance of acceptance.
 
@@ -66,7 +67,8 @@ def decode(
     tokens = seconds = 0.0
     for turn in range(cycles):
         cycle, confidences, so_far = Cycle(), [], 1.0
-        while len(confidences) < most and (seen.is_model_due or seen.one_more_pays(so_far)):
+        starts = seen.is_model_due or seen.turn_pays(most)
+        while len(confidences) < most * starts:
             confidences.append(chance.choice(alphas))
             so_far *= seen.chance(confidences[-1])
             if not seen.one_more_pays(so_far):
@@ -78,7 +80,8 @@ def decode(
         cycle.draft_calls, cycle.draft_seconds = len(confidences), draft * len(confidences)
         pause = 20.0 * (turn in pauses)
         cycle.draft_seconds += pause * bool(confidences)
-        cycle.seconds = 1 + slope * len(confidences) + cycle.draft_seconds
+        cycle.seconds = 1 + slope * len(confidences) + step * bool(confidences)
+        cycle.seconds += cycle.draft_seconds
         cycle.seconds += pause * (not confidences)
         seen.learn(cycle, accepted)
         if turn >= skipped:
@@ -94,6 +97,24 @@ def test_it_reaches_97_percent_of_the_best_fixed_k(alpha, draft):
 
 def test_it_sees_that_rows_cost_something():
     assert decode([0.8], 0.05, slope=0.15) > 0.97 * best_fixed(0.8, 0.05, 0.15, 7)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize("step", [0.3, 1.0])
+def test_it_tells_a_second_row_from_a_later_one(alpha, step):
+    """One line through calls of all sizes took the step between the first two for every row's."""
+    best = best_fixed(alpha, 0.05, 0.03, 7, step)
+    assert decode([alpha], 0.05, slope=0.03, step=step) > 0.97 * best
+
+
+def test_a_lookup_is_not_cut_for_the_second_rows_price():
+    """Behind short ones each row seemed to cost half of the step, so that they stayed short."""
+    seen = Experience()
+    for turn in range(100):
+        seen.learn(Cycle(0, seconds=1.0), 0)
+        num = 2 if turn == 0 else seen.lookup_plan(5, 15)[0]
+        seen.learn(*lookups(5, num * (turn % 2), num_proposed=num, seconds=2 + 0.01 * num))
+    assert seen.lookup_plan(5, 15)[0] == 15
 
 
 def test_where_confidence_varies_it_beats_every_fixed_k():
@@ -200,7 +221,7 @@ def test_a_lookup_goes_on_from_what_the_model_has_drafted(model_of, monkeypatch)
     monkeypatch.setattr("specsampling.method.drafts.sample", lambda probs, _: next(drafted))
     tokens = [1, 4, 2, 9, 8, 5, 1]
     proposer = AdaptiveDraft.of(CompositeDraft(NgramDraft(3, 3), ModelDraft(model))).start(terms)
-    proposer._experience.num_model_cycles = 2
+    proposer._experience.num_model_cycles = proposer._experience.target_call.num_of_one = 2
     proposer.prefill(tokens[:-1])
     proposed, draft_probs = proposer.propose(tokens, 7)
     assert proposed == [4, 2, 9, 8, 5, 1, 4] and proposer.num_calls == 2
@@ -260,6 +281,18 @@ def test_a_line_through_equal_times_is_level_and_never_falls():
         line.see(1, 6.0)
         line.see(8, 4.0)
     assert line.slope == 0
+
+
+def test_calls_of_a_size_that_was_not_seen_are_not_guessed_from_one_row():
+    """Seen from one row, every call of a machine on which eight take four times as long stalled."""
+    calls = CallSeconds()
+    assert calls.at(1) == calls.at(8) == calls.step == calls.slope == 0
+    calls.see(1, 1.0)
+    assert calls.at(1) == 1 and calls.at(8) == calls.step == 0
+    calls.see(8, 4.0)
+    assert calls.at(8) == 4 and calls.step == pytest.approx(3)
+    calls.see(2, 2.8)
+    assert calls.slope == pytest.approx(0.2, abs=0.01) and calls.step == pytest.approx(1.6, abs=0.1)
 
 
 def test_a_draft_that_is_cut_to_two_tokens_is_free_again():

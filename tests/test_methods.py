@@ -40,6 +40,21 @@ def test_a_methods_name_is_taken_apart(made):
     grid.methods_figure(grid.methods_table(made), "x").draw_without_rendering()
 
 
+def test_a_k_found_while_decoding_is_held_against_the_fastest_fixed_one(made):
+    seconds = {"": 0.6, "@3": 0.5, "@auto": 0.4, "@9@block": 0.1}
+    rows = [
+        dataclasses.replace(row, method=f"speculative{name}", decode_seconds=value)
+        for row in made.rows[::3]
+        for name, value in seconds.items()
+    ]
+    text = grid.methods_text(grid.methods_table(Run(rows, META, None)))
+    found = text.set_index("K")["auto / fixed [95%]"].to_dict()
+    assert found == {"5": "", "3": "", "auto": "1.25 [1.25, 1.25]", "9": ""}
+    assert set(text["draft"]) == {"the profile's"} and list(text["rule"]).count("token") == 3
+    alone = grid.methods_table(Run([row for row in rows if "auto" in row.method], META, None))
+    assert grid.methods_text(alone)["auto / fixed [95%]"].tolist() == [""]
+
+
 def test_the_notebook_shows_each_cell(made, tmp_path, monkeypatch):
     write_results(tmp_path, made.rows, "methods/humaneval-greedy")
     notebook = execute("methods.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)

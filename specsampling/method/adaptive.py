@@ -42,7 +42,7 @@ PRIOR = 4.0  # verdicts that a prior counts for
 LOOKUP_PRIOR = 0.8  # so that they are tried
 MODEL_PRIOR = 0.7  # of a token for which no confidence is known yet; else it is that
 CURIOSITY = 0.02  # of the time, for asking again the one who has not been asked for long
-TRIALS = 2  # cycles of the model before it is judged: the first may have met a pause
+TRIALS = 2  # cycles with the model, and with nobody, before it is judged: one may meet a pause
 STALL = 3.0  # times as long as expected: the machine paused, unless it is so twice in a row
 
 
@@ -77,7 +77,7 @@ class Ratio:
 
 
 class Line:
-    """Seconds of a target call over its rows: a fading least-squares line, never falling."""
+    """A fading least-squares line, never falling; 0 before anything was seen."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, x, y, xx, xy
@@ -95,6 +95,42 @@ class Line:
     def at(self, x: float) -> float:
         n, mean_x, mean_y = self._sums[0], self._sums[1], self._sums[2]
         return (mean_y + self.slope * (n * x - mean_x)) / n if n else 0.0
+
+
+class CallSeconds:
+    """Of a target call over its rows: one row's, for which other kernels run, and a line for more.
+
+    One line through all would see the step between them as the price of every row.
+    """
+
+    def __init__(self) -> None:
+        self._one, self._more = Ratio(), Line()
+        self.num_of_one = 0
+
+    def see(self, rows: int, seconds: float) -> None:
+        if rows == 1:
+            self._one.see(seconds, 1)
+            self.num_of_one += 1
+        else:
+            self._more.see(rows, seconds)
+
+    def at(self, rows: int) -> float:
+        """0 where nothing like it was seen."""
+        one, more = self._one.estimate, self._more.at(rows)
+        if rows == 1:
+            return one or more
+        return max(one, more) if more else 0.0
+
+    @property
+    def slope(self) -> float:
+        """Of a row behind the second."""
+        return self._more.slope
+
+    @property
+    def step(self) -> float:
+        """What the second row takes beyond that."""
+        one = self._one.estimate
+        return max(0.0, self.at(2) - one - self.slope) if one else 0.0
 
 
 @dataclass
@@ -129,7 +165,7 @@ class Experience:
     # Tokens per second, by how many tokens a lookup found again.
     pace: dict[int, Ratio] = field(default_factory=lambda: defaultdict(Ratio))
     draft_call: Ratio = field(default_factory=Ratio)  # seconds per call
-    target_call: Line = field(default_factory=Line)
+    target_call: CallSeconds = field(default_factory=CallSeconds)
     model_cycle: Ratio = field(default_factory=Ratio)  # tokens per cycle in which the model drafted
     model_seconds: Ratio = field(default_factory=Ratio)  # seconds per such cycle
     # What lookups add behind the model's tokens, per token of its.
@@ -204,9 +240,26 @@ class Experience:
 
         Where a lookup found `matched` tokens again.
         """
+        return self._gain(chance_so_far, matched) > 0
+
+    def turn_pays(self, most: int, matched: int = 0) -> bool:
+        """Whether the model should draft at all, at most so many: a call of more rows than one."""
+        if self.target_call.num_of_one < TRIALS:  # who always drafts never learns what it takes
+            return False
+        chance, gains = 1.0, 0.0
+        for _ in range(most):
+            gain = self._gain(chance, matched)
+            if gain <= 0:
+                break
+            gains += gain
+            chance *= self.model.estimate(MODEL_PRIOR)
+        return gains > self.pace[matched].estimate * self.target_call.step
+
+    def _gain(self, chance_so_far: float, matched: int) -> float:
+        """Of one more token of the model's, in tokens."""
         expected = chance_so_far * (self.model.estimate(MODEL_PRIOR) + self.tail.estimate)
         cost = self.draft_call.estimate + self.target_call.slope
-        return expected > self.pace[matched].estimate * cost
+        return expected - self.pace[matched].estimate * cost
 
     def lookup_plan(self, matched: int, most: int, chance: float = 1.0) -> tuple[int, float]:
         """How many tokens behind a match of so many to propose, and how many would be accepted.
@@ -364,7 +417,7 @@ class CarefulProposer(ModelProposer):
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
         self.confidences, self.chance = [], 1.0
-        pays = self._experience.is_model_due or self._experience.one_more_pays(1.0, self.matched)
+        pays = self._experience.is_model_due or self._experience.turn_pays(k, self.matched)
         return super().propose(tokens, k if pays else 0)
 
     def _goes_on(self, sequence: Sequence[int], logits: Tensor) -> bool:

@@ -106,6 +106,6 @@ def transform(index: Tensor, target_probs: Tensor, draft_probs: Tensor, uniforms
         order.sub_(order.gather(-1, index))
     else:
         order = target_probs - token_probs
-    share = torch.heaviside(order, uniforms[:, None])  # 1 before the token, u at it, 0 after it
+    share = order.heaviside_(uniforms[:, None])  # 1 before the token, u at it, 0 after it
     values = torch.linalg.vecdot(share, target_probs)
     return torch.where(token_probs[:, 0] > 0, values, IMPOSSIBLE)

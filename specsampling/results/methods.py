@@ -5,8 +5,9 @@ Knows runs as `records` reads them; makes none (`Benchmarks/methods.py` does).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -15,11 +16,18 @@ from specsampling.results import metrics
 from specsampling.results.figure1 import CELLS
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure
 from specsampling.results.records import Run
-from specsampling.results.tables import BASELINE, aligned, interval_columns, shared_rows
+from specsampling.results.tables import (
+    BASELINE,
+    aligned,
+    interval_columns,
+    interval_names,
+    shared_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+AUTO_OVER_FIXED = "auto / fixed"
 FILLS = {"token": DARK, "block": MIDDLE}
 
 
@@ -29,21 +37,40 @@ def methods_paths(folder: str | Path) -> dict[str, Path]:
 
 
 def methods_table(run: Run) -> pd.DataFrame:
-    """A line per method: its draft, K and rule, and what it yields over the shared examples."""
+    """A line per method: its draft, K and rule, and what it yields over the shared examples.
+
+    Where K is found while decoding, also over the fastest fixed K of the same draft and rule.
+    """
     rows = shared_rows(run.rows)
+    parts = {method: _parts(method, run.meta["config"]["speculation"]) for method in rows}
     lines = []
     for method, of_method in rows.items():
-        found = SPECULATIVE.fullmatch(method)
-        draft, k, rule = found.group("draft", "k", "rule") if found else (method, "", "")
-        line = {"draft": draft or "the profile's", "K": k or "", "rule": rule or ""}
+        line: dict[str, Any] = dict(zip(("draft", "K", "rule"), parts[method], strict=True))
         line |= {"n": len(of_method), "tokens/s": metrics.tokens_per_second(of_method)}
         line |= interval_columns(
             "speedup", metrics.speedup(rows.get(BASELINE, []), of_method).of_totals
         )
         line["tokens/call"] = metrics.block_efficiency(of_method)
         line["accepted"] = metrics.draft_acceptance_rate(of_method)
+        fixed = [
+            rows[other]
+            for other, (draft, k, rule) in parts.items()
+            if parts[method] == (draft, "auto", rule) and k != "auto"
+        ]
+        fastest = max(fixed, key=metrics.tokens_per_second, default=[])
+        line |= interval_columns(AUTO_OVER_FIXED, metrics.speedup(fastest, of_method).of_totals)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _parts(method: str, speculation: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A method's draft, K and rule, by its name or else by its run's profile."""
+    found = SPECULATIVE.fullmatch(method)
+    if not found:
+        return method, "", ""
+    draft, k, rule = found.group("draft", "k", "rule")
+    rule = rule or speculation.get("verifier", "token")
+    return draft or "the profile's", k or str(speculation["k"]), rule
 
 
 def methods_text(table: pd.DataFrame) -> pd.DataFrame:
@@ -51,8 +78,12 @@ def methods_text(table: pd.DataFrame) -> pd.DataFrame:
     text = table[["draft", "K", "rule"]].copy()
     text["n"] = table["n"].astype(str)
     text["tokens/s"] = [f"{value:.1f}" for value in table["tokens/s"]]
-    intervals = table[["speedup", "speedup low", "speedup high"]].itertuples(index=False)
-    text["speedup [95%]"] = [f"{mid:.2f} [{low:.2f}, {high:.2f}]" for mid, low, high in intervals]
+    for name in ("speedup", AUTO_OVER_FIXED):
+        intervals = table[interval_names(name)].itertuples(index=False)
+        text[f"{name} [95%]"] = [
+            "" if mid != mid else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
+            for mid, low, high in intervals
+        ]
     text["tokens/call"] = [f"{value:.2f}" for value in table["tokens/call"]]
     text["accepted"] = ["" if value != value else f"{value:.1%}" for value in table["accepted"]]
     return text
