@@ -32,11 +32,13 @@ class EmbeddedModel:
     Attributes:
         licence: its SPDX name.
         source: of its GGUF file.
+        tensors_sha256: of its tensors in bfloat16, as `source.tensors_sha256` has it.
         kept_bytes: what its folder in the cache takes, and about what it takes when loaded.
     """
 
     licence: str
     source: Source
+    tensors_sha256: str
     kept_bytes: int
 
     @property
@@ -61,6 +63,7 @@ MODELS = {
             num_bytes=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
+        tensors_sha256="8f4e3186f27f2a0abe94d74d08c0c44d21075d9224397229c5902964836f3e02",
         kept_bytes=273_000_000,
     ),
     "qwen2.5-coder-0.5b": EmbeddedModel(
@@ -76,6 +79,7 @@ MODELS = {
             num_bytes=491_400_064,
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         ),
+        tensors_sha256="f426b7d366edcebbc7bfe028181e5b8cb1375bb6a4363c4cd16f221e47bbe037",
         kept_bytes=1_272_000_000,
     ),
     "qwen2.5-coder-1.5b": EmbeddedModel(
@@ -94,6 +98,7 @@ MODELS = {
             num_bytes=1_117_320_768,
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         ),
+        tensors_sha256="afe2727d8bbd6816f0b40bf48a941eb08f474085ec321d27ce3cddcabda197f2",
         kept_bytes=3_566_000_000,
     ),
 }
@@ -116,7 +121,7 @@ DRAFTS = {
 DATA = Path(__file__).parent.parent / "data"
 
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
-FORM = "bf16"  # of the cached folders: another form is another folder
+FORM = "bf16-2"  # of the cached folders: another form is another folder
 
 
 def cache_folder() -> Path:
@@ -134,14 +139,15 @@ def cache_folder() -> Path:
 
 def embedded_folder(
     name: str,
-    convert: Callable[[Path, Path], None],
+    convert: Callable[[Path, Path], str],
     assemble: Callable[[Path, Path, Path], None],
 ) -> Path:
     """The Hugging Face folder of an embedded model, made at the first call.
 
     Args:
         name: what follows `embedded:` in a model's spec.
-        convert: makes the Hugging Face folder (second argument) of a GGUF file (first).
+        convert: makes the Hugging Face folder (second argument) of a GGUF file (first), and
+            returns the hash of its tensors.
         assemble: makes a draft's folder (third) of its target's folder and its own file.
 
     Raises:
@@ -150,7 +156,7 @@ def embedded_folder(
     if name in MODELS:
         model = MODELS[name]
         folder = cached_folder(name, model.source.sha256)
-        with _made_once(folder) as made:
+        with made_once(folder) as made:
             if made is not None:
                 _make(name, model, folder, made, convert)
         return folder
@@ -160,7 +166,7 @@ def embedded_folder(
         _check(shipped, draft.sha256, "reinstall the package")
         target = embedded_folder(draft.target, convert, assemble)
         folder = cached_folder(name, draft.sha256)
-        with _made_once(folder) as made:
+        with made_once(folder) as made:
             if made is not None:
                 assemble(target, shipped, made)
         return folder
@@ -178,7 +184,7 @@ def _make(
     model: EmbeddedModel,
     folder: Path,
     made: Path,
-    convert: Callable[[Path, Path], None],
+    convert: Callable[[Path, Path], str],
 ) -> None:
     """Fetch and convert a model, having seen that there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
@@ -197,7 +203,12 @@ def _make(
     )
     gguf = fetch(source, downloads)
     print("  converting it to safetensors, once ...", file=sys.stderr, flush=True)
-    convert(gguf, made)
+    digest = convert(gguf, made)
+    if digest != model.tensors_sha256:
+        raise ModelError(
+            f"the tensors of embedded:{name} have sha256 {digest} when converted here, not "
+            f"{model.tensors_sha256}; install the versions in requirements.txt"
+        )
     shutil.rmtree(downloads)
 
 
@@ -213,7 +224,7 @@ def _require_disk(name: str, model: EmbeddedModel, downloads: Path) -> None:
 
 
 @contextmanager
-def _made_once(folder: Path) -> Iterator[Path | None]:
+def made_once(folder: Path) -> Iterator[Path | None]:
     """Where to make a folder of the cache, or None where it is there; moved into place after.
 
     It is made aside: a killed first start leaves nothing half made. A second process waits.

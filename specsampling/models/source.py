@@ -8,6 +8,7 @@ here runs code that a checkpoint brings.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,31 @@ from transformers.utils import logging as transformers_logging
 from specsampling.models.distilled import assemble
 from specsampling.models.embedded import embedded_folder
 from specsampling.models.errors import ModelError
+from specsampling.models.folder import (
+    base_of_adapter,
+    file_of,
+    merge_adapter,
+    read_tokenizer_file,
+    require_files,
+    require_wide,
+    safe_location,
+    without_adapter,
+)
+from specsampling.models.gguf_file import open_gguf
+from specsampling.models.gguf_model import gguf_config, gguf_model
+from specsampling.models.gguf_tokenizer import gguf_tokenizer
 
 EMBEDDED = "embedded:"
 SHARD_SIZE = "256MB"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+# Where two tokenizers usually part: code, spaces, digits, other scripts.
+PROBES = (
+    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
+    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
+    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
+    "x =  7\n    [\n        1,\n    22]  # a line break, blanks and a digit",
+    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
+)
 SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for on stdin
 
 
@@ -44,6 +67,7 @@ def model_location(spec: str) -> str:
     """
     if spec.startswith(EMBEDDED):
         return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder, assemble))
+    require_files(spec)
     return spec
 
 
@@ -52,63 +76,75 @@ def is_gguf(spec: str) -> bool:
 
 
 def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """A spec's tokenizer, as transformers reads it."""
+    """A spec's tokenizer: the GGUF file's, `tokenizer.json`'s, or what transformers makes."""
+    location = model_location(spec)
     with quiet_transformers():
         if is_gguf(spec):
-            path = Path(spec)
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **SAFE)
-        return AutoTokenizer.from_pretrained(model_location(spec), **SAFE)
+            return gguf_tokenizer(Path(spec))
+        if not any(file_of(location, name) for name in TOKENIZER_FILES):
+            location = base_of_adapter(location) or location
+        tokenizer = read_tokenizer_file(location, PROBES)
+        return tokenizer or AutoTokenizer.from_pretrained(location, **SAFE)
 
 
 def read_config(spec: str) -> PreTrainedConfig:
     """A spec's configuration."""
+    location = model_location(spec)
     with quiet_transformers():
         if is_gguf(spec):
-            path = Path(spec)
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **SAFE)
-        return AutoConfig.from_pretrained(model_location(spec), **SAFE)
+            return gguf_config(open_gguf(Path(spec)))
+        return AutoConfig.from_pretrained(base_of_adapter(location) or location, **SAFE)
 
 
 def read_model(spec: str, **options: Any) -> Any:
-    """A spec's model, every tensor of it from the checkpoint; safetensors or GGUF only.
+    """A spec's model, every tensor of it from the checkpoint, and every adapter in its weights.
+
+    Args:
+        spec: a model's spec.
+        options: of `from_pretrained`; a GGUF file takes `dtype` alone.
 
     Raises:
         ModelError: the checkpoint lacks tensors, or has others than its configuration says.
     """
-    model, report = (
-        _read_gguf(Path(spec), **options) if is_gguf(spec) else _read_folder(spec, options)
-    )
-    _require_whole(model, report, spec)
-    return model
-
-
-def _read_folder(spec: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A folder's or a hub id's model, and transformers' report of what it found."""
+    if is_gguf(spec):
+        require_files(spec)
+        with quiet_transformers():
+            return gguf_model(Path(spec), **options)
     location = model_location(spec)
-    with quiet_transformers():
+    base = base_of_adapter(location)
+    return _read_folder(location, spec, options) if base is None else _adapted(base, spec, options)
+
+
+def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
+    """A folder's or a hub id's model; its adapter, if it has one, is left out."""
+    with quiet_transformers(), without_adapter(safe_location(location)) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location,
+            folder,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
             **SAFE,
             **options,
         )
-    return loaded
+        model, report = loaded
+        _require_whole(model, report, spec)
+        require_wide(model, folder, set(report["unexpected_keys"]), spec)
+    return model
 
 
-def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A `.gguf` file as an ordinary model: transformers dequantises it, and rounds."""
-    with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True, **SAFE
+def _adapted(base: str, spec: str, options: dict[str, Any]) -> Any:
+    """An adapter's base with the adapter in its weights: added in float32, rounded once."""
+    if "quantization_config" in options or len(options.get("device_map", {})) > 1:
+        raise ModelError(
+            f"{spec} is an adapter, which is neither quantised nor split while it is applied; "
+            "merge it into its base with peft's merge_and_unload"
         )
-    model, report = loaded
-    # Dequantised, it is an ordinary model: without this mark it can be cast and saved.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, report
+    location = model_location(spec)
+    model = _read_folder(model_location(base), base, {"dtype": torch.float32})
+    with quiet_transformers():
+        merged = merge_adapter(model, location, spec).to(options["dtype"])
+    (device,) = options.get("device_map", {"": "cpu"}).values()
+    return merged.to(device)
 
 
 def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) -> None:
@@ -148,16 +184,29 @@ def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
     return re.sub(r"\.\d+\.", ".0.", owner) in modules
 
 
-def _gguf_to_folder(gguf: Path, folder: Path) -> None:
+def _gguf_to_folder(gguf: Path, folder: Path) -> str:
     """Keep a GGUF file's values in bfloat16, which is quickly read, in many small files.
 
     Loading maps a file into memory until the last of its layers has been packed, so small files
     keep its peak low.
+
+    Returns:
+        The hash of its tensors.
     """
     model = read_model(str(gguf), dtype=torch.bfloat16)
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     read_tokenizer(str(gguf)).save_pretrained(folder)
+    return tensors_sha256(model)
+
+
+def tensors_sha256(model: PreTrainedModel) -> str:
+    """One hash of all names, shapes, types and values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

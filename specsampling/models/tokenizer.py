@@ -8,18 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from specsampling.models.errors import ModelError
-from specsampling.models.source import read_tokenizer, reason
+from specsampling.models.source import PROBES, read_tokenizer, reason
 
 QUIET = {"verbose": False}  # no warning of a long text: the caller cuts it or says so
 
-# Where two tokenizers usually part: code, spaces, digits, other scripts, special tokens.
-PROBES = (
-    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
-    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
-    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
-    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
-    "<|endoftext|> <s> </s> <|im_start|>user\nhi<|im_end|>\n",
-)
+SPECIAL_PROBE = "<|endoftext|> <s> </s> <|im_start|>user\nhi<|im_end|>\n"
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -62,13 +55,20 @@ def require_same_tokenizer(
         ModelError: they encode a probe differently, so the ids of the draft `spec` mean nothing
             to the target.
     """
-    for probe in PROBES:
-        if target(probe)["input_ids"] != draft(probe)["input_ids"]:
-            raise ModelError(
-                f"the draft {spec} must share its tokenizer with the target: that in "
-                f"{draft.name_or_path} and that in {target.name_or_path} encode {probe[:24]!r} "
-                "differently; choose a draft of the target's family, or draft: ngram"
+    for probe in (*PROBES, SPECIAL_PROBE):
+        if target(probe)["input_ids"] == draft(probe)["input_ids"]:
+            continue
+        way_out = "choose a draft of the target's family, or draft: ngram"
+        if probe == SPECIAL_PROBE:
+            way_out = (
+                "only special tokens differ, so if they are one family's, set models.tokenizer to "
+                f"the target's, {target.name_or_path}; or {way_out}"
             )
+        raise ModelError(
+            f"the draft {spec} must share its tokenizer with the target: that in "
+            f"{draft.name_or_path} and that in {target.name_or_path} encode {probe[:24]!r} "
+            f"differently; {way_out}"
+        )
 
 
 def num_appended(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,0 +1,339 @@
+"""Looks at what a model's folder really holds, before transformers reads it.
+
+transformers loads what it can and says little of the rest. A pointer of Git LFS is a text where a
+file should be. A pickle may run code. An adapter changes the weights that lie beside it. A matrix
+of 8-bit numbers means nothing without its scales. And a tokenizer's class may replace the splits
+that stand in `tokenizer.json`. Each is put right here, or refused in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
+
+from specsampling.models.embedded import cache_folder, made_once
+from specsampling.models.errors import ModelError
+from specsampling.models.fetch import sampled_sha256
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_BYTES = 1024  # no pointer is longer
+SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MERGE = "merge it into its base with peft's merge_and_unload, or pip install peft"
+WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need no scales
+
+
+def require_files(spec: str) -> None:
+    """Refuse pointers of Git LFS in place of files, and a folder that only holds a `.gguf` file.
+
+    Raises:
+        ModelError: it names the file.
+    """
+    path = Path(spec)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        require_no_pointer(file)
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if path.is_dir() and ggufs and not (path / "config.json").is_file():
+        raise ModelError(f"{spec} is a folder with a GGUF file; name the file: {ggufs[0]}")
+
+
+def require_no_pointer(file: Path) -> None:
+    """Refuse one pointer of Git LFS.
+
+    Raises:
+        ModelError: it names the file.
+    """
+    if not file.is_file() or file.stat().st_size > POINTER_BYTES:
+        return
+    with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise ModelError(
+                f"{file} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+            )
+
+
+def file_of(location: str, name: str) -> Path | None:
+    """A file of a folder or a hub id, fetched if need be; None where there is none."""
+    if Path(location).is_dir():
+        path = Path(location) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        location,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+# --- pickles -----------------------------------------------------------------------------
+
+
+def safe_location(location: str) -> str:
+    """Where a model's weights are as safetensors: a folder of the cache, if they are pickles.
+
+    Raises:
+        ModelError: a pickle holds more than tensors, or the cache cannot be written.
+    """
+    if any(file_of(location, name) for name in SAFE_WEIGHTS):
+        return location
+    pickles = _pickles(location)
+    if not pickles:
+        return location
+    digest = sampled_sha256(pickles)
+    folder = cache_folder() / f"{Path(location).resolve().name}-safetensors-{digest[:12]}"
+    with made_once(folder) as made:
+        if made is not None:
+            made.mkdir()
+            _convert(location, pickles, made)
+    return str(folder)
+
+
+def _pickles(location: str) -> list[Path]:
+    """The files of pickled weights, in order."""
+    whole, index = (file_of(location, name) for name in PICKLED_WEIGHTS)
+    if whole is not None:
+        return [whole]
+    if index is None:
+        return []
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [file_of(location, name) for name in names]
+    missing = [name for name, file in zip(names, files) if file is None]
+    if missing:
+        raise ModelError(
+            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names; "
+            "download it again"
+        )
+    return [file for file in files if file is not None]
+
+
+def _convert(location: str, pickles: list[Path], folder: Path) -> None:
+    """Write each pickle's tensors as safetensors, with an index, and copy the configuration."""
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(pickles, 1):
+        name = f"model-{number:05}-of-{len(pickles):05}.safetensors"
+        # Tensors that share memory are written apart: loading ties them again.
+        tensors = {key: value.clone().contiguous() for key, value in _unpickled(part).items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS[1]).write_text(json.dumps(index))
+    for name in ("config.json", "generation_config.json"):
+        if (file := file_of(location, name)) is not None:
+            shutil.copy(file, folder / name)
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """A pickle's tensors; nothing in it is run.
+
+    Raises:
+        ModelError: it holds anything else.
+    """
+    try:
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the form of before torch 1.6 cannot be mapped
+            held = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it calls {called[1]}" if called else str(error).splitlines()[0]
+        raise ModelError(
+            f"cannot read {file}: it needs more than tensors ({why}), and a pickle's code is not "
+            "run here; save the model again with save_pretrained, which writes safetensors"
+        ) from error
+    others = [] if isinstance(held, dict) else [f"a {type(held).__name__}"]
+    if isinstance(held, dict):
+        others = [
+            f"{key!r}, a {type(value).__name__}"
+            for key, value in held.items()
+            if not isinstance(value, Tensor)
+        ]
+    if others:
+        raise ModelError(
+            f"cannot read {file}: it must hold tensors by name and nothing else (it holds "
+            f"{others[0]}); save the model again with save_pretrained, which writes safetensors"
+        )
+    return dict(held)
+
+
+# --- 8-bit numbers -----------------------------------------------------------------------
+
+
+def require_wide(model: Any, location: str, unexpected: set[str], spec: str) -> None:
+    """Refuse matrices of 8-bit numbers that no quantiser took: their scales would be lost.
+
+    Args:
+        model: as loaded.
+        location: of the weights.
+        unexpected: names of stored tensors that the model did not take.
+        spec: what the user calls it.
+
+    Raises:
+        ModelError: it names one of them and its type.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    for name, kind, num_dimensions in _stored(location):
+        is_matrix = name.endswith(".weight") or num_dimensions in (2, 3)
+        if is_matrix and kind not in WIDE and name not in unexpected:
+            raise ModelError(
+                f"cannot load model {spec}: {name} is stored as {kind}, and config.json has no "
+                "quantization_config that says what its scales are; put it back, or choose the "
+                "model's 16-bit weights"
+            )
+
+
+def _stored(location: str) -> Iterator[tuple[str, str, int]]:
+    """Names, types and numbers of dimensions of a folder's tensors."""
+    config = file_of(location, "config.json")
+    for path in sorted(config.parent.glob("model*.safetensors")) if config else ():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                yield name, part.get_dtype(), len(part.get_shape())
+
+
+# --- adapters ----------------------------------------------------------------------------
+
+
+def base_of_adapter(location: str) -> str | None:
+    """Where the base of an adapter is; None where there is no adapter.
+
+    As transformers and peft have it, the base is the folder itself if it holds weights, else
+    what `base_model_name_or_path` names.
+
+    Raises:
+        ModelError: it names no base.
+    """
+    config = file_of(location, ADAPTER)
+    if config is None:
+        return None
+    if any(file_of(location, name) for name in (*SAFE_WEIGHTS, *PICKLED_WEIGHTS)):
+        return location
+    base = json.loads(config.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"{location} is an adapter, and its {ADAPTER} names no base_model_name_or_path; "
+            f"name one there, or {MERGE}"
+        )
+    return str(base)
+
+
+@contextmanager
+def without_adapter(location: str) -> Iterator[str]:
+    """The same folder without its adapter, for which transformers would look."""
+    if file_of(location, ADAPTER) is None:
+        yield location
+        return
+    folder = location if Path(location).is_dir() else snapshot_download(location)
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in Path(folder).iterdir():
+            if file.is_file() and not file.name.startswith("adapter_"):
+                os.symlink(file.resolve(), Path(scratch) / file.name)
+        yield scratch
+
+
+def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrainedModel:
+    """Add an adapter to its base's weights, in the base's precision.
+
+    Raises:
+        ModelError: peft is not there, or the adapter cannot be merged, or parts of it have no
+            place.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(
+            f"{spec} is an adapter ({ADAPTER}), which peft applies; {MERGE}"
+        ) from error
+    adapted: Any = peft.PeftModel.from_pretrained(base, location)
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise ModelError(
+            f"{spec} is an adapter of type {kind}, which cannot be merged into weights"
+        )
+    stored = file_of(location, ADAPTER_WEIGHTS)
+    if stored is not None:
+        with safe_open(stored, framework="pt") as file:
+            names = set(file.keys())
+        if lost := names ^ set(peft.get_peft_model_state_dict(adapted)):
+            raise ModelError(
+                f"cannot load the adapter {spec}: {len(lost)} of its tensors do not belong to its "
+                f"base ({sorted(lost)[0]}); name its own base in {ADAPTER}"
+            )
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+# --- tokenizers --------------------------------------------------------------------------
+
+
+def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder's or hub id's `tokenizer.json`; None where there is no such file.
+
+    The class that `tokenizer_config.json` names may have splits and tokens of its own, so it is
+    not used. Of that file, the special tokens, the chat template and the tokens around a text are.
+
+    Args:
+        location: of the files.
+        probes: texts without special tokens, which must be encoded as the file does.
+
+    Raises:
+        ModelError: one of them is not.
+    """
+    path = file_of(location, "tokenizer.json")
+    if path is None:
+        return None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(location)
+    backend, written = tokenizer.backend_tokenizer, Tokenizer.from_file(str(path))
+    for part in ("normalizer", "pre_tokenizer"):  # options of tokenizer_config.json change them
+        setattr(backend, part, getattr(written, part))
+    written.no_truncation()
+    written.no_padding()
+    for probe in probes:
+        ours, theirs = (
+            one.encode(probe, add_special_tokens=False).ids for one in (backend, written)
+        )
+        if ours != theirs:
+            raise ModelError(
+                f"the tokenizer of {location} encodes {probe[:24]!r} otherwise than its "
+                "tokenizer.json says, by tokens that its tokenizer_config.json adds; download it "
+                "again, or set models.tokenizer"
+            )
+    if tokenizer.eos_token is None:
+        _name_ends(tokenizer, location)
+    return tokenizer
+
+
+def _name_ends(tokenizer: PreTrainedTokenizerBase, location: str) -> None:
+    """Take the names of special tokens from the tokenizer's class, where no file has them."""
+    named = AutoTokenizer.from_pretrained(location, trust_remote_code=False).special_tokens_map
+    vocabulary = tokenizer.get_vocab()
+    for name in ("bos_token", "eos_token"):
+        if named.get(name) in vocabulary and getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, named[name])

@@ -1,0 +1,113 @@
+"""A GGUF file as it lies on the disk: its header's keys, its tensors, and how it is refused.
+
+Knows what no language model's file may hold; what the keys mean is `gguf_model`'s and
+`gguf_tokenizer`'s. The `gguf` package, llama.cpp's own, reads the file.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gguf
+import numpy as np
+
+from specsampling.models.errors import ModelError
+
+WAY_OUT = "choose the model's folder or hub id instead, or a file that was converted from it anew"
+
+# Namespaces of llama.cpp that change the model, apart from the architecture's own.
+OTHER_PARTS = ("adapter", "clip", "control_vector")
+
+
+class GgufFile:
+    """A GGUF file's header and tensors.
+
+    Attributes:
+        path: of the file.
+        header: its keys and values.
+        tensors: what it holds, by name, as the `gguf` package reads it.
+        architecture: llama.cpp's name for the kind of model.
+    """
+
+    def __init__(self, path: Path):
+        """Read the header; tensors are mapped.
+
+        Raises:
+            ModelError: it is a part of a whole, or no language model's.
+        """
+        self.path = path
+        reader = gguf.GGUFReader(path)
+        self.header: dict[str, Any] = {
+            key: value.contents() for key, value in reader.fields.items() if value.types
+        }
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if len(self.tensors) != len(reader.tensors):
+            self.refuse_file("holds two tensors of one name")
+        self.architecture = str(self.header.get("general.architecture", ""))
+        if self.header.get("general.type", "model") != "model":
+            self.refuse("general.type", 'must be "model"')
+        if self.header.get("split.count", 1) > 1:
+            self.refuse("split.count", "must be 1", "join its parts with llama-gguf-split --merge")
+        others = {*gguf.MODEL_ARCH_NAMES.values(), *OTHER_PARTS} - {self.architecture}
+        for key in self.header:
+            if key.partition(".")[0] in others:
+                self.refuse(key, f"does not belong to a {self.architecture} model")
+
+    def own(self, key: str, otherwise: Any = None) -> Any:
+        """The value of a key of the architecture."""
+        return self.header.get(f"{self.architecture}.{key}", otherwise)
+
+    def refuse(self, key: str, rule: str, way_out: str = WAY_OUT) -> NoReturn:
+        """Refuse the file for one key of its header.
+
+        Raises:
+            ModelError: always; it names the key and its value.
+        """
+        value = str(self.header.get(key, "missing"))
+        shown = value if len(value) < 60 else f"{value[:57]}..."
+        raise ModelError(f"cannot load {self.path}: {key} {rule} (got {shown}); {way_out}")
+
+    def refuse_own(self, key: str, rule: str) -> NoReturn:
+        """Refuse the file for one key of its architecture; see `refuse`."""
+        self.refuse(f"{self.architecture}.{key}", rule)
+
+    def refuse_file(self, problem: str, names: list[str] | None = None) -> NoReturn:
+        """Refuse the file for what it holds, or for some of its tensors.
+
+        Raises:
+            ModelError: always.
+        """
+        shown = ""
+        if names:
+            shown = f" ({len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+        raise ModelError(f"cannot load {self.path}: it {problem}{shown}; {WAY_OUT}")
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor's values in float32.
+
+        Raises:
+            ModelError: they are of a type that the `gguf` package does not undo.
+        """
+        tensor = self.tensors[name]
+        try:
+            return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        except NotImplementedError:
+            self.refuse_file(f"holds tensors of type {tensor.tensor_type.name}", [name])
+
+
+@lru_cache(maxsize=2)
+def _open(path: Path, size: int, modified: int) -> GgufFile:
+    return GgufFile(path)
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """A file's header and tensors; reading a large vocabulary takes seconds, so it is kept.
+
+    Raises:
+        ModelError: it is not covered.
+        OSError: it cannot be read.
+    """
+    there = path.stat()
+    return _open(path, there.st_size, there.st_mtime_ns)

@@ -1,0 +1,382 @@
+"""Makes a transformers model of a GGUF file: all that its header says is applied, or refused.
+
+A header states a model's sizes and positions in llama.cpp's words. A key that is skipped makes
+another model without a word, and so does a tensor that has no place. So each key of the
+architecture is looked up in `ARCHITECTURES`, and each tensor must be taken. What the table does not
+cover is refused in one line. Values are dequantised in float32 and rounded once.
+
+Sources: llama.cpp's converter (`conversion/base.py`, `llama.py`, `qwen.py`, `gpt2.py`,
+`granite.py`), which writes these keys, and its reader (`src/llama-model.cpp`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from specsampling.models.gguf_file import GgufFile, open_gguf
+
+EMBEDDING = "token_embd.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+ROPE_THETA = 10_000.0  # llama.cpp's, where a file names none
+LOW_FREQUENCY, HIGH_FREQUENCY = 1.0, 4.0  # of Llama 3.1, 3.2 and 3.3
+LLAMA3_CONTEXT = 8192
+ROUNDING = 1e-5  # of a frequency in float32
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a GGUF architecture is written as a transformers configuration.
+
+    Attributes:
+        model_type: its name in transformers.
+        fields: header keys, without the architecture's prefix, and their configuration fields.
+        optional: those of them that a file may leave out.
+        defaults: configuration fields that differ from the class's own.
+        has_rope: whether positions are rotated.
+        interleaves: whether the converter reorders the rows of queries and keys.
+        transposes: whether linear layers are GPT-2's `Conv1D`s.
+        biases: configuration fields, and the tensors of a block that stand for them.
+    """
+
+    model_type: str
+    fields: Mapping[str, str]
+    optional: tuple[str, ...] = ("vocab_size", "attention.head_count_kv")
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    has_rope: bool = True
+    interleaves: bool = False
+    transposes: bool = False
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
+MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        "llama",
+        SIZES,
+        interleaves=True,
+        biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
+    ),
+    "granite": Architecture(
+        "granite",
+        SIZES
+        | {
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        interleaves=True,
+        biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
+    ),
+    "qwen2": Architecture("qwen2", SIZES, defaults={"use_sliding_window": False}),
+    "qwen3": Architecture(
+        "qwen3",
+        SIZES,
+        defaults={"use_sliding_window": False},
+        biases={"attention_bias": ATTENTION_BIASES},
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        {
+            "context_length": "n_positions",
+            "embedding_length": "n_embd",
+            "block_count": "n_layer",
+            "feed_forward_length": "n_inner",
+            "attention.head_count": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+            "vocab_size": "vocab_size",
+        },
+        optional=("vocab_size", "feed_forward_length"),
+        has_rope=False,
+        transposes=True,
+    ),
+}
+
+ROPE_KEYS = (
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "attention.key_length",
+    "attention.value_length",
+)
+# Keys that change nothing where they have one of these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "leading_dense_block_count": (0,),
+    "pooling_type": (0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (True, False),  # llama.cpp reads it and does nothing with it
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "tensor_data_layout": ("Meta AI original pth",),  # the order in which all are written
+    "use_parallel_residual": (False,),
+}
+
+
+def gguf_config(file: GgufFile) -> PreTrainedConfig:
+    """The configuration that a file's header and its tensors' names stand for.
+
+    Raises:
+        ModelError: a key is missing, or one that changes the model is not covered.
+    """
+    if file.architecture not in ARCHITECTURES:
+        file.refuse("general.architecture", f"must be one of {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[file.architecture]
+    fields = dict(architecture.defaults)
+    for key, name in architecture.fields.items():
+        if (value := _same_for_all_layers(file, key)) is not None:
+            fields[name] = value
+        elif key not in architecture.optional:
+            file.refuse_own(key, "must be there")
+    rope_keys = ROPE_KEYS if architecture.has_rope else ()
+    _require_covered(file, {*architecture.fields, *rope_keys})
+    if architecture.has_rope:
+        fields |= _positions(file, fields)
+    for name, tensors in architecture.biases.items():  # no key says so, their tensors do
+        fields[name] = any(f"blk.0.{tensor}" in file.tensors for tensor in tensors)
+    fields |= _vocabulary(file, fields)
+    fields["tie_word_embeddings"] = "output.weight" not in file.tensors
+    return AutoConfig.for_model(architecture.model_type, **fields)
+
+
+def _same_for_all_layers(file: GgufFile, key: str) -> Any:
+    value = file.own(key)
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        file.refuse_own(key, "must be the same for all layers")
+    return value[0]
+
+
+def _require_covered(file: GgufFile, taken: set[str]) -> None:
+    prefix = f"{file.architecture}."
+    for full, value in file.header.items():
+        key = full.removeprefix(prefix)
+        if key == full or key in taken or value in NEUTRAL.get(key, ()):
+            continue
+        neutral = " or ".join(str(value) for value in NEUTRAL.get(key, ()))
+        file.refuse(full, f"must be {neutral}" if neutral else "is not applied here")
+
+
+def _vocabulary(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The vocabulary's size, and the tokens that begin and end texts."""
+    if EMBEDDING not in file.tensors:
+        file.refuse_file("lacks tensors that the model needs", [EMBEDDING])
+    num_rows = int(file.tensors[EMBEDDING].shape[-1])
+    if fields.get("vocab_size", num_rows) != num_rows:
+        file.refuse_own("vocab_size", f"must be {num_rows}, as {EMBEDDING} has")
+    ends = [file.header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    known = list(dict.fromkeys(end for end in ends if end is not None))
+    return {
+        "vocab_size": num_rows,
+        "bos_token_id": file.header.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": known[0] if len(known) == 1 else known or None,
+        "pad_token_id": file.header.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _positions(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions: the size of a head, the base, and what stretches them."""
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    head_dim = _same_for_all_layers(file, "attention.key_length") or hidden // heads
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if file.own(key, head_dim) != head_dim:
+            file.refuse_own(key, f"must be {head_dim}, the size of a head")
+    theta = file.own("rope.freq_base", ROPE_THETA)
+    scaling = _scaling(file, fields["max_position_embeddings"])
+    if ROPE_FACTORS in file.tensors:
+        if scaling:
+            file.refuse_own("rope.scaling.type", f"must be none beside the tensor {ROPE_FACTORS}")
+        scaling = _llama3_scaling(file, theta, head_dim)
+    return {
+        "head_dim": head_dim,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling,
+    }
+
+
+def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
+    """`rope.scaling.*` as transformers' `rope_parameters`; nothing where it scales nothing."""
+    factor = file.own("rope.scaling.factor") or file.own("rope.scale_linear")
+    kind = file.own("rope.scaling.type", "linear")  # as llama.cpp's reader has it
+    if kind not in ("none", "linear", "yarn"):
+        file.refuse_own("rope.scaling.type", "must be one of none, linear, yarn")
+    if kind == "yarn":
+        if not factor:
+            file.refuse_own("rope.scaling.factor", "must be there for yarn")
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": file.own(
+                "rope.scaling.original_context_length", context
+            ),
+            "beta_fast": file.own("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": file.own("rope.scaling.yarn_beta_slow", 1.0),
+        }
+    if kind == "linear" and factor and factor != 1.0:
+        return {"rope_type": "linear", "factor": factor}
+    return {}
+
+
+def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """The `llama3` parameters that a file's factors of the frequencies come from.
+
+    The converter writes factors, not parameters (`LlamaModel.generate_extra_tensors`). Their
+    largest is the scaling factor. The published models share the other parameters but for the
+    context, and parameters of one proportion give the same factors.
+
+    Raises:
+        ModelError: no such parameters give the file's factors.
+    """
+    factors = torch.from_numpy(file.values(ROPE_FACTORS)).double()
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    frequencies = theta**-exponents  # [head_dim / 2]
+    if len(factors) == len(frequencies):
+        for context in _llama3_contexts(frequencies, factors):
+            parameters = {
+                "rope_type": "llama3",
+                "factor": float(factors.max()),
+                "original_max_position_embeddings": context,
+                "low_freq_factor": LOW_FREQUENCY,
+                "high_freq_factor": HIGH_FREQUENCY,
+            }
+            made = llama3_factors(frequencies, parameters)
+            if torch.allclose(made, factors, rtol=ROUNDING, atol=0.0):
+                return parameters
+    file.refuse_file(
+        "stretches positions otherwise than llama3 with low_freq_factor 1 and high_freq_factor 4",
+        [ROPE_FACTORS],
+    )
+
+
+def llama3_factors(frequencies: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+    """By how much each frequency is divided, [n] -> [n]: the `llama3` scaling of positions."""
+    context, factor = parameters["original_max_position_embeddings"], parameters["factor"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = context * frequencies / (2 * math.pi)  # in the original context
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _llama3_contexts(frequencies: Tensor, factors: Tensor) -> Iterator[int]:
+    """Original contexts that may have given a file's factors, the published models' first."""
+    yield LLAMA3_CONTEXT
+    largest = float(factors.max())
+    for frequency, factor in zip(frequencies.tolist(), factors.tolist()):
+        if 1 + ROUNDING < factor < largest * (1 - ROUNDING):  # between the two plateaus
+            smooth = (1 / factor - 1 / largest) / (1 - 1 / largest)
+            turns = LOW_FREQUENCY + smooth * (HIGH_FREQUENCY - LOW_FREQUENCY)
+            yield round(turns * 2 * math.pi / frequency)
+
+
+def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A GGUF file's model.
+
+    Args:
+        path: of the file.
+        dtype: of its weights.
+
+    Raises:
+        ModelError: the header says what is not covered, or tensors have no place.
+    """
+    file = open_gguf(path)
+    config = gguf_config(file)
+    with torch.device("meta"):
+        outline: Any = AutoModelForCausalLM.from_config(config)
+    model, report = type(outline).from_pretrained(
+        None,
+        config=config,
+        state_dict=_state(file, outline, dtype),
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    assert not any(report.values()), report  # `_state` has compared names and shapes
+    return model
+
+
+def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A file's tensors under transformers' names, dequantised in float32, rounded once.
+
+    Args:
+        file: which holds them.
+        model: of this file's configuration, without weights.
+        dtype: of the values.
+
+    Raises:
+        ModelError: a tensor is missing, has no place in the model, or another shape.
+    """
+    architecture = ARCHITECTURES[file.architecture]
+    names = _names(file, model)
+    if homeless := sorted(set(file.tensors) - {ROPE_FACTORS} - set(names)):
+        file.refuse_file("has tensors without a place in the model", homeless)
+    if missing := sorted(set(names) - set(file.tensors)):
+        file.refuse_file("lacks tensors that the model needs", missing)
+    expected = model.state_dict()
+    state = {}
+    for ours, theirs in names.items():
+        values = torch.from_numpy(file.values(ours))
+        if architecture.transposes and _is_conv1d(model, theirs):
+            values = values.T
+        if architecture.interleaves and (heads := _heads(model.config, theirs)):
+            values = _undo_interleaving(values, heads)
+        if values.shape != expected[theirs].shape:
+            shapes = f"{tuple(values.shape)}, not {tuple(expected[theirs].shape)}"
+            file.refuse_file("has tensors of another shape", [f"{ours} {shapes}"])
+        state[theirs] = values.to(dtype).contiguous()
+    return state
+
+
+def _names(file: GgufFile, model: PreTrainedModel) -> dict[str, str]:
+    """The file's tensor names and the model's for the same tensors."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[file.architecture], model.config.num_hidden_layers)
+    tied = set(model.all_tied_weights_keys)
+    stems = [theirs.rpartition(".") for theirs in model.state_dict() if theirs not in tied]
+    return {f"{table.get_name(stem)}.{suffix}": f"{stem}.{suffix}" for stem, _, suffix in stems}
+
+
+def _is_conv1d(model: PreTrainedModel, name: str) -> bool:
+    owner, _, suffix = name.rpartition(".")
+    return suffix == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
+
+
+def _heads(config: Any, name: str) -> int:
+    """The heads of a tensor of queries or keys; 0 for others."""
+    if ".q_proj." in name:
+        return config.num_attention_heads
+    return config.num_key_value_heads if ".k_proj." in name else 0
+
+
+def _undo_interleaving(values: Tensor, heads: int) -> Tensor:
+    """Put a head's rows back from pairs into halves; see `LlamaModel.permute` of the converter."""
+    pairs = values.view(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return pairs.transpose(1, 2).reshape(values.shape)

