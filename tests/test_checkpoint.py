@@ -120,13 +120,6 @@ def test_a_model_made_fast_cannot_pass_as_a_checkpoint(folder, tmp_path, tokeniz
     assert "lacks tensors" in refusal(tmp_path / "saved")
 
 
-def test_pickles_are_not_read(folder):
-    """A pickle can run code; one that did ended in a traceback."""
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    assert "pickle" in refusal(folder) and "save_pretrained" in refusal(folder)
-
-
 def test_code_of_a_checkpoint_is_not_asked_for(folder, monkeypatch):
     """transformers asked on stdin whether to run it, and waited."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))

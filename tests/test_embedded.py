@@ -62,7 +62,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", SOURCE, kept_bytes=20_000))
+    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", SOURCE, "made", 20_000))
     return folder
 
 
@@ -77,6 +77,7 @@ def convert(gguf, folder):
     """Stands for the conversion: keeps the bytes that it is given."""
     folder.mkdir()
     (folder / "weights").write_bytes(gguf.read_bytes())
+    return "made"
 
 
 def no_draft(*_):
@@ -102,6 +103,7 @@ def test_the_table_names_where_each_model_can_be_had():
         assert model.licence == "Apache-2.0"
         assert re.fullmatch(r"[0-9a-f]{40}", source.revision)
         assert re.fullmatch(r"[0-9a-f]{64}", source.sha256)
+        assert re.fullmatch(r"[0-9a-f]{64}", model.tensors_sha256)
         assert source.file.endswith(".gguf") and "/" in source.repository
         assert all("==" in piece.package and "/" in piece.member for piece in source.pieces)
         assert len(set(source.pieces)) == len(source.pieces) > 0
@@ -250,7 +252,7 @@ def test_a_second_process_waits_and_finds_the_folder_made(full_index, capsys):
     def slow(gguf, folder):
         held.set()
         released.wait(10)
-        convert(gguf, folder)
+        return convert(gguf, folder)
 
     def again(gguf, folder):
         raise AssertionError("it was made by the other one")
@@ -345,7 +347,7 @@ def test_a_wrong_file_of_the_hub_is_not_used(hub, monkeypatch):
 
 def test_another_revision_on_the_hub_falls_back_to_the_index(hub, full_index, monkeypatch, capsys):
     gone = replace(SOURCE, revision="f" * 40)
-    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", gone, kept_bytes=20_000))
+    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", gone, "made", 20_000))
     assert (get() / "weights").read_bytes() == CONTENT
     assert "package index" in capsys.readouterr().err
 

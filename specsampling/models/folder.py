@@ -13,14 +13,17 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import get_session
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -35,14 +38,14 @@ from transformers.utils import cached_file
 
 from specsampling.models.embedded import cache_folder, made_once
 from specsampling.models.errors import ModelError
-from specsampling.models.fetch import sampled_sha256
+from specsampling.models.fetch import HUB_SECONDS, sampled_sha256
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER_BYTES = 1024  # no pointer is longer
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 MERGE = "merge it into its base with peft's merge_and_unload, or pip install peft"
 WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need no scales
 
@@ -88,8 +91,27 @@ def file_of(location: str, name: str) -> Path | None:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
+        **hub_options(location),
     )
     return Path(found) if found else None
+
+
+def hub_options(location: str) -> dict[str, Any]:
+    """What `from_pretrained` must be told, so that a hub that is out of reach is asked once."""
+    return {} if Path(location).is_dir() or _hub_answers() else {"local_files_only": True}
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the model hub answers; transformers alone would try each file six times."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of the network, in many kinds and libraries
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        host = constants.ENDPOINT.partition("://")[2]
+        print(f"  {host} does not answer ({why}): its cache is used", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 # --- pickles -----------------------------------------------------------------------------
@@ -185,21 +207,25 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 # --- 8-bit numbers -----------------------------------------------------------------------
 
 
-def require_wide(model: Any, location: str, unexpected: set[str], spec: str) -> None:
-    """Refuse matrices of 8-bit numbers that no quantiser took: their scales would be lost.
+def stores_scales(location: str) -> bool:
+    """Whether a configuration says how the stored numbers are scaled."""
+    config = file_of(location, "config.json")
+    return config is not None and bool(json.loads(config.read_text()).get("quantization_config"))
+
+
+def require_wide(location: str, unexpected: set[str], spec: str) -> None:
+    """Refuse matrices of 8-bit numbers, whose scales nobody applies.
 
     Args:
-        model: as loaded.
-        location: of the weights.
+        location: of weights whose configuration names no quantisation.
         unexpected: names of stored tensors that the model did not take.
         spec: what the user calls it.
 
     Raises:
         ModelError: it names one of them and its type.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
-        return
-    for name, kind, num_dimensions in _stored(location):
+    config = file_of(location, "config.json")
+    for name, kind, num_dimensions in _stored(config.parent) if config else ():
         is_matrix = name.endswith(".weight") or num_dimensions in (2, 3)
         if is_matrix and kind not in WIDE and name not in unexpected:
             raise ModelError(
@@ -209,10 +235,9 @@ def require_wide(model: Any, location: str, unexpected: set[str], spec: str) -> 
             )
 
 
-def _stored(location: str) -> Iterator[tuple[str, str, int]]:
+def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
     """Names, types and numbers of dimensions of a folder's tensors."""
-    config = file_of(location, "config.json")
-    for path in sorted(config.parent.glob("model*.safetensors")) if config else ():
+    for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
@@ -229,7 +254,7 @@ def base_of_adapter(location: str) -> str | None:
     what `base_model_name_or_path` names.
 
     Raises:
-        ModelError: it names no base.
+        ModelError: it names no base, or one that is not there.
     """
     config = file_of(location, ADAPTER)
     if config is None:
@@ -241,6 +266,11 @@ def base_of_adapter(location: str) -> str | None:
         raise ModelError(
             f"{location} is an adapter, and its {ADAPTER} names no base_model_name_or_path; "
             f"name one there, or {MERGE}"
+        )
+    if file_of(base, "config.json") is None:
+        raise ModelError(
+            f"{location} is an adapter of {base}, which cannot be found; mend "
+            f"base_model_name_or_path in its {ADAPTER}, or {MERGE}"
         )
     return str(base)
 
@@ -272,21 +302,25 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
         raise ModelError(
             f"{spec} is an adapter ({ADAPTER}), which peft applies; {MERGE}"
         ) from error
-    adapted: Any = peft.PeftModel.from_pretrained(base, location)
+    stored = file_of(location, ADAPTER_WEIGHTS) or file_of(location, PICKLED_ADAPTER)
+    if stored is None:
+        raise ModelError(f"{spec} is an adapter without {ADAPTER_WEIGHTS}; download it again")
+    adapted: Any = peft.PeftModel.from_pretrained(base, str(stored.parent))
     if not hasattr(adapted, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
         raise ModelError(
             f"{spec} is an adapter of type {kind}, which cannot be merged into weights"
         )
-    stored = file_of(location, ADAPTER_WEIGHTS)
-    if stored is not None:
+    if stored.name == ADAPTER_WEIGHTS:
         with safe_open(stored, framework="pt") as file:
             names = set(file.keys())
-        if lost := names ^ set(peft.get_peft_model_state_dict(adapted)):
-            raise ModelError(
-                f"cannot load the adapter {spec}: {len(lost)} of its tensors do not belong to its "
-                f"base ({sorted(lost)[0]}); name its own base in {ADAPTER}"
-            )
+    else:
+        names = set(_unpickled(stored))
+    if lost := names ^ set(peft.get_peft_model_state_dict(adapted)):
+        raise ModelError(
+            f"cannot load the adapter {spec}: {len(lost)} of its tensors do not belong to its "
+            f"base ({sorted(lost)[0]}); name its own base in {ADAPTER}"
+        )
     return adapted.merge_and_unload(safe_merge=True)
 
 
@@ -309,12 +343,13 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
     path = file_of(location, "tokenizer.json")
     if path is None:
         return None
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(location)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(location, **hub_options(location))
     backend, written = tokenizer.backend_tokenizer, Tokenizer.from_file(str(path))
     for part in ("normalizer", "pre_tokenizer"):  # options of tokenizer_config.json change them
         setattr(backend, part, getattr(written, part))
-    written.no_truncation()
-    written.no_padding()
+    for one in (backend, written):
+        one.no_truncation()
+        one.no_padding()
     for probe in probes:
         ours, theirs = (
             one.encode(probe, add_special_tokens=False).ids for one in (backend, written)
@@ -332,8 +367,9 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
 
 def _name_ends(tokenizer: PreTrainedTokenizerBase, location: str) -> None:
     """Take the names of special tokens from the tokenizer's class, where no file has them."""
-    named = AutoTokenizer.from_pretrained(location, trust_remote_code=False).special_tokens_map
+    options = hub_options(location)
+    named = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
     vocabulary = tokenizer.get_vocab()
     for name in ("bos_token", "eos_token"):
-        if named.get(name) in vocabulary and getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, named[name])
+        if getattr(named, name) in vocabulary and getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, getattr(named, name))

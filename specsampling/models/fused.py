@@ -24,7 +24,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from specsampling.models.attention import grouped_sdpa
+from specsampling.models.packed import is_plain
 
+NUM_ROWS = 8
+TOLERANCE = 0.03  # of what a layer adds: rounding in 16 bit is under 1%
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 
 
@@ -118,15 +121,46 @@ def joined(*linears: nn.Linear) -> nn.Linear:
     return layer
 
 
+def _can_fuse(module: nn.Module) -> bool:
+    if type(module) not in LAYERS:
+        return False
+    parts = [part for name, part in module.named_modules() if name.endswith("_proj")]
+    return all(map(is_plain, parts))
+
+
+def _fused(model: Any, layer: nn.Module) -> FusedLayer:
+    """A fused layer, held against the one that it replaces on a few random rows.
+
+    Raises:
+        ValueError: what they add to the rows differs by more than rounding.
+    """
+    fused = FusedLayer(layer)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, NUM_ROWS, model.config.hidden_size, generator=generator)
+    rows = rows.to(model.device, model.dtype)
+    places = torch.arange(NUM_ROWS, device=model.device)[None]
+    with torch.inference_mode():
+        positions = model.base_model.rotary_emb(rows, places)
+        theirs, ours = (part(rows, position_embeddings=positions) for part in (layer, fused))
+    error = float((ours - theirs).norm() / (theirs - rows).norm())
+    if not error < TOLERANCE:
+        raise ValueError(f"a fused layer gives other values, off by {error:.1%}")
+    return fused
+
+
 def fuse_layers(model: PreTrainedModel, then: Callable[[FusedLayer], None]) -> None:
     """Replace the layers that this module knows, in place; others stay as they are.
 
     Args:
-        model: whose layers' weights are plain `nn.Linear`s: neither quantised nor packed yet.
+        model: layers with other parts than plain `nn.Linear`s stay as they are: quantised,
+            packed or wrapped ones.
         then: done to each new layer at once, so that one layer at a time is there twice.
+
+    Raises:
+        ValueError: a new layer gives other values than the one it replaces.
     """
     # By name: a list of the modules would keep all of the replaced ones' weights to the end.
-    for name in [name for name, module in model.named_modules() if type(module) in LAYERS]:
-        fused = FusedLayer(model.get_submodule(name))
+    for name in [name for name, module in model.named_modules() if _can_fuse(module)]:
+        fused = _fused(model, model.get_submodule(name))
         model.set_submodule(name, fused)
         then(fused)

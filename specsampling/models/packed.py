@@ -27,6 +27,8 @@ BLOCK = 8192  # rows of a weight
 ZERO_POINT = 128  # of unsigned inputs
 TRIAL_SIZE = 1024  # of the layer with which kernels are tried
 TOO_SLOW = 4  # times float32
+NUM_ROWS = 4  # random ones, on which a layer is held against its own
+ROUNDING = 1e-3  # of a product in float32
 
 
 class PackedLinear(nn.Module):
@@ -63,9 +65,18 @@ def pack_linears(model: nn.Module, num_rows: int = 8) -> None:
     _replace_linears(model, lambda linear: PackedLinear(linear, num_rows))
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no adapter, no hook, no other forward.
+
+    What is wrapped around a layer would be lost with it.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks)
+
+
 def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     # By name: a list of the modules would keep all of the replaced ones' weights to the end.
-    for name in [name for name, child in model.named_modules() if type(child) is nn.Linear]:
+    for name in [name for name, child in model.named_modules() if is_plain(child)]:
         model.set_submodule(name, make(model.get_submodule(name)))  # type: ignore[arg-type]
     for parameter in model.parameters():
         # A view of the checkpoint's file, it would keep all of the file in memory.
@@ -172,26 +183,55 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.data
         largest = kernel.largest_weight
-        self.scales = weight.abs().amax(dim=1).float().clamp(min=TINY) / largest  # [out]
-        quantized = torch.empty(weight.shape, dtype=torch.int8)
-        for start in range(0, len(weight), BLOCK):  # a head in float32 is a gigabyte
-            rows = slice(start, start + BLOCK)
-            quantized[rows] = (weight[rows].float() / self.scales[rows, None]).round()
+        # A head in float32 is a gigabyte, so it is rounded block by block.
+        parts = []
+        for rows in weight.split(BLOCK):
+            numbers, scales = quantized(rows, largest)
+            parts.append((numbers.to(torch.int8), scales))
+        self.scales = torch.cat([scales[:, 0] for _, scales in parts])  # [out]
         # Plain attributes: an opaque layout can be neither saved nor moved.
-        self.packed_weight = kernel.pack(quantized)
+        self.packed_weight = kernel.pack(torch.cat([numbers for numbers, _ in parts]))
         self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
         self.bias = None if linear.bias is None else linear.bias.data.float()
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of `rows`."""
-        inputs = rows.reshape(-1, self.in_features).float()
-        scale = inputs.abs().amax(dim=-1, keepdim=True).clamp(min=TINY) / INT8_MAX  # [rows, 1]
+        inputs, scale = quantized(rows.reshape(-1, self.in_features).float())
         outputs = scale * self.kernel.multiply(
-            (inputs / scale).round(), self.packed_weight, self.scales, self.zero_points
+            inputs, self.packed_weight, self.scales, self.zero_points
         )
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.to(rows.dtype).view(*rows.shape[:-1], self.out_features)
+
+
+def quantized(values: Tensor, largest: int = INT8_MAX) -> tuple[Tensor, Tensor]:
+    """Whole numbers up to `largest`, [rows, n], and a scale per row, [rows, 1], in float32."""
+    scales = values.abs().amax(dim=-1, keepdim=True).float().clamp(min=TINY) / largest
+    return (values.float() / scales).round(), scales
+
+
+def checked_int8(linear: nn.Linear, kernel: Int8Kernel) -> Int8Linear:
+    """A layer in 8 bit, held against a product of the same rounded numbers in float32.
+
+    Raises:
+        ValueError: they differ by more than float32 rounds.
+    """
+    made = Int8Linear(linear, kernel)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(NUM_ROWS, linear.in_features, generator=generator)
+    whole, row_scales = quantized(rows)
+    parts = []
+    for weight in linear.weight.data.split(BLOCK):
+        numbers, scales = quantized(weight, kernel.largest_weight)
+        parts.append(row_scales * (whole @ numbers.T) * scales.T)
+    expected = torch.cat(parts, dim=1)
+    if linear.bias is not None:
+        expected += linear.bias.data.float()
+    error = float((made(rows) - expected).norm() / expected.norm())
+    if not error < ROUNDING:
+        raise ValueError(f"a layer in 8 bit gives other values, off by {error:.1%}")
+    return made
 
 
 def can_int8() -> bool:
@@ -206,7 +246,7 @@ def to_int8(module: nn.Module) -> None:
     """
     kernel = int8_kernel()
     assert kernel, "ask can_int8 first"
-    _replace_linears(module, lambda linear: Int8Linear(linear, kernel))
+    _replace_linears(module, lambda linear: checked_int8(linear, kernel))
     for child in module.modules():
         if not isinstance(child, nn.Embedding):
             for parameter in child.parameters(recurse=False):

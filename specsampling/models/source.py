@@ -31,11 +31,13 @@ from specsampling.models.errors import ModelError
 from specsampling.models.folder import (
     base_of_adapter,
     file_of,
+    hub_options,
     merge_adapter,
     read_tokenizer_file,
     require_files,
     require_wide,
     safe_location,
+    stores_scales,
     without_adapter,
 )
 from specsampling.models.gguf_file import open_gguf
@@ -84,7 +86,7 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         if not any(file_of(location, name) for name in TOKENIZER_FILES):
             location = base_of_adapter(location) or location
         tokenizer = read_tokenizer_file(location, PROBES)
-        return tokenizer or AutoTokenizer.from_pretrained(location, **SAFE)
+        return tokenizer or AutoTokenizer.from_pretrained(location, **SAFE, **hub_options(location))
 
 
 def read_config(spec: str) -> PreTrainedConfig:
@@ -93,7 +95,8 @@ def read_config(spec: str) -> PreTrainedConfig:
     with quiet_transformers():
         if is_gguf(spec):
             return gguf_config(open_gguf(Path(spec)))
-        return AutoConfig.from_pretrained(base_of_adapter(location) or location, **SAFE)
+        location = base_of_adapter(location) or location
+        return AutoConfig.from_pretrained(location, **SAFE, **hub_options(location))
 
 
 def read_model(spec: str, **options: Any) -> Any:
@@ -124,11 +127,17 @@ def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
             **SAFE,
+            **hub_options(folder),
             **options,
         )
         model, report = loaded
         _require_whole(model, report, spec)
-        require_wide(model, folder, set(report["unexpected_keys"]), spec)
+        is_quantized = stores_scales(folder)
+        if not is_quantized:
+            require_wide(folder, set(report["unexpected_keys"]), spec)
+        elif getattr(model, "hf_quantizer", None) is None:
+            # Dequantised; numbers that were stored without scales still have their own type.
+            model = model.to(options["dtype"])
     return model
 
 

