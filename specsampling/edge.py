@@ -41,12 +41,17 @@ def rank() -> int:
     return _rank_and_count()[0] if is_launched() else 0
 
 
-def _rank_and_count() -> tuple[int, int]:
+def launched_by() -> tuple[str, str] | None:
+    """The variables that say which process this is and how many there are; None for no others."""
     for size, index in LAUNCHED.items():
-        given = os.environ.get(index, ""), os.environ.get(size, "")
-        if all(text.isdigit() for text in given):
-            return int(given[0]), int(given[1])
-    return 0, 1
+        if all(os.environ.get(name, "").isdecimal() for name in (index, size)):
+            return index, size
+    return None
+
+
+def _rank_and_count() -> tuple[int, int]:
+    index, size = launched_by() or ("", "")
+    return int(os.environ.get(index, 0)), int(os.environ.get(size, 1))
 
 
 class Stopped(BaseException):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,8 +160,6 @@ def test_machines_without_a_shared_disk(config, alone, tmp_path):
 
 
 def chance_port() -> int:
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
@@ -242,6 +242,95 @@ def test_which_rank_a_process_is(monkeypatch):
     assert (edge.is_launched(), edge.rank()) == (False, 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (edge.is_launched(), edge.rank()) == (True, 3)
+
+
+MEET = """
+import sys
+from specsampling.edge import exit_code
+from specsampling.ranks import Ranks
+sys.exit(exit_code(lambda arguments: Ranks.of_launch().index))
+"""
+LOCAL = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+HERE = {"MASTER_ADDR": "127.0.0.1"}
+TAKEN = {**HERE, "MASTER_PORT": "taken"}
+NO_ADDRESS = "`?MASTER_ADDR`?.*not set"
+OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
+
+
+@pytest.mark.parametrize(
+    ("names", "number", "others", "why"),
+    [
+        (("RANK", "WORLD_SIZE"), 0, {}, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 1, {}, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 0, LOCAL, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 0, {"MASTER_PORT": "29500"}, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 0, TAKEN, "EADDRINUSE"),
+        (("RANK", "WORLD_SIZE"), 0, TAKEN | LOCAL, "EADDRINUSE"),
+        (("RANK", "WORLD_SIZE"), 0, {**HERE, "MASTER_PORT": "port"}, "'port'"),
+        (("RANK", "WORLD_SIZE"), 0, {**HERE, "MASTER_PORT": "99999"}, "from 0 to 65535"),
+        (("RANK", "WORLD_SIZE"), 5, HERE, "RANK must be below WORLD_SIZE, which is 2, and is 5"),
+        (OPEN_MPI, 0, {}, NO_ADDRESS),
+        (OPEN_MPI, 1, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, NO_ADDRESS),
+        (OPEN_MPI, 0, TAKEN, "EADDRINUSE"),
+        (("PMI_RANK", "PMI_SIZE"), 0, {}, NO_ADDRESS),
+        (("PMI_RANK", "PMI_SIZE"), 0, TAKEN, "EADDRINUSE"),
+        (("PMI_RANK", "PMI_SIZE"), 0, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, NO_ADDRESS),
+        (("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), 0, {}, NO_ADDRESS),
+    ],
+)
+def test_a_process_that_cannot_meet_the_others_says_so_in_one_line(names, number, others, why):
+    """A taken port, or variables without MASTER_ADDR, ended in a traceback and exit code 1."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = dict(zip(names, (str(number), "2"))) | others
+        given = {name: port if value == "taken" else value for name, value in given.items()}
+        done = subprocess.run(
+            [sys.executable, "-c", MEET],
+            cwd=PROJECT,
+            env=not_launched() | given,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.search(why, line)
+    index, size = names
+    said = f"error: {index} and {size} say that this is one of several"
+    assert line.startswith(f"rank {number}: {said}" if number else said)
+    assert f"MASTER_PORT to rank 0's machine and a free port there, or unset {index} and" in line
+
+
+def not_launched() -> dict[str, str]:
+    """The environment of a process that nothing launched."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI_", "OMPI_", "MV2_", "SLURM_")
+    quiet = {"OMP_NUM_THREADS": "1"}
+    return {name: text for name, text in os.environ.items() if not name.startswith(ours)} | quiet
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script that reserved four
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "\N{SUPERSCRIPT TWO}"},
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    ],
+    ids=str,
+)
+def test_variables_that_count_no_others_leave_a_process_alone(given, monkeypatch):
+    """WORLD_SIZE with a digit that is no number, a superscript say, was a traceback."""
+    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert (edge.is_launched(), edge.rank()) == (False, 0)
 
 
 def test_each_takes_a_gpu_of_its_own(monkeypatch):
