@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
-from specsampling.edge import is_launched, rank
+from specsampling.edge import launched_by, rank
 from specsampling.loading import (
     call_width,
     load_configured_pair,
@@ -199,7 +199,7 @@ def run_experiment(
     from specsampling.runner import all_jobs, encode_prompts, run
 
     output, decoding = options.output, config.decoding
-    ranks = Ranks.of_launch() if is_launched() else None
+    ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
     here = config  # and where this rank decodes
     if ranks:
         here = replace(

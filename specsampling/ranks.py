@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 from specsampling.checking import ConfigError
-from specsampling.edge import launched_by
 
 POLL_SECONDS = 0.2
 
@@ -38,29 +37,31 @@ class Ranks:
     _all: Ranks | None = None
 
     @classmethod
-    def of_launch(cls) -> Ranks:
-        """The same object each time: what the ranks ask each other is numbered."""
-        if cls._all is None:
-            cls._all = cls()
-        return cls._all
+    def of_launch(cls, variables: tuple[str, str]) -> Ranks:
+        """The same object each time: what the ranks ask each other is numbered.
 
-    def __init__(self) -> None:
-        """Meet the other processes; `Ranks.of_launch` is the way in.
+        Args:
+            variables: of the environment, that say which process this is and of how many.
 
         Raises:
             RanksError: this process cannot meet the others.
         """
+        if cls._all is None:
+            cls._all = cls(*variables)
+        return cls._all
+
+    def __init__(self, index: str, size: str) -> None:
+        """Meet the other processes; `Ranks.of_launch` is the way in."""
         import torch
         from accelerate import PartialState
         from torch.distributed import PrefixStore, distributed_c10d
 
-        variables = launched_by() or ("RANK", "WORLD_SIZE")  # accelerate sets these two itself
         try:
-            _require_place(*variables)
+            _require_place(index, size)
             self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
             store = distributed_c10d._get_default_store()
         except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise RanksError(_not_met(error, *variables)) from error
+            raise RanksError(_not_met(error, index, size)) from error
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.local_index: int = self._state.local_process_index
@@ -127,7 +128,7 @@ class Ranks:
 
 def _require_place(index: str, size: str) -> None:
     """Raise a ValueError if the variables count fewer processes than this one's number."""
-    number, count = (int(os.environ.get(name, 0)) for name in (index, size))
+    number, count = (int(os.environ[name]) for name in (index, size))
     if number >= count:
         raise ValueError(f"{index} must be below {size}, which is {count}, and is {number}")
 

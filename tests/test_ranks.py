@@ -235,20 +235,20 @@ def test_rows_are_put_in_order(tmp_path):
 def test_which_rank_a_process_is(monkeypatch):
     for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
         monkeypatch.delenv(name, raising=False)
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
     monkeypatch.setenv("RANK", "3")  # of something else
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (edge.is_launched(), edge.rank()) == (True, 3)
+    assert (edge.launched_by(), edge.rank()) == (("RANK", "WORLD_SIZE"), 3)
 
 
 MEET = """
 import sys
-from specsampling.edge import exit_code
+from specsampling.edge import exit_code, launched_by
 from specsampling.ranks import Ranks
-sys.exit(exit_code(lambda arguments: Ranks.of_launch().index))
+sys.exit(exit_code(lambda arguments: Ranks.of_launch(launched_by()).index))
 """
 LOCAL = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 HERE = {"MASTER_ADDR": "127.0.0.1"}
@@ -330,7 +330,7 @@ def test_variables_that_count_no_others_leave_a_process_alone(given, monkeypatch
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
 
 
 def test_each_takes_a_gpu_of_its_own(monkeypatch):

@@ -131,15 +131,15 @@ def cache_folder() -> Path:
         "win32": ("LOCALAPPDATA", "AppData/Local"),
         "darwin": ("", "Library/Caches"),
     }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    if not (base := os.environ.get(variable)):
-        try:
-            base = Path.home() / below_home
-        except RuntimeError as error:  # no HOME, and an account without a folder of its own
-            raise ModelError(
-                "embedded models need a folder to be kept in, and this user has no home folder; "
-                f"set {CACHE_VARIABLE} to a folder"
-            ) from error
-    return Path(base) / "specsampling"
+    if base := os.environ.get(variable):
+        return Path(base, "specsampling")
+    try:
+        return Path.home() / below_home / "specsampling"
+    except RuntimeError as error:  # no HOME, and an account without a folder of its own
+        raise ModelError(
+            "embedded models need a folder to be kept in, and this user has no home folder; "
+            f"set {CACHE_VARIABLE} to a folder"
+        ) from error
 
 
 def embedded_folder(
