@@ -31,7 +31,7 @@ from specsampling.loading import (
     settle_memory,
     settle_steps,
 )
-from specsampling.provenance import PROJECT, device_name, peak_memory, run_meta
+from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
 from specsampling.results.records import (
@@ -206,19 +206,21 @@ def run_experiment(
             config, models=replace(config.models, device=ranks.device(config.models.device))
         )
     was_stopped = take_in(output, ranks, options.fresh)
-    there = None if options.fresh or rank() else _rows_there(output)
+    there = None if options.fresh or rank() else rows_there(output)
+    now = prompt_date(there.meta if there else None)
     if ranks:
-        there = ranks.from_main(there)
+        there, now = ranks.from_main((there, now))
     wanted = _keys(config, task)
     pending = wanted - {row.key for row in there.rows} if there else wanted
     mode, why_eager = settle_steps(config, there, len(wanted))
-    meta = run_meta(config, mode)
+    meta = run_meta(config, mode, now)
     if rank() == 0 and options.fresh:  # either is told before minutes of loading
         check_fresh(output)
     elif rank() == 0:
         check_output(output, meta)
     outlines = outline_models(here)
-    prompts = encode_prompts(task, outlines.pair, config.run.limit, decoding.max_new_tokens)
+    encoder = replace(outlines.pair, now=now)
+    prompts = encode_prompts(task, encoder, config.run.limit, decoding.max_new_tokens)
     lengths = [len(prompt.token_ids) for _, prompt in prompts]
     longest = max(lengths)
     memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
@@ -272,16 +274,15 @@ def run_experiment(
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
-def _rows_there(output: Path) -> Run | None:
+def rows_there(output: Path) -> Run | None:
     """What an earlier process left of a run; what is wrong with it, `check_output` says."""
     try:
         run = read_run(output) if output.is_file() else None
     except RecordsError:
         return None
-    if run is None:
+    if run is None or not run.rows:
         return None
-    rows = [row for row in run.rows if not row.lacked_memory]
-    return replace(run, rows=rows) if rows else None
+    return replace(run, rows=[row for row in run.rows if not row.lacked_memory])
 
 
 def _keys(config: Config, task: Task) -> set[Key]:
