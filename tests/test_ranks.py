@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from test_end_to_end import METHODS, PROJECT, run
 from test_end_to_end import config as config  # a fixture
 from test_records import ROW
 from test_results import META
+from transformers import AutoTokenizer
 
 from specsampling import edge
 from specsampling.ranks import Ranks
@@ -163,6 +165,83 @@ def chance_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+CHAT = """
+import datetime, os, sys
+sys.path.insert(0, {project!r})
+from transformers.utils import chat_template_utils
+from specsampling import provenance
+from specsampling.models import chat
+from specsampling.console import exit_code
+
+class Clock(datetime.datetime):  # a day for each rank
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 4, 28 + int(os.environ["RANK"]), tzinfo=tz)
+
+class module:
+    datetime, timezone = Clock, datetime.timezone
+
+provenance.datetime, chat_template_utils.datetime = module, Clock
+{more}
+import main_exp2
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main_exp2.main))
+"""
+OTHERWISE = """
+encode = chat.encode_chat
+def otherwise(tokenizer, message, now):
+    return encode(tokenizer, message + "!" * int(os.environ["RANK"]), now)
+from specsampling.models import load
+load.encode_chat = otherwise
+"""
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_ranks_of_two_days_have_the_same_prompts_or_refuse(
+    model_folders, config, tmp_path, is_same
+):
+    """A rank whose clock or templates differ from rank 0's made rows of other prompts."""
+    target = tmp_path / "target"
+    shutil.copytree(model_folders["llama-target"], target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(target)
+    script = tmp_path / "main.py"
+    script.write_text(CHAT.format(project=str(PROJECT), more="" if is_same else OTHERWISE))
+    output = tmp_path / "results2.jsonl"
+    chat = ["humaneval.prompt_style=chat", "humaneval.stop_strings=[]"]
+    settings = [f"models.target={target}", *chat]
+    more = [part for field in settings for part in ("--set", field)]
+    arguments = [*options(config, output), *more]
+    code, _, errors = finish(start(launch(*arguments, script=str(script))))
+    assert (code == 0) is is_same, errors
+    if not is_same:
+        assert "error: rank 1 has another prompt or reference of HumanEval/0 than rank 0" in errors
+        assert not output.read_bytes() and "Traceback" not in errors.partition("torch/")[0]
+        return
+    rows = read_rows(output)
+    assert {row.rank for row in rows} == {0, 1}
+    assert len({(row.example_id, row.prompt_hash) for row in rows}) == 5
+    assert read_meta(output)["prompt_date"] == "2026-04-28T00:00:00"
+
+
+def test_shards_of_another_prompt_are_not_merged(tmp_path):
+    """What another day's run had left went into the file, and was compared with its rows."""
+    output = tmp_path / "run.jsonl"
+    hashed = dataclasses.replace(ROW, prompt_hash="0123456789abcdef")
+    another = dataclasses.replace(hashed, method="reference", prompt_hash="fedcba9876543210")
+    with RunFile.open(output, META) as run_file:
+        run_file.append(hashed)
+    before = output.read_bytes()
+    with RunFile.open(shards.shard_path(output, 1), META) as shard:
+        shard.append(another)
+    with pytest.raises(RecordsError, match="one prompt of HumanEval/0 .*--fresh"):
+        shards.take_in(output, None, fresh=False)
+    assert output.read_bytes() == before
+    assert shards.take_in(output, None, fresh=True) is False
+    assert not shards.left_shards(output)
 
 
 def test_a_mistake_is_said_once(config, tmp_path):
