@@ -46,9 +46,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value, rows_there
+from specsampling.console import PROJECT, Parser, begun, exit_code, option_value
 from specsampling.method.text import Generation
-from specsampling.provenance import prompt_date, run_meta
+from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, RunFile, Source, check_output
@@ -409,8 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     config = configured(options, "none")
     require_task(config, "humaneval")
-    there = None if options.fresh else rows_there(options.output)
-    options.now = prompt_date(there.meta if there else None)  # the contenders' processes need it
+    _, options.now = begun(options.output, options.fresh)  # the contenders' processes need it
     meta = meta_of(config, options.now)
     check_output(options.output, meta)
     prompts = prompts_of(config, options.now)

@@ -7,6 +7,7 @@ that a mistake in it is told at once.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import sys
@@ -206,10 +207,7 @@ def run_experiment(
             config, models=replace(config.models, device=ranks.device(config.models.device))
         )
     was_stopped = take_in(output, ranks, options.fresh)
-    there = None if options.fresh or rank() else rows_there(output)
-    now = prompt_date(there.meta if there else None)
-    if ranks:
-        there, now = ranks.from_main((there, now))
+    there, now = begun(output, options.fresh, ranks)
     wanted = _keys(config, task)
     pending = wanted - {row.key for row in there.rows} if there else wanted
     mode, why_eager = settle_steps(config, there, len(wanted))
@@ -219,8 +217,8 @@ def run_experiment(
     elif rank() == 0:
         check_output(output, meta)
     outlines = outline_models(here)
-    encoder = replace(outlines.pair, now=now)
-    prompts = encode_prompts(task, encoder, config.run.limit, decoding.max_new_tokens)
+    pair = replace(outlines.pair, now=now)
+    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     lengths = [len(prompt.token_ids) for _, prompt in prompts]
     longest = max(lengths)
     memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
@@ -274,7 +272,16 @@ def run_experiment(
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
-def rows_there(output: Path) -> Run | None:
+def begun(
+    output: Path, fresh: bool, ranks: Ranks | None = None
+) -> tuple[Run | None, datetime.datetime]:
+    """What an earlier process left of a run, and its `prompt_date`: rank 0's, on every rank."""
+    there = None if fresh or rank() else _rows_there(output)
+    now = prompt_date(there.meta if there else None)
+    return ranks.from_main((there, now)) if ranks else (there, now)
+
+
+def _rows_there(output: Path) -> Run | None:
     """What an earlier process left of a run; what is wrong with it, `check_output` says."""
     try:
         run = read_run(output) if output.is_file() else None

@@ -55,13 +55,13 @@ def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
         ) from None
 
 
-def run_meta(config: Config, steps: Compile, prompts_of: datetime.datetime) -> dict[str, Any]:
+def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str, Any]:
     """What a run's rows are made with, for its `.meta.json`; known before a model is loaded.
 
     Args:
         config: of the run.
         steps: what became of its `decoding.compile`.
-        prompts_of: its `prompt_date`.
+        now: its `prompt_date`.
     """
     import torch
 
@@ -82,7 +82,7 @@ def run_meta(config: Config, steps: Compile, prompts_of: datetime.datetime) -> d
         "python": platform.python_version(),
         "versions": _versions(),
         "git_commit": _git_commit(),
-        "prompt_date": prompts_of.isoformat(),
+        "prompt_date": now.isoformat(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
     }
