@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,11 +46,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.console import PROJECT, Parser, begun, exit_code, option_value
 from specsampling.method.text import Generation
+from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
-from specsampling.results.records import Row, RunFile, check_output
+from specsampling.results.records import Row, RunFile, Source, check_output
 from specsampling.results.tables import aligned, shared_rows
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
     config = configured(options, quantization)
     pair = load_configured_pair(config)
     drafts = load_drafts(config, pair)
-    longest = max(len(ids) for ids in prompts_of(config).values())
+    longest = max(len(ids) for ids in prompts_of(config, options.now).values())
     make_steps(config, options.compile, pair, drafts, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     yield (
@@ -140,7 +142,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
         draft.generation_config.assistant_confidence_threshold = confidence
         return generate(prompt, assistant_model=draft)
 
-    longest = max(len(ids) for ids in prompts_of(config).values())
+    longest = max(len(ids) for ids in prompts_of(config, options.now).values())
     static: dict[str, Any] = {
         "cache_implementation": "static",
         "max_cache_len": longest + limit,
@@ -319,8 +321,8 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
     return load_config(options.config, options.profile, overrides)
 
 
-def prompts_of(config: Config) -> dict[str, list[int]]:
-    """The problems' prompts, as a run has them, by id."""
+def prompts_of(config: Config, now: datetime) -> dict[str, list[int]]:
+    """The problems' prompts, as a run that began `now` has them, by id."""
     from specsampling.models.load import Pair
     from specsampling.models.tokenizer import load_tokenizer
     from specsampling.tasks.humaneval import HumanEval
@@ -329,7 +331,7 @@ def prompts_of(config: Config) -> dict[str, list[int]]:
     task = HumanEval(config.humaneval)
     tokenizer: Any = load_tokenizer(config.models.tokenizer or config.models.target)
     models: dict[str, Any] = {"target": None, "draft": None}  # which encode nothing
-    encoder = Pair(**models, tokenizer=tokenizer, eos_ids=frozenset())
+    encoder = Pair(**models, tokenizer=tokenizer, eos_ids=frozenset(), now=now)
     chosen = task.examples()[FIRST:][: config.run.limit]
     return {example.id: task.prompt(example, encoder, 10**9).token_ids for example in chosen}
 
@@ -407,9 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     config = configured(options, "none")
     require_task(config, "humaneval")
-    meta = meta_of(config)
+    _, options.now = begun(options.output, options.fresh)  # the contenders' processes need it
+    meta = meta_of(config, options.now)
     check_output(options.output, meta)
-    prompts = prompts_of(config)
+    prompts = prompts_of(config, options.now)
     hosts: list[Host] = []
     try:
         for name, find in finders(config, options).items():
@@ -422,6 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not any(part in name for part in options.skip)
         }
         with RunFile.open(options.output, meta, fresh=options.fresh) as run_file:
+            run_file.require_same_examples(
+                {name: Source.of(prompt, None) for name, prompt in prompts.items()}
+            )
             compare(prompts, decoders, run_file)
     finally:
         for host in hosts:
@@ -453,16 +459,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def meta_of(config: Config) -> dict[str, Any]:
-    from specsampling.provenance import run_meta
-
+def meta_of(config: Config, now: datetime) -> dict[str, Any]:
     versions = {}
     for package in ("xllamacpp", "flashspec"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    meta = run_meta(config, config.decoding.compile)
+    meta = run_meta(config, config.decoding.compile, now)
     return {**meta, "versions": meta["versions"] | versions}
 
 
@@ -491,8 +495,8 @@ def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFi
                 method=name,
                 sample_index=0,
                 completion="",
-                num_prompt_tokens=len(prompts[example]),
                 seed=0,
+                **Source.of(prompts[example], None)._asdict(),
                 **vars(generation),
             )
         )

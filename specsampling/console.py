@@ -7,6 +7,7 @@ that a mistake in it is told at once.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
-from specsampling.edge import is_launched, rank
+from specsampling.edge import launched_by, rank
 from specsampling.loading import (
     call_width,
     load_configured_pair,
@@ -31,7 +32,7 @@ from specsampling.loading import (
     settle_memory,
     settle_steps,
 )
-from specsampling.provenance import PROJECT, device_name, peak_memory, run_meta
+from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
 from specsampling.results.records import (
@@ -199,26 +200,25 @@ def run_experiment(
     from specsampling.runner import all_jobs, encode_prompts, run
 
     output, decoding = options.output, config.decoding
-    ranks = Ranks.of_launch() if is_launched() else None
+    ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
     here = config  # and where this rank decodes
     if ranks:
         here = replace(
             config, models=replace(config.models, device=ranks.device(config.models.device))
         )
     was_stopped = take_in(output, ranks, options.fresh)
-    there = None if options.fresh or rank() else _rows_there(output)
-    if ranks:
-        there = ranks.from_main(there)
+    there, now = begun(output, options.fresh, ranks)
     wanted = _keys(config, task)
     pending = wanted - {row.key for row in there.rows} if there else wanted
     mode, why_eager = settle_steps(config, there, len(wanted))
-    meta = run_meta(config, mode)
+    meta = run_meta(config, mode, now)
     if rank() == 0 and options.fresh:  # either is told before minutes of loading
         check_fresh(output)
     elif rank() == 0:
         check_output(output, meta)
     outlines = outline_models(here)
-    prompts = encode_prompts(task, outlines.pair, config.run.limit, decoding.max_new_tokens)
+    pair = replace(outlines.pair, now=now)
+    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
     lengths = [len(prompt.token_ids) for _, prompt in prompts]
     longest = max(lengths)
     memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
@@ -272,16 +272,24 @@ def run_experiment(
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
+def begun(
+    output: Path, fresh: bool, ranks: Ranks | None = None
+) -> tuple[Run | None, datetime.datetime]:
+    """What an earlier process left of a run, and its `prompt_date`: rank 0's, on every rank."""
+    there = None if fresh or rank() else _rows_there(output)
+    now = prompt_date(there.meta if there else None)
+    return ranks.from_main((there, now)) if ranks else (there, now)
+
+
 def _rows_there(output: Path) -> Run | None:
     """What an earlier process left of a run; what is wrong with it, `check_output` says."""
     try:
         run = read_run(output) if output.is_file() else None
     except RecordsError:
         return None
-    if run is None:
+    if run is None or not run.rows:
         return None
-    rows = [row for row in run.rows if not row.lacked_memory]
-    return replace(run, rows=rows) if rows else None
+    return replace(run, rows=[row for row in run.rows if not row.lacked_memory])
 
 
 def _keys(config: Config, task: Task) -> set[Key]:

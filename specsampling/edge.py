@@ -31,22 +31,18 @@ LAUNCHED = {
 }
 
 
-def is_launched() -> bool:
-    """Whether this process is one of several that make one run."""
-    return _rank_and_count()[1] > 1
+def launched_by() -> tuple[str, str] | None:
+    """The variables that say which process this is, and of how many; None for the only one."""
+    for size, index in LAUNCHED.items():
+        if all(os.environ.get(name, "").isdecimal() for name in (index, size)):
+            return (index, size) if int(os.environ[size]) > 1 else None
+    return None
 
 
 def rank() -> int:
     """Of this process among those of one run; 0 is the only one, or the one who speaks."""
-    return _rank_and_count()[0] if is_launched() else 0
-
-
-def _rank_and_count() -> tuple[int, int]:
-    for size, index in LAUNCHED.items():
-        given = os.environ.get(index, ""), os.environ.get(size, "")
-        if all(text.isdigit() for text in given):
-            return int(given[0]), int(given[1])
-    return 0, 1
+    variables = launched_by()
+    return int(os.environ[variables[0]]) if variables else 0
 
 
 class Stopped(BaseException):

@@ -11,10 +11,11 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, config_as_dict, config_hash
+from specsampling.config import Compile, Config, ConfigError, config_as_dict, config_hash
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +34,34 @@ PACKAGES = (
 )
 
 
-def run_meta(config: Config, steps: Compile) -> dict[str, Any]:
+def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
+    """The local time that a run's chat templates see, however often it is resumed: its first start.
+
+    Args:
+        there: the meta of the rows that are there already; None for none.
+
+    Raises:
+        ConfigError: the meta's date is none.
+    """
+    if there is None:
+        return datetime.datetime.now().replace(microsecond=0)
+    text = there.get("prompt_date", there.get("date"))  # of older runs: the start, in UTC
+    try:
+        return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"prompt_date in the run's meta must be a date and time (got {text!r}); mend it, or "
+            "start over with --fresh"
+        ) from None
+
+
+def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str, Any]:
     """What a run's rows are made with, for its `.meta.json`; known before a model is loaded.
 
     Args:
         config: of the run.
         steps: what became of its `decoding.compile`.
+        now: its `prompt_date`.
     """
     import torch
 
@@ -59,6 +82,7 @@ def run_meta(config: Config, steps: Compile) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": _versions(),
         "git_commit": _git_commit(),
+        "prompt_date": now.isoformat(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
     }

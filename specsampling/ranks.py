@@ -21,7 +21,7 @@ POLL_SECONDS = 0.2
 
 
 class RanksError(RuntimeError):
-    """The ranks cannot find each other any more, in one line."""
+    """The ranks cannot find each other, or cannot any more, in one line."""
 
 
 class Ranks:
@@ -37,23 +37,36 @@ class Ranks:
     _all: Ranks | None = None
 
     @classmethod
-    def of_launch(cls) -> Ranks:
-        """The same object each time: what the ranks ask each other is numbered."""
+    def of_launch(cls, variables: tuple[str, str]) -> Ranks:
+        """The same object each time: what the ranks ask each other is numbered.
+
+        Args:
+            variables: of the environment, that say which process this is and of how many.
+
+        Raises:
+            RanksError: this process cannot meet the others.
+        """
         if cls._all is None:
-            cls._all = cls()
+            cls._all = cls(*variables)
         return cls._all
 
-    def __init__(self) -> None:
+    def __init__(self, index: str, size: str) -> None:
+        """Meet the other processes; `Ranks.of_launch` is the way in."""
         import torch
         from accelerate import PartialState
         from torch.distributed import PrefixStore, distributed_c10d
 
-        self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
+        try:
+            _require_place(index, size)
+            self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
+            store = distributed_c10d._get_default_store()
+        except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise RanksError(_not_met(error, index, size)) from error
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.local_index: int = self._state.local_process_index
         self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._store = PrefixStore("specsampling", distributed_c10d._get_default_store())
+        self._store = PrefixStore("specsampling", store)
         self._num_meetings = 0
 
     def device(self, device: str) -> str:
@@ -111,3 +124,21 @@ class Ranks:
 
         self.meet()
         return gather_object(values)
+
+
+def _require_place(index: str, size: str) -> None:
+    """Raise a ValueError if the variables count fewer processes than this one's number."""
+    number, count = (int(os.environ[name]) for name in (index, size))
+    if number >= count:
+        raise ValueError(f"{index} must be below {size}, which is {count}, and is {number}")
+
+
+def _not_met(error: Exception, index: str, size: str) -> str:
+    """Why this process cannot meet the others, and the ways out, in one line."""
+    why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return (
+        f"{index} and {size} say that this is one of several processes, and it cannot meet the "
+        f"others ({why}); start all of them with torchrun or accelerate launch, set MASTER_ADDR "
+        "and MASTER_PORT to rank 0's machine and a free port there, or unset "
+        f"{index} and {size} to run alone"
+    )

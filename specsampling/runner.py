@@ -22,7 +22,7 @@ from specsampling.models.load import Pair
 from specsampling.models.memory import is_out_of_memory, release_memory
 from specsampling.models.source import reason
 from specsampling.ranks import Ranks
-from specsampling.results.records import OUT_OF_MEMORY, Key, Row, RunFile
+from specsampling.results.records import OUT_OF_MEMORY, Key, Row, RunFile, Source
 from specsampling.results.shards import Shard
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 
@@ -163,10 +163,10 @@ def run(
         ranks: this process among several, of whom each makes its share; None for the only one.
 
     Raises:
-        RecordsError: a row cannot be written, or the file has rows of other data.
+        RecordsError: a row cannot be written, or the file has rows of other prompts or data.
     """
     run_file.require_same_examples(
-        {example.id: (len(prompt.token_ids), example.reference) for example, prompt in prompts}
+        {example.id: Source.of(prompt.token_ids, example.reference) for example, prompt in prompts}
     )
     names = list(methods)
     jobs = all_jobs(prompts, names, num_samples)
@@ -212,11 +212,10 @@ def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int,
         method=job.method,
         sample_index=job.sample_index,
         completion=task.completion(job.example, pair.decode(generation.token_ids)),
-        num_prompt_tokens=len(job.prompt.token_ids),
         seed=seed,
         task_id=job.example.task_id,
-        reference=job.example.reference,
         num_cut_tokens=job.prompt.num_cut_tokens or None,
+        **Source.of(job.prompt.token_ids, job.example.reference)._asdict(),
         **vars(generation),
     )
 

@@ -11,7 +11,7 @@ from test_records import ROW
 from Benchmarks import compare as script
 from specsampling.console import exit_code
 from specsampling.results.compare import compare_runs
-from specsampling.results.records import Run, write_scores
+from specsampling.results.records import Run, Source, write_scores
 
 TEXTS = {"a": ([1, 2, 3, 4], [1, 2, 3, 4]), "b": ([1, 2, 3, 4], [1, 2, 9]), "c": ([5, 6], [5])}
 
@@ -59,3 +59,54 @@ def test_runs_of_other_examples_cannot_be_compared(tmp_path, capsys):
     theirs = write_results(tmp_path / "b", others, "results2")
     assert exit_code(script.main, [str(ours), str(theirs)]) == 2
     assert "must have examples in common" in capsys.readouterr().err
+
+
+def asked(rows, prompts: dict[str, list[int]] | None, length: int = 3):
+    """Rows with the prompts that an example had; without them, only their length."""
+    return [
+        dataclasses.replace(
+            row,
+            **(
+                Source.of(prompts[row.example_id], None)._asdict()
+                if prompts
+                else {"num_prompt_tokens": length}
+            ),
+        )
+        for row in rows
+    ]
+
+
+PROMPTS = {name: [1, 2, place] for place, name in enumerate(TEXTS)}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        (PROMPTS, PROMPTS, ""),
+        (PROMPTS, None, ""),
+        (None, None, ""),
+        (PROMPTS, {**PROMPTS, "b": [1, 2, 9]}, "1 of 3 examples (the first is b)"),
+        (PROMPTS, {**PROMPTS, "b": [1, 2]}, "1 of 3 examples (the first is b)"),
+        (PROMPTS, {name: [9, *ids[1:]] for name, ids in PROMPTS.items()}, "3 of 3 examples"),
+        ({**PROMPTS, "c": [1, 2]}, None, "1 of 3 examples (the first is c)"),
+    ],
+)
+def test_runs_of_other_prompts_say_so_in_one_line(mine, theirs, told, tmp_path, capsys):
+    """Runs of two days, whose template prints the day, were "equal 0/2" without a word."""
+    both = (asked(rows(0), mine), asked(rows(0), theirs))
+    paths = [
+        write_results(tmp_path / str(which), of_run, "results2")
+        for which, of_run in enumerate(both)
+    ]
+    assert script.main([str(path) for path in paths]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith("The two runs have different prompts")]
+    assert len(found) == bool(told)
+    assert told in "".join(found)
+
+
+def test_prompts_of_methods_that_are_not_compared_do_not_matter():
+    other = {name: [7] for name in TEXTS}
+    first = Run([*asked(rows(0), PROMPTS), *asked(rows(0, "reference"), other)], {}, None)
+    second = Run(asked(rows(1), PROMPTS), {}, None)
+    assert len(compare_runs(first, second, ["speculative"]).attrs["notes"]) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import re
+import sys
 import threading
 import zipfile
 from dataclasses import replace
@@ -362,3 +363,53 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert available_bytes() == 3000 - 2500 + 700
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes() == pytest.approx(machine, rel=0.2)
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """An account without a home folder, as containers have it, and no variable that names one."""
+
+    def no_account(*arguments):
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    for name in ("HOME", "USERPROFILE", "HOMEDRIVE", "HOMEPATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", embedded.CACHE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="replaces POSIX accounts")
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("chosen", [None, ""])
+def test_an_account_without_a_home_is_told_which_variable_to_set(
+    no_home, monkeypatch, platform, chosen
+):
+    """HOME unset was a traceback: "Could not determine home directory"."""
+    monkeypatch.setattr(sys, "platform", platform)
+    if chosen is not None:
+        monkeypatch.setenv(embedded.CACHE_VARIABLE, chosen)
+    with pytest.raises(ModelError, match=r"no home folder; set SPECSAMPLING_CACHE to a folder"):
+        embedded.cache_folder()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="replaces POSIX accounts")
+@pytest.mark.parametrize(
+    ("platform", "given", "folder"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/specsampling"),
+        ("win32", {"LOCALAPPDATA": "/x"}, "/x/specsampling"),
+        ("linux", {"SPECSAMPLING_CACHE": "/x"}, "/x"),
+        ("darwin", {"SPECSAMPLING_CACHE": "/x", "XDG_CACHE_HOME": "/y"}, "/x"),
+        ("linux", {"HOME": "/x"}, "/x/.cache/specsampling"),
+        ("linux", {"HOME": "/x", "XDG_CACHE_HOME": ""}, "/x/.cache/specsampling"),
+        ("darwin", {"HOME": "/x", "XDG_CACHE_HOME": "/y"}, "/x/Library/Caches/specsampling"),
+        ("win32", {"HOME": "/x"}, "/x/AppData/Local/specsampling"),
+    ],
+)
+def test_a_cache_that_is_named_needs_no_home(no_home, monkeypatch, platform, given, folder):
+    """The home folder was looked up even where XDG_CACHE_HOME made it needless."""
+    monkeypatch.setattr(sys, "platform", platform)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert embedded.cache_folder() == Path(folder)

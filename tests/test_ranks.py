@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from test_end_to_end import METHODS, PROJECT, run
 from test_end_to_end import config as config  # a fixture
 from test_records import ROW
 from test_results import META
+from transformers import AutoTokenizer
 
 from specsampling import edge
 from specsampling.ranks import Ranks
@@ -158,11 +162,86 @@ def test_machines_without_a_shared_disk(config, alone, tmp_path):
 
 
 def chance_port() -> int:
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+CHAT = """
+import datetime, os, sys
+sys.path.insert(0, {project!r})
+from transformers.utils import chat_template_utils
+from specsampling import provenance
+from specsampling.models import chat
+from specsampling.console import exit_code
+
+class Clock(datetime.datetime):  # a day for each rank
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 4, 28 + int(os.environ["RANK"]), tzinfo=tz)
+
+class module:
+    datetime, timezone = Clock, datetime.timezone
+
+provenance.datetime, chat_template_utils.datetime = module, Clock
+{more}
+import main_exp2
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main_exp2.main))
+"""
+OTHERWISE = """
+encode = chat.encode_chat
+def otherwise(tokenizer, message, now):
+    return encode(tokenizer, message + "!" * int(os.environ["RANK"]), now)
+from specsampling.models import load
+load.encode_chat = otherwise
+"""
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_ranks_of_two_days_have_the_same_prompts_or_refuse(
+    model_folders, config, tmp_path, is_same
+):
+    """A rank whose clock or templates differ from rank 0's made rows of other prompts."""
+    target = tmp_path / "target"
+    shutil.copytree(model_folders["llama-target"], target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(target)
+    script = tmp_path / "main.py"
+    script.write_text(CHAT.format(project=str(PROJECT), more="" if is_same else OTHERWISE))
+    output = tmp_path / "results2.jsonl"
+    chat = ["humaneval.prompt_style=chat", "humaneval.stop_strings=[]"]
+    settings = [f"models.target={target}", *chat]
+    more = [part for field in settings for part in ("--set", field)]
+    arguments = [*options(config, output), *more]
+    code, _, errors = finish(start(launch(*arguments, script=str(script))))
+    assert (code == 0) is is_same, errors
+    if not is_same:
+        assert "error: rank 1 has another prompt or reference of HumanEval/0 than rank 0" in errors
+        assert not output.read_bytes() and "Traceback" not in errors.partition("torch/")[0]
+        return
+    rows = read_rows(output)
+    assert {row.rank for row in rows} == {0, 1}
+    assert len({(row.example_id, row.prompt_hash) for row in rows}) == 5
+    assert read_meta(output)["prompt_date"] == "2026-04-28T00:00:00"
+
+
+def test_shards_of_another_prompt_are_not_merged(tmp_path):
+    """What another day's run had left went into the file, and was compared with its rows."""
+    output = tmp_path / "run.jsonl"
+    hashed = dataclasses.replace(ROW, prompt_hash="0123456789abcdef")
+    another = dataclasses.replace(hashed, method="reference", prompt_hash="fedcba9876543210")
+    with RunFile.open(output, META) as run_file:
+        run_file.append(hashed)
+    before = output.read_bytes()
+    with RunFile.open(shards.shard_path(output, 1), META) as shard:
+        shard.append(another)
+    with pytest.raises(RecordsError, match="one prompt of HumanEval/0 .*--fresh"):
+        shards.take_in(output, None, fresh=False)
+    assert output.read_bytes() == before
+    assert shards.take_in(output, None, fresh=True) is False
+    assert not shards.left_shards(output)
 
 
 def test_a_mistake_is_said_once(config, tmp_path):
@@ -235,13 +314,102 @@ def test_rows_are_put_in_order(tmp_path):
 def test_which_rank_a_process_is(monkeypatch):
     for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
         monkeypatch.delenv(name, raising=False)
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
     monkeypatch.setenv("RANK", "3")  # of something else
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert (edge.is_launched(), edge.rank()) == (False, 0)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (edge.is_launched(), edge.rank()) == (True, 3)
+    assert (edge.launched_by(), edge.rank()) == (("RANK", "WORLD_SIZE"), 3)
+
+
+MEET = """
+import sys
+from specsampling.edge import exit_code, launched_by
+from specsampling.ranks import Ranks
+sys.exit(exit_code(lambda arguments: Ranks.of_launch(launched_by()).index))
+"""
+LOCAL = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+HERE = {"MASTER_ADDR": "127.0.0.1"}
+TAKEN = {**HERE, "MASTER_PORT": "taken"}
+NO_ADDRESS = "`?MASTER_ADDR`?.*not set"
+OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
+
+
+@pytest.mark.parametrize(
+    ("names", "number", "others", "why"),
+    [
+        (("RANK", "WORLD_SIZE"), 0, {}, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 1, {}, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 0, LOCAL, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 0, {"MASTER_PORT": "29500"}, NO_ADDRESS),
+        (("RANK", "WORLD_SIZE"), 0, TAKEN, "EADDRINUSE"),
+        (("RANK", "WORLD_SIZE"), 0, TAKEN | LOCAL, "EADDRINUSE"),
+        (("RANK", "WORLD_SIZE"), 0, {**HERE, "MASTER_PORT": "port"}, "'port'"),
+        (("RANK", "WORLD_SIZE"), 0, {**HERE, "MASTER_PORT": "99999"}, "from 0 to 65535"),
+        (("RANK", "WORLD_SIZE"), 5, HERE, "RANK must be below WORLD_SIZE, which is 2, and is 5"),
+        (OPEN_MPI, 0, {}, NO_ADDRESS),
+        (OPEN_MPI, 1, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, NO_ADDRESS),
+        (OPEN_MPI, 0, TAKEN, "EADDRINUSE"),
+        (("PMI_RANK", "PMI_SIZE"), 0, {}, NO_ADDRESS),
+        (("PMI_RANK", "PMI_SIZE"), 0, TAKEN, "EADDRINUSE"),
+        (("PMI_RANK", "PMI_SIZE"), 0, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, NO_ADDRESS),
+        (("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), 0, {}, NO_ADDRESS),
+    ],
+)
+def test_a_process_that_cannot_meet_the_others_says_so_in_one_line(names, number, others, why):
+    """A taken port, or variables without MASTER_ADDR, ended in a traceback and exit code 1."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = dict(zip(names, (str(number), "2"))) | others
+        given = {name: port if value == "taken" else value for name, value in given.items()}
+        done = subprocess.run(
+            [sys.executable, "-c", MEET],
+            cwd=PROJECT,
+            env=not_launched() | given,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.search(why, line)
+    index, size = names
+    said = f"error: {index} and {size} say that this is one of several"
+    assert line.startswith(f"rank {number}: {said}" if number else said)
+    assert f"MASTER_PORT to rank 0's machine and a free port there, or unset {index} and" in line
+
+
+def not_launched() -> dict[str, str]:
+    """The environment of a process that nothing launched."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI_", "OMPI_", "MV2_", "SLURM_")
+    quiet = {"OMP_NUM_THREADS": "1"}
+    return {name: text for name, text in os.environ.items() if not name.startswith(ours)} | quiet
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script that reserved four
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "\N{SUPERSCRIPT TWO}"},
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+    ],
+    ids=str,
+)
+def test_variables_that_count_no_others_leave_a_process_alone(given, monkeypatch):
+    """WORLD_SIZE with a digit that is no number, a superscript say, was a traceback."""
+    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert (edge.launched_by(), edge.rank()) == (None, 0)
 
 
 def test_each_takes_a_gpu_of_its_own(monkeypatch):

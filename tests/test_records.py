@@ -15,11 +15,13 @@ from specsampling.results.records import (
     RecordsError,
     Row,
     RunFile,
+    Source,
     check_fresh,
     check_output,
     is_run,
     read_meta,
     read_rows,
+    read_run,
     read_scores,
     write_scores,
 )
@@ -245,6 +247,76 @@ def test_a_row_that_stands_twice_is_named(path):
     path.write_bytes(path.read_bytes() * 2)
     message = error_of(read_rows, path)
     assert "line 2, repeats the row for ('HumanEval/0', 'speculative', 0)" in message
+
+
+# --- what a row was made from --------------------------------------------------------
+
+HASHED = dataclasses.replace(ROW, prompt_hash="0123456789abcdef")
+ANOTHER = dataclasses.replace(OTHER, prompt_hash="fedcba9876543210")
+
+
+def test_a_row_of_another_prompt_of_its_example_is_not_appended(path):
+    """Shards of two days were merged, and their texts compared as if they answered one prompt."""
+    with RunFile.open(path, META) as run:
+        run.append(HASHED)
+        message = error_of(run.append, ANOTHER)
+        assert "must hold rows of one prompt of HumanEval/0" in message and "--output" in message
+        run.append(dataclasses.replace(ANOTHER, prompt_hash=HASHED.prompt_hash))
+    assert len(read_rows(path)) == 2
+    with RunFile.open(path, META) as run:  # and a later process knows it
+        error_of(run.append, dataclasses.replace(ANOTHER, sample_index=1))
+        run.append(dataclasses.replace(ANOTHER, example_id="HumanEval/1"))
+
+
+@pytest.mark.parametrize("read", [read_rows, read_run, lambda path: RunFile.open(path, META)])
+def test_a_file_of_two_prompts_is_told_whoever_reads_it(path, read):
+    """Two files put into one by hand had a column "identical outputs"."""
+    write_run(path, HASHED)
+    write_run(path.with_name("other.jsonl"), ANOTHER)
+    path.write_bytes(path.read_bytes() + path.with_name("other.jsonl").read_bytes())
+    assert "must hold rows of one prompt of HumanEval/0 (got two" in error_of(read, path)
+    assert "one prompt" in error_of(check_output, path, META)
+
+
+def test_rows_of_before_there_was_a_hash_stand_beside_others(path):
+    write_run(path, ROW)
+    write_run(path, dataclasses.replace(ANOTHER, sample_index=1), ANOTHER)
+    assert [row.prompt_hash for row in read_rows(path)] == [None, *[ANOTHER.prompt_hash] * 2]
+    assert not is_run(path.with_name("none.jsonl")) and is_run(path)
+
+
+@pytest.mark.parametrize("value", [7, "", ["0123"], True])
+def test_a_hash_that_is_no_text_is_refused(path, value):
+    write_run(path, HASHED)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prompt_hash": value}) + "\n")
+    if value == "":
+        assert read_rows(path)
+    else:
+        assert "has a wrong prompt_hash" in error_of(read_rows, path)
+
+
+SOURCE = Source.of([1, 2, 3], "r")
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        (Source.of([1, 2, 3], "r"), True),
+        (Source.of((1, 2, 3), "another"), True),
+        (Source(3, None, "r"), True),  # an older row: the length is all that it tells
+        (Source(4, None, "r"), False),
+        (Source.of([1, 2, 4], "r"), False),
+        (Source.of([3, 2, 1], "r"), False),
+        (Source.of([1, 2], "r"), False),
+        (Source.of([1, 2, 3, 3], "r"), False),
+        (Source.of([12, 3], "r"), False),
+        (Source.of([1, 23], "r"), False),
+        (Source.of([1, 2, 30], "r"), False),
+        (Source.of([], "r"), False),
+    ],
+)
+def test_prompts_are_told_apart_by_their_ids(other, is_same):
+    assert SOURCE.has_prompt_of(other) is other.has_prompt_of(SOURCE) is is_same
 
 
 # --- files that do not belong ------------------------------------------------------

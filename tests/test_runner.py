@@ -9,7 +9,7 @@ import torch
 
 from specsampling.method.text import Generation, PromptError
 from specsampling.models.load import Pair, load_pair
-from specsampling.results.records import RecordsError, RunFile, read_rows
+from specsampling.results.records import RecordsError, RunFile, Source, read_rows
 from specsampling.runner import encode_prompts, run, sample_seed
 from specsampling.tasks.task import Example, Prompt
 
@@ -92,12 +92,16 @@ def test_rows_of_other_data_are_not_mixed_in(pair, tmp_path):
         def prompt(self, example, encoder, max_tokens):
             return Prompt(encoder.encode(f"a longer {example.text}"))
 
+    class AsLong(Words):
+        def prompt(self, example, encoder, max_tokens):
+            return Prompt(encoder.encode({"a": "b"}.get(example.text, example.text)))
+
     run_words(pair, tmp_path / "r.jsonl", limit=2)
     written = (tmp_path / "r.jsonl").read_bytes()
-    for task in (Corrected(), Longer()):
-        with pytest.raises(
-            RecordsError, match=r"rows of another a: the data have changed.*--fresh"
-        ):
+    prompt = r"prompt of a: the data, the tokenizer or the chat template"
+    changes = {Corrected(): "reference of a: the data", Longer(): prompt, AsLong(): prompt}
+    for task, what in changes.items():
+        with pytest.raises(RecordsError, match=f"another {what} have changed since; .*--fresh"):
             run_words(pair, tmp_path / "r.jsonl", task=task)
     assert (tmp_path / "r.jsonl").read_bytes() == written
     assert len(run_words(pair, tmp_path / "r.jsonl")[1]) == 12
@@ -164,7 +168,7 @@ def test_rows_hold_what_the_task_and_the_decoder_say(pair, tmp_path):
     assert all(call[3] for call in calls)  # the stop strings reach the decoder
     assert rows[0].completion == "a:" + pair.decode([40, 41])
     assert rows[0].reference == "r"
-    assert rows[0].num_prompt_tokens == len(pair.encode("a"))
+    assert rows[0].source == Source.of(pair.encode("a"), "r")
 
 
 def test_a_prompt_beyond_the_context_is_told_before_anything_is_decoded(pair, tmp_path):

@@ -125,16 +125,26 @@ FORM = "bf16-2"  # of the cached folders: another form is another folder
 
 
 def cache_folder() -> Path:
-    """Where embedded models are kept: $SPECSAMPLING_CACHE, else the platform's user cache."""
+    """Where embedded models are kept: $SPECSAMPLING_CACHE, else the platform's user cache.
+
+    Raises:
+        ModelError: the user has no home folder, where a user cache would be.
+    """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "specsampling"
+    variable, below_home = {
+        "win32": ("LOCALAPPDATA", "AppData/Local"),
+        "darwin": ("", "Library/Caches"),
+    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    if base := os.environ.get(variable):
+        return Path(base, "specsampling")
+    try:
+        return Path.home() / below_home / "specsampling"
+    except RuntimeError as error:  # no HOME, and an account without a folder of its own
+        raise ModelError(
+            "embedded models need a folder to be kept in, and this user has no home folder; "
+            f"set {CACHE_VARIABLE} to a folder"
+        ) from error
 
 
 def embedded_folder(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.session import CONTEXT_NAMES, context_limit
+from specsampling.models.chat import encode_chat
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
 from specsampling.models.exactness import require_decodable
@@ -66,12 +67,14 @@ class Pair:
         draft: who proposes.
         tokenizer: shared by both.
         eos_ids: every id that ends a text; see `tokenizer.end_ids`.
+        now: the local time that chat templates see; None for the clock's.
     """
 
     target: PreTrainedModel
     draft: Draft
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
+    now: datetime | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
@@ -84,23 +87,7 @@ class Pair:
         Raises:
             ModelError: the tokenizer has no chat template, or one that fails.
         """
-        if not self.tokenizer.chat_template:
-            raise ModelError(
-                "prompt_style chat needs a tokenizer with a chat template "
-                f"({self.tokenizer.name_or_path} has none); choose prompt_style: completion"
-            )
-        chat = [{"role": "user", "content": message}]
-        try:
-            encoded: Any = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
-            )
-        except Exception as error:  # a template is a program of the model's maker: any may come
-            raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path} fails "
-                f"({reason(error)}); choose prompt_style: completion, "
-                "or mend the template"
-            ) from error
-        return encoded["input_ids"]
+        return encode_chat(self.tokenizer, message, self.now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids, spaces as they are, special tokens left out or not."""

@@ -21,8 +21,28 @@ NOTE = (
 
 
 def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
-    """A line per method, over the (example, sample) pairs that both runs have."""
-    return pd.DataFrame([_compare(run, other, method) for method in methods])
+    """A line per method, over the (example, sample) pairs that both runs have.
+
+    `table.attrs["notes"]` is a list of sentences that belong under the table.
+    """
+    table = pd.DataFrame([_compare(run, other, method) for method in methods])
+    table.attrs["notes"] = [*_other_prompts(run.rows, other.rows, methods), NOTE]
+    return table
+
+
+def _other_prompts(rows: Sequence[Row], others: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """A sentence on the examples whose prompts are not the same in both runs, if there are any."""
+    ours, theirs = (
+        {row.example_id: row.source for row in of if row.method in methods} for of in (rows, others)
+    )
+    shared = [name for name in ours if name in theirs]
+    differ = [name for name in shared if not ours[name].has_prompt_of(theirs[name])]
+    if not differ:
+        return []
+    return [
+        f"The two runs have different prompts for {len(differ)} of {len(shared)} examples (the "
+        f"first is {differ[0]}): their texts and scores there do not answer the same question"
+    ]
 
 
 def _compare(run: Run, other: Run, method: str) -> dict[str, object]:
@@ -85,4 +105,4 @@ def format_comparison(table: pd.DataFrame) -> str:
     """A `compare_runs` for a terminal."""
     text = table.fillna("").astype(str)
     text["before"] = [f"{value:.1%}" for value in table["before"]]
-    return "\n".join([*aligned(text), "", NOTE])
+    return "\n".join([*aligned(text), "", *table.attrs["notes"]])

@@ -102,6 +102,12 @@ def one_line_errors(path: Path, done: str) -> Iterator[None]:
         ) from None
 
 
+def read_file(path: Path) -> bytes:
+    """A file's bytes, or a RecordsError in one line."""
+    with one_line_errors(path, "read"):
+        return path.read_bytes()
+
+
 if sys.platform == "win32":
     import msvcrt
 

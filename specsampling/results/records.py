@@ -7,32 +7,50 @@ nothing of models and tasks: a row is what the file says, its fields and types c
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypedDict, cast, get_type_hints
 
 from specsampling.results.files import (
     RecordsError,
     is_there,
     lock_alone,
     one_line_errors,
+    read_file,
     replace_file,
     replaced,
     require_plain,
     require_writable_folder,
 )
+from specsampling.results.lines import Key, parse
+from specsampling.results.meta import START_OVER, meta_path, meta_text, read_meta, resumed_meta
 
 OUT_OF_MEMORY = "out of memory"  # begins such a row's error
-Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
-# In the meta, for rows to share a file; no `steps` where these are eager.
-_MUST_AGREE = ("config_hash", "precision", "device", "steps")
-_START_OVER = "start over with --fresh, or choose another file with --output"
+
+class Source(NamedTuple):
+    """What a row is made from, as far as a row tells it."""
+
+    num_prompt_tokens: int
+    prompt_hash: str | None
+    reference: str | None
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], reference: str | None) -> Source:
+        """Where a prompt's ids are known, and so their hash."""
+        digest = hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:16]
+        return cls(len(token_ids), digest, reference)
+
+    def has_prompt_of(self, other: Source) -> bool:
+        """Whether both have the same prompt; without both hashes, one of the same length."""
+        are_hashed = self.prompt_hash and other.prompt_hash
+        return self[:2] == other[:2] if are_hashed else self[0] == other[0]
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class Row:
     seed: int
     task_id: str | None = None
     reference: str | None = None
+    prompt_hash: str | None = None  # of the prompt's ids; None in rows of before it
     num_cut_tokens: int | None = None  # left out of a prompt that was too long; None for none
     target_call_seconds: float | None = None  # of decode_seconds; None in rows of before them
     draft_call_seconds: float | None = None
@@ -73,6 +92,10 @@ class Row:
     @property
     def key(self) -> Key:
         return self.example_id, self.method, self.sample_index
+
+    @property
+    def source(self) -> Source:
+        return Source(self.num_prompt_tokens, self.prompt_hash, self.reference)
 
     @property
     def num_new_tokens(self) -> int:
@@ -133,7 +156,7 @@ class RunFile:
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: plain values; those of `_MUST_AGREE` must agree to resume.
+            meta: plain values; those of `meta.MUST_AGREE` must agree to resume.
                 If the hash does not, and there is a `config`, the error names the fields.
             fresh: drop the rows, meta and scores that are there.
 
@@ -158,36 +181,40 @@ class RunFile:
         if fresh:
             check_fresh(path)
         data = b"" if fresh else file.readall()
-        resumed_meta = _resumed_meta(path, meta) if data else None
-        values, num_bytes = _parse(path, data, get_type_hints(Row))
-        if values:
+        resumed = resumed_meta(path, meta) if data else None
+        self.rows, num_bytes = _rows(path, data)
+        if self.rows:
             file.truncate(num_bytes)
         else:
             _start_over(path, file, meta)
-        self.rows = [Row(**value) for value in values]
         self.done = {row.key for row in self.rows}
         self._path = path
         self._file = file
-        self._meta = resumed_meta if values and resumed_meta else dict(meta)
-        self._is_meta_saved = not values
+        self._meta = resumed if self.rows and resumed else dict(meta)
+        self._is_meta_saved = not self.rows
         self._rewrite([row for row in self.rows if not row.lacked_memory])
+        self._hashes = _prompt_hashes(path, self.rows)
 
-    def require_same_examples(self, examples: Mapping[str, tuple[int, str | None]]) -> None:
-        """Refuse to go on when the data of rows that are there have changed since.
+    def require_same_examples(self, examples: Mapping[str, Source]) -> None:
+        """Refuse to go on when the prompts or the data of rows that are there have changed since.
 
         Args:
-            examples: id -> tokens of the prompt and reference, as they are now.
+            examples: id -> what its rows are made from now.
 
         Raises:
-            RecordsError: a row was made from another prompt length or reference.
+            RecordsError: a row was made from another prompt or reference.
         """
         for row in self.rows:
-            was = row.num_prompt_tokens, row.reference
-            if examples.get(row.example_id, was) != was:
-                raise RecordsError(
-                    f"{self._path} has rows of another {row.example_id}: "
-                    f"the data have changed since; {_START_OVER}"
-                )
+            now = examples.get(row.example_id, row.source)
+            what, causes = "reference", "the data"
+            if not now.has_prompt_of(row.source):
+                what, causes = "prompt", "the data, the tokenizer or the chat template"
+            elif now.reference == row.reference:
+                continue
+            raise RecordsError(
+                f"{self._path} has rows of another {what} of {row.example_id}: {causes} have "
+                f"changed since; {START_OVER}"
+            )
 
     def append(self, row: Row) -> None:
         """Write a row; it is on the disk when this returns.
@@ -198,6 +225,7 @@ class RunFile:
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
+        _require_one_prompt(self._path, row, self._hashes)
         line = _line(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:
@@ -249,7 +277,7 @@ class RunFile:
         self.done = {row.key for row in rows}
 
     def _save_meta(self) -> None:
-        replace_file(_meta_path(self._path), _meta_text(self._meta))
+        replace_file(meta_path(self._path), meta_text(self._meta))
         self._is_meta_saved = True
 
     def close(self) -> None:
@@ -283,19 +311,14 @@ def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
         with io.FileIO(path, "r+") as file:
             lock_alone(path, file)
             if meta is not None and (data := file.readall()):
-                _resumed_meta(path, meta)
-                _parse(path, data, get_type_hints(Row))
+                resumed_meta(path, meta)
+                _rows(path, data)
 
 
 def check_fresh(path: str | Path) -> None:
     """Raise a RecordsError if starting a file over would delete what no run has written."""
     path = Path(path)
-    if (
-        path.is_file()
-        and path.stat().st_size
-        and not _meta_path(path).exists()
-        and not is_run(path)
-    ):
+    if path.is_file() and path.stat().st_size and not meta_path(path).exists() and not is_run(path):
         raise RecordsError(
             f"{path} holds no rows of a run, and --fresh would delete what it holds; "
             "choose another file with --output, or delete it yourself"
@@ -304,19 +327,7 @@ def check_fresh(path: str | Path) -> None:
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a finished or a running run, without a last line that is torn."""
-    values, _ = _parse(Path(path), _read(Path(path)), get_type_hints(Row))
-    return [Row(**value) for value in values]
-
-
-def read_meta(path: str | Path) -> dict[str, Any]:
-    """What the rows in `path` were made with."""
-    meta_path = Path(path).with_suffix(".meta.json")
-    data = _read(meta_path)
-    with suppress(ValueError):
-        meta = json.loads(data)
-        if isinstance(meta, dict):
-            return meta
-    raise RecordsError(f"{meta_path} must hold one JSON object (got {data[:40]!r})")
+    return _rows(Path(path), read_file(Path(path)))[0]
 
 
 def read_run(path: str | Path) -> Run:
@@ -343,103 +354,40 @@ def write_scores(path: str | Path, scores: Scores) -> None:
 def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
     """The scores of the rows in `path`; the first line says of which kind."""
     scores_path = Path(path).with_suffix(".scores.jsonl")
-    data = _read(scores_path)
+    data = read_file(scores_path)
     if b'"rouge1"' in data.partition(b"\n")[0]:
-        return cast("list[RougeScore]", _parse(scores_path, data, get_type_hints(RougeScore))[0])
-    return cast("list[Score]", _parse(scores_path, data, get_type_hints(Score))[0])
+        return cast("list[RougeScore]", parse(scores_path, data, get_type_hints(RougeScore))[0])
+    return cast("list[Score]", parse(scores_path, data, get_type_hints(Score))[0])
 
 
-def _parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many bytes they take: less than all if it is torn.
-
-    Each must hold the fields in `hints`, no others, and no key a second time.
-    """
-    *lines, torn = data.split(b"\n")
-    values: list[dict[str, Any]] = []
-    seen: set[Key] = set()
-    num_bytes = 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines) and not torn:
-                break
-            value = None
-        problem = _problem(value, hints)
-        if not problem:
-            key = value["example_id"], value["method"], value["sample_index"]
-            problem = f"repeats the row for {key}" if key in seen else ""
-            seen.add(key)
-        if problem:
-            raise RecordsError(f"{path}, line {number}, {problem}; mend or delete the line")
-        values.append(value)
-        num_bytes += len(line) + 1
-    return values, num_bytes
+def _rows(path: Path, data: bytes) -> tuple[list[Row], int]:
+    """A file's rows, and how many bytes they take."""
+    values, num_bytes = parse(path, data, get_type_hints(Row))
+    rows = [Row(**value) for value in values]
+    _prompt_hashes(path, rows)
+    return rows, num_bytes
 
 
-def _problem(value: Any, hints: Mapping[str, Any]) -> str:
-    """What keeps a line's value from being a row, in words; empty if nothing does."""
-    if not isinstance(value, dict):
-        return "is not a JSON object"
-    unknown = [name for name in value if name not in hints]
-    if unknown:
-        return f"has a field that is not known: {', '.join(unknown)}"
-    for name, hint in hints.items():
-        if not _fits(hint, value.get(name)):
-            wrong = f"has a wrong {name}: {str(value.get(name))[:60]!r}"
-            return wrong if name in value else f"has no {name}"
-    return ""
+def _prompt_hashes(path: Path, rows: Sequence[Row]) -> dict[str, str]:
+    """The hash of each example's prompt, which its rows must share."""
+    hashes: dict[str, str] = {}
+    for row in rows:
+        _require_one_prompt(path, row, hashes)
+    return hashes
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    args = get_args(hint)
-    if type(None) in args:
-        return value is None or _fits(args[0], value)
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
-    # type() and not isinstance(): True is no integer here.
-    return type(value) is hint or (hint is float and type(value) is int)
-
-
-def _resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The file's own meta with what is different now, if its rows can go on under `meta`."""
-    try:
-        old = read_meta(path)
-    except RecordsError as error:
-        raise RecordsError(f"{path} has rows, but {error}; {_START_OVER}") from None
-    if any(old.get(name) != meta.get(name) for name in _MUST_AGREE):
-        names = (*_MUST_AGREE, "config")
-        was, now = ({name: values.get(name) for name in names} for values in (old, meta))
+def _require_one_prompt(path: Path, row: Row, hashes: dict[str, str]) -> None:
+    """Note a row's prompt, or refuse the row if its example has another one."""
+    ours = row.prompt_hash
+    if ours and hashes.setdefault(row.example_id, ours) != ours:
         raise RecordsError(
-            f"{path} is another run's: {', '.join(_differences(was, now))}; {_START_OVER}"
+            f"{path} must hold rows of one prompt of {row.example_id} (got two, and texts of "
+            f"different prompts cannot be compared); {START_OVER}"
         )
-    changes = {name: value for name, value in meta.items() if old.get(name) != value}
-    return {**old, "resumed": [*old.get("resumed", []), changes]}
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
-            yield from _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
-    elif old != new:
-        yield f"{path} was {json.dumps(old)}, is now {json.dumps(new)}"
 
 
 def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> None:
     """Drop the rows that are there and their scores, once the new meta is sure to be written."""
-    with replaced(_meta_path(path), _meta_text(meta)):
+    with replaced(meta_path(path), meta_text(meta)):
         file.truncate(0)
         path.with_suffix(".scores.jsonl").unlink(missing_ok=True)
-
-
-def _meta_path(path: Path) -> Path:
-    return path.with_suffix(".meta.json")
-
-
-def _meta_text(meta: dict[str, Any]) -> str:
-    return json.dumps(meta, indent=2) + "\n"
-
-
-def _read(path: Path) -> bytes:
-    with one_line_errors(path, "read"):
-        return path.read_bytes()

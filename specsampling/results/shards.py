@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.ranks import Ranks
-from specsampling.results.records import Key, Row, RunFile, check_output, read_meta, read_rows
+from specsampling.results.records import (
+    Key,
+    RecordsError,
+    Row,
+    RunFile,
+    Source,
+    check_output,
+    read_meta,
+    read_rows,
+)
 
 Left = tuple[dict[str, Any], list[Row]]  # a shard's meta and rows
 
@@ -70,10 +79,19 @@ class Shard:
         self.rows = list(there)
         self.done = {row.key for row in there}
 
-    def require_same_examples(self, examples: Mapping[str, tuple[int, str | None]]) -> None:
-        """As `RunFile`'s."""
+    def require_same_examples(self, examples: Mapping[str, Source]) -> None:
+        """As `RunFile`'s; and every rank must have the examples of rank 0."""
         if self._whole:
             self._whole.require_same_examples(examples)
+        first, *others = self._ranks.gather([dict(examples)])
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if theirs.get(name) != first[name]:
+                    raise RecordsError(
+                        f"rank {rank} has another prompt or reference of {name} than rank 0: "
+                        "their data, tokenizers or chat templates differ; give every machine "
+                        "the same files"
+                    )
 
     def append(self, row: Row) -> None:
         """As `RunFile`'s, into the shard, with the rank and its device."""

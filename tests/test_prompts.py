@@ -1,0 +1,290 @@
+"""What a prompt was: the same for all rows of a run, whatever day or rank makes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import write_config
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+
+import main_exp1
+import main_exp2
+from specsampling import provenance
+from specsampling.config import ConfigError
+from specsampling.console import exit_code
+from specsampling.provenance import prompt_date
+from specsampling.results.records import read_meta, read_rows
+
+PROJECT = Path(__file__).resolve().parent.parent
+DAY = "Today Date: {{ strftime_now('%d %b %Y') }}\n"
+MESSAGES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+START = datetime(2026, 4, 30, 12, 0, 1)
+
+
+class Clock(datetime):
+    """The time of day of everything that asks; it goes on by `pace` whenever somebody does."""
+
+    time = START
+    pace = timedelta(0)
+
+    @classmethod
+    def now(cls, tz=None):
+        cls.time += cls.pace
+        return cls.time if tz is None else cls.time.replace(tzinfo=tz)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The run's and the templates' clock."""
+    monkeypatch.setattr(Clock, "time", START)
+    monkeypatch.setattr(Clock, "pace", timedelta(0))
+    module = SimpleNamespace(datetime=Clock, timezone=timezone)
+    monkeypatch.setattr(provenance, "datetime", module)
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    return Clock
+
+
+@pytest.fixture
+def run_on(model_folders, tmp_path, clock, capsys):
+    """Run a method over two problems asked in a chat template, at some time."""
+    target = tmp_path / "target"
+    shutil.copytree(model_folders["llama-target"], target)
+    folders = model_folders | {"llama-target": target}
+    blocks = {
+        "speculation": {"k": 4},
+        "decoding": {"max_new_tokens": 6},
+        "humaneval": {"prompt_style": "chat", "stop_strings": []},
+    }
+    config = write_config(tmp_path, "demo", "llama", folders, blocks)
+    output = tmp_path / "results2.jsonl"
+
+    def run(time: datetime, methods: str, template: str = DAY, limit: int = 2, *more: str):
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        tokenizer.chat_template = template + MESSAGES
+        tokenizer.save_pretrained(target)
+        clock.time = time
+        arguments = ["--config", config, "--output", output, "--limit", limit]
+        code = exit_code(main_exp2.main, list(map(str, [*arguments, "--methods", methods, *more])))
+        return code, *capsys.readouterr()
+
+    run.output, run.config = output, config
+    return run
+
+
+def hashes(output: Path) -> dict[str, set[str]]:
+    """The hashes of each example's rows."""
+    found: dict[str, set[str]] = {}
+    for row in read_rows(output):
+        found.setdefault(row.example_id, set()).add(row.prompt_hash)
+    return found
+
+
+TIMES = {
+    "the next day": (START, START + timedelta(days=1), DAY),
+    "a shorter day's name": (START, datetime(2026, 5, 2), "{{ strftime_now('%-d %B') }}\n"),
+    "a month later": (START, START + timedelta(days=31), "{{ strftime_now('%B %d, %Y') }}\n"),
+    "a year later": (START, datetime(2027, 4, 30), DAY),
+    "a second later": (START, START + timedelta(seconds=1), "{{ strftime_now('%H:%M:%S') }}\n"),
+    "over midnight": (datetime(2026, 12, 31, 23, 59, 59), datetime(2027, 1, 1, 0, 0, 1), DAY),
+    "the clock set back": (START, START - timedelta(days=3), DAY),
+    "another weekday": (START, START + timedelta(days=1), "{{ strftime_now('%A') }}\n"),
+    "microseconds": (START, START, "{{ strftime_now('%f') }}\n"),
+    "llama 3.1": (START, datetime(2027, 1, 1), "{{ date_string | default('26 Jul 2024') }}\n"),
+    "no date": (START, datetime(2027, 1, 1), ""),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_methods_of_two_days_get_the_same_prompts(name, run_on):
+    """`reference` on one day and `speculative` the next had "identical outputs 0/2", exit code 0;
+    over a month's end the run was refused as "the data have changed".
+    """
+    first, then, template = TIMES[name]
+    code, _, errors = run_on(first, "reference", template)
+    assert code == 0, errors
+    code, printed, errors = run_on(then, "reference,speculative", template)
+    assert code == 0, errors
+    assert "2/2" in printed  # identical outputs
+    assert all(len(of_example) == 1 for of_example in hashes(run_on.output).values())
+    meta = read_meta(run_on.output)
+    assert meta["prompt_date"] == first.isoformat()
+    (resumed,) = meta["resumed"]
+    assert "prompt_date" not in resumed
+
+
+def test_a_run_that_starts_before_midnight_has_one_day(run_on, clock):
+    """Each prompt was rendered with the clock: those after midnight had the next day."""
+    clock.pace = timedelta(hours=7)
+    assert run_on(datetime(2026, 4, 30, 17), "reference", DAY, 3)[0] == 0
+    date = read_meta(run_on.output)["prompt_date"]
+    clock.pace = timedelta(0)
+    assert run_on(START + timedelta(days=9), "reference,speculative", DAY, 3)[0] == 0
+    assert read_meta(run_on.output)["prompt_date"] == date
+    assert [len(of_example) for of_example in hashes(run_on.output).values()] == [1, 1, 1]
+
+
+def test_a_run_that_starts_over_has_a_day_of_its_own(run_on):
+    run_on(START, "reference")
+    before = hashes(run_on.output)
+    later = START + timedelta(days=1)
+    assert run_on(later, "reference", DAY, 2, "--fresh")[0] == 0
+    assert read_meta(run_on.output)["prompt_date"] == later.isoformat()
+    after = hashes(run_on.output)
+    assert before.keys() == after.keys()
+    assert not any(before[name] & after[name] for name in before)
+
+
+def test_a_start_that_left_no_row_is_no_first_start(run_on):
+    """A run that was stopped before its first row leaves a meta; the next one starts over."""
+    run_on(START, "reference")
+    run_on.output.write_text("")
+    later = START + timedelta(days=1)
+    assert run_on(later, "reference")[0] == 0
+    assert read_meta(run_on.output)["prompt_date"] == later.isoformat()
+
+
+def test_rows_that_lacked_memory_keep_their_runs_day(run_on):
+    """They are made again; the meta that stays says when the run began."""
+    run_on(START, "reference")
+    lines = [json.loads(line) for line in run_on.output.read_text().splitlines()]
+    failed = {"finish_reason": "error", "error": "out of memory (here)", "token_ids": []}
+    run_on.output.write_text("".join(json.dumps(line | failed) + "\n" for line in lines))
+    assert run_on(START + timedelta(days=1), "reference")[0] == 0
+    assert [row.prompt_hash for row in read_rows(run_on.output)] == [
+        line["prompt_hash"] for line in lines
+    ]
+    assert read_meta(run_on.output)["prompt_date"] == START.isoformat()
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (DAY, DAY + "\n"),
+        ("", DAY),
+        ("Be brief.\n", "Be quick.\n"),
+        ("{{ 'a' }}", "{{ 'b' }}"),
+        ("a", "b"),
+        ("{{ range(99999) | random }}\n", "{{ range(99999) | random }}\n"),
+    ],
+)
+def test_rows_of_another_prompt_are_refused_in_one_line(was, now, run_on):
+    """A prompt of other tokens, as many as before, went unseen into the file of the old one."""
+    run_on(START, "reference", was)
+    before = run_on.output.read_bytes()
+    code, printed, errors = run_on(START, "speculative", now)
+    assert code == 2 and printed == ""
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ") and "rows of another prompt of HumanEval/0: " in last
+    assert "chat template have changed since; start over with --fresh, or" in last
+    assert run_on.output.read_bytes() == before
+
+
+# --- runs of before there was a date -----------------------------------------------------
+
+
+def as_before(output: Path, date: str) -> None:
+    """Make a run what an earlier version left: no hash in a row, no date of the prompts."""
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line in lines:
+        del line["prompt_hash"]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = read_meta(output) | {"date": date}
+    del meta["prompt_date"]
+    output.with_suffix(".meta.json").write_text(json.dumps(meta))
+
+
+def test_an_older_run_goes_on_with_the_day_of_its_start(run_on):
+    run_on(START, "reference")
+    made = hashes(run_on.output)
+    as_before(run_on.output, "2026-04-30T12:00:01+00:00")
+    code, printed, errors = run_on(START + timedelta(days=1), "reference,speculative")
+    assert code == 0, errors
+    assert "2/2" in printed
+    rows = read_rows(run_on.output)
+    assert {row.prompt_hash for row in rows if row.method == "reference"} == {None}
+    assert {row.prompt_hash for row in rows if row.method == "speculative"} == set.union(
+        *made.values()
+    )
+    meta = read_meta(run_on.output)
+    assert "prompt_date" not in meta and meta["resumed"][0]["prompt_date"] == START.isoformat()
+    assert exit_code(main_exp2.main, ["--score", str(run_on.output), *OURS]) == 0
+
+
+OURS = ("--set", "humaneval.allow_weak_sandbox=true")
+COMMITTED = sorted(
+    path.with_name(path.name.replace(".meta.json", ".jsonl"))
+    for path in (PROJECT / "Results").rglob("*.meta.json")
+)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_committed_runs_are_read_as_they_are(path):
+    """They have no hashes, and their start is the date in their metas."""
+    meta, rows = read_meta(path), read_rows(path)
+    if "prompt_date" not in meta:
+        start = datetime.fromisoformat(meta["date"])
+        assert prompt_date(meta) == start.replace(tzinfo=None)
+        assert {row.prompt_hash for row in rows} == {None}
+    for row in rows[:3]:
+        assert row.source.has_prompt_of(row.source._replace(prompt_hash="0123456789abcdef"))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"prompt_date": "yesterday"},
+        {"prompt_date": ""},
+        {"prompt_date": None},
+        {"prompt_date": 20260430},
+        {"prompt_date": ["2026-04-30"]},
+        {"prompt_date": "2026-02-30T00:00:00"},
+        {"date": "Monday"},
+        {},
+    ],
+    ids=str,
+)
+def test_a_meta_without_a_date_is_refused(meta):
+    with pytest.raises(
+        ConfigError, match=r"prompt_date in .* must be a date and time \(got"
+    ) as one:
+        prompt_date(meta)
+    assert "\n" not in str(one.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-04-30T12:00:01", START),
+        ("2026-04-30T12:00:01+00:00", START),
+        ("2026-04-30T12:00:01+09:00", START),
+        ("2026-04-30", datetime(2026, 4, 30)),
+    ],
+)
+def test_a_date_is_the_local_time_that_it_says(text, expected):
+    """Another time zone's machine that resumes a run must not shift its day."""
+    assert prompt_date({"prompt_date": text, "date": "2000-01-01"}) == expected
+
+
+def test_articles_in_a_chat_template_have_one_day_too(model_folders, tmp_path, clock, capsys):
+    """Experiment 1 cuts its documents by the rendered prompt's length."""
+    target = tmp_path / "target"
+    shutil.copytree(model_folders["llama-target"], target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = "{{ strftime_now('%-d %B') }}\n" + MESSAGES
+    tokenizer.save_pretrained(target)
+    blocks = {"decoding": {"max_new_tokens": 6}, "xsum": {"prompt_style": "chat"}}
+    folders = model_folders | {"llama-target": target}
+    config = write_config(tmp_path, "demo", "llama", folders, blocks)
+    output = tmp_path / "results1.jsonl"
+    arguments = ["--config", str(config), "--limit", "2", "--output", str(output), "--methods"]
+    assert exit_code(main_exp1.main, [*arguments, "reference"]) == 0
+    clock.time = datetime(2026, 5, 2)
+    assert exit_code(main_exp1.main, [*arguments, "reference,speculative"]) == 0
+    assert "2/2" in capsys.readouterr().out
+    assert [len(of_example) for of_example in hashes(output).values()] == [1, 1]
