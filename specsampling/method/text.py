@@ -1,13 +1,40 @@
 """What the two decoders share: where a text ends, and what a generation is.
 
-Knows only token ids and counts; the caller says which texts stop it, through
-a function over the new ids.
+The decoders see only token ids and counts here; the caller says which texts stop them, through
+a function over the new ids. What code models write between two texts stands here for those who
+know text: the tokenizer's ends and the scoring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+
+_FILL = ("prefix", "middle", "suffix", "pad")
+_FILES = ("file_sep", "file_separator", "filename", "repo_name", "reponame", "gh_stars")
+_PAGES = (
+    *("issue_start", "issue_comment", "issue_closed", "commit_before", "commit_msg", "commit_after"),
+    *("jupyter_start", "jupyter_text", "jupyter_code", "jupyter_output", "jupyter_script"),
+    "empty_output",
+)
+SEPARATORS: tuple[str, ...] = (
+    # Qwen-Coder, CodeGemma, Granite; StarCoder, SmolLM2, StableCode; SantaCoder; Seed-Coder.
+    *(f"<|{name}|>" for name in (*(f"fim_{part}" for part in _FILL), *_FILES)),
+    *(f"<{name}>" for name in (*(f"fim_{part}" for part in _FILL), *_FILES, *_PAGES)),
+    *(f"<fim-{part}>" for part in _FILL),
+    *(f"<[fim-{part}]>" for part in _FILL),
+    # DeepSeek-Coder, with its own bars and blanks and as people type them.
+    *(f"<｜fim▁{part}｜>" for part in ("begin", "hole", "end")),
+    *(f"<|fim▁{part}|>" for part in ("begin", "hole", "end")),
+    *(f"<|fim_{part}|>" for part in ("begin", "hole", "end")),
+    "<|EOT|>",
+    # CodeLlama (its vocabulary has a blank before each); CodeGeeX; InCoder; CodeGen2; Codestral.
+    *("<PRE>", "<SUF>", "<MID>", "<EOT>"),
+    *("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"),
+    *("<|/ file |>", "<|endofmask|>", "<eom>"),
+    *("[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
+)
+"""What code models write between two files, or between the parts of one, and never within code."""
 
 
 class PromptError(ValueError):
