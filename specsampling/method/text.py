@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 _FILL = ("prefix", "middle", "suffix", "pad")
 _FILES = ("file_sep", "file_separator", "filename", "repo_name", "reponame", "gh_stars")
 _PAGES = (
-    *("issue_start", "issue_comment", "issue_closed", "commit_before", "commit_msg", "commit_after"),
+    *(
+        "issue_start",
+        "issue_comment",
+        "issue_closed",
+        "commit_before",
+        "commit_msg",
+        "commit_after",
+    ),
     *("jupyter_start", "jupyter_text", "jupyter_code", "jupyter_output", "jupyter_script"),
     "empty_output",
 )
