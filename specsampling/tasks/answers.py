@@ -55,6 +55,7 @@ _CODE_TAG = re.compile(
     r"^[ \t]*(?:\[/?(?:PYTHON|BEGIN|DONE|CODE)\]|</?(?:code|answer|solution|python)>)[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
+_LANGUAGE = re.compile(r"\A\s*python3?[ \t]*\n", re.IGNORECASE)  # whose fence was lost
 _FENCE = re.compile(
     r"(?P<before>.*?)(?P<fence>(?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))[ \t]*(?P<info>[^`]*)$"
 )
@@ -68,7 +69,7 @@ _ALTERNATIVE = re.compile(
 )
 _QUOTED = re.compile(r"[ \t]*> ?")
 _PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.) ?(.*)")
-_RETURNS = re.compile(r"\b(?:return|yield|raise)\b")
+_RETURNS = re.compile(r"\b(?:return|yield|raise)\b")  # a body, whatever it does
 _CODE = re.compile(
     r"(?:async\s+def|def|class|import|from\s+[\w.]+\s+import)\b|@\w"
     r"|(?:if|for|while|with|try|else|elif|except|finally|match)\b.*:(?:\s*\w|\s*$)"
@@ -79,7 +80,7 @@ _CODE = re.compile(
     re.DOTALL,
 )
 _MARKUP = re.compile(r"(?:(?:[-*+>•]|\d{1,3}[.)])[ \t]+)*(?=\*\*[^\W\d]|[^\W\d])")
-_PAIR = re.compile(r"(?<![^\s(])([A-Za-z][a-z]*),? ([a-z]+)\b")  # of words
+_PAIR = re.compile(r"(?<![^\s(])([A-Za-z][a-z]*) ([a-z]+)\b")  # of words
 _SENTENCE = re.compile(
     r"\*\*|[^\x00-\x7f]"  # bold; another script
     r"|(?:[A-Z][a-z]*|[a-z]{3,})['’](?:s|t|re|ve|ll|d|m)\b"  # here's
@@ -132,8 +133,8 @@ def code_in(answer: str, entry_point: str) -> str:
     lines = text.split("\n")
     opening = next((line for line in lines if line.strip() and line.lstrip()[0] != "#"), "")
     fence = _FENCE.match(opening)
-    is_fence = bool(fence and _BULLET.match(fence["before"]))
-    if _starts_code(opening) and not is_fence and not is_prose(opening):
+    is_text = is_prose(opening) or (fence and _BULLET.match(fence["before"]))
+    if _starts_code(opening) and not is_text:
         front, is_ended = _in_front(lines)
         if not (is_ended or is_answer):
             return ""
@@ -196,7 +197,7 @@ def final_part(answer: str) -> tuple[str, bool]:
     """An answer with plain newlines, from the end of its thoughts to the end of its turn.
 
     Returns:
-        The text, and whether prose came before it: thoughts, or a fence's language.
+        The text, and whether more came before it, thoughts for example.
     """
     text = answer.replace("\r\n", "\n").replace("\r", "\n")
     text = text.replace("\ufeff", "").replace("\u00a0", " ")
@@ -207,10 +208,7 @@ def final_part(answer: str) -> tuple[str, bool]:
         end = text[-MAX_CHARACTERS:].partition("\n")[2]
         text, is_end = (end, True) if "```" in end else (text[:MAX_CHARACTERS], is_end)
     text = _CODE_TAG.sub(lambda tag: "```" if tag[0].strip()[1] in "/Dd" else "```python", text)
-    first, newline, others = text.lstrip("\n").partition("\n")
-    if newline and _PYTHON.fullmatch(first.strip()):
-        return others, True
-    return text, is_end
+    return _LANGUAGE.sub("```python\n", text), is_end
 
 
 def fenced_blocks(text: str) -> tuple[str, list[Block]]:
@@ -253,11 +251,7 @@ def _inside(
 ) -> tuple[list[str], int, bool]:
     """The lines of a block, the number of the line after it, and whether it was closed.
 
-    Args:
-        lines: all of the text's.
-        first: number of the block's first line.
-        opening: the fence that began it.
-        before: what stood on that fence's line in front of it.
+    `opening` is the fence that began it, `before` what stood in front of that fence.
     """
     inside: list[str] = []
     quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
