@@ -152,6 +152,9 @@ CHAT = {
     "a placeholder in the usage": f"Run it with solution.py <filename>:\n\n{FENCED}",
     "<|file_sep|> behind": f"{FENCED}<|file_sep|>a.py\n{STUB}",
     "a second definition that was cut off": FENCED.replace("```\n", f"\n{HEAD}    # faster\n"),
+    "examples that were cut off, with a name of the function's": FENCED.replace(
+        "```\n", "\nnumbers = [\n    1.0,\n    2.0,"
+    ),
     "no blank line before the prose": f"{FUNCTION}This function compares all pairs.\n",
     "a heading, then a block": f"# Solution\n\n{FENCED}",
     "a block in indentation": "    " + FENCED.replace("\n", "\n    "),

@@ -125,8 +125,8 @@ def cut(code: str, entry_point: str) -> str:
     """A program without the examples, the tests and the unfinished end behind its function.
 
     What stands in front of the function stays. Behind it, definitions, imports and constants
-    stay that the function needs. A second definition of it that returns nothing goes: it is a
-    signature, or was cut off.
+    stay that the function needs. What was cut off goes, and a second definition that returns
+    nothing: it is a signature.
 
     Args:
         code: a program that defines `entry_point` at the margin.
@@ -146,14 +146,20 @@ def cut(code: str, entry_point: str) -> str:
         at: (head, text)
         for at, (head, text) in enumerate(found)
         if at > functions[0] and at not in functions
-        if is_definition(head) or _CONSTANT.match(head)
+        if (is_definition(head) or _CONSTANT.match(head)) and not _is_open(text)
     }
     stay = front | needed("\n".join(found[at][1] for at in front), may_stay)
     return "\n".join(found[at][1] for at in sorted(stay))
 
 
 def _is_signature(head: str, text: str) -> bool:
-    return is_definition(head) and not _RETURNS.search(text)
+    return is_definition(head) and (_is_open(text) or not _RETURNS.search(text))
+
+
+def _is_open(text: str) -> bool:
+    """Whether a statement was cut off, as far as its brackets and its end tell."""
+    code = " ".join(line.code for line in logical_lines(text.split("\n")))
+    return code.endswith(":") or sum(map(code.count, "([{")) != sum(map(code.count, ")]}"))
 
 
 def is_definition(head: str) -> bool:
