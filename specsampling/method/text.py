@@ -10,34 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-_FILL = ("prefix", "middle", "suffix", "pad")
+_PARTS = ("prefix", "middle", "suffix", "pad", "repo")
 _FILES = ("file_sep", "file_separator", "filename", "repo_name", "reponame", "gh_stars")
 _PAGES = (
-    *(
-        "issue_start",
-        "issue_comment",
-        "issue_closed",
-        "commit_before",
-        "commit_msg",
-        "commit_after",
-    ),
-    *("jupyter_start", "jupyter_text", "jupyter_code", "jupyter_output", "jupyter_script"),
+    *(f"issue_{part}" for part in ("start", "comment", "closed")),
+    *(f"commit_{part}" for part in ("before", "msg", "after")),
+    *(f"jupyter_{part}" for part in ("start", "text", "code", "output", "script")),
     "empty_output",
 )
 SEPARATORS: tuple[str, ...] = (
     # Qwen-Coder, CodeGemma, Granite; StarCoder, SmolLM2, StableCode; SantaCoder; Seed-Coder.
-    *(f"<|{name}|>" for name in (*(f"fim_{part}" for part in _FILL), *_FILES)),
-    *(f"<{name}>" for name in (*(f"fim_{part}" for part in _FILL), *_FILES, *_PAGES)),
-    *(f"<fim-{part}>" for part in _FILL),
-    *(f"<[fim-{part}]>" for part in _FILL),
+    *(f"<|{name}|>" for name in (*(f"fim_{part}" for part in _PARTS), *_FILES)),
+    *(f"<{name}>" for name in (*(f"fim_{part}" for part in _PARTS), *_FILES, *_PAGES)),
+    *(f"<fim-{part}>" for part in _PARTS),
+    *(f"<[fim-{part}]>" for part in _PARTS),
     # DeepSeek-Coder, with its own bars and blanks and as people type them.
     *(f"<｜fim▁{part}｜>" for part in ("begin", "hole", "end")),
     *(f"<|fim▁{part}|>" for part in ("begin", "hole", "end")),
     *(f"<|fim_{part}|>" for part in ("begin", "hole", "end")),
     "<|EOT|>",
-    # CodeLlama (its vocabulary has a blank before each); CodeGeeX; InCoder; CodeGen2; Codestral.
-    *("<PRE>", "<SUF>", "<MID>", "<EOT>"),
-    *("<|code_prefix|>", "<|code_middle|>", "<|code_suffix|>"),
+    # CodeLlama (its vocabulary has a blank before each); GLM; InCoder, CodeGen2; Codestral.
+    *("<PRE>", "<SUF>", "<MID>", "<EOT>", "<REPO>"),
+    *(f"<|{kind}{part}|>" for kind in ("code_", "") for part in ("prefix", "middle", "suffix")),
     *("<|/ file |>", "<|endofmask|>", "<eom>"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
 )

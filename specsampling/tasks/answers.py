@@ -45,7 +45,7 @@ _THOUGHTS_END = re.compile(
 )
 TURN_ENDS = (
     *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
-    *("<|end|>", "<|return|>", "<|assistant|>", "<|user|>", "<｜end▁of▁sentence｜>"),
+    *("<|end|>", "<|return|>", "<|assistant|>", "<|user|>", "<|system|>", "<｜end▁of▁sentence｜>"),
     *("</s>", "<end_of_turn>", "<start_of_turn>", "<eos>"),
 )
 # People write <filename> and [PREFIX] too, so that these do not end an answer.
@@ -69,7 +69,7 @@ _ALTERNATIVE = re.compile(
 )
 _QUOTED = re.compile(r"[ \t]*> ?")
 _PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.) ?(.*)")
-_RETURNS = re.compile(r"\b(?:return|yield|raise)\b")  # a body, whatever it does
+_RETURNS = re.compile(r"\b(?:return|yield|raise)\b")
 _CODE = re.compile(
     r"(?:async\s+def|def|class|import|from\s+[\w.]+\s+import)\b|@\w"
     r"|(?:if|for|while|with|try|else|elif|except|finally|match)\b.*:(?:\s*\w|\s*$)"
@@ -330,26 +330,21 @@ def _with_needed(chosen: Block, blocks: Sequence[Block], entry_point: str) -> st
 def _unfenced(text: str, entry_point: str) -> str:
     """The code of an answer without fences: its statements, and not the prose around them."""
     lines = text.strip("\n").split("\n")
-    if defines(text, entry_point):
-        starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=True))
-        return _without_prose("\n".join(lines[next(starts, 0) :]))
     set_off = [line for line in lines if indent_of(line) >= len(INDENT) or not line.strip()]
-    if defines(program := _at_margin(set_off), entry_point):  # as Markdown does without fences
-        return program
-    starts = (at for at, line in enumerate(lines) if _starts_code(line))
-    lines = lines[next(starts, 0) :]
-    return as_body(_without_prose("\n".join(lines))) if _is_body(_at_margin(lines)) else ""
-
-
-def _without_prose(text: str) -> str:
-    """The statements that look like code, and what is indented at the beginning."""
-    found = statements(text)
-    begins_inside = _first_indent(text) > 0
-    return "\n".join(
+    is_program = defines(text, entry_point)
+    if not is_program and defines(program := _at_margin(set_off), entry_point):
+        return program  # as Markdown does without fences
+    starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=is_program))
+    code = "\n".join(lines[next(starts, 0) :])
+    begins_inside = _first_indent(code) > 0
+    code = "\n".join(
         whole
-        for at, (head, whole) in enumerate(found)
+        for at, (head, whole) in enumerate(statements(code))
         if _is_code(head) or (begins_inside and at == 0)
     )
+    if is_program:
+        return code
+    return as_body(code) if _is_body(_at_margin(code.split("\n"))) else ""
 
 
 def _is_code(head: str) -> bool:
