@@ -84,7 +84,8 @@ _PAIR = re.compile(r"(?<![^\s(])([A-Za-z][a-z]*) ([a-z]+)\b")  # of words
 _SENTENCE = re.compile(
     r"\*\*|[^\x00-\x7f]"  # bold; another script
     r"|(?:[A-Z][a-z]*|[a-z]{3,})['’](?:s|t|re|ve|ll|d|m)\b"  # here's
-    r"|[A-Z][\w'’ ,\"`-]*[.!?:]$|[a-z][a-z',-]*(?: [a-z',-]+){2,}[.!?:]$"
+    r"|[A-Z][a-z]*[!:]$|[A-Z][\w'’,\"`-]* [\w'’ ,\"`-]*[.!?:]$"  # a class may end in a dot
+    r"|[a-z][a-z',-]*(?: [a-z',-]+){2,}[.!?:]$"
 )
 _KEYWORDS = {*keyword.kwlist}
 _MAX_HEAD = 200  # characters of a statement that say whether it is one
