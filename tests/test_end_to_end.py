@@ -230,6 +230,19 @@ def test_scoring_a_finished_run_generates_nothing(finished):
     assert "Loading" not in errors
 
 
+def test_a_strict_look_at_a_run_leaves_its_scores(finished):
+    """Scores of two rules in one file would be compared without a word."""
+    output, _, _ = finished
+    path = output.with_suffix(".scores.jsonl")
+    scores = path.read_text()
+    path.write_text(scores.replace("failed", "failed earlier"))
+    code, printed, errors = run("--score", output, "--strict", *OURS)
+    assert code == 0, errors
+    assert json.loads(printed.splitlines()[-1])["num_samples"] == 2
+    assert path.read_text() == scores.replace("failed", "failed earlier") != scores
+    path.write_text(scores)
+
+
 def test_scoring_somebody_elses_file(tmp_path):
     """Two samples of one problem (one right), one of another (wrong): pass@1 is 0.25."""
     path = tmp_path / "theirs.jsonl"

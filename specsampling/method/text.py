@@ -1,13 +1,41 @@
 """What the two decoders share: where a text ends, and what a generation is.
 
-Knows only token ids and counts; the caller says which texts stop it, through
-a function over the new ids.
+The decoders see only token ids and counts here; the caller says which texts stop them, through
+a function over the new ids. What code models write between two texts stands here for those who
+know text: the tokenizer's ends and the scoring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+
+_PARTS = ("prefix", "middle", "suffix", "pad", "repo")
+_FILES = ("file_sep", "file_separator", "filename", "repo_name", "reponame", "gh_stars")
+_PAGES = (
+    *(f"issue_{part}" for part in ("start", "comment", "closed")),
+    *(f"commit_{part}" for part in ("before", "msg", "after")),
+    *(f"jupyter_{part}" for part in ("start", "text", "code", "output", "script")),
+    "empty_output",
+)
+SEPARATORS: tuple[str, ...] = (
+    # Qwen-Coder, CodeGemma, Granite; StarCoder, SmolLM2, StableCode; SantaCoder; Seed-Coder.
+    *(f"<|{name}|>" for name in (*(f"fim_{part}" for part in _PARTS), *_FILES)),
+    *(f"<{name}>" for name in (*(f"fim_{part}" for part in _PARTS), *_FILES, *_PAGES)),
+    *(f"<fim-{part}>" for part in _PARTS),
+    *(f"<[fim-{part}]>" for part in _PARTS),
+    # DeepSeek-Coder, with its own bars and blanks and as people type them.
+    *(f"<｜fim▁{part}｜>" for part in ("begin", "hole", "end")),
+    *(f"<|fim▁{part}|>" for part in ("begin", "hole", "end")),
+    *(f"<|fim_{part}|>" for part in ("begin", "hole", "end")),
+    "<|EOT|>",
+    # CodeLlama (its vocabulary has a blank before each); GLM; InCoder, CodeGen2; Codestral.
+    *("<PRE>", "<SUF>", "<MID>", "<EOT>", "<REPO>"),
+    *(f"<|{kind}{part}|>" for kind in ("code_", "") for part in ("prefix", "middle", "suffix")),
+    *("<|/ file |>", "<|endofmask|>", "<eom>"),
+    *("[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
+)
+"""What code models write between two files, or between the parts of one, and never within code."""
 
 
 class PromptError(ValueError):

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from specsampling.method.text import SEPARATORS
 from specsampling.models.errors import ModelError
 from specsampling.models.source import PROBES, read_tokenizer, reason
 
@@ -90,11 +91,23 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
     A checkpoint names its ends in up to three places that need not agree: the generation config,
     the tokenizer's end of text, and the token that the chat template puts behind an answer. A
     model that was tuned on the last runs into an invented next turn if only the first is heeded.
+    A code model goes on to another file behind a separator, which no checkpoint names.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
     ids = set(named if isinstance(named, list) else [named])
     ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    ids |= separator_ids(tokenizer)
     return frozenset(token for token in ids if token is not None)
+
+
+def separator_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of the separators of code models that are one token in this vocabulary.
+
+    SentencePiece writes a blank before a token as "▁": CodeLlama's is "▁<MID>".
+    """
+    vocabulary = tokenizer.get_vocab()  # token -> id, added tokens included
+    spellings = (f"{blank}{name}" for name in SEPARATORS for blank in ("", "▁"))
+    return frozenset(vocabulary[token] for token in spellings if token in vocabulary)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

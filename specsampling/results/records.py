@@ -115,6 +115,7 @@ class Score(ScoredRow):
 
     passed: bool
     result: str
+    form: str | None  # as what it passed, "" if it did not; None in older files
 
 
 class RougeScore(ScoredRow):

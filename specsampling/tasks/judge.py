@@ -23,6 +23,8 @@ These functions travel to the children as source text, behind that of `wire`: he
 inside. They know nothing about tasks, models or rows.
 """
 
+from types import CodeType
+
 from specsampling.tasks.wire import receive, send, send_result
 
 
@@ -145,6 +147,21 @@ def judge(cpu_seconds: int, memory_bytes: int, is_wrapped: bool) -> None:
     send(report, *find_verdict(answers, calls, program, setup, tests, entry_point))
 
 
+def compile_start(setup: str) -> "CodeType":
+    """The set-up, or as many of its first lines as are a program.
+
+    A prompt may end in the middle of its function, which the tests do not need from it: only
+    the program's process sees it completed.
+    """
+    lines = setup.split("\n")
+    for end in range(len(lines), 0, -1):
+        try:
+            return compile("\n".join(lines[:end]), "setup", "exec")
+        except (SyntaxError, ValueError):
+            pass
+    return compile("", "setup", "exec")
+
+
 def find_verdict(
     answers: int, calls: int, program: str, setup: str, tests: str, entry_point: str
 ) -> "tuple[str, ...]":
@@ -177,7 +194,7 @@ def find_verdict(
         if not is_defined:
             return "failed", f"NameError: name {entry_point!r} is not defined"
         namespace: dict = {"__name__": "tests"}
-        exec(compile(setup, "setup", "exec"), namespace)
+        exec(compile_start(setup), namespace)
         namespace[entry_point] = candidate
         exec(compile(tests, "tests", "exec"), namespace)
         namespace["check"](candidate)

@@ -306,6 +306,7 @@ def _source() -> str:
         judge.describe_exception,
         judge.serve,
         judge.judge,
+        judge.compile_start,
         judge.find_verdict,
     )
     opening = (

@@ -20,21 +20,14 @@ _END_OF = {
     '"""': re.compile(r'[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'),
     "'''": re.compile(r"[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"),
 }
-_BRACKETS = re.compile(r"([\[({\])}])")
 _DEFINITION = re.compile(r"(?:async\s+def|def|class|import|from)\b")
 _AFTER_OPEN_BRACKET = re.compile(r"(?:async\s+def|def|class|import|from|if __name__)\b|@\w")
 _CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")
-_HEADER = re.compile(r"(?:async\s+)?(?:def|class|if|elif|else|for|while|try|except|finally|with)\b")
-_CANNOT_END = re.compile(
-    r"(?:[-+/%&|^<>=~!@:\\\"'`]|(?<!import )(?<!import)\*|(?<!\.\.)(?<!\d)\."
-    r"|\b(?:and|or|not|in|is|if|else|import|from|as|lambda|for|while|del|assert|def|class|with"
-    r"|global|nonlocal|await))$"
-)
 _CONSTANT = re.compile(  # whose value is written out: it cannot fail
     r"\w+(?:\.\w+)*\s*(?::[^=]+)?="
     r"(?:[\s\d.,:()\[\]{}+*/-]|True|False|None|dict|set|list|tuple|frozenset|range)+$"
 )
-_MAX_ROUNDS = 50  # of unfinished ends within unfinished ends
+_RETURNS = re.compile(r"\b(?:return|yield|lambda)\b")
 
 
 @dataclass(frozen=True)
@@ -45,14 +38,12 @@ class Line:
         first, last: numbers of its physical lines, from 0.
         indent: columns before it.
         code: its text with every string as a 0 and without comments; "" if nothing is left.
-        is_closed: whether its brackets and strings are.
     """
 
     first: int
     last: int
     indent: int
     code: str
-    is_closed: bool
 
 
 def without_strings(line: str, quote: str = "") -> tuple[str, str]:
@@ -91,7 +82,7 @@ def logical_lines(lines: Sequence[str]) -> list[Line]:
     first, quote, depth = 0, "", 0
     for number, text in enumerate(lines):
         if depth and not quote and _AFTER_OPEN_BRACKET.match(text):
-            found.append(_logical_line(lines, first, number - 1, pieces, is_closed=False))
+            found.append(_logical_line(lines, first, number - 1, pieces))
             pieces, depth = [], 0
         if not pieces:
             first = number
@@ -99,18 +90,16 @@ def logical_lines(lines: Sequence[str]) -> list[Line]:
         depth = max(0, depth + sum(map(code.count, "([{")) - sum(map(code.count, ")]}")))
         pieces.append(code)
         if not (quote or depth or code.endswith("\\")):
-            found.append(_logical_line(lines, first, number, pieces, is_closed=True))
+            found.append(_logical_line(lines, first, number, pieces))
             pieces = []
     if pieces:
-        found.append(_logical_line(lines, first, len(lines) - 1, pieces, is_closed=False))
+        found.append(_logical_line(lines, first, len(lines) - 1, pieces))
     return [line for line in found if line.code]
 
 
-def _logical_line(
-    lines: Sequence[str], first: int, last: int, pieces: Sequence[str], is_closed: bool
-) -> Line:
+def _logical_line(lines: Sequence[str], first: int, last: int, pieces: Sequence[str]) -> Line:
     code = " ".join(piece.removesuffix("\\") for piece in pieces if piece)
-    return Line(first, last, indent_of(lines[first]), code.strip(), is_closed)
+    return Line(first, last, indent_of(lines[first]), code.strip())
 
 
 def indent_of(line: str) -> int:
@@ -120,11 +109,12 @@ def indent_of(line: str) -> int:
 
 
 def defines(code: str, entry_point: str) -> bool:
-    """Whether some line at the margin defines the function, as `def` or by an assignment."""
-    return bool(_definition_of(entry_point).search(code))
+    """Whether some line at the margin defines the function, by `def` or by an assignment."""
+    return bool(definition_of(entry_point).search(code))
 
 
-def _definition_of(entry_point: str) -> re.Pattern[str]:
+def definition_of(entry_point: str) -> re.Pattern[str]:
+    """Matches where a line at the margin defines the function."""
     name = re.escape(entry_point)
     return re.compile(
         rf"^(?:(?:async[ \t]+)?def[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", re.MULTILINE
@@ -132,10 +122,11 @@ def _definition_of(entry_point: str) -> re.Pattern[str]:
 
 
 def cut(code: str, entry_point: str) -> str:
-    """A program without what follows its function, and without an unfinished end.
+    """A program without the examples, the tests and the unfinished end behind its function.
 
     What stands in front of the function stays. Behind it, definitions, imports and constants
-    stay that the function needs; examples and tests go.
+    stay that the function needs. What was cut off goes, and a second definition that returns
+    nothing: it is a signature.
 
     Args:
         code: a program that defines `entry_point` at the margin.
@@ -144,21 +135,31 @@ def cut(code: str, entry_point: str) -> str:
     Returns:
         The lines that stay; `code` itself if it does not define the function.
     """
-    lines = code.split("\n")
-    definition = _definition_of(entry_point)
-    end = _without_unfinished_end(logical_lines(lines))
-    found = statements("\n".join(lines[: end[-1].last + 1])) if end else []
+    found = statements(code)
+    definition = definition_of(entry_point)
     functions = [at for at, (head, _) in enumerate(found) if definition.match(head)]
     if not functions:
         return code
-    front = {*range(functions[0]), *functions}
+    returning = [at for at in functions if not _is_signature(*found[at])]
+    front = {*range(functions[0]), *(returning or functions)}
     may_stay = {
-        at: found[at]
-        for at in range(functions[0], len(found))
-        if at not in front and (is_definition(found[at][0]) or _CONSTANT.match(found[at][0]))
+        at: (head, text)
+        for at, (head, text) in enumerate(found)
+        if at > functions[0] and at not in functions
+        if (is_definition(head) or _CONSTANT.match(head)) and not _is_open(text)
     }
     stay = front | needed("\n".join(found[at][1] for at in front), may_stay)
     return "\n".join(found[at][1] for at in sorted(stay))
+
+
+def _is_signature(head: str, text: str) -> bool:
+    return is_definition(head) and (_is_open(text) or not _RETURNS.search(text))
+
+
+def _is_open(text: str) -> bool:
+    """Whether a statement was cut off, as far as its brackets and its end tell."""
+    code = " ".join(line.code for line in logical_lines(text.split("\n")))
+    return code.endswith(":") or sum(map(code.count, "([{")) != sum(map(code.count, ")]}"))
 
 
 def is_definition(head: str) -> bool:
@@ -229,50 +230,3 @@ def _statements(lines: Sequence[Line]) -> Iterator[list[Line]]:
         group.append(line)
     if group:
         yield group
-
-
-def _without_unfinished_end(lines: list[Line]) -> list[Line]:
-    """The lines without a last one that was cut off, or that asks for more to follow."""
-    lines = list(lines)
-    for _ in range(_MAX_ROUNDS):
-        while lines and _is_unfinished(lines[-1]):
-            lines.pop()
-        tries = [at for at in _open_blocks(lines) if re.match(r"try\s*:", lines[at].code)]
-        if not tries:
-            break
-        del lines[tries[-1] :]  # the outermost: neither `except` nor `finally` has come
-    return lines
-
-
-def _open_blocks(lines: Sequence[Line]) -> Iterator[int]:
-    """Where the blocks begin that the last line is in, innermost first."""
-    indent = lines[-1].indent if lines else 0
-    for at in range(len(lines) - 1, -1, -1):
-        if lines[at].indent < indent:
-            indent = lines[at].indent
-            yield at
-        if not indent:
-            return
-
-
-def _is_unfinished(line: Line) -> bool:
-    """Whether a program cannot end with this line, as far as can be told from the line alone."""
-    outside = _outside_brackets(line.code)
-    if not line.is_closed or line.code[0] == "@" or _CANNOT_END.search(line.code):
-        return True
-    if _HEADER.match(line.code):
-        return ":" not in outside
-    branches = re.findall(r"\bif\b|\belse\b|:", outside)
-    return bool(branches) and branches[-1] == "if"  # x = 1 if y
-
-
-def _outside_brackets(code: str) -> str:
-    pieces, depth = [], 0
-    for piece in _BRACKETS.split(code):
-        if piece in ("(", "[", "{"):
-            depth += 1
-        elif piece in (")", "]", "}"):
-            depth -= 1
-        elif depth <= 0:
-            pieces.append(piece)
-    return " ".join(pieces)
