@@ -264,3 +264,12 @@ def test_rows_of_several_files_are_numbered_through(tmp_path):
     for number in range(2):
         (tmp_path / f"test-{number}.csv").write_text("document,summary\nd,s\ne,s\n")
     assert [row[0] for row in read(tmp_path)] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_named(name, tmp_path):
+    """ "must hold text in the column document", of a clone without git-lfs."""
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(TaskError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        load_articles(str(path), "test")

@@ -14,6 +14,7 @@ from specsampling.config import load_config, require_task
 from specsampling.console import exit_code
 from specsampling.provenance import PROJECT
 from specsampling.results import foreign
+from specsampling.results.files import read_file
 from specsampling.results.foreign import read_objects
 from specsampling.results.records import RecordsError
 
@@ -221,3 +222,12 @@ def test_an_object_without_a_field_that_is_needed_is_named(path):
 def test_an_empty_file_holds_no_objects(path):
     path.write_text("")
     assert read_objects(path, {"task_id": str}) == []
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(RecordsError, match="is a Git LFS pointer.*git lfs pull"):
+        read_objects(path, {})
+    with pytest.raises(RecordsError, match="is a Git LFS pointer.*git lfs pull"):
+        read_file(path)

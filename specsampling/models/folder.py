@@ -39,9 +39,8 @@ from transformers.utils import cached_file
 from specsampling.models.embedded import cache_folder, made_once
 from specsampling.models.errors import ModelError
 from specsampling.models.fetch import HUB_SECONDS, sampled_sha256
+from specsampling.pointers import pointer_problem
 
-POINTER = b"version https://git-lfs.github.com/spec/"
-POINTER_BYTES = 1024  # no pointer is longer
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
@@ -59,25 +58,11 @@ def require_files(spec: str) -> None:
     path = Path(spec)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
-        require_no_pointer(file)
+        if problem := pointer_problem(file):
+            raise ModelError(problem)
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if path.is_dir() and ggufs and not (path / "config.json").is_file():
         raise ModelError(f"{spec} is a folder with a GGUF file; name the file: {ggufs[0]}")
-
-
-def require_no_pointer(file: Path) -> None:
-    """Refuse one pointer of Git LFS.
-
-    Raises:
-        ModelError: it names the file.
-    """
-    if not file.is_file() or file.stat().st_size > POINTER_BYTES:
-        return
-    with file.open("rb") as opened:
-        if opened.read(len(POINTER)) == POINTER:
-            raise ModelError(
-                f"{file} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-            )
 
 
 def file_of(location: str, name: str) -> Path | None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from specsampling.pointers import pointer_problem
+
 
 class RecordsError(ValueError):
     """A file that cannot be read, written or resumed, in one line with the way out."""
@@ -105,6 +107,8 @@ def one_line_errors(path: Path, done: str) -> Iterator[None]:
 def read_file(path: Path) -> bytes:
     """A file's bytes, or a RecordsError in one line."""
     with one_line_errors(path, "read"):
+        if problem := pointer_problem(path):
+            raise RecordsError(problem)
         return path.read_bytes()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from specsampling.pointers import pointer_problem
 from specsampling.results.records import RecordsError
 
 MAX_BYTES = 1 << 30  # of a file, unpacked
@@ -70,6 +71,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _unpacked(path: Path) -> bytes:
     try:
+        if problem := pointer_problem(path):
+            raise RecordsError(problem)
         with path.open("rb") as file:
             is_packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specsampling.pointers import pointer_problem
 from specsampling.tasks.task import Example, TaskError
 
 EMBEDDED = "embedded:"
@@ -51,7 +52,11 @@ def load_articles(dataset: str, split: str) -> list[Example]:
             holds no text, or an id stands twice or in some rows only.
     """
     try:
-        rows = [row for path in _files(dataset, split) for row in READERS[path.suffix](path)]
+        paths = _files(dataset, split)
+        for path in paths:
+            if problem := pointer_problem(path):
+                raise TaskError(problem)
+        rows = [row for path in paths for row in READERS[path.suffix](path)]
     except TaskError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
