@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate==1.15.0
 cd "$work"
-"$work/venv/bin/python" - <<'PYTHON'
+"$work/venv/bin/python" - <<'PYTHON' 2>/dev/null
 import sys
 
 import gguf
