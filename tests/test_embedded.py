@@ -389,7 +389,7 @@ def test_an_account_without_a_home_is_told_which_variable_to_set(
     monkeypatch.setattr(sys, "platform", platform)
     if chosen is not None:
         monkeypatch.setenv(embedded.CACHE_VARIABLE, chosen)
-    with pytest.raises(ModelError, match=r"no home folder; set SPECSAMPLING_CACHE to a folder"):
+    with pytest.raises(ModelError, match=r"has no home; set SPECSAMPLING_CACHE to a folder"):
         embedded.cache_folder()
 
 

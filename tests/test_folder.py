@@ -200,6 +200,82 @@ def test_a_broken_pickle_is_one_line(content, folder, cache):
     assert not list(cache.glob("*-safetensors-*/model*")) or b"}q" in content
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_changed_configuration_converts_anew(name, folder):
+    """The conversion was known by its weights alone, and kept the first configuration."""
+    to_pickles(folder)
+    load(folder)
+    change = {"rms_norm_eps": 0.5} if name == "config.json" else {"eos_token_id": [5, 6]}
+    change_json(folder / name, **change)
+    pair = load(folder)
+    assert pair.target.config.rms_norm_eps == 0.5 or {5, 6} <= pair.eos_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors | {"s": torch.eye(3).to_sparse()}, "it holds 's', a Tensor"),
+        (lambda tensors: tensors | {7: torch.eye(3)}, "it holds 7, a Tensor"),
+        (lambda tensors: {}, "without tensors"),
+    ],
+)
+def test_a_pickle_of_odd_tensors_is_refused(change, words, folder):
+    to_pickles(folder)
+    tensors = torch.load(folder / "pytorch_model.bin")
+    torch.save(change(tensors), folder / "pytorch_model.bin")
+    assert words in refusal(folder)
+
+
+# --- tensors inside a layer ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.sinks",
+        "model.layers.1.post_feedforward_layernorm.weight",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.0.mlp.experts.0.w1.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.0.mlp.down_proj.qzeros",
+        "model.layers.2.input_layernorm.weight",
+        "model.embed_norm.weight",
+        "lm_head.weight_g",
+        "lm_head.bias",
+    ],
+)
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_a_tensor_inside_a_part_that_is_known_is_refused(name, is_pickled, folder):
+    """Norms, scales, experts and adapters in a folder's weights were dropped without a word."""
+    tensors = load_file(folder / "model.safetensors") | {name: torch.ones(48)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if is_pickled:
+        to_pickles(folder)
+    shown = (
+        name if name != "lm_head.weight_g" else "lm_head.parametrizations"
+    )  # as transformers reads it
+    assert f"config.json leaves out (1: {shown}" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_tower.layers.0.weight",
+        "model.vision_tower.layers.0.mlp.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "mtp.layers.0.weight",
+    ],
+)
+def test_a_tensor_of_another_part_changes_nothing(name, folder):
+    expected = logits(plain(folder))
+    tensors = load_file(folder / "model.safetensors") | {name: torch.ones(48)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(read_model(str(folder), dtype=torch.float32)), expected)
+
+
 # --- 8-bit numbers ---------------------------------------------------------------------
 
 
@@ -239,6 +315,32 @@ def test_8_bit_numbers_without_their_quantiser_are_refused(
     assert f"_proj.weight is stored as {stored}" in message and "quantization_config" in message
 
 
+@pytest.mark.parametrize("method", ["modelopt", "nonsense", "fp8"])
+def test_a_quantisation_that_is_not_applied_is_refused(method, folder):
+    """transformers skips a method that it does not know, and scales of another name."""
+    scale_name = "weight_scale" if method == "fp8" else "weight_scale_inv"
+    to_8_bit(folder, torch.float8_e4m3fn, scale_name, 448.0)
+    settings = {"quant_method": method, "weight_block_size": [128, 128]}
+    change_json(folder / "config.json", quantization_config=settings)
+    assert "_proj" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["output-00001-of-00001.safetensors", "sub/m.safetensors"])
+def test_8_bit_numbers_in_files_of_other_names_are_refused(name, folder):
+    to_8_bit(folder, torch.int8, "weight_scale", 127.0)
+    (folder / name).parent.mkdir(exist_ok=True)
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), name)
+    (folder / "model.safetensors").rename(folder / name)
+    index = {"metadata": {}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "is stored as I8" in refusal(folder)
+
+
+def test_other_files_beside_the_weights_are_not_looked_at(folder):
+    (folder / "model-int8.safetensors").write_bytes(b"of another variant, and broken")
+    assert load(folder).encode("x")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_8_bit_numbers_with_their_quantiser_are_read(dtype, folder):
     """On a CPU in bfloat16 "choose another architecture" was said, for layers of two types."""
@@ -267,7 +369,7 @@ def adapted(folder: Path, to: Path, **settings: Any) -> torch.Tensor:
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, **settings)
     model = peft.get_peft_model(plain(folder), config)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             parameter.data.normal_(0, size)
     model.save_pretrained(to)
     return logits(model)
@@ -353,6 +455,33 @@ def test_an_adapter_that_cannot_be_applied_is_refused(change, words, folder, tmp
     assert words in refusal(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_that_merging_changes_is_refused(modules, folder, tmp_path):
+    """Where embedding and head share their weights, it was added to both: 0.36 off."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    adapted(folder, tmp_path / "adapter", target_modules=modules, size=0.05)
+    assert "gives other logits once it is merged" in refusal(tmp_path / "adapter")
+
+
+def test_an_adapter_that_begins_at_random_is_refused(folder, tmp_path):
+    """peft draws another decomposition at each load: two loads were 0.92 apart."""
+    adapted(folder, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    change_json(path, init_lora_weights="pissa_niter_4")
+    assert "pissa_niter_4" in refusal(tmp_path / "adapter")
+
+
+def test_an_adapter_with_its_own_embeddings_is_in_the_weights(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted(folder, tmp_path / "adapter", size=0.05)
+    model = peft.PeftModel.from_pretrained(plain(folder), tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert away(logits(load(tmp_path / "adapter").target), logits(model)) < 1e-5
+
+
 def test_an_adapter_is_not_quantised_by_bitsandbytes(folder, tmp_path):
     adapted(folder, tmp_path / "adapter")
     message = refusal(tmp_path / "adapter", target_quantization="nf4")
@@ -423,6 +552,27 @@ def test_what_is_wrapped_around_a_layer_is_not_lost(change, part, dtype, folder,
     model = load_model(str(folder), kind, CPU, "int8" if dtype == "int8" else "none")
     limit = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.12}[dtype]
     assert away(logits(model), expected) < limit
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_on_a_layer_is_not_lost(part, dtype, folder, monkeypatch):
+    """One of 2% passed in bfloat16 and was lost."""
+    made = checkpoint._read
+
+    def read(*arguments: Any) -> Any:
+        model = made(*arguments)
+        for layer in model.model.layers:
+            module = layer.get_submodule(part)
+            if part == "self_attn":
+                module.register_forward_hook(lambda m, i, output: (1.02 * output[0], *output[1:]))
+            else:
+                module.register_forward_hook(lambda m, i, output: 1.02 * output)
+        return model
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    model = load_model(str(folder), dtype, CPU)
+    assert not any(isinstance(module, FusedLayer) for module in model.modules())
 
 
 def test_plain_layers_alone_are_replaced():
@@ -552,6 +702,13 @@ def test_special_tokens_of_the_configuration_are_kept(folder):
     assert load(folder).encode("a<|im_end|>")[-1] == 400
 
 
+def test_a_class_that_brings_its_code_is_not_needed(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text('{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}')
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert load(folder).encode(PROMPTS[0]) == written.encode(PROMPTS[0]).ids
+
+
 def test_ends_that_a_class_alone_names_are_kept(folder):
     """GPT-2's own folder names no end of text: its class does."""
     path = folder / "tokenizer.json"
@@ -572,10 +729,14 @@ POINTER = (
 
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "other.bin"],
+    [
+        *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("other.bin", "sub/model-00001-of-00002.safetensors"),
+    ],
 )
 def test_a_pointer_of_git_lfs_is_named(name, folder):
     """ "its weights are a pickle", "check the name and the network": a clone without git-lfs."""
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(POINTER)
     message = refusal(folder)
     assert f"{folder / name} is a Git LFS pointer" in message and "git lfs pull" in message

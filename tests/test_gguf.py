@@ -218,6 +218,11 @@ def own(key: str, value: Any) -> Any:
         ("rope.scaling.type", "yarn"),  # without a factor
         ("rope.scaling.yarn_attn_factor", 1.2),
         ("rope.scaling.yarn_ext_factor", 0.5),
+        ("rope.scaling.yarn_ext_factor", 1.0),  # beside no yarn
+        ("rope.freq_base", [1.0, 2.0]),
+        ("tokenizer.ggml.eos_token_id", 4294967295),
+        ("tokenizer.ggml.eot_token_id", 400),
+        ("tokenizer.ggml.padding_token_id", 100000),
         ("rope.scaling.yarn_log_multiplier", 0.1),
         ("rope.scaling.attn_factor", 1.2),
         ("rope.scaling.something_new", 1.0),
@@ -249,6 +254,9 @@ def test_a_key_that_changes_the_model_is_refused_by_name(key, value, llama_folde
     path = write_gguf(llama_folder, tmp_path / "model.gguf", extra=own(key, value))
     shown = "missing" if value == "yarn" else str(value)[:6]
     message = refusal(path)
+    if isinstance(value, list) and "freq" in key:
+        assert "has a key of another type" in message
+        return
     assert (key if value != "yarn" else "rope.scaling.factor") in message and shown in message
 
 
@@ -262,6 +270,8 @@ def test_a_key_that_changes_the_model_is_refused_by_name(key, value, llama_folde
         ("attention.causal", True),
         ("expert_count", 0),
         ("attention.head_count", [4, 4]),
+        ("attention.value_length", [16, 16]),
+        ("rope.scaling.yarn_ext_factor", -1.0),
         ("tensor_data_layout", "Meta AI original pth"),
         ("general.url", "https://example.org"),
         ("general.sampling.temp", 0.6),
@@ -338,6 +348,55 @@ def test_a_tensor_that_is_missing_is_refused_by_name(part, llama_folder, tmp_pat
 def test_a_key_that_is_missing_is_refused_by_name(key, llama_folder, tmp_path):
     path = write_gguf(llama_folder, tmp_path / "model.gguf", without=key)
     assert f"{key} must be there (got missing)" in refusal(path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_heads_of_keys_are_as_many_where_the_header_is_silent(architecture, tmp_path, tokenizer):
+    """transformers' own default of 32 was taken for Qwen's."""
+    config = type(MODELS[architecture])(**SIZES | {"num_key_value_heads": 4}, head_dim=16)
+    folder = make_folder(config, tmp_path / "folder", tokenizer)
+    path = write_gguf(folder, tmp_path / "model.gguf", without="head_count_kv")
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = logits(read_model(str(path), dtype=torch.float32))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_file_is_not_quantised_again_without_a_word(llama_folder, tmp_path):
+    """`nf4` was said and recorded, and float32 decoded."""
+    path = write_gguf(llama_folder, tmp_path / "model.gguf")
+    assert "neither quantised again nor split" in refusal(path, target_quantization="nf4")
+
+
+def test_factors_in_a_model_without_rotations_have_no_place(tmp_path, tokenizer):
+    folder = make_folder(MODELS["gpt2"], tmp_path / "folder", tokenizer)
+    ones = np.ones(8, dtype=np.float32)
+    path = write_gguf(
+        folder, tmp_path / "m.gguf", extra=lambda w: w.add_tensor("rope_freqs.weight", ones)
+    )
+    assert "without a place in the model (1: rope_freqs.weight)" in refusal(path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 30, 2000])
+def test_a_file_that_is_cut_off_says_so(size, llama_folder, tmp_path):
+    path = write_gguf(llama_folder, tmp_path / "model.gguf")
+    path.write_bytes(path.read_bytes()[:size])
+    assert "is cut off, or no GGUF file" in refusal(path)
+
+
+def test_a_file_in_another_byte_order_is_refused(llama_folder, tmp_path, monkeypatch):
+    """It was refused for its logits alone, which happened to be none."""
+    made = gguf.GGUFWriter
+    big = gguf.GGUFEndian.BIG
+    monkeypatch.setattr(gguf, "GGUFWriter", lambda *names: made(*names, endianess=big))
+    path = write_gguf(llama_folder, tmp_path / "model.gguf")
+    assert "byte order" in refusal(path)
+
+
+def test_names_in_capitals_and_folders_of_that_name(llama_folder, tmp_path):
+    path = write_gguf(llama_folder, tmp_path / "MODEL.GGUF")
+    assert load_pair(str(path), device="cpu", dtype="float32").encode("x")
+    folder = llama_folder.rename(tmp_path / "a-folder.gguf")
+    assert load_pair(str(folder), device="cpu", dtype="float32").encode("x")
 
 
 def test_factors_that_no_parameters_give_are_refused(llama_folder, tmp_path):
@@ -534,6 +593,7 @@ def test_splits_of_other_names_are_told_apart(tmp_path):
         ("tokenizer.ggml.suppress_tokens", [1, 2]),
         ("tokenizer.ggml.something_new", 1),
         ("tokenizer.ggml.token_type", [1, 1]),
+        ("tokenizer.ggml.token_type", "missing"),
         ("tokenizer.rwkv.world", "x"),
     ],
 )
@@ -543,8 +603,8 @@ def test_a_tokenizer_that_is_not_covered_is_refused_by_key(key, value, llama_fol
     path = write_gguf(
         llama_folder,
         tmp_path / "model.gguf",
-        pre="" if is_missing else "gpt-2",
         extra=(lambda writer: None) if is_missing else own(key, value),
+        without=f".{key}" if is_missing else "\0",
     )
     message = refusal(path)
     named = "bos_token_id" if key.endswith("add_bos_token") else key
@@ -647,6 +707,40 @@ def test_scores_that_order_nothing_are_refused(score, tmp_path):
     extra = own("tokenizer.ggml.scores", [score(n) for n in range(1500)])
     path = write_gguf(folder, tmp_path / "model.gguf", kind="llama", extra=extra)
     assert "tokenizer.ggml.scores" in refusal(path)
+
+
+def test_tokens_of_blanks_behind_a_blank_are_refused(tmp_path):
+    """SentencePiece puts the blank that begins a text into such a token; we would not."""
+    folder = sentence_piece_folder(tmp_path / "folder")
+    written = json.loads((folder / "tokenizer.json").read_text())
+    tokens = sorted(written["model"]["vocab"], key=written["model"]["vocab"].get)
+    types = [gguf.TokenType.NORMAL] * len(tokens)
+    tokens[-1], types[-1] = "    ", gguf.TokenType.USER_DEFINED
+
+    def extra(writer):
+        for name in ("tokens", "token_type"):
+            del writer.kv_data[0][f"tokenizer.ggml.{name}"]
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+
+    path = write_gguf(folder, tmp_path / "model.gguf", kind="llama", extra=extra)
+    assert "add_space_prefix must be false beside tokens of blanks" in refusal(path)
+
+
+def test_placeholders_of_older_converters_are_no_tokens(tmp_path):
+    """Typed as a user's own, `[PAD1510]` in a text became one token."""
+    folder = byte_level_folder("smollm", tmp_path / "folder")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    text = f"a [PAD{size - 1}] b"
+
+    def extra(writer):
+        types = writer.kv_data[0]["tokenizer.ggml.token_type"]
+        own_kind = gguf.TokenType.USER_DEFINED
+        types.value[-1] = own_kind
+
+    path = write_gguf(folder, tmp_path / "model.gguf", "smollm", extra=extra)
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert read_tokenizer(str(path))(text)["input_ids"] == written.encode(text).ids
 
 
 # --- how it is told --------------------------------------------------------------------

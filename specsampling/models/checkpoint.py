@@ -133,6 +133,11 @@ def _read(
         options["quantization_config"] = quantization_config(quantization, dtype)
     with _one_line(spec):
         if is_gguf(spec):
+            if quantization != "none" or device_map is not None:
+                raise ModelError(
+                    f"the GGUF file {spec} is neither quantised again nor split over devices; "
+                    "choose none, int8 on a CPU, or the model's folder"
+                )
             model = read_model(spec, dtype=dtype).to(device)
         else:
             model = read_model(spec, **options)
@@ -169,7 +174,7 @@ def _one_line(spec: str) -> Iterator[None]:
         raise
     except Exception as error:  # a checkpoint can be wrong in any way
         raise ModelError(
-            f"cannot load model {spec} ({reason(error)}); {_way_out(error, spec)}"
+            f"cannot load model {spec} ({reason(error)}); {_way_out(error)}"
         ) from error
 
 
@@ -201,22 +206,12 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
     )
 
 
-def _way_out(error: Exception, spec: str) -> str:
+def _way_out(error: Exception) -> str:
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "choose a smaller model, int8 or nf4 quantization, or another device"
-    if "safetensors" in text and _has_pickles(spec):
-        return (
-            "its weights are a pickle (pytorch_model.bin), which can run code and is not read "
-            "here: save it again with save_pretrained, which writes safetensors"
-        )
     if "trust_remote_code" in text or "custom code" in text:
         return "it needs code of its own (auto_map), which is not run here; choose another model"
     if isinstance(error, ImportError) or "bitsandbytes" in text:
         return 'install what it needs, for 8 and 4 bit with: pip install ".[quant]"'
     return "check the name and the network, or give a local folder"
-
-
-def _has_pickles(spec: str) -> bool:
-    folder = Path(spec)
-    return not folder.is_dir() or any(folder.glob("pytorch_model*.bin"))

@@ -125,7 +125,7 @@ FORM = "bf16-2"  # of the cached folders: another form is another folder
 
 
 def cache_folder() -> Path:
-    """Where embedded models are kept: $SPECSAMPLING_CACHE, else the platform's user cache.
+    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
 
     Raises:
         ModelError: the user has no home folder, where a user cache would be.
@@ -142,7 +142,7 @@ def cache_folder() -> Path:
         return Path.home() / below_home / "specsampling"
     except RuntimeError as error:  # no HOME, and an account without a folder of its own
         raise ModelError(
-            "embedded models need a folder to be kept in, and this user has no home folder; "
+            "models that are fetched or converted are kept in a folder, and this user has no home; "
             f"set {CACHE_VARIABLE} to a folder"
         ) from error
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -43,9 +44,12 @@ from specsampling.pointers import pointer_problem
 
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SETTINGS = ("config.json", "generation_config.json")  # a converted folder has them too
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 MERGE = "merge it into its base with peft's merge_and_unload, or pip install peft"
+MERGED_TOLERANCE = 1e-3  # of logits in float32
+PROBE_TOKENS = 16
 WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need no scales
 
 
@@ -56,11 +60,11 @@ def require_files(spec: str) -> None:
         ModelError: it names the file.
     """
     path = Path(spec)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted([*path.iterdir(), *path.glob("*/*")]) if path.is_dir() else [path]
     for file in files:
         if problem := pointer_problem(file):
             raise ModelError(problem)
-    ggufs = [file for file in files if file.suffix == ".gguf"]
+    ggufs = [file for file in files if file.suffix.lower() == ".gguf"]
     if path.is_dir() and ggufs and not (path / "config.json").is_file():
         raise ModelError(f"{spec} is a folder with a GGUF file; name the file: {ggufs[0]}")
 
@@ -109,11 +113,13 @@ def safe_location(location: str) -> str:
         ModelError: a pickle holds more than tensors, or the cache cannot be written.
     """
     if any(file_of(location, name) for name in SAFE_WEIGHTS):
-        return location
+        config = file_of(location, "config.json") if hub_options(location) else None
+        return str(config.parent) if config else location  # transformers asks the hub all the same
     pickles = _pickles(location)
     if not pickles:
         return location
-    digest = sampled_sha256(pickles)
+    settings = [file for name in SETTINGS if (file := file_of(location, name)) is not None]
+    digest = sampled_sha256([*pickles, *settings])
     folder = cache_folder() / f"{Path(location).resolve().name}-safetensors-{digest[:12]}"
     with made_once(folder) as made:
         if made is not None:
@@ -151,7 +157,7 @@ def _convert(location: str, pickles: list[Path], folder: Path) -> None:
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS[1]).write_text(json.dumps(index))
-    for name in ("config.json", "generation_config.json"):
+    for name in SETTINGS:
         if (file := file_of(location, name)) is not None:
             shutil.copy(file, folder / name)
 
@@ -174,12 +180,12 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"cannot read {file}: it needs more than tensors ({why}), and a pickle's code is not "
             "run here; save the model again with save_pretrained, which writes safetensors"
         ) from error
-    others = [] if isinstance(held, dict) else [f"a {type(held).__name__}"]
+    others = [] if isinstance(held, dict) and held else [f"a {type(held).__name__} without tensors"]
     if isinstance(held, dict):
-        others = [
+        others += [
             f"{key!r}, a {type(value).__name__}"
             for key, value in held.items()
-            if not isinstance(value, Tensor)
+            if not isinstance(key, str) or not _is_plain_tensor(value)
         ]
     if others:
         raise ModelError(
@@ -189,40 +195,49 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     return dict(held)
 
 
+def _is_plain_tensor(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.is_quantized or value.is_nested:
+        return False
+    return value.layout == torch.strided and not value.is_meta
+
+
 # --- 8-bit numbers -----------------------------------------------------------------------
 
 
-def stores_scales(location: str) -> bool:
-    """Whether a configuration says how the stored numbers are scaled."""
+def stored_quantization(location: str) -> dict[str, Any] | None:
+    """What a configuration says of how the stored numbers are scaled."""
     config = file_of(location, "config.json")
-    return config is not None and bool(json.loads(config.read_text()).get("quantization_config"))
+    return json.loads(config.read_text()).get("quantization_config") if config else None
 
 
 def require_wide(location: str, unexpected: set[str], spec: str) -> None:
     """Refuse matrices of 8-bit numbers, whose scales nobody applies.
 
     Args:
-        location: of weights whose configuration names no quantisation.
+        location: of weights that no quantiser of transformers reads.
         unexpected: names of stored tensors that the model did not take.
         spec: what the user calls it.
 
     Raises:
         ModelError: it names one of them and its type.
     """
-    config = file_of(location, "config.json")
-    for name, kind, num_dimensions in _stored(config.parent) if config else ():
+    for name, kind, num_dimensions in _stored(location):
         is_matrix = name.endswith(".weight") or num_dimensions in (2, 3)
         if is_matrix and kind not in WIDE and name not in unexpected:
             raise ModelError(
                 f"cannot load model {spec}: {name} is stored as {kind}, and config.json has no "
-                "quantization_config that says what its scales are; put it back, or choose the "
-                "model's 16-bit weights"
+                "quantization_config that transformers can read, which says what its scales are; "
+                "put it back, or choose the model's 16-bit weights"
             )
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
-    """Names, types and numbers of dimensions of a folder's tensors."""
-    for path in sorted(folder.glob("model*.safetensors")):
+def _stored(location: str) -> Iterator[tuple[str, str, int]]:
+    """Names, types and numbers of dimensions of the tensors that transformers reads."""
+    whole, index = (file_of(location, name) for name in SAFE_WEIGHTS)
+    names = {SAFE_WEIGHTS[0]} if whole else set[str]()
+    if index is not None and whole is None:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    for path in filter(None, (file_of(location, name) for name in sorted(names))):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(name)
@@ -252,6 +267,7 @@ def base_of_adapter(location: str) -> str | None:
             f"{location} is an adapter, and its {ADAPTER} names no base_model_name_or_path; "
             f"name one there, or {MERGE}"
         )
+    require_files(base)
     if file_of(base, "config.json") is None:
         raise ModelError(
             f"{location} is an adapter of {base}, which cannot be found; mend "
@@ -278,8 +294,8 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     """Add an adapter to its base's weights, in the base's precision.
 
     Raises:
-        ModelError: peft is not there, or the adapter cannot be merged, or parts of it have no
-            place.
+        ModelError: peft is not there, the adapter cannot be merged or gives other logits then,
+            or parts of it have no place.
     """
     try:
         import peft
@@ -290,23 +306,63 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     stored = file_of(location, ADAPTER_WEIGHTS) or file_of(location, PICKLED_ADAPTER)
     if stored is None:
         raise ModelError(f"{spec} is an adapter without {ADAPTER_WEIGHTS}; download it again")
-    adapted: Any = peft.PeftModel.from_pretrained(base, str(stored.parent))
-    if not hasattr(adapted, "merge_and_unload"):
-        kind = adapted.active_peft_config.peft_type.value
+    settings = json.loads((stored.parent / ADAPTER).read_text())
+    if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
         raise ModelError(
-            f"{spec} is an adapter of type {kind}, which cannot be merged into weights"
+            f"{spec} is an adapter whose base peft changes at random as it is loaded "
+            f"(init_lora_weights {settings['init_lora_weights']}); convert it with peft's "
+            "path_initial_model_for_weight_conversion"
         )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted: Any = peft.PeftModel.from_pretrained(base, str(stored.parent))
+            _require_all_taken(adapted, stored, spec)
+            before = _probe(adapted)
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except ModelError:
+        raise
+    except Exception as error:  # of peft, for what it was not written for
+        line = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the adapter {spec} cannot be merged into {location_of(base)} ({line}); merge it "
+            "with the tools that made it"
+        ) from error
+    if not (_probe(merged) - before).norm() < MERGED_TOLERANCE * before.norm():
+        raise ModelError(
+            f"the adapter {spec} gives other logits once it is merged, as where embedding and "
+            "head share their weights; merge it with the tools that made it"
+        )
+    return merged
+
+
+def location_of(model: PreTrainedModel) -> str:
+    return str(model.config.name_or_path or "its base")
+
+
+def _require_all_taken(adapted: Any, stored: Path, spec: str) -> None:
+    """Refuse an adapter with tensors that its base has no place for, or without some it needs."""
+    import peft
+
     if stored.name == ADAPTER_WEIGHTS:
         with safe_open(stored, framework="pt") as file:
             names = set(file.keys())
     else:
         names = set(_unpickled(stored))
-    if lost := names ^ set(peft.get_peft_model_state_dict(adapted)):
+    needed = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    known = needed | set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=True))
+    if lost := (names - known) | (needed - names):
         raise ModelError(
             f"cannot load the adapter {spec}: {len(lost)} of its tensors do not belong to its "
             f"base ({sorted(lost)[0]}); name its own base in {ADAPTER}"
         )
-    return adapted.merge_and_unload(safe_merge=True)
+
+
+def _probe(model: Any) -> Tensor:
+    """A model's logits of a few fixed tokens."""
+    tokens = torch.arange(PROBE_TOKENS)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        return model.eval()(input_ids=tokens, use_cache=False).logits
 
 
 # --- tokenizers --------------------------------------------------------------------------
@@ -353,7 +409,10 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
 def _name_ends(tokenizer: PreTrainedTokenizerBase, location: str) -> None:
     """Take the names of special tokens from the tokenizer's class, where no file has them."""
     options = hub_options(location)
-    named = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
+    try:
+        named = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
+    except Exception:  # a class that brings its code, say: then no more is known
+        return
     vocabulary = tokenizer.get_vocab()
     for name in ("bos_token", "eos_token"):
         if getattr(named, name) in vocabulary and getattr(tokenizer, name) is None:

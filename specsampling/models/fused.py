@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from specsampling.models.attention import grouped_sdpa
-from specsampling.models.packed import is_plain
+from specsampling.models.packed import is_hooked, is_plain
 
 NUM_ROWS = 8
 TOLERANCE = 0.03  # of what a layer adds: rounding in 16 bit is under 1%
@@ -125,7 +125,7 @@ def _can_fuse(module: nn.Module) -> bool:
     if type(module) not in LAYERS:
         return False
     parts = [part for name, part in module.named_modules() if name.endswith("_proj")]
-    return all(map(is_plain, parts))
+    return all(map(is_plain, parts)) and not any(map(is_hooked, module.modules()))
 
 
 def _fused(model: Any, layer: nn.Module) -> FusedLayer:

@@ -38,7 +38,14 @@ class GgufFile:
             ModelError: it is a part of a whole, or no language model's.
         """
         self.path = path
-        reader = gguf.GGUFReader(path)
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise ModelError(
+                f"cannot load {path}: it is cut off, or no GGUF file ({error}); download it again"
+            ) from error
+        if reader.byte_order != "I":
+            self.refuse_file("is written in the byte order of another kind of processor")
         self.header: dict[str, Any] = {
             key: value.contents() for key, value in reader.fields.items() if value.types
         }
@@ -46,6 +53,8 @@ class GgufFile:
         if len(self.tensors) != len(reader.tensors):
             self.refuse_file("holds two tensors of one name")
         self.architecture = str(self.header.get("general.architecture", ""))
+        if not self.architecture:
+            self.refuse("general.architecture", "must be there")
         if self.header.get("general.type", "model") != "model":
             self.refuse("general.type", 'must be "model"')
         if self.header.get("split.count", 1) > 1:

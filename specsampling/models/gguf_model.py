@@ -120,6 +120,7 @@ ROPE_KEYS = (
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
+    "rope.scaling.yarn_ext_factor",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
     "attention.key_length",
@@ -136,7 +137,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pooling_type": (0,),
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.finetuned": (True, False),  # llama.cpp reads it and does nothing with it
-    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "tensor_data_layout": ("Meta AI original pth",),  # the order in which all are written
     "use_parallel_residual": (False,),
@@ -149,6 +149,13 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     Raises:
         ModelError: a key is missing, or one that changes the model is not covered.
     """
+    try:
+        return _config(file)
+    except (TypeError, ValueError) as error:
+        file.refuse_file(f"has a key of another type than llama.cpp writes ({error})")
+
+
+def _config(file: GgufFile) -> PreTrainedConfig:
     if file.architecture not in ARCHITECTURES:
         file.refuse("general.architecture", f"must be one of {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[file.architecture]
@@ -158,6 +165,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
             fields[name] = value
         elif key not in architecture.optional:
             file.refuse_own(key, "must be there")
+        elif key == "attention.head_count_kv":
+            fields[name] = fields["num_attention_heads"]
     rope_keys = ROPE_KEYS if architecture.has_rope else ()
     _require_covered(file, {*architecture.fields, *rope_keys})
     if architecture.has_rope:
@@ -195,13 +204,19 @@ def _vocabulary(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
     num_rows = int(file.tensors[EMBEDDING].shape[-1])
     if fields.get("vocab_size", num_rows) != num_rows:
         file.refuse_own("vocab_size", f"must be {num_rows}, as {EMBEDDING} has")
-    ends = [file.header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    known = list(dict.fromkeys(end for end in ends if end is not None))
+    ids: dict[str, Any] = {}
+    for name in ("bos", "eos", "eot", "eom", "padding"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        ids[name] = file.header.get(key)
+        if ids[name] is not None and not 0 <= ids[name] < num_rows:
+            file.refuse(key, f"must be below {num_rows}, the size of the vocabulary")
+    ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
+    known = list(dict.fromkeys(ends))
     return {
         "vocab_size": num_rows,
-        "bos_token_id": file.header.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": ids["bos"],
         "eos_token_id": known[0] if len(known) == 1 else known or None,
-        "pad_token_id": file.header.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": ids["padding"],
     }
 
 
@@ -210,9 +225,9 @@ def _positions(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     head_dim = _same_for_all_layers(file, "attention.key_length") or hidden // heads
     for key in ("rope.dimension_count", "attention.value_length"):
-        if file.own(key, head_dim) != head_dim:
+        if (_same_for_all_layers(file, key) or head_dim) != head_dim:
             file.refuse_own(key, f"must be {head_dim}, the size of a head")
-    theta = file.own("rope.freq_base", ROPE_THETA)
+    theta = float(file.own("rope.freq_base", ROPE_THETA))
     scaling = _scaling(file, fields["max_position_embeddings"])
     if ROPE_FACTORS in file.tensors:
         if scaling:
@@ -230,6 +245,9 @@ def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
     kind = file.own("rope.scaling.type", "linear")  # as llama.cpp's reader has it
     if kind not in ("none", "linear", "yarn"):
         file.refuse_own("rope.scaling.type", "must be one of none, linear, yarn")
+    extent = file.own("rope.scaling.yarn_ext_factor", -1.0)  # -1 stands for what the type says
+    if extent not in ((1.0, -1.0) if kind == "yarn" else (0.0, -1.0)):
+        file.refuse_own("rope.scaling.yarn_ext_factor", f"must be {float(kind == 'yarn')} here")
     if kind == "yarn":
         if not factor:
             file.refuse_own("rope.scaling.factor", "must be there for yarn")
@@ -336,7 +354,8 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
     """
     architecture = ARCHITECTURES[file.architecture]
     names = _names(file, model)
-    if homeless := sorted(set(file.tensors) - {ROPE_FACTORS} - set(names)):
+    applied = {ROPE_FACTORS} if architecture.has_rope else set()
+    if homeless := sorted(set(file.tensors) - applied - set(names)):
         file.refuse_file("has tensors without a place in the model", homeless)
     if missing := sorted(set(names) - set(file.tensors)):
         file.refuse_file("lacks tensors that the model needs", missing)

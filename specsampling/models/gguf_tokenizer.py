@@ -11,7 +11,6 @@ decides where they differ: llama.cpp leaves out normalisation, for example.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ from specsampling.models.gguf_file import GgufFile, open_gguf
 WAY_OUT = "set models.tokenizer to the model's folder or hub id"
 SPACE = "\u2581"  # SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.TokenType
-PLACEHOLDER = re.compile(r"\[PAD\d+\]")  # the converter's, for ids without a token
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -178,22 +176,22 @@ def _require_covered(file: GgufFile) -> None:
 
 
 def _tokens(file: GgufFile) -> dict[int, str]:
-    """Ids and tokens, without the names that the converter gives to ids that have none."""
+    """Ids and tokens, without what the converter calls ids that have none: [PAD7], say."""
     written = file.header.get("tokenizer.ggml.tokens") or []
-    if len(written) != len(_types(file, len(written))) or not written:
+    if len(written) != len(_types(file)) or not written:
         file.refuse("tokenizer.ggml.token_type", "must be there for each token", WAY_OUT)
     tokens = {
         number: token
-        for number, (token, kind) in enumerate(zip(written, _types(file, len(written))))
-        if not (kind == UNUSED and PLACEHOLDER.fullmatch(token))
+        for number, (token, kind) in enumerate(zip(written, _types(file)))
+        if not (kind in (UNUSED, USER_DEFINED) and token == f"[PAD{number}]")
     }
     if len(set(tokens.values())) != len(tokens):
         file.refuse("tokenizer.ggml.tokens", "must not hold a token twice", WAY_OUT)
     return tokens
 
 
-def _types(file: GgufFile, num_tokens: int) -> list[int]:
-    return file.header.get("tokenizer.ggml.token_type") or [NORMAL] * num_tokens
+def _types(file: GgufFile) -> list[int]:
+    return file.header.get("tokenizer.ggml.token_type") or []
 
 
 def _splits(file: GgufFile) -> Splits:
@@ -244,6 +242,13 @@ def _sentence_piece(file: GgufFile, tokens: Mapping[int, str]) -> Tokenizer:
     )
     replace = normalizers.Replace(" ", SPACE)
     has_prefix = file.header.get("tokenizer.ggml.add_space_prefix", True)
+    blanks = [
+        token.content for token in _added(file, tokens, USER_DEFINED) if token.content.isspace()
+    ]
+    if blanks and has_prefix:  # tokenizers put a blank behind such a token, SentencePiece does not
+        file.refuse(
+            "tokenizer.ggml.add_space_prefix", "must be false beside tokens of blanks", WAY_OUT
+        )
     backend.normalizer = (
         normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if has_prefix else replace
     )
@@ -257,7 +262,7 @@ def _sentence_piece(file: GgufFile, tokens: Mapping[int, str]) -> Tokenizer:
 def _merges_of_scores(file: GgufFile, tokens: Mapping[int, str]) -> list[tuple[str, str]]:
     """Merges in the order of a SentencePiece BPE vocabulary's scores: 0, -1, -2, ..."""
     scores = file.header.get("tokenizer.ggml.scores") or []
-    types = _types(file, len(scores))
+    types = _types(file)
     ranks = {
         tokens[number]: score
         for number, score in enumerate(scores)
@@ -273,7 +278,7 @@ def _merges_of_scores(file: GgufFile, tokens: Mapping[int, str]) -> list[tuple[s
 
 def _added(file: GgufFile, tokens: Mapping[int, str], kind: int) -> list[AddedToken]:
     """Tokens of one kind that are found in a text before it is split."""
-    types = _types(file, len(tokens))
+    types = _types(file)
     return [
         AddedToken(token, normalized=False, special=kind == CONTROL)
         for number, token in tokens.items()

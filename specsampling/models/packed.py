@@ -70,8 +70,13 @@ def is_plain(module: nn.Module) -> bool:
 
     What is wrapped around a layer would be lost with it.
     """
+    return type(module) is nn.Linear and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether more than a module's own class says what it computes."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:

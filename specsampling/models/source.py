@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from specsampling.models.distilled import assemble
@@ -37,7 +38,7 @@ from specsampling.models.folder import (
     require_files,
     require_wide,
     safe_location,
-    stores_scales,
+    stored_quantization,
     without_adapter,
 )
 from specsampling.models.gguf_file import open_gguf
@@ -46,7 +47,12 @@ from specsampling.models.gguf_tokenizer import gguf_tokenizer
 
 EMBEDDED = "embedded:"
 SHARD_SIZE = "256MB"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# Ends of names of what older versions saved, and models compute: no part of a checkpoint.
+SAVED_BUFFERS = (
+    *(".inv_freq", ".cos_cached", ".sin_cached", ".position_ids"),
+    *(".masked_bias", ".attn.bias", ".attention.bias"),
+)
 # Where two tokenizers usually part: code, spaces, digits, other scripts.
 PROBES = (
     "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
@@ -74,7 +80,7 @@ def model_location(spec: str) -> str:
 
 
 def is_gguf(spec: str) -> bool:
-    return spec.endswith(".gguf")
+    return spec.lower().endswith(".gguf") and not Path(spec).is_dir()
 
 
 def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -131,13 +137,13 @@ def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
             **options,
         )
         model, report = loaded
-        _require_whole(model, report, spec)
-        is_quantized = stores_scales(folder)
-        if not is_quantized:
+        quantization = stored_quantization(folder)
+        if quantization is None or not AutoHfQuantizer.supports_quant_method(quantization):
             require_wide(folder, set(report["unexpected_keys"]), spec)
         elif getattr(model, "hf_quantizer", None) is None:
             # Dequantised; numbers that were stored without scales still have their own type.
             model = model.to(options["dtype"])
+        _require_whole(model, report, spec)
     return model
 
 
@@ -179,18 +185,20 @@ def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) ->
 
 
 def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor that the model does not know would be part of a layer that it does know.
+    """Whether a tensor that the model does not know lies inside a part that it does know.
 
-    A bias of a layer without one, or one more layer in a list of layers, changes what the model
-    computes. A vision tower or a saved buffer does not.
+    A bias of a layer without one, a norm of its queries, scales of its numbers, or one more layer
+    in a list of layers change what the model computes. A vision tower or a saved buffer does not.
     """
-    if not name.endswith((".weight", ".bias")):
+    if name.endswith(SAVED_BUFFERS):
         return False
-    owner, _, _ = name.rpartition(".")
     modules = dict(model.named_modules())
-    if owner in modules:
-        return isinstance(getattr(modules[owner], "weight", None), torch.nn.Parameter)
-    return re.sub(r"\.\d+\.", ".0.", owner) in modules
+    owner = name.rpartition(".")[0]
+    while owner and owner not in modules and re.sub(r"\.\d+(?=\.|$)", ".0", owner) not in modules:
+        owner = owner.rpartition(".")[0]
+    inside = name.removeprefix(f"{owner}.").count(".")
+    is_layer = hasattr(modules.get(owner), "weight")
+    return bool(owner) and (is_layer or owner.count(".") > 1 or inside <= 1)
 
 
 def _gguf_to_folder(gguf: Path, folder: Path) -> str:
