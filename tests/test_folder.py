@@ -116,11 +116,13 @@ def test_pickled_weights_are_read_as_tensors(num_files, folder, cache):
     assert load(folder).target.config.vocab_size == 400
 
 
-def test_pickles_are_converted_once(folder, monkeypatch):
+def test_pickles_are_converted_once(folder, cache, monkeypatch):
     to_pickles(folder)
     load(folder)
+    first = sorted(path.stat().st_mtime_ns for path in cache.rglob("model*"))
     monkeypatch.setattr(folders, "_convert", lambda *_: pytest.fail("converted again"))
     load(folder)
+    assert sorted(path.stat().st_mtime_ns for path in cache.rglob("model*")) == first != []
 
 
 def test_another_pickle_is_converted_anew(folder):
