@@ -32,7 +32,8 @@ from specsampling.console import (
 )
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import ROUGE_NAMES
-from specsampling.results.records import RecordsError, RougeScore, is_run
+from specsampling.results.records import RecordsError, is_run
+from specsampling.results.scores import RougeScore
 from specsampling.tasks.xsum import XSum
 
 

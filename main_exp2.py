@@ -34,7 +34,8 @@ from specsampling.console import (
 )
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import pass_at_k
-from specsampling.results.records import RecordsError, Score, is_run
+from specsampling.results.records import RecordsError, is_run
+from specsampling.results.scores import Score
 from specsampling.tasks.humaneval import HumanEval, Solution, score
 from specsampling.tasks.sandbox import require_sandbox
 

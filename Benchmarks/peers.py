@@ -51,7 +51,8 @@ from specsampling.method.text import Generation
 from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
-from specsampling.results.records import Row, RunFile, Source, check_output
+from specsampling.results.records import Row, Source
+from specsampling.results.runfile import RunFile, check_output
 from specsampling.results.tables import aligned, shared_rows
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
 
 def gguf_of(spec: str) -> Path | None:
     """The GGUF file of a model's spec, fetched if it is embedded; None if there is none."""
-    from specsampling.models.embedded import MODELS, cache_folder
+    from specsampling.models.cache import cache_folder
+    from specsampling.models.embedded import MODELS
     from specsampling.models.fetch import fetch
 
     name = spec.removeprefix("embedded:")

@@ -37,7 +37,8 @@ import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.edge import rank
-from specsampling.results.records import check_output, read_run
+from specsampling.results.records import read_run
+from specsampling.results.runfile import check_output
 from specsampling.results.table1 import format_table1, table1, table1_paths
 
 SHORT_TEXT = 64  # tokens

@@ -35,18 +35,11 @@ from specsampling.loading import (
 from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
-from specsampling.results.records import (
-    Key,
-    RecordsError,
-    Run,
-    Scores,
-    check_fresh,
-    check_output,
-    is_run,
-    read_run,
-    write_scores,
-)
-from specsampling.results.shards import Shard, open_run_file, take_in
+from specsampling.results.meta import read_meta
+from specsampling.results.records import Key, RecordsError, Run, is_run, read_rows
+from specsampling.results.runfile import check_fresh, check_output
+from specsampling.results.scores import Scores, write_scores
+from specsampling.results.shards import Shard, open_run_file, require_own_name, take_in
 from specsampling.results.tables import (
     describe_sampling,
     format_table,
@@ -110,6 +103,7 @@ def read_experiment(
             raise SystemExit(0)  # rank 0 scores
         return options, config
     require_task(config, task)
+    require_own_name(options.output)
     if rank() == 0:
         check_output(options.output)
     if task == "xsum":
@@ -293,12 +287,12 @@ def begun(
 def _rows_there(output: Path) -> Run | None:
     """What an earlier process left of a run; what is wrong with it, `check_output` says."""
     try:
-        run = read_run(output) if output.is_file() else None
+        rows = read_rows(output) if output.is_file() else []
+        meta = read_meta(output) if rows else {}
     except RecordsError:
         return None
-    if run is None or not run.rows:
-        return None
-    return replace(run, rows=[row for row in run.rows if not row.lacked_memory])
+    kept = [row for row in rows if not row.lacked_memory]
+    return Run(kept, meta, None) if rows else None
 
 
 def _keys(config: Config, task: Task) -> set[Key]:

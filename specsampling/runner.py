@@ -22,7 +22,8 @@ from specsampling.models.load import Pair
 from specsampling.models.memory import is_out_of_memory, release_memory
 from specsampling.models.source import reason
 from specsampling.ranks import Ranks
-from specsampling.results.records import OUT_OF_MEMORY, Key, Row, RunFile, Source
+from specsampling.results.records import OUT_OF_MEMORY, Key, Row, Source
+from specsampling.results.runfile import RunFile
 from specsampling.results.shards import Shard
 from specsampling.tasks.task import Example, Prompt, StopStrings, Task
 

@@ -11,7 +11,8 @@ from test_records import ROW
 from Benchmarks import compare as script
 from specsampling.console import exit_code
 from specsampling.results.compare import compare_runs
-from specsampling.results.records import Run, Source, write_scores
+from specsampling.results.records import Run, Source
+from specsampling.results.scores import write_scores
 
 TEXTS = {"a": ([1, 2, 3, 4], [1, 2, 3, 4]), "b": ([1, 2, 3, 4], [1, 2, 9]), "c": ([5, 6], [5])}
 

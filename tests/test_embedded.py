@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from specsampling.models import embedded, fetch, memory
+from specsampling.models import cache, embedded, fetch, memory
 from specsampling.models.embedded import MODELS, EmbeddedModel, embedded_folder
 from specsampling.models.errors import ModelError
 from specsampling.models.fetch import Piece, Source
@@ -374,7 +374,7 @@ def no_home(monkeypatch):
 
     for name in ("HOME", "USERPROFILE", "HOMEDRIVE", "HOMEPATH"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", embedded.CACHE_VARIABLE):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", cache.CACHE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", no_account)
 
@@ -388,9 +388,9 @@ def test_an_account_without_a_home_is_told_which_variable_to_set(
     """HOME unset was a traceback: "Could not determine home directory"."""
     monkeypatch.setattr(sys, "platform", platform)
     if chosen is not None:
-        monkeypatch.setenv(embedded.CACHE_VARIABLE, chosen)
+        monkeypatch.setenv(cache.CACHE_VARIABLE, chosen)
     with pytest.raises(ModelError, match=r"has no home; set SPECSAMPLING_CACHE to a folder"):
-        embedded.cache_folder()
+        cache.cache_folder()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="replaces POSIX accounts")
@@ -412,4 +412,4 @@ def test_a_cache_that_is_named_needs_no_home(no_home, monkeypatch, platform, giv
     monkeypatch.setattr(sys, "platform", platform)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert embedded.cache_folder() == Path(folder)
+    assert cache.cache_folder() == Path(folder)

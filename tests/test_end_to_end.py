@@ -21,7 +21,8 @@ from autoregressive import autoregressive
 from specsampling.console import exit_code
 from specsampling.models import checkpoint, memory
 from specsampling.models.load import load_pair
-from specsampling.results.records import read_meta, read_rows, read_scores
+from specsampling.results.records import read_meta, read_rows
+from specsampling.results.scores import read_scores
 
 PROJECT = Path(__file__).resolve().parent.parent
 PROBLEMS = read_problems()

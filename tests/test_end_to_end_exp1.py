@@ -17,7 +17,8 @@ import main_exp1
 from specsampling.console import exit_code
 from specsampling.models.load import load_tokenizer
 from specsampling.results.metrics import ROUGE_NAMES
-from specsampling.results.records import read_meta, read_rows, read_scores
+from specsampling.results.records import read_meta, read_rows
+from specsampling.results.scores import read_scores
 
 CONTEXT = 2048  # GPT-Neo's
 SCORER = RougeScorer(list(ROUGE_NAMES), use_stemmer=True)

@@ -15,14 +15,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each wing, or room of the hall, and what of ours it may import besides itself.
 ARROWS: dict[str, set[str]] = {
     "method": set(),
-    "pointers": set(),
+    "disk": set(),
     "strict_yaml": set(),
     "checking": set(),
     "config": {"strict_yaml", "checking"},
-    "models": {"method", "pointers"},
+    "models": {"method", "disk"},
     "ranks": {"checking"},
-    "results": {"ranks", "method.text", "config", "pointers"},
-    "tasks": {"results", "method.text", "config", "pointers"},
+    "results": {"ranks", "method.text", "config", "disk"},
+    "tasks": {"results", "method.text", "config", "disk"},
     "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},
     "loading": {"provenance", "results", "models", "method", "config"},

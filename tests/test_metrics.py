@@ -10,7 +10,8 @@ import pytest
 
 from specsampling.results import metrics
 from specsampling.results.metrics import Interval
-from specsampling.results.records import RougeScore, Row, Score
+from specsampling.results.records import Row
+from specsampling.results.scores import RougeScore, Score
 
 
 def make_row(example_id="a", method="speculative", sample_index=0, num_tokens=10, **fields) -> Row:

@@ -12,7 +12,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_results import META, make_grid, make_rouge_scores, make_run, score_every_fourth
 
-from specsampling.results.records import RunFile, write_scores
+from specsampling.results.runfile import RunFile
+from specsampling.results.scores import write_scores
 from specsampling.results.table1 import TABLE1_FILES
 
 ROOT = Path(__file__).parent.parent

@@ -25,11 +25,17 @@ from transformers import AutoTokenizer
 from specsampling import edge
 from specsampling.ranks import Ranks
 from specsampling.results import shards
-from specsampling.results.records import RecordsError, RunFile, read_meta, read_rows
+from specsampling.results.records import RecordsError, read_meta, read_rows
+from specsampling.results.runfile import RunFile
 from specsampling.runner import Job, all_jobs, share_of
 from specsampling.tasks.task import Example, Prompt
 
 OF_A_PROCESS = ("seconds", "rank", "device")  # fields that differ from process to process
+
+
+def open_shard(output: Path, rank: int) -> RunFile:
+    meta = shards.shard_meta(META, output, rank)
+    return RunFile.open(shards.shard_path(output, rank), meta)
 
 
 def launch(
@@ -235,7 +241,7 @@ def test_shards_of_another_prompt_are_not_merged(tmp_path):
     with RunFile.open(output, META) as run_file:
         run_file.append(hashed)
     before = output.read_bytes()
-    with RunFile.open(shards.shard_path(output, 1), META) as shard:
+    with open_shard(output, 1) as shard:
         shard.append(another)
     with pytest.raises(RecordsError, match="one prompt of HumanEval/0 .*--fresh"):
         shards.take_in(output, None, fresh=False)
@@ -279,10 +285,10 @@ def test_shares_are_disjoint_even_and_whole(count):
 def test_what_a_stopped_run_left_is_taken_in(tmp_path):
     output = tmp_path / "run.jsonl"
     for index in (0, 2):
-        with RunFile.open(shards.shard_path(output, index), META) as shard:
+        with open_shard(output, index) as shard:
             shard.append(dataclasses.replace(ROW, sample_index=index))
     with shards.shard_path(output, 2).open("ab") as file:
-        file.write(b'{"torn')
+        file.write(b'{"example_id": "torn')
     assert shards.take_in(output, None, fresh=False)
     assert [row.sample_index for row in read_rows(output)] == [0, 2]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.jsonl", "run.meta.json"]
@@ -291,7 +297,7 @@ def test_what_a_stopped_run_left_is_taken_in(tmp_path):
 
 def test_what_another_process_still_writes_is_left_alone(tmp_path):
     output = tmp_path / "run.jsonl"
-    with RunFile.open(shards.shard_path(output, 1), META) as shard:
+    with open_shard(output, 1) as shard:
         shard.append(ROW)
         with pytest.raises(RecordsError, match="being written by another process"):
             shards.take_in(output, None, fresh=True)

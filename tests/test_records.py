@@ -10,21 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from specsampling.results import records
+from specsampling.results import files
 from specsampling.results.records import (
     RecordsError,
     Row,
-    RunFile,
     Source,
-    check_fresh,
-    check_output,
     is_run,
     read_meta,
     read_rows,
     read_run,
-    read_scores,
-    write_scores,
 )
+from specsampling.results.runfile import RunFile, check_fresh, check_output
+from specsampling.results.scores import read_scores, write_scores
 
 META = {"config_hash": "0123", "precision": "bfloat16", "device": "cpu", "date": "Monday"}
 ROW = Row(
@@ -63,7 +60,8 @@ ROUGE_SCORE = {
 }
 HOLD_OPEN = """
 import json, sys, time
-from specsampling.results.records import Row, RunFile
+from specsampling.results.records import Row
+from specsampling.results.runfile import RunFile
 run = RunFile.open(sys.argv[1], json.loads(sys.argv[2]))
 run.append(Row(**json.loads(sys.argv[3])))
 print("open", flush=True)
@@ -182,7 +180,7 @@ def test_opening_a_finished_run_leaves_its_meta_alone(path):
 # --- torn and broken lines ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("tail", [b'{"example_id": "Hum', b"\0\0\0\0", b'{"exam\n', b"{}"])
+@pytest.mark.parametrize("tail", [b'{"example_id": "Hum', b'{"exam', b"{", b"\0\0\0\0"])
 def test_a_torn_last_line_is_dropped_from_the_file(path, tail):
     write_run(path, ROW)
     whole = path.read_bytes()
@@ -194,9 +192,30 @@ def test_a_torn_last_line_is_dropped_from_the_file(path, tail):
     assert read_rows(path) == [ROW, OTHER]
 
 
+@pytest.mark.parametrize("tail", [b"hello", b"hello\n", b"{}", b'{"exam\n', b'{"id": 1'])
+def test_a_foreign_last_line_is_not_dropped_as_if_torn(path, tail):
+    """What a kill leaves is the beginning of a row, without a line's end; all else is a mistake."""
+    write_run(path, ROW)
+    path.write_bytes(path.read_bytes() + tail)
+    before = path.read_bytes()
+    for opened in (read_rows, lambda path: RunFile.open(path, META)):
+        assert f"{path}, line 2, " in error_of(opened, path)
+    assert path.read_bytes() == before
+
+
+def test_a_last_row_whose_line_end_an_editor_took_away_stays(path):
+    write_run(path, ROW)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert read_rows(path) == [ROW]
+    write_run(path, OTHER)
+    assert path.read_bytes().startswith(whole)
+    assert read_rows(path) == [ROW, OTHER]
+
+
 def test_a_torn_first_line_starts_over(path):
     write_run(path, ROW)
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
     write_run(path, ROW)
     assert read_rows(path) == [ROW]
 
@@ -350,7 +369,7 @@ def test_rows_without_a_readable_meta_are_refused(path, meta):
         meta_path.write_text(meta)
     message = error_of(RunFile.open, path, META)
     assert "results.meta.json" in message
-    assert "--fresh" in message
+    assert ("move it away" if meta else "--fresh") in message
     assert read_rows(path) == [ROW]
 
 
@@ -483,8 +502,8 @@ def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them
 def test_fresh_deletes_no_file_of_another_kind(path, text):
     """`--output articles.jsonl --fresh` emptied the data set that the run was to read."""
     path.write_text(text)
-    assert "holds no rows of a run" in error_of(check_fresh, path)
-    assert "holds no rows of a run" in error_of(RunFile.open, path, META, fresh=True)
+    assert "holds what is no row of a run" in error_of(check_fresh, path)
+    assert "holds what is no row of a run" in error_of(RunFile.open, path, META, fresh=True)
     assert path.read_text() == text
 
 
@@ -585,7 +604,7 @@ def test_a_rewrite_that_fails_leaves_the_old_scores_and_no_litter(path, monkeypa
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     assert "No space left on device" in error_of(write_scores, path, [])
     assert read_scores(path) == [SCORE]
     assert [file.name for file in path.parent.iterdir()] == ["results.scores.jsonl"]

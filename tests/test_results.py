@@ -15,7 +15,8 @@ from test_metrics import make_rouge, make_row
 
 from specsampling.results import figures, metrics, tables, tokens
 from specsampling.results import table1 as grid
-from specsampling.results.records import RougeScore, Row, Run, Score
+from specsampling.results.records import Row, Run
+from specsampling.results.scores import RougeScore, Score
 
 META = {
     "config": {

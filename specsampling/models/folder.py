@@ -37,10 +37,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from specsampling.models.embedded import cache_folder, made_once
+from specsampling.disk import pointer_problem, sampled_sha256
+from specsampling.models.cache import cache_folder, made_once
 from specsampling.models.errors import ModelError
-from specsampling.models.fetch import HUB_SECONDS, sampled_sha256
-from specsampling.pointers import pointer_problem
+from specsampling.models.fetch import HUB_SECONDS
 
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from specsampling.results import metrics
-from specsampling.results.records import RougeScore, Row, Run, Score, ScoredRow
+from specsampling.results.records import Row, Run
+from specsampling.results.scores import RougeScore, Score, ScoredRow
 from specsampling.results.tables import aligned
 
 NOTE = (

@@ -10,10 +10,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from specsampling.pointers import pointer_problem
+from specsampling.disk import pointer_problem, sync
+
+UNFINISHED = ".unfinished"  # ends the name of a file until it is whole
 
 
 class RecordsError(ValueError):
@@ -52,8 +54,46 @@ def require_writable_folder(path: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()  # `os.access` says yes to root everywhere
 
 
-def lock_alone(path: Path, file: io.FileIO) -> None:
-    """Lock a file that was just opened, and go to its start."""
+def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
+    """Open a file for this process alone, at its start; the file is the one at the path.
+
+    Between opening and locking another process may put a new file in its place, and then the lock
+    would be on a file that nobody sees any more.
+
+    Raises:
+        RecordsError: another process has it open.
+    """
+    while True:
+        file = io.FileIO(path, mode)
+        try:
+            _lock_alone(path, file)
+            if is_at(path, file):
+                file.seek(0)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def is_at(path: Path, file: io.FileIO) -> bool:
+    """Whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
+    """Tells whether a file is as it was left: which one, how long, when written; None for none."""
+    try:
+        found = os.stat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _lock_alone(path: Path, file: io.FileIO) -> None:
     try:
         _lock(file)
     except (BlockingIOError, PermissionError):
@@ -61,32 +101,80 @@ def lock_alone(path: Path, file: io.FileIO) -> None:
             f"{path} is being written by another process; "
             "wait for it to end, or choose another file with --output"
         ) from None
-    file.seek(0)
 
 
 @contextmanager
-def replaced(path: Path, text: str) -> Iterator[None]:
+def replaced(path: Path, text: bytes) -> Iterator[io.FileIO]:
     """Write a whole file aside, and move it into place after the block.
 
     At any moment either the old or the new one is there, and the block runs only if the new one
-    could be written.
+    could be written. What is replaced is the file that a link leads to, never the link.
+
+    Yields:
+        The new file, locked before anybody else can see it; it stays open if the block ends well.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path = Path(os.path.realpath(path))
+    scratch = scratch_path(path)
+    _require_own(scratch)
+    file = open_alone(scratch)
     try:
-        with temporary.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        file.truncate(0)
+        write_all(file, text)
+        os.fsync(file.fileno())
+        yield file
+        if sys.platform == "win32":  # where an open file cannot be moved
+            file.close()
+        scratch.replace(path)
+        sync(path.parent)
+    except BaseException:
+        file.close()
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(path: Path, text: str) -> None:
     """Write a whole file in one step."""
-    with replaced(path, text):
+    with replaced(path, text.encode()) as file:
         pass
+    file.close()
+
+
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Write, however often the system takes only a part."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def end_at(file: io.FileIO, num_bytes: int) -> None:
+    """Cut off a torn last line, or give the last one its end."""
+    if num_bytes <= file.seek(0, os.SEEK_END):
+        file.truncate(num_bytes)
+    else:
+        write_all(file, b"\n")
+
+
+def scratch_path(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def clear_scratch(path: Path) -> None:
+    """Delete what a process that was killed has left of a file that it was writing."""
+    scratch = scratch_path(Path(os.path.realpath(path)))
+    with suppress(FileNotFoundError, RecordsError):  # another process is writing it
+        _require_own(scratch)
+        with open_alone(scratch, "r+"):
+            scratch.unlink()
+
+
+def _require_own(scratch: Path) -> None:
+    """Refuse a file in the way that is not the beginning of one of ours, a JSON object."""
+    with suppress(FileNotFoundError), scratch.open("rb") as file:
+        if file.read(1) not in (b"", b"{"):
+            raise RecordsError(
+                f"{scratch} is in the way and not of this program; move it, or choose another "
+                "file with --output"
+            )
 
 
 @contextmanager

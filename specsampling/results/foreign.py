@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from specsampling.pointers import pointer_problem
+from specsampling.disk import pointer_problem
 from specsampling.results.records import RecordsError
 
 MAX_BYTES = 1 << 30  # of a file, unpacked

@@ -12,15 +12,20 @@ from typing import Any, get_args, get_origin
 
 from specsampling.results.files import RecordsError
 
+BEGINNING = b'{"example_id": '  # of each line
+
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
 
 def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many bytes they take: less than all if it is torn.
+    """The objects of a JSONL file, and how many bytes they take, each with its line's end.
 
-    Each must hold the fields in `hints`, no others, and no key a second time.
+    Each must hold the fields in `hints`, no others, and no key a second time. A last line that
+    begins as ours do and breaks off was torn by a kill, and does not count.
     """
-    *lines, torn = data.split(b"\n")
+    *lines, last = data.split(b"\n")
+    if last and not _is_torn(last):
+        lines.append(last)
     values: list[dict[str, Any]] = []
     seen: set[Key] = set()
     num_bytes = 0
@@ -28,8 +33,6 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            if number == len(lines) and not torn:
-                break
             value = None
         problem = _problem(value, hints)
         if not problem:
@@ -43,6 +46,19 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
     return values, num_bytes
 
 
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of one of ours, or what a power cut leaves."""
+    if not line.strip(b"\0"):
+        return True
+    if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False  # an editor took the last line's end away
+
+
 def _problem(value: Any, hints: Mapping[str, Any]) -> str:
     """What keeps a line's value from being a row, in words; empty if nothing does."""
     if not isinstance(value, dict):
@@ -51,17 +67,20 @@ def _problem(value: Any, hints: Mapping[str, Any]) -> str:
     if unknown:
         return f"has a field that is not known: {', '.join(unknown)}"
     for name, hint in hints.items():
-        if not _fits(hint, value.get(name)):
+        if not fits(hint, value.get(name)):
             wrong = f"has a wrong {name}: {str(value.get(name))[:60]!r}"
             return wrong if name in value else f"has no {name}"
     return ""
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value of JSON is of a type: a plain one, one or None, a list, an object."""
     args = get_args(hint)
     if type(None) in args:
-        return value is None or _fits(args[0], value)
+        return value is None or fits(args[0], value)
     if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(args[0], item) for item in value)
+        return isinstance(value, list) and all(fits(args[0], item) for item in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict)
     # type() and not isinstance(): True is no integer here.
     return type(value) is hint or (hint is float and type(value) is int)

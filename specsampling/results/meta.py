@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.results.files import RecordsError, read_file
+from specsampling.results.lines import fits
 
 # In the meta, for rows to share a file; no `steps` where these are eager.
 MUST_AGREE = ("config_hash", "precision", "device", "steps")
+# Of what is read again; older files lack some.
+HINTS: dict[str, Any] = {
+    "config": dict[str, Any],
+    "config_hash": str,
+    "files": dict[str, Any],
+    "versions": dict[str, Any],
+    "resumed": list[dict[str, Any]],
+    "precision": str,
+    "device": str,
+}
 START_OVER = "start over with --fresh, or choose another file with --output"
 
 
@@ -22,11 +33,37 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     """What the rows in `path` were made with."""
     beside = meta_path(Path(path))
     data = read_file(beside)
-    with suppress(ValueError):
+    meta = None
+    with suppress(ValueError, RecursionError):
         meta = json.loads(data)
-        if isinstance(meta, dict):
-            return meta
-    raise RecordsError(f"{beside} must hold one JSON object (got {data[:40]!r})")
+    if not isinstance(meta, dict):
+        raise RecordsError(f"{beside} must hold one JSON object (got {data[:40]!r})")
+    for name, hint in HINTS.items():
+        if name in meta and not fits(hint, meta[name]):
+            raise RecordsError(
+                f"{beside} has a wrong {name} (got {json.dumps(meta[name]):.60}); mend it"
+            )
+    return meta
+
+
+def require_own_meta(path: Path) -> None:
+    """Refuse what stands where the meta of `path` goes and is no run's.
+
+    Raises:
+        RecordsError: it would be lost.
+    """
+    beside = meta_path(path)
+    if not beside.is_file() or not beside.stat().st_size:
+        return
+    try:
+        problem = "" if "config_hash" in read_meta(path) else "it has no config_hash"
+    except RecordsError as error:
+        problem = str(error)
+    if problem:
+        raise RecordsError(
+            f"{beside} must be the meta of a run, which would take its place ({problem}); move it "
+            "away, or choose another file with --output"
+        )
 
 
 def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:

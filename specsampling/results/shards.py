@@ -1,34 +1,66 @@
 """A run's rows while several processes make them: a file for each, merged at the end.
 
 A shard is a run file of its own, `name.rank0003.jsonl`, on the disk of the machine that writes it.
-What a run that was killed has left of them is taken in by the next one.
+Its meta names the run and the rank: without that, a file of such a name is somebody else's.
+What a run that was killed has left of shards is taken in by the next one.
 """
 
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specsampling.ranks import Ranks
-from specsampling.results.records import (
-    Key,
-    RecordsError,
-    Row,
-    RunFile,
-    Source,
-    check_output,
-    read_meta,
-    read_rows,
-)
+from specsampling.results.files import clear_scratch
+from specsampling.results.meta import meta_path
+from specsampling.results.records import Key, RecordsError, Row, Source, read_meta, read_rows
+from specsampling.results.runfile import RunFile, check_output
 
 Left = tuple[dict[str, Any], list[Row]]  # a shard's meta and rows
 
 
+# Names that a run gives to the files beside its rows.
+COMPANION = re.compile(r"\.(scores|rank\d+)\.jsonl$", re.IGNORECASE)
+
+
 def shard_path(output: Path, rank: int) -> Path:
     return output.with_suffix(f".rank{rank:04d}.jsonl")
+
+
+def require_own_name(output: Path) -> None:
+    """Refuse an output with the name of another run's scores or shard.
+
+    Raises:
+        RecordsError: it has.
+    """
+    if found := COMPANION.search(output.name):
+        raise RecordsError(
+            f"--output must not end in {found[0]}, as files beside a run's rows do (got {output}); "
+            "choose another name"
+        )
+
+
+def shard_meta(meta: dict[str, Any], output: Path, rank: int) -> dict[str, Any]:
+    """A run's meta with what says of a file that it is a rank's part of it."""
+    return {**meta, "shard_of": output.name, "rank": rank}
+
+
+def is_shard(path: Path, output: Path) -> bool:
+    """Whether a file is a rank's part of a run: its meta says so, or it has no byte and no meta."""
+    try:
+        if not (meta_path(path).exists() or path.stat().st_size):
+            return True
+        meta = read_meta(path)
+    except (OSError, RecordsError):
+        return False
+    rank = meta.get("rank")
+    if not isinstance(rank, int) or meta.get("shard_of") != output.name:
+        return False
+    return path.name == shard_path(output, rank).name
 
 
 def open_run_file(
@@ -75,9 +107,18 @@ class Shard:
         self._facts: dict[str, Any] = {}
         self._whole = RunFile.open(output, meta, fresh) if ranks.index == 0 else None
         self._path = shard_path(output, ranks.index)
-        self._own = RunFile.open(self._path, meta, fresh=True)
+        self._own = self._open_own(shard_meta(meta, output, ranks.index), output)
         self.rows = list(there)
         self.done = {row.key for row in there}
+
+    def _open_own(self, meta: dict[str, Any], output: Path) -> RunFile:
+        """This rank's file; what a run of the same name has left was taken in before."""
+        if self._path.exists() and not is_shard(self._path, output):
+            raise RecordsError(
+                f"{self._path} is in the way: rank {self._ranks.index} writes there, and it is no "
+                f"part of this run; move it, or choose another file with --output"
+            )
+        return RunFile.open(self._path, meta, fresh=True)
 
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
         """As `RunFile`'s; and every rank must have the examples of rank 0."""
@@ -135,7 +176,8 @@ def left_shards(output: Path) -> list[Path]:
     Raises:
         RecordsError: one does.
     """
-    paths = sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank[0-9]*.jsonl"))
+    names = output.parent.glob(f"{glob.escape(output.stem)}.rank[0-9]*.jsonl")
+    paths = sorted(path for path in names if is_shard(path, output))
     for path in paths:
         check_output(path)
     return paths
@@ -170,8 +212,9 @@ def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
 
 
 def _read(path: Path) -> Left:
-    rows = read_rows(path)
-    return (read_meta(path) if rows else {}), rows
+    rows, own = read_rows(path), ("shard_of", "rank")
+    meta = read_meta(path) if rows else {}
+    return {name: value for name, value in meta.items() if name not in own}, rows
 
 
 def _merge(output: Path, shards: Iterable[Left]) -> bool:
@@ -194,4 +237,6 @@ def remove(paths: Iterable[Path]) -> None:
     """Delete shards with their metas."""
     for path in paths:
         path.unlink(missing_ok=True)
-        path.with_suffix(".meta.json").unlink(missing_ok=True)
+        for beside in (path, meta_path(path)):
+            clear_scratch(beside)
+        meta_path(path).unlink(missing_ok=True)

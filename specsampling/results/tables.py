@@ -17,7 +17,8 @@ import pandas as pd
 
 from specsampling.results import metrics
 from specsampling.results.audit import audit, describe_partings, partings
-from specsampling.results.records import RougeScore, Row, Run, Score, Scores
+from specsampling.results.records import Row, Run
+from specsampling.results.scores import RougeScore, Score, Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specsampling.pointers import pointer_problem
+from specsampling.disk import pointer_problem
 from specsampling.tasks.task import Example, TaskError
 
 EMBEDDED = "embedded:"

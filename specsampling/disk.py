@@ -1,0 +1,90 @@
+"""What lies on a disk: is it the file itself, is it the same one as before, is it there for good?
+
+Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+MOST_POINTER_BYTES = 1024
+BLOCK = 1 << 20
+STEP, SAMPLE = 16 << 20, 1 << 12  # of a file larger than a block: how much is read of how much
+LENGTH_BYTES = 8  # with which a safetensors file begins: how long its header is
+MOST_HEADER_BYTES = 16 << 20
+
+
+def pointer_problem(path: Path) -> str:
+    """What is wrong with a pointer of Git LFS in place of a file; "" for a file.
+
+    A clone without git-lfs leaves such a text where each large file should be.
+    """
+    if not path.is_file() or path.stat().st_size > MOST_POINTER_BYTES:
+        return ""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) != POINTER:
+            return ""
+    return f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+
+
+def sha256_of(path: Path) -> str:
+    """A file's hash, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sampled_sha256(paths: Iterable[Path]) -> str:
+    """One hash of several files: names, sizes, small files whole, of large ones parts.
+
+    The parts are evenly spaced blocks and, of a safetensors file, its header and the beginning of
+    each tensor. To read all of a large checkpoint would take longer than to load it.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= BLOCK:
+                digest.update(file.read())
+                continue
+            starts = {*range(0, size, STEP), size - SAMPLE}
+            if path.suffix == ".safetensors":
+                header, tensors = _safetensors_header(file)
+                digest.update(header)
+                starts |= tensors
+            for start in sorted(starts):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def _safetensors_header(file: BinaryIO) -> tuple[bytes, set[int]]:
+    """A file's header and where its tensors begin; nothing where it is none."""
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    header = file.read(min(length, MOST_HEADER_BYTES))
+    try:
+        entries = json.loads(header)
+        begins = [int(entry["data_offsets"][0]) for entry in entries.values() if "dtype" in entry]
+        return header, {LENGTH_BYTES + length + begin for begin in begins if begin >= 0}
+    except (ValueError, TypeError, AttributeError, LookupError):
+        return header, set()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk, where the system can say so."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,224 @@
+"""The folder where models are kept that were fetched or converted: each whole, or made anew.
+
+A model's folder holds a manifest with the sizes and hashes of its files. Sizes are compared at
+each start, hashes at the first one after the machine was started, and wherever a file was written
+since they were last seen to agree. What does not agree is told, and made again.
+
+Knows nothing of torch, nor of what the files hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from specsampling.disk import sha256_of, sync
+from specsampling.models.errors import ModelError
+from specsampling.models.memory import gigabytes
+
+CACHE_VARIABLE = "SPECSAMPLING_CACHE"
+MANIFEST = "manifest.json"  # of a folder: each file's size and hash
+VERIFIED = "verified.json"  # when these were last seen to agree
+SCRATCH = ".making"  # ends the name of a folder that is being made
+LOCK_SECONDS = 5  # until a lock is looked at that cannot be had
+BOOT_SECONDS = 60  # by which the clock may be set without counting as another start
+
+
+def cache_folder() -> Path:
+    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
+
+    Raises:
+        ModelError: the user has no home folder, where a user cache would be.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    variable, below_home = {
+        "win32": ("LOCALAPPDATA", "AppData/Local"),
+        "darwin": ("", "Library/Caches"),
+    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    if base := os.environ.get(variable):
+        return Path(base, "specsampling")
+    try:
+        return Path.home() / below_home / "specsampling"
+    except RuntimeError as error:  # no HOME, and an account without a folder of its own
+        raise ModelError(
+            "models that are fetched or converted are kept in a folder, and this user has no home; "
+            f"set {CACHE_VARIABLE} to a folder"
+        ) from error
+
+
+def forget_verified() -> None:
+    """Have the hashes of every cached model compared when it is next used (`--verify-cache`)."""
+    for mark in cache_folder().glob(f"*/{VERIFIED}"):
+        mark.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_once(folder: Path) -> Iterator[Path | None]:
+    """Where to make a folder of the cache, or None where it is there; moved into place after.
+
+    It is made aside: a killed first start leaves nothing half made, and the next one clears what
+    it left. A second process waits.
+
+    Raises:
+        ModelError: the cache cannot be written.
+    """
+    if not problem_of(folder):
+        yield None
+        return
+    scratch = folder.with_name(folder.name + SCRATCH)
+    with _one_line(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (problem := problem_of(folder)):  # another process has made it
+            yield None
+            return
+        if folder.exists():
+            print(
+                f"{folder} is damaged ({problem}): it is made anew ...", file=sys.stderr, flush=True
+            )
+        with _one_line(folder.parent):
+            _remove(scratch)
+            scratch.mkdir()
+        try:
+            with _one_line(folder.parent):
+                made = scratch / "folder"
+                yield made
+                _publish(made, folder)
+        finally:
+            _remove(scratch)
+
+
+def problem_of(folder: Path) -> str:
+    """What keeps a cached folder from being used, in words; "" where it is whole."""
+    if not folder.is_dir():
+        return "it is not there"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        expected = {name: (int(size), str(digest)) for name, (size, digest) in manifest.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read: {error}"
+    for name, (size, _) in expected.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, and had {size}"
+    now = {name: _written(folder / name) for name in expected}
+    if _is_verified(folder, now):
+        return ""
+    total = sum(size for size, _ in expected.values())
+    print(f"  verifying {folder.name} ({gigabytes(total)}) ...", file=sys.stderr, flush=True)
+    for name, (_, digest) in expected.items():
+        try:
+            found_digest = sha256_of(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if found_digest != digest:
+            return f"{name} has another hash than when it was made"
+    _mark_verified(folder, now)
+    return ""
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _is_verified(folder: Path, now: dict[str, int]) -> bool:
+    """Whether the hashes agreed since the machine was started, and nothing was written since."""
+    try:
+        mark: Any = json.loads((folder / VERIFIED).read_bytes())
+        is_this_boot = abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS
+        return bool(is_this_boot and mark["written"] == now)
+    except (OSError, ValueError, TypeError, LookupError):
+        return False
+
+
+def _mark_verified(folder: Path, now: dict[str, int]) -> None:
+    mark = folder / VERIFIED
+    aside = mark.with_name(f"{mark.name}.unfinished")
+    with suppress(OSError):  # a cache that others keep: then the next start compares again
+        try:
+            aside.write_text(json.dumps({"boot": psutil.boot_time(), "written": now}))
+            aside.replace(mark)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Write the manifest of a folder that was made, and put it into its place.
+
+    Where a damaged one is, files are put there one by one, the manifest last: a file of the
+    user's among them stays.
+    """
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    names = [path.relative_to(made).as_posix() for path in files]
+    manifest = {n: [path.stat().st_size, sha256_of(path)] for n, path in zip(names, files)}
+    (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in (*files, made / MANIFEST, made):
+        sync(path)
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / VERIFIED).unlink(missing_ok=True)
+        for name in (*names, MANIFEST):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (made / name).replace(folder / name)
+        sync(folder)
+    else:
+        made.rename(folder)
+    sync(folder.parent)
+    _mark_verified(folder, {name: _written(folder / name) for name in names})
+
+
+def _remove(scratch: Path) -> None:
+    """Delete what this process, or one that was killed, has made so far."""
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else makes the folder meanwhile.
+
+    Raises:
+        ModelError: the lock's file cannot be made.
+    """
+    path = folder.with_name(folder.name + ".lock")
+    lock = FileLock(path)
+    with _one_line(folder.parent):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if path.exists():
+                print(f"Another process is making {folder}: waiting for it ...", file=sys.stderr)
+            try:
+                lock.acquire(timeout=LOCK_SECONDS)
+            except Timeout:
+                path.open("r+").close()  # else nobody holds it: it cannot be made
+                lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _one_line(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the model cache {cache} ({error}); set {CACHE_VARIABLE} to a folder "
+            "that can be written, with room for the models"
+        ) from error

@@ -1,0 +1,322 @@
+"""A run's rows, open for appending in one process at a time, and resumed after a stop.
+
+What is at the path is what counts. Another program may put another file there, or change it, at
+any moment: then rows go where the path leads if these are our rows, and are kept aside if not.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from specsampling.results.files import (
+    RecordsError,
+    clear_scratch,
+    end_at,
+    is_there,
+    one_line_errors,
+    open_alone,
+    read_file,
+    replace_file,
+    replaced,
+    require_plain,
+    require_writable_folder,
+    state_of,
+    write_all,
+)
+from specsampling.results.lines import Key
+from specsampling.results.meta import (
+    START_OVER,
+    meta_path,
+    meta_text,
+    require_own_meta,
+    resumed_meta,
+)
+from specsampling.results.records import (
+    Row,
+    Source,
+    line_of,
+    prompt_hashes,
+    require_one_prompt,
+    rows_in,
+)
+from specsampling.results.scores import require_own_scores, scores_path
+
+
+class RunFile:
+    """The rows of a run, open for appending in one process at a time.
+
+    Attributes:
+        rows: the rows in the file, in its order.
+        done: their keys.
+    """
+
+    @classmethod
+    def open(cls, path: str | Path, meta: dict[str, Any], fresh: bool = False) -> RunFile:
+        """Open a run to append to it, in a new file or where an earlier process stopped.
+
+        A last line that was torn by a kill is dropped, and rows that lacked memory, which are to be
+        made again. `meta` is written beside a new file;
+        a resumed one keeps its own, and with the first new row gains an entry in its list
+        `resumed`: what of `meta` is different this time (the date, a package's version).
+
+        Args:
+            path: ends in `.jsonl`; its folder is made.
+            meta: plain values; those of `meta.MUST_AGREE` must agree to resume.
+                If the hash does not, and there is a `config`, the error names the fields.
+            fresh: drop the rows, meta and scores that are there.
+
+        Raises:
+            RecordsError: the rows are another configuration's, or broken, or without a meta;
+                another process has the file open; it cannot be written.
+        """
+        path = Path(path)
+        with one_line_errors(path, "written"):
+            require_plain(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_alone(path)
+            try:
+                return cls(path, file, meta, fresh)
+            except BaseException:
+                file.close()
+                raise
+
+    def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
+        """Take over a file that was just opened; `RunFile.open` is the way in."""
+        for mine in (path, meta_path(path), scores_path(path)):
+            clear_scratch(mine)
+        if fresh:
+            check_fresh(path)
+        require_own_companions(path)
+        data = b"" if fresh else file.readall()
+        resumed = resumed_meta(path, meta) if data else None
+        self.rows, num_bytes = rows_in(path, data)
+        self._path = path
+        self._file = file
+        self._is_lost = False
+        if self.rows:
+            end_at(file, num_bytes)
+            self._meta_there = read_file(meta_path(path))
+        else:
+            self._meta_there = _start_over(path, file, meta)
+        self.done = {row.key for row in self.rows}
+        self._meta = resumed if self.rows and resumed else dict(meta)
+        self._is_meta_saved = not self.rows
+        self._state = state_of(file.fileno())
+        self._rewrite([row for row in self.rows if not row.lacked_memory])
+        self._hashes = prompt_hashes(path, self.rows)
+
+    def require_same_examples(self, examples: Mapping[str, Source]) -> None:
+        """Refuse to go on when the prompts or the data of rows that are there have changed since.
+
+        Args:
+            examples: id -> what its rows are made from now.
+
+        Raises:
+            RecordsError: a row was made from another prompt or reference.
+        """
+        for row in self.rows:
+            now = examples.get(row.example_id, row.source)
+            what, causes = "reference", "the data"
+            if not now.has_prompt_of(row.source):
+                what, causes = "prompt", "the data, the tokenizer or the chat template"
+            elif now.reference == row.reference:
+                continue
+            raise RecordsError(
+                f"{self._path} has rows of another {what} of {row.example_id}: {causes} have "
+                f"changed since; {START_OVER}"
+            )
+
+    def append(self, row: Row) -> None:
+        """Write a row; it is on the disk when this returns.
+
+        Raises:
+            RecordsError: its key is there already, or it cannot be written (the disk is
+                full, say), and then no part of it stays in the file.
+        """
+        if row.key in self.done:
+            raise RecordsError(f"{self._path} already holds a row for {row.key}")
+        require_one_prompt(self._path, row, self._hashes)
+        self._find(row)
+        with one_line_errors(self._path, "written"):
+            if not self._is_meta_saved:
+                self._save_meta()
+            self._write([row])
+        self.rows.append(row)
+        self.done.add(row.key)
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            write_all(self._file, b"".join(map(line_of, rows)))
+            os.fsync(self._file.fileno())
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
+        finally:
+            self._state = state_of(self._file.fileno())
+
+    def _find(self, *more: Row) -> None:
+        """Hold the open file against the path, before rows are added or put in order.
+
+        An editor, `git checkout` or `mv` puts another file there. One with our rows, or with the
+        first of them, is written to from here on.
+
+        Args:
+            more: rows that are to be kept too, should there be another file, or none.
+
+        Raises:
+            RecordsError: there is; it names the file where this run's rows are now.
+        """
+        if state_of(self._path) == self._state:
+            return
+        what = "replaced or changed" if is_there(self._path) else "deleted"
+        if what != "deleted":
+            self._file.close()
+            with suppress(OSError, RecordsError):
+                self._file = open_alone(self._path, "a+")
+                rows, num_bytes = rows_in(self._path, self._file.readall())
+                if [*map(line_of, rows)] == [*map(line_of, self.rows[: len(rows)])]:
+                    end_at(self._file, num_bytes)
+                    self._write(self.rows[len(rows) :])
+                    return
+        self._is_lost = True
+        self._file.close()
+        if not (rows := [*self.rows, *more]):
+            raise RecordsError(f"{self._path} was {what} while this run had it; start it again")
+        kept = _keep(self._path, rows, self._meta)
+        raise RecordsError(
+            f"{self._path} was {what} while this run wrote to it, and was left as it is; the run's "
+            f"{len(rows)} rows are in {kept}, their meta beside it: move both back to go on"
+        )
+
+    def note(self, **facts: Any) -> None:
+        """Add to the meta what is known only after rows were appended, if any were.
+
+        Where earlier processes have written rows, it goes into this one's entry in `resumed`.
+
+        Raises:
+            RecordsError: it cannot be written.
+        """
+        if self._is_meta_saved and not self._is_lost:
+            self._find()
+            (self._meta["resumed"][-1] if "resumed" in self._meta else self._meta).update(facts)
+            with one_line_errors(self._path, "written"):
+                self._save_meta()
+
+    def sort(self, order: Sequence[Key]) -> None:
+        """Put the rows into an order, all at once; those that it does not name come first.
+
+        Raises:
+            RecordsError: the file cannot be written.
+        """
+        places = {key: place for place, key in enumerate(order)}
+        self._rewrite(sorted(self.rows, key=lambda row: places.get(row.key, -1)))
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        """Put rows in the place of those that are there, all at once."""
+        if rows == self.rows:
+            return
+        self._find()
+        with one_line_errors(self._path, "written"):
+            with replaced(self._path, b"".join(map(line_of, rows))) as file:
+                self._file.close()
+            self._file = file
+            if file.closed:
+                self._file = open_alone(self._path)
+        self._state = state_of(self._file.fileno())
+        self.rows = rows
+        self.done = {row.key for row in rows}
+
+    def _save_meta(self) -> None:
+        """Put the meta beside the rows, in place of what this process has read or put there."""
+        beside, text = meta_path(self._path), meta_text(self._meta)
+        if is_there(beside) and read_file(beside) != self._meta_there:
+            raise RecordsError(
+                f"{beside} was changed while this run had it; move it away, and the same command "
+                "goes on"
+            )
+        replace_file(beside, text)
+        self._meta_there = text.encode()
+        self._is_meta_saved = True
+
+    def close(self) -> None:
+        """Close the file and let another process have it."""
+        self._file.close()
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
+    """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
+
+    For before the minutes of loading; another process may still be faster than this one. Without
+    a `meta` the rows that are there are not looked at: they are to be dropped, or not known yet.
+    """
+    path = Path(path)
+    with one_line_errors(path, "written"):
+        require_plain(path)
+        require_own_companions(path)
+        require_writable_folder(path)  # the meta is written aside there, and moved
+        if not is_there(path):
+            return
+        with open_alone(path, "r+") as file:
+            if meta is not None and (data := file.readall()):
+                resumed_meta(path, meta)
+                rows_in(path, data)
+
+
+def check_fresh(path: str | Path) -> None:
+    """Raise a RecordsError if starting a file over would delete what no run has written."""
+    path = Path(path)
+    try:
+        if path.is_file():
+            rows_in(path, read_file(path))
+    except RecordsError as error:
+        raise RecordsError(
+            f"{path} holds what is no row of a run, and --fresh would delete it ({error}); choose "
+            "another file with --output, or delete it yourself"
+        ) from None
+
+
+def require_own_companions(path: Path) -> None:
+    """Refuse files with the names of a run's meta and scores that are none.
+
+    Raises:
+        RecordsError: a run in `path` would take their place.
+    """
+    require_own_meta(path)
+    require_own_scores(path)
+
+
+def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> bytes:
+    """Drop the rows that are there and their scores, once the new meta is sure to be written."""
+    text = meta_text(meta).encode()
+    with replaced(meta_path(path), text) as new:
+        file.truncate(0)
+        scores_path(path).unlink(missing_ok=True)
+    new.close()
+    return text
+
+
+def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
+    """Put rows into a new file beside the one at `path`, with their meta; its path."""
+    for number in itertools.count(1):
+        kept = path.with_name(f"{path.stem}.kept{number}.jsonl")
+        with one_line_errors(kept, "written"), suppress(FileExistsError):
+            with io.FileIO(kept, "x") as file:
+                write_all(file, b"".join(map(line_of, rows)))
+                os.fsync(file.fileno())
+            replace_file(meta_path(kept), meta_text(meta))
+            return kept
+    raise AssertionError  # the count has no end

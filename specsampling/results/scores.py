@@ -1,0 +1,85 @@
+"""What scoring said of a run's rows: a file of its own beside them, always rewritten as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypedDict, cast, get_type_hints
+
+from specsampling.results.files import RecordsError, one_line_errors, read_file, replace_file
+from specsampling.results.lines import parse
+
+
+class ScoredRow(TypedDict):
+    """Which row a score is of."""
+
+    example_id: str
+    method: str
+    sample_index: int
+
+
+class Score(ScoredRow):
+    """Pass or fail of one row; `result` is `passed`, `timed out`, `failed: NameError`."""
+
+    passed: bool
+    result: str
+    form: str | None  # as what it passed, "" if it did not; None in older files
+
+
+class RougeScore(ScoredRow):
+    """ROUGE F1 of one row, in [0, 1]."""
+
+    rouge1: float
+    rouge2: float
+    rougeL: float
+
+
+Scores = Sequence[Score] | Sequence[RougeScore]  # of one run: its task says which
+
+
+def scores_path(path: str | Path) -> Path:
+    return Path(path).with_suffix(".scores.jsonl")
+
+
+def write_scores(path: str | Path, scores: Scores) -> None:
+    """Put the scores of the rows in `path` beside them, in place of earlier ones.
+
+    Raises:
+        RecordsError: what is there holds no scores, or cannot be replaced.
+    """
+    beside = scores_path(path)
+    require_own_scores(path)
+    with one_line_errors(beside, "written"):
+        replace_file(beside, "".join(json.dumps(score) + "\n" for score in scores))
+
+
+def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
+    """The scores of the rows in `path`; the first line says of which kind."""
+    beside = scores_path(path)
+    data = read_file(beside)
+    if b'"rouge1"' in data.partition(b"\n")[0]:
+        return cast("list[RougeScore]", parse(beside, data, get_type_hints(RougeScore))[0])
+    return cast("list[Score]", parse(beside, data, get_type_hints(Score))[0])
+
+
+def require_own_scores(path: str | Path) -> None:
+    """Refuse what stands where the scores of `path` go and does not begin as scores do.
+
+    Raises:
+        RecordsError: it would be lost.
+    """
+    beside = scores_path(path)
+    if not beside.is_file():
+        return
+    first = read_file(beside).partition(b"\n")[0]
+    names: set[str] = set()
+    with suppress(ValueError, TypeError):
+        names = set(json.loads(first or b"{}"))
+    is_score = names >= get_type_hints(ScoredRow).keys() and names & {"passed", "rouge1"}
+    if first and not is_score:
+        raise RecordsError(
+            f"{beside} holds no scores, and they would take its place; move it away, or choose "
+            "another file for the rows"
+        )
