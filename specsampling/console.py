@@ -23,6 +23,7 @@ from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.edge import launched_by, rank
 from specsampling.loading import (
     call_width,
+    digest_files,
     load_configured_pair,
     load_drafts,
     make_batch,
@@ -32,6 +33,7 @@ from specsampling.loading import (
     settle_memory,
     settle_steps,
 )
+from specsampling.models.cache import forget_verified
 from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
@@ -146,6 +148,11 @@ def _add_config_options(parser: Parser) -> None:
         metavar="NAME",
         help="auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload",
     )
+    parser.add_argument(
+        "--verify-cache",
+        action="store_true",
+        help="compare the hashes of cached models even if nothing was written since the last time",
+    )
     parser.add_argument("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
     parser.add_argument(
         "--set",
@@ -158,6 +165,8 @@ def _add_config_options(parser: Parser) -> None:
 
 def read_config(options: argparse.Namespace) -> Config:
     """The profile with the command line's values in place."""
+    if options.verify_cache and not rank():
+        forget_verified()
     given = {field: getattr(options, option, None) for option, field in SHORTCUTS.items()}
     values = {field: option_value(field, text) for field, text in given.items() if text is not None}
     return load_config(options.config, options.profile, options.set, values)
@@ -214,7 +223,7 @@ def run_experiment(
     wanted = _keys(config, task)
     pending = wanted - {row.key for row in there.rows} if there else wanted
     mode, why_eager = settle_steps(config, there, len(wanted))
-    meta = run_meta(config, mode, now)
+    meta = run_meta(config, mode, now) | {"files": digest_files(config, task.examples())}
     if rank() == 0 and options.fresh:  # either is told before minutes of loading
         check_fresh(output)
     elif rank() == 0:

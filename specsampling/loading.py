@@ -5,9 +5,11 @@ Torch is imported only once a configuration has been read, so that a mistake in 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from specsampling.models.estimate import Planned
     from specsampling.models.load import Pair
     from specsampling.results.records import Run
+    from specsampling.tasks.task import Example
 
 WORTH_COMPILING = 200  # rows
 THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
@@ -64,6 +67,31 @@ def outline_models(config: Config) -> Outlines:
     target = plan_model(models.target, dtype, models.target_quantization)
     drafts = [plan_model(spec, dtype, models.draft_quantization) for spec in specs]
     return Outlines(Pair(target.outline, NgramDraft(), tokenizer, frozenset()), target, drafts)
+
+
+def digest_files(config: Config, examples: Sequence[Example]) -> dict[str, str]:
+    """What tells a run's models and data from others under the same names, by those names.
+
+    Args:
+        config: of the run.
+        examples: all of the task's.
+
+    Raises:
+        ModelError: a model's files cannot be had.
+    """
+    from specsampling.models.checkpoint import digest_model
+    from specsampling.models.load import draft_spec
+
+    models = config.models
+    specs = {"models.target": models.target, "models.draft": draft_spec(models.draft)}
+    if models.tokenizer:
+        specs["models.tokenizer"] = models.tokenizer
+    for parts in drafts_named(config):
+        if parts.draft:
+            specs[f"draft {parts.draft}"] = draft_spec(parts.draft)
+    digests = {name: digest_model(spec) for name, spec in specs.items() if spec}
+    texts = json.dumps([(example.id, example.text, example.reference) for example in examples])
+    return digests | {"data": hashlib.sha256(texts.encode()).hexdigest()[:16]}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "tasks": {"results", "method.text", "config", "disk"},
     "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},
-    "loading": {"provenance", "results", "models", "method", "config"},
+    "loading": {"provenance", "tasks", "results", "models", "method", "config"},
     "edge": {"tasks", "results", "ranks", "models", "method", "checking"},
     "console": {
         *("edge", "loading", "provenance", "runner", "tasks", "results", "ranks", "models"),

@@ -19,6 +19,7 @@ from specsampling import provenance
 from specsampling.config import ConfigError
 from specsampling.console import exit_code
 from specsampling.provenance import prompt_date
+from specsampling.results.lines import unsealed
 from specsampling.results.records import read_meta, read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -152,7 +153,7 @@ def test_a_start_that_left_no_row_is_no_first_start(run_on):
 def test_rows_that_lacked_memory_keep_their_runs_day(run_on):
     """They are made again; the meta that stays says when the run began."""
     run_on(START, "reference")
-    lines = [json.loads(line) for line in run_on.output.read_text().splitlines()]
+    lines = [unsealed(json.loads(line))[0] for line in run_on.output.read_text().splitlines()]
     failed = {"finish_reason": "error", "error": "out of memory (here)", "token_ids": []}
     run_on.output.write_text("".join(json.dumps(line | failed) + "\n" for line in lines))
     assert run_on(START + timedelta(days=1), "reference")[0] == 0
@@ -176,6 +177,7 @@ def test_rows_that_lacked_memory_keep_their_runs_day(run_on):
 def test_rows_of_another_prompt_are_refused_in_one_line(was, now, run_on):
     """A prompt of other tokens, as many as before, went unseen into the file of the old one."""
     run_on(START, "reference", was)
+    without_digests(run_on.output)
     before = run_on.output.read_bytes()
     code, printed, errors = run_on(START, "speculative", now)
     assert code == 2 and printed == ""
@@ -185,17 +187,35 @@ def test_rows_of_another_prompt_are_refused_in_one_line(was, now, run_on):
     assert run_on.output.read_bytes() == before
 
 
+def test_files_that_have_changed_are_named(run_on):
+    """Their digests are in the meta: the rows were of two models, and all the target's own."""
+    run_on(START, "reference", "Be brief.\n")
+    before = run_on.output.read_bytes()
+    code, _, errors = run_on(START, "speculative", "Be quick.\n")
+    last = errors.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and "rows of other files" in last
+    assert "models.target have changed since; put them back, or start over" in last
+    assert run_on.output.read_bytes() == before
+
+
+def without_digests(output: Path) -> None:
+    """Make a run's meta one of before it told the files apart."""
+    meta = read_meta(output)
+    del meta["files"]
+    output.with_suffix(".meta.json").write_text(json.dumps(meta))
+
+
 # --- runs of before there was a date -----------------------------------------------------
 
 
 def as_before(output: Path, date: str) -> None:
     """Make a run what an earlier version left: no hash in a row, no date of the prompts."""
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = [unsealed(json.loads(line))[0] for line in output.read_text().splitlines()]
     for line in lines:
         del line["prompt_hash"]
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
     meta = read_meta(output) | {"date": date}
-    del meta["prompt_date"]
+    del meta["prompt_date"], meta["files"]
     output.with_suffix(".meta.json").write_text(json.dumps(meta))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from specsampling.results import files
+from specsampling.results.lines import unsealed
 from specsampling.results.records import (
     RecordsError,
     Row,
@@ -230,6 +231,27 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_changed(path, read)
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["completion", "seed", "decode_seconds"])
+def test_a_row_that_was_changed_later_is_told(path, name):
+    """One byte of a number or a text still makes a row, of another model."""
+    write_run(path, ROW, OTHER)
+    text = path.read_text()
+    value = json.dumps(getattr(ROW, name))
+    changed = text.replace(f'"{name}": {value[:-1]}', f'"{name}": {value[:-1]}1', 1)
+    assert changed != text
+    path.write_text(changed)
+    message = error_of(read_rows, path)
+    assert "line 1, was changed after it was written; mend or delete the line" in message
+
+
+def test_rows_and_metas_of_before_there_was_a_seal_are_read(path):
+    write_run(path, ROW)
+    for file in (path, path.with_suffix(".meta.json")):
+        file.write_text(json.dumps(unsealed(json.loads(file.read_text()))[0]) + "\n")
+    assert read_rows(path) == [ROW]
+    assert read_meta(path) == META
+
+
 def test_a_broken_line_before_a_torn_one_is_not_dropped(path):
     """A kill tears one line; two broken ones have another cause."""
     write_run(path, ROW)
@@ -307,7 +329,8 @@ def test_rows_of_before_there_was_a_hash_stand_beside_others(path):
 @pytest.mark.parametrize("value", [7, "", ["0123"], True])
 def test_a_hash_that_is_no_text_is_refused(path, value):
     write_run(path, HASHED)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prompt_hash": value}) + "\n")
+    values, _ = unsealed(json.loads(path.read_text()))
+    path.write_text(json.dumps({**values, "prompt_hash": value}) + "\n")
     if value == "":
         assert read_rows(path)
     else:

@@ -25,7 +25,14 @@ from specsampling.models.exactness import Proof, prove_decoding, require_decodab
 from specsampling.models.fused import fuse_layers
 from specsampling.models.memory import require_memory
 from specsampling.models.packed import can_int8, can_pack, pack_linears, to_int8
-from specsampling.models.source import is_gguf, model_location, read_config, read_model, reason
+from specsampling.models.source import (
+    digest_of,
+    is_gguf,
+    model_location,
+    read_config,
+    read_model,
+    reason,
+)
 
 log = logging.getLogger("specsampling")
 
@@ -157,6 +164,16 @@ def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Pla
         return Planned(
             outline_of(spec, dtype), quantization, not is_gguf(spec), _largest_file(spec)
         )
+
+
+def digest_model(spec: str) -> str:
+    """What `source.digest_of` says of a spec.
+
+    Raises:
+        ModelError: its files cannot be found or read.
+    """
+    with _one_line(spec):
+        return digest_of(spec)
 
 
 def _largest_file(spec: str) -> float:

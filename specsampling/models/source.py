@@ -26,10 +26,13 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
+from specsampling.disk import sampled_sha256
 from specsampling.models.distilled import assemble
 from specsampling.models.embedded import embedded_folder
 from specsampling.models.errors import ModelError
 from specsampling.models.folder import (
+    ADAPTER,
+    SAFE_WEIGHTS,
     base_of_adapter,
     file_of,
     hub_options,
@@ -47,6 +50,8 @@ from specsampling.models.gguf_tokenizer import gguf_tokenizer
 
 EMBEDDED = "embedded:"
 SHARD_SIZE = "256MB"
+READ_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of a folder
+DIGEST_LETTERS = 16
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 # Ends of names of what older versions saved, and models compute: no part of a checkpoint.
 SAVED_BUFFERS = (
@@ -77,6 +82,33 @@ def model_location(spec: str) -> str:
         return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder, assemble))
     require_files(spec)
     return spec
+
+
+def digest_of(spec: str) -> str:
+    """Tells a model's or tokenizer's files from other files of the same names.
+
+    Returns:
+        The cached folder's name of an embedded model, which holds its file's hash; the commit of
+        a hub id; a hash of the files of a folder, of its adapter's base too, or of a GGUF file.
+
+    Raises:
+        ModelError: the model cannot be had.
+        OSError: a file cannot be read.
+    """
+    location = model_location(spec)
+    if spec.startswith(EMBEDDED):
+        return Path(location).name
+    if is_gguf(spec):
+        return sampled_sha256([Path(spec)])[:DIGEST_LETTERS]
+    base = base_of_adapter(location)
+    behind = "" if base in (None, location) else f" on {digest_of(str(base))}"
+    if not Path(location).is_dir():
+        config = file_of(location, ADAPTER) or file_of(location, "config.json")
+        return f"{config.parent.name if config else ''}{behind}"
+    files = sorted(path for path in Path(location).iterdir() if path.is_file())
+    has_safe = any(path.name in SAFE_WEIGHTS for path in files)
+    kinds = READ_FILES if has_safe else (*READ_FILES, ".bin")
+    return sampled_sha256(path for path in files if path.suffix in kinds)[:DIGEST_LETTERS] + behind
 
 
 def is_gguf(spec: str) -> bool:

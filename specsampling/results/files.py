@@ -104,7 +104,7 @@ def _lock_alone(path: Path, file: io.FileIO) -> None:
 
 
 @contextmanager
-def replaced(path: Path, text: bytes) -> Iterator[io.FileIO]:
+def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
     """Write a whole file aside, and move it into place after the block.
 
     At any moment either the old or the new one is there, and the block runs only if the new one
@@ -119,7 +119,7 @@ def replaced(path: Path, text: bytes) -> Iterator[io.FileIO]:
     file = open_alone(scratch)
     try:
         file.truncate(0)
-        write_all(file, text)
+        write_all(file, data)
         os.fsync(file.fileno())
         yield file
         if sys.platform == "win32":  # where an open file cannot be moved
@@ -132,9 +132,9 @@ def replaced(path: Path, text: bytes) -> Iterator[io.FileIO]:
         raise
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a whole file in one step."""
-    with replaced(path, text.encode()) as file:
+    with replaced(path, data) as file:
         pass
     file.close()
 

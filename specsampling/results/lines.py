@@ -1,10 +1,14 @@
-"""JSON lines of ours: each an object with known fields of known types, and a key.
+"""JSON lines of ours: each an object with known fields of known types, a key, and a seal.
+
+The seal is a hash of the line's other fields, written last: whoever reads a line sees whether it
+was changed since. Lines of older versions have none.
 
 Knows what a row or a score holds only by the type hints that it is given.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +18,31 @@ from specsampling.results.files import RecordsError
 
 BEGINNING = b'{"example_id": '  # of each line
 
+SEAL = "sha256"  # the field that holds it
+SEAL_LETTERS = 16
+CHANGED = "was changed after it was written"
+
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
+
+
+def line_of(values: Mapping[str, Any]) -> bytes:
+    """An object as a line of ours."""
+    return json.dumps(sealed(values)).encode() + b"\n"
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with its seal as the last field."""
+    return {**values, SEAL: _seal_of(values)}
+
+
+def unsealed(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """An object without its seal, and whether that is its own; without one it counts as such."""
+    others = {name: value for name, value in values.items() if name != SEAL}
+    return others, values.get(SEAL, _seal_of(others)) == _seal_of(others)
+
+
+def _seal_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:SEAL_LETTERS]
 
 
 def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
@@ -34,7 +62,10 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
             value = json.loads(line)
         except (ValueError, RecursionError):
             value = None
-        problem = _problem(value, hints)
+        is_whole = True
+        if isinstance(value, dict) and SEAL in value:
+            value, is_whole = unsealed(value)
+        problem = _problem(value, hints) or ("" if is_whole else CHANGED)
         if not problem:
             key = value["example_id"], value["method"], value["sample_index"]
             problem = f"repeats the row for {key}" if key in seen else ""

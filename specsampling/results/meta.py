@@ -6,13 +6,13 @@ Knows nothing of rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from specsampling.results.files import RecordsError, read_file
-from specsampling.results.lines import fits
+from specsampling.results.lines import CHANGED, SEAL, fits, sealed, unsealed
 
 # In the meta, for rows to share a file; no `steps` where these are eager.
 MUST_AGREE = ("config_hash", "precision", "device", "steps")
@@ -38,6 +38,9 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         meta = json.loads(data)
     if not isinstance(meta, dict):
         raise RecordsError(f"{beside} must hold one JSON object (got {data[:40]!r})")
+    meta, is_whole = unsealed(meta)
+    if not is_whole:
+        raise RecordsError(f"{beside} {CHANGED}; put it back, or delete its field {SEAL}")
     for name, hint in HINTS.items():
         if name in meta and not fits(hint, meta[name]):
             raise RecordsError(
@@ -78,8 +81,19 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         raise RecordsError(
             f"{path} is another run's: {', '.join(_differences(was, now))}; {START_OVER}"
         )
+    if others := sorted(changed_files(old, meta)):
+        raise RecordsError(
+            f"{path} has rows of other files of the same names: those of {', '.join(others)} have "
+            f"changed since; put them back, or {START_OVER}"
+        )
     changes = {name: value for name, value in meta.items() if old.get(name) != value}
     return {**old, "resumed": [*old.get("resumed", []), changes]}
+
+
+def changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of models and data whose digests differ between two metas that both have them."""
+    was, now = old.get("files", {}), new.get("files", {})
+    return [name for name in was.keys() & now.keys() if was[name] != now[name]]
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -94,5 +108,6 @@ def meta_path(path: Path) -> Path:
     return path.with_suffix(".meta.json")
 
 
-def meta_text(meta: dict[str, Any]) -> str:
-    return json.dumps(meta, indent=2) + "\n"
+def meta_bytes(meta: Mapping[str, Any]) -> bytes:
+    """A meta as it stands in its file, with the seal of `lines.py`."""
+    return json.dumps(sealed(meta), indent=2).encode() + b"\n"

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from specsampling.results import lines
 from specsampling.results.files import RecordsError, read_file
 from specsampling.results.lines import Key, parse
 from specsampling.results.meta import START_OVER, read_meta
@@ -101,8 +102,7 @@ class Run:
 
 def line_of(row: Row) -> bytes:
     """A row as it stands in a file."""
-    values = {name: value for name, value in asdict(row).items() if value is not None}
-    return json.dumps(values).encode() + b"\n"
+    return lines.line_of({name: value for name, value in asdict(row).items() if value is not None})
 
 
 def read_rows(path: str | Path) -> list[Row]:

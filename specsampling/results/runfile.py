@@ -32,8 +32,8 @@ from specsampling.results.files import (
 from specsampling.results.lines import Key
 from specsampling.results.meta import (
     START_OVER,
+    meta_bytes,
     meta_path,
-    meta_text,
     require_own_meta,
     resumed_meta,
 )
@@ -236,14 +236,14 @@ class RunFile:
 
     def _save_meta(self) -> None:
         """Put the meta beside the rows, in place of what this process has read or put there."""
-        beside, text = meta_path(self._path), meta_text(self._meta)
+        beside, data = meta_path(self._path), meta_bytes(self._meta)
         if is_there(beside) and read_file(beside) != self._meta_there:
             raise RecordsError(
                 f"{beside} was changed while this run had it; move it away, and the same command "
                 "goes on"
             )
-        replace_file(beside, text)
-        self._meta_there = text.encode()
+        replace_file(beside, data)
+        self._meta_there = data
         self._is_meta_saved = True
 
     def close(self) -> None:
@@ -301,12 +301,12 @@ def require_own_companions(path: Path) -> None:
 
 def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> bytes:
     """Drop the rows that are there and their scores, once the new meta is sure to be written."""
-    text = meta_text(meta).encode()
-    with replaced(meta_path(path), text) as new:
+    data = meta_bytes(meta)
+    with replaced(meta_path(path), data) as new:
         file.truncate(0)
         scores_path(path).unlink(missing_ok=True)
     new.close()
-    return text
+    return data
 
 
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
@@ -317,6 +317,6 @@ def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
             with io.FileIO(kept, "x") as file:
                 write_all(file, b"".join(map(line_of, rows)))
                 os.fsync(file.fileno())
-            replace_file(meta_path(kept), meta_text(meta))
+            replace_file(meta_path(kept), meta_bytes(meta))
             return kept
     raise AssertionError  # the count has no end

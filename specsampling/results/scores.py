@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict, cast, get_type_hints
 
 from specsampling.results.files import RecordsError, one_line_errors, read_file, replace_file
-from specsampling.results.lines import parse
+from specsampling.results.lines import line_of, parse
 
 
 class ScoredRow(TypedDict):
@@ -52,7 +52,7 @@ def write_scores(path: str | Path, scores: Scores) -> None:
     beside = scores_path(path)
     require_own_scores(path)
     with one_line_errors(beside, "written"):
-        replace_file(beside, "".join(json.dumps(score) + "\n" for score in scores))
+        replace_file(beside, b"".join(map(line_of, scores)))
 
 
 def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from specsampling.ranks import Ranks
 from specsampling.results.files import clear_scratch
-from specsampling.results.meta import meta_path
+from specsampling.results.meta import changed_files, meta_path
 from specsampling.results.records import Key, RecordsError, Row, Source, read_meta, read_rows
 from specsampling.results.runfile import RunFile, check_output
 
@@ -104,6 +104,7 @@ class Shard:
     ):
         self._ranks = ranks
         self._device = device
+        self._meta = meta
         self._facts: dict[str, Any] = {}
         self._whole = RunFile.open(output, meta, fresh) if ranks.index == 0 else None
         self._path = shard_path(output, ranks.index)
@@ -121,11 +122,16 @@ class Shard:
         return RunFile.open(self._path, meta, fresh=True)
 
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
-        """As `RunFile`'s; and every rank must have the examples of rank 0."""
+        """As `RunFile`'s; and every rank must have the files and the examples of rank 0."""
         if self._whole:
             self._whole.require_same_examples(examples)
-        first, *others = self._ranks.gather([dict(examples)])
-        for rank, theirs in enumerate(others, start=1):
+        (first_meta, first), *others = self._ranks.gather([(self._meta, dict(examples))])
+        for rank, (meta, theirs) in enumerate(others, start=1):
+            if names := changed_files(first_meta, meta):
+                raise RecordsError(
+                    f"rank {rank} has other files than rank 0 under the name of {names[0]}; give "
+                    "every machine the same files"
+                )
             for name in first:
                 if theirs.get(name) != first[name]:
                     raise RecordsError(
