@@ -52,7 +52,7 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
     begins as ours do and breaks off was torn by a kill, and does not count.
     """
     *lines, last = data.split(b"\n")
-    if last and not _is_torn(last):
+    if last and not is_torn(last):
         lines.append(last)
     values: list[dict[str, Any]] = []
     seen: set[Key] = set()
@@ -77,7 +77,7 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
     return values, num_bytes
 
 
-def _is_torn(line: bytes) -> bool:
+def is_torn(line: bytes) -> bool:
     """Whether a line without an end is the beginning of one of ours, or what a power cut leaves."""
     if not line.strip(b"\0"):
         return True

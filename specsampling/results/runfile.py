@@ -237,7 +237,7 @@ class RunFile:
     def _save_meta(self) -> None:
         """Put the meta beside the rows, in place of what this process has read or put there."""
         beside, data = meta_path(self._path), meta_bytes(self._meta)
-        if is_there(beside) and read_file(beside) != self._meta_there:
+        if is_there(beside) and read_file(beside) not in (b"", self._meta_there):
             raise RecordsError(
                 f"{beside} was changed while this run had it; move it away, and the same command "
                 "goes on"

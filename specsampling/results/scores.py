@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict, cast, get_type_hints
 
 from specsampling.results.files import RecordsError, one_line_errors, read_file, replace_file
-from specsampling.results.lines import line_of, parse
+from specsampling.results.lines import is_torn, line_of, parse
 
 
 class ScoredRow(TypedDict):
@@ -65,21 +64,23 @@ def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
 
 
 def require_own_scores(path: str | Path) -> None:
-    """Refuse what stands where the scores of `path` go and does not begin as scores do.
+    """Refuse what stands where the scores of `path` go and has lines that are none.
 
     Raises:
         RecordsError: it would be lost.
     """
     beside = scores_path(path)
-    if not beside.is_file():
-        return
-    first = read_file(beside).partition(b"\n")[0]
-    names: set[str] = set()
-    with suppress(ValueError, TypeError):
-        names = set(json.loads(first or b"{}"))
-    is_score = names >= get_type_hints(ScoredRow).keys() and names & {"passed", "rouge1"}
-    if first and not is_score:
+    if beside.is_file() and not all(map(_is_score, read_file(beside).splitlines())):
         raise RecordsError(
-            f"{beside} holds no scores, and they would take its place; move it away, or choose "
-            "another file for the rows"
+            f"{beside} holds what is no score, and scores would take its place; move it away, or "
+            "choose another file for the rows"
         )
+
+
+def _is_score(line: bytes) -> bool:
+    """Whether a line is a score, whole or torn."""
+    try:
+        names = set(json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return is_torn(line)
+    return names >= get_type_hints(ScoredRow).keys() and bool(names & {"passed", "rouge1"})
