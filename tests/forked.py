@@ -39,9 +39,12 @@ HAS_FORK = hasattr(os, "fork") and sys.platform != "darwin"
 class Forked:
     """A started script, with what of `subprocess.Popen` the tests use."""
 
-    def __init__(self, server: socket.socket, script: str, arguments: list[str]):
+    def __init__(
+        self, server: socket.socket, script: str, arguments: list[str], variables: dict[str, str]
+    ):
         outputs, errors, report = os.pipe(), os.pipe(), os.pipe()
-        request = {"argv": [script, *arguments], "cwd": str(PROJECT), "env": dict(os.environ)}
+        environment = os.environ | variables
+        request = {"argv": [script, *arguments], "cwd": str(PROJECT), "env": environment}
         ends = array.array("i", [outputs[1], errors[1], report[1]])
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, ends)]
         data = json.dumps(request).encode()
@@ -99,8 +102,14 @@ class Forked:
 _server: socket.socket | None = None
 
 
-def start(script: str, *arguments: object) -> Forked | subprocess.Popen:
-    """Start a script of the project; where there is no fork, from nothing."""
+def start(script: str, *arguments: object, **variables: str) -> Forked | subprocess.Popen:
+    """Start a script of the project; where there is no fork, from nothing.
+
+    Args:
+        script: its path from the project's folder.
+        arguments: of its command line.
+        variables: of its environment, besides those of this process.
+    """
     global _server
     texts = [*map(str, arguments)]
     if not HAS_FORK:
@@ -110,6 +119,7 @@ def start(script: str, *arguments: object) -> Forked | subprocess.Popen:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | variables,
         )
     if _server is None:
         _server, theirs = socket.socketpair()
@@ -121,7 +131,7 @@ def start(script: str, *arguments: object) -> Forked | subprocess.Popen:
         theirs.close()
         atexit.register(process.wait)
         atexit.register(_server.close)
-    return Forked(_server, script, texts)
+    return Forked(_server, script, texts, variables)
 
 
 def _serve(server: socket.socket) -> None:

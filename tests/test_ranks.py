@@ -108,9 +108,8 @@ def test_two_processes_write_the_file_that_one_writes(config, alone, tmp_path):
     assert read_rows(alone)[0].rank is None
 
 
-@pytest.mark.parametrize(
-    "numbers", [[2, 3], pytest.param([2, 3] * 5, marks=pytest.mark.slow)], ids=len
-)
+@pytest.mark.slow  # test_kills.py has one without torchrun
+@pytest.mark.parametrize("numbers", [[2, 3] * 5], ids=len)
 def test_kills_lose_nothing_and_repeat_nothing(config, alone, tmp_path, numbers):
     """A random rank is killed again and again, and each time another number of ranks goes on."""
     output = tmp_path / "results2.jsonl"
