@@ -38,7 +38,13 @@ def texts(target, draft):
     return {name: generation.token_ids for name, generation in decoded.items()}
 
 
-@pytest.fixture(scope="module", params=[*STEPPED, "llama in 8 bit"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llama in 8 bit",
+        *(pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in STEPPED),
+    ],
+)
 def pair(request):
     """A fast pair, what it decodes eagerly, and then compiled."""
     architecture, _, is_int8 = request.param.partition(" in ")
