@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -104,6 +105,18 @@ def start(form: str, arguments: list[str], output: Path) -> list:
     ]
 
 
+def end(processes: list) -> None:
+    """End the others as torchrun does: one that waits in torch's own code sees no SIGTERM."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
 def finish(form: str, arguments: list[str], output: Path) -> None:
     processes = start(form, arguments, output)
     said = [process.communicate(timeout=300)[1] for process in processes]
@@ -143,10 +156,7 @@ def test_kills_lose_nothing_and_leave_nothing(form, num_kills, arguments_of, tmp
         processes = start(form, arguments, output)
         time.sleep(chance.uniform(0, seconds))
         chance.choice(processes).send_signal(signal.SIGKILL)
-        for process in processes:  # as torchrun ends the others
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.communicate(timeout=120)
+        end(processes)
     finish(form, arguments, output)
     assert result(form, output) == result(form, alone)
     names = [{path.name for path in folder.parent.rglob("*")} for folder in (alone, output)]
