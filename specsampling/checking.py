@@ -32,11 +32,26 @@ class ConfigError(ValueError):
 
 
 class Rule(NamedTuple):
-    """What a value must hold beyond its type: in words that follow the type's, and as a test."""
+    """What a value must hold beyond its type: in words that follow the type's, and as a test.
+
+    Attributes:
+        words: the rule, in words.
+        check: the rule, as a test.
+        way_out: what may help where it is broken.
+        is_word: whether a value may be a word of ours in capitals, or with blanks around it.
+    """
 
     words: str
     check: Callable[[Any], object]
     way_out: str = ""
+    is_word: bool = False
+
+    def misfit(self, value: Any) -> _Misfit:
+        """What is wrong with a value that breaks the rule."""
+        is_path = not self.is_word or set(value) & set("/\\")  # its capitals are its own
+        if not is_path and self.check(mended := value.strip().lower()):
+            return _Misfit(f"did you mean {mended}?", self)
+        return _Misfit(self.way_out, self)
 
 
 def at_least(minimum: int, way_out: str = "") -> Rule:
@@ -87,10 +102,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         converted = _convert(args[0], value, path)
         for rule in args[1:]:
             if not rule.check(converted):
-                raise _Misfit(rule.way_out, rule)
+                raise rule.misfit(converted)
         return converted
-    if type(None) in args:
-        return None if value is None else _convert(args[0], value, path)
+    if value is None and type(None) in args:
+        return None
     if kind in (Union, UnionType):
         return _convert_to_one(args, value, path)
     if is_dataclass(kind):
@@ -103,18 +118,40 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if kind in (str, int, bool, dict) and type(value) is kind:  # isinstance: True were an int
         return value
-    raise _Misfit(nearest(str(value), args) if kind is Literal else _TYPES[kind][1])
+    words = _allowed_words(hint)
+    raise _Misfit(nearest(str(value), words) if words else _TYPES[kind][1])
 
 
 def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
-    """`value` as the first of the hints that it fits."""
+    """`value` as the first of the hints that it fits.
+
+    Where it fits none, a broken rule is told first, then the word that was meant, then all ways.
+    """
     misfits = []
     for hint in hints:
         try:
             return _convert(hint, value, path)
         except _Misfit as misfit:
             misfits.append(misfit)
-    raise max(misfits, key=lambda misfit: (misfit.rule is not None, type(value) is str))
+    for misfit in misfits:
+        if misfit.rule is not None:
+            raise misfit
+    words = [word for hint in hints for word in _allowed_words(hint)]
+    ways_out = [_TYPES[kind][1] for hint in hints if (kind := _plain_kind(hint)) in _TYPES]
+    raise _Misfit(nearest(str(value), words) or ", or ".join([*ways_out, *words]))
+
+
+def _plain_kind(hint: Any) -> Any:
+    """A hint's kind without its rules."""
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(plain) or plain
+
+
+def _allowed_words(hint: Any) -> Sequence[str]:
+    """The words that a hint lets stand for themselves."""
+    if hint is type(None):
+        return ("null",)
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _words(hint: Any, broken: Rule | None = None) -> str:
@@ -136,7 +173,7 @@ def _words(hint: Any, broken: Rule | None = None) -> str:
 
 _TYPES = {  # the type in words, and what may help where something else is given
     str: ("a string", "text in quotes is always a string"),
-    int: ("an integer", "write digits only, without quotes"),
+    int: ("an integer", "write digits 0 to 9 only, without quotes"),
     float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
     bool: ("true or false", "write one of these two words, without quotes"),
     tuple: ("a list", "write it in brackets: [a, b]"),
@@ -145,9 +182,10 @@ _TYPES = {  # the type in words, and what may help where something else is given
 
 
 def nearest(word: str, known: Iterable[str], path: str = "") -> str:
-    """A question for the one of `known` that was meant; empty when none is near."""
-    near = get_close_matches(word[:MAX_SHOWN], known, n=1)
-    return "".join(f"did you mean {path}{shown_name(name)}?" for name in near)
+    """A question for the one of `known` that was meant, in any case; empty when none is near."""
+    spellings = {name.casefold(): name for name in known}
+    near = get_close_matches(word[:MAX_SHOWN].strip().casefold(), spellings, n=1)
+    return "".join(f"did you mean {path}{shown_name(spellings[name])}?" for name in near)
 
 
 def shown_name(key: str) -> str:

@@ -43,13 +43,20 @@ _NOT_HASHED = {
 
 _DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
 
+_OURS = re.compile(r"(ngram\+)?(embedded:|target-layers:)|ngram(\+|$)", re.IGNORECASE)
+_SMALL = " with ngram, target-layers: and embedded: in small letters"
 Text = Annotated[str, Rule(" that is not empty", len)]
+Spec = Annotated[
+    Text,
+    Rule(_SMALL, lambda spec: not (m := _OURS.match(spec)) or m[0].islower(), "mend them", True),
+]
 Device = Annotated[
     str,
     Rule(
         ": auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload",
         re.compile(r"auto(-split(-offload)?)?|cpu|cuda(:[0-9]{1,2})?|mps").fullmatch,
         "N counts this machine's GPUs from 0; auto-split lays a target over all of them",
+        is_word=True,
     ),
 ]
 Ngram = Annotated[
@@ -59,7 +66,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4"]
 Compile = Literal["auto", "on", "off"]
 SPECULATIVE = re.compile(
-    r"speculative(:(?P<draft>.+?))?(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block))?"
+    r"speculative(:(?P<draft>.+?(?<!(?i:@auto))(?<!(?i:@token|@block))))?(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block))?"
 )
 Method = Annotated[
     str,
@@ -67,6 +74,7 @@ Method = Annotated[
         ": autoregressive, reference, speculative or speculative:DRAFT, each with @K or @block",
         lambda name: name in ("autoregressive", "reference") or SPECULATIVE.fullmatch(name),
         "K is auto, or at least 1 and at most speculation.k",
+        is_word=True,
     ),
 ]
 VerifierName = Literal["token", "block"]
@@ -77,9 +85,9 @@ PromptStyle = Literal["completion", "chat"]
 class ModelsConfig:
     """Which two models, and in which precision. `tokenizer` None is the target's own."""
 
-    target: Text
-    draft: Text
-    tokenizer: Text | None
+    target: Spec
+    draft: Spec
+    tokenizer: Spec | None
     dtype: Dtype
     device: Device
     target_quantization: Quantization
@@ -192,7 +200,7 @@ class HumanEvalConfig:
 class XSumConfig:
     """Which articles, how a summary is asked for, and where it ends."""
 
-    dataset: Text
+    dataset: Spec
     split: Text
     prompt_style: PromptStyle
     prompt_template: Annotated[

@@ -128,6 +128,33 @@ def test_a_value_out_of_range_is_refused(override, rule):
     assert rule in message
 
 
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("speculation.k=Auto", "did you mean auto?"),
+        ("speculation.k=AUTO", "did you mean auto?"),
+        ("speculation.k=' auto '", "did you mean auto?"),
+        ("speculation.k=automatic", "did you mean auto?"),
+        ("speculation.k=best", "write digits 0 to 9 only, without quotes, or auto"),
+        ("run.limit=None", "write digits 0 to 9 only, without quotes, or null"),
+        ("run.limit=Nul", "did you mean null?"),
+        ("run.methods=[Speculative]", "did you mean speculative?"),
+        ("run.methods=[speculative:ngram@Auto]", "did you mean speculative:ngram@auto?"),
+        ("models.device=CUDA:0", "did you mean cuda:0?"),
+        ("models.dtype=BFLOAT16", "did you mean bfloat16?"),
+        ("models.draft=NGRAM", "did you mean ngram?"),
+        ("models.draft=NGRAM+Qwen/X", "embedded: in small letters (got"),
+        ("models.target=Embedded:smollm2-135m", "did you mean embedded:smollm2-135m?"),
+        ("decoding.compile=OFF", "did you mean off?"),
+        ("decoding.bit_exact=Yes", "write one of these two words"),
+        ("speculation.K=3", "did you mean speculation.k?"),
+    ],
+)
+def test_the_way_out_is_the_broken_rules_own(override, way_out):
+    """`k=Auto` was told to write digits only; a draft NGRAM was looked for on the hub."""
+    assert way_out in error_of(override)
+
+
 def test_a_prompt_template_must_hold_the_document():
     template = "xsum.prompt_template=Summarise:"
     assert "that holds {document}" in error_of(template, profile="exp1-rtx3050")
