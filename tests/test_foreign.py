@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import tracemalloc
 
 import pytest
 
@@ -231,3 +232,15 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
         read_objects(path, {})
     with pytest.raises(RecordsError, match="is a Git LFS pointer.*git lfs pull"):
         read_file(path)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_small_file_takes_little_memory(pack, path):
+    """Room for the largest file was asked for at once: scoring failed below 2 GB of `ulimit -v`."""
+    path.write_bytes(pack(LINES.encode()))
+    tracemalloc.start()
+    try:
+        read_objects(path, FIELDS)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()

@@ -14,12 +14,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from specsampling.disk import pointer_problem
 from specsampling.results.records import RecordsError
 
 MAX_BYTES = 1 << 30  # of a file, unpacked
+BLOCK = 1 << 24
 
 _BYTE_ORDER_MARKS = {  # UTF-32's first: it begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -76,7 +77,7 @@ def _unpacked(path: Path) -> bytes:
         with path.open("rb") as file:
             is_packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            data = (gzip.GzipFile(fileobj=file) if is_packed else file).read(MAX_BYTES + 1)
+            data = _start_of(gzip.GzipFile(fileobj=file) if is_packed else file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise RecordsError(f"{path} is broken gzip ({error}); write or fetch it again") from None
     except OSError as error:
@@ -86,6 +87,14 @@ def _unpacked(path: Path) -> bytes:
     if len(data) > MAX_BYTES:
         raise RecordsError(f"{path} must hold at most {MAX_BYTES >> 20} MB; split it")
     return data
+
+
+def _start_of(file: gzip.GzipFile | BinaryIO) -> bytes:
+    """A file to its end or a little beyond `MAX_BYTES`, without room for all of that at once."""
+    blocks = []
+    while sum(map(len, blocks)) <= MAX_BYTES and (block := file.read(BLOCK)):
+        blocks.append(block)
+    return b"".join(blocks)
 
 
 def _text(path: Path, data: bytes) -> str:
