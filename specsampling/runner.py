@@ -58,8 +58,13 @@ def encode_prompts(
             does not know.
     """
     context = context_limit(pair.target)
+    if max_new_tokens >= context:
+        raise PromptError(
+            f"decoding.max_new_tokens must be below the target's context of {context} tokens, "
+            f"which a prompt must fit too (got {max_new_tokens}); lower it"
+        )
     prompts = [
-        (example, task.prompt(example, pair, context - max_new_tokens))
+        (example, task.prompt(example, pair, context - max_new_tokens, max_new_tokens))
         for example in task.examples()[:limit]
     ]
     for example, prompt in prompts:
@@ -70,10 +75,15 @@ def encode_prompts(
 def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
     """Raise the PromptError that `encode_prompts` describes, should there be cause for one."""
     context = context_limit(pair.target)
-    if not 0 < len(token_ids) < context:
+    if not token_ids:
         raise PromptError(
-            f"{name} must have 1 to {context - 1} tokens, the target's context less one (got "
-            f"{len(token_ids)}); choose a model with a longer context"
+            f"{name} must have at least one token (got 0: the tokenizer drops all of its text); "
+            "put words around it, or choose a model that begins its texts with a token"
+        )
+    if len(token_ids) >= context:
+        raise PromptError(
+            f"{name} must have at most {context - 1} tokens, the target's context of {context} "
+            f"less one (got {len(token_ids)}); shorten it, or choose a model with a longer context"
         )
     embeddings: Any = pair.target.get_input_embeddings()
     if max(token_ids) >= embeddings.num_embeddings:

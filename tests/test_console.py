@@ -94,7 +94,7 @@ def test_a_chat_template_that_fails_is_one_line(llama, tokenizer, monkeypatch, t
     [
         ("", "--prompt must be a text in UTF-8"),
         ("a\udcff", "--prompt must be a text in UTF-8"),
-        ("word " * 3000, "the prompt must have 1 to 1023 tokens"),
+        ("word " * 3000, "the prompt must have at most 1023 tokens"),
     ],
 )
 def test_a_prompt_that_cannot_be_decoded_is_one_line(model_folders, prompt, message, capsys):

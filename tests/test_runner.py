@@ -11,7 +11,7 @@ from specsampling.method.text import Generation, PromptError
 from specsampling.models.load import Pair, load_pair
 from specsampling.results.records import RecordsError, Source, read_rows
 from specsampling.results.runfile import RunFile
-from specsampling.runner import encode_prompts, run, sample_seed
+from specsampling.runner import check_prompt, encode_prompts, run, sample_seed
 from specsampling.tasks.task import Example, Prompt
 
 META = {"config_hash": "x", "precision": "float32", "device": "cpu"}
@@ -25,7 +25,7 @@ class Words:
     def examples(self):
         return [Example(id=name, text=name, reference="r") for name in ("a", "b", "c", "d")]
 
-    def prompt(self, example, encoder, max_tokens):
+    def prompt(self, example, encoder, max_tokens, max_new_tokens=0):
         return Prompt(encoder.encode(example.text))
 
     def completion(self, example, text):
@@ -90,11 +90,11 @@ def test_rows_of_other_data_are_not_mixed_in(pair, tmp_path):
             return [replace(example, reference="corrected") for example in super().examples()]
 
     class Longer(Words):
-        def prompt(self, example, encoder, max_tokens):
+        def prompt(self, example, encoder, max_tokens, max_new_tokens=0):
             return Prompt(encoder.encode(f"a longer {example.text}"))
 
     class AsLong(Words):
-        def prompt(self, example, encoder, max_tokens):
+        def prompt(self, example, encoder, max_tokens, max_new_tokens=0):
             return Prompt(encoder.encode({"a": "b"}.get(example.text, example.text)))
 
     run_words(pair, tmp_path / "r.jsonl", limit=2)
@@ -174,25 +174,32 @@ def test_rows_hold_what_the_task_and_the_decoder_say(pair, tmp_path):
 
 def test_a_prompt_beyond_the_context_is_told_before_anything_is_decoded(pair, tmp_path):
     class TooLong(Words):
-        def prompt(self, example, encoder, max_tokens):
+        def prompt(self, example, encoder, max_tokens, max_new_tokens=0):
             return Prompt([1] * (1024 if example.id == "c" else 5))
 
     class Foreign(Words):
-        def prompt(self, example, encoder, max_tokens):
+        def prompt(self, example, encoder, max_tokens, max_new_tokens=0):
             return Prompt([1, 10_000])
 
     with pytest.raises(PromptError, match=r"prompt of a must have token ids below 400"):
         encode_prompts(Foreign(), pair, None, 2)
-    with pytest.raises(PromptError, match=r"prompt of c must have 1 to 1023 tokens.*got 1024"):
+    with pytest.raises(PromptError, match=r"prompt of c must have at most 1023 tokens.*got 1024"):
         encode_prompts(TooLong(), pair, None, 2)
     assert len(encode_prompts(TooLong(), pair, 2, 2)) == 2
+    with pytest.raises(PromptError, match=r"decoding.max_new_tokens must be below .* 1024 tokens"):
+        encode_prompts(Words(), pair, None, 1024)
+
+
+def test_an_empty_prompt_is_no_reason_for_a_longer_context(pair):
+    with pytest.raises(PromptError, match=r"at least one token \(got 0: the tokenizer drops"):
+        check_prompt("the prompt", [], pair)
 
 
 def test_a_task_hears_how_long_a_prompt_may_be_and_rows_say_what_was_cut(pair, tmp_path):
     """A summary of half an article was scored like any other, and no one could tell."""
 
     class Cut(Words):
-        def prompt(self, example, encoder, max_tokens):
+        def prompt(self, example, encoder, max_tokens, max_new_tokens=0):
             assert max_tokens == 1024 - 24  # the target's context less the new tokens
             return Prompt([1, 2, 3], num_cut_tokens=7 if example.id == "b" else 0)
 

@@ -279,12 +279,31 @@ def test_cuts_fit_with_a_real_tokenizer(path, tokenizer, style):
         assert whole - max_tokens < prompt.num_cut_tokens < whole
 
 
-def test_an_instruction_that_does_not_fit_is_one_line(path):
-    made = task(path)
-    with pytest.raises(PromptError, match=r"prompt of 11 without its document .* 5 tokens.*got 11"):
-        prompt_of(made, EXAMPLES[0], 5)
+@pytest.mark.parametrize(
+    ("max_tokens", "max_new_tokens", "num_shots", "why"),
+    [
+        (11, 100, 0, "max_new_tokens 100 leaves 11 tokens .* of 111, and .* alone takes 11; lower"),
+        (5, 100, 0, "decoding.max_new_tokens 100 leaves 5 tokens .* of 105"),
+        (5, 100, 1, "decoding.max_new_tokens 100 leaves 5 tokens"),
+        (-3, 100, 0, "decoding.max_new_tokens 100 leaves 0 tokens .* of 97"),
+        (10, 1, 0, "instruction alone takes 11 tokens .* of 11; shorten xsum.prompt_template"),
+        (11, 1, 1, "instruction alone takes 11 tokens .* of 12; shorten"),
+        (25, 9, 1, "xsum.num_shots 1 examples take 26 tokens, and the prompt may have 25"),
+    ],
+)
+def test_a_document_that_is_cut_to_nothing_names_what_takes_its_room(
+    path, max_tokens, max_new_tokens, num_shots, why
+):
+    """A longer context was the way out of whatever it was, and summaries of nothing were made."""
+    made = task(path, num_shots=num_shots)
+    with pytest.raises(PromptError, match=f"nothing is left of 11: .*{why}"):
+        made.prompt(EXAMPLES[0], Letters(), max_tokens, max_new_tokens)
+
+
+def test_a_template_without_words_is_no_reason_for_a_longer_context(path):
+    """Of the template {document} nothing was left, not even an instruction."""
     with pytest.raises(PromptError, match="lower decoding.max_new_tokens"):
-        prompt_of(made, EXAMPLES[0], -3)
+        task(path, template="{document}").prompt(EXAMPLES[0], Letters(), 0, 100)
 
 
 # --- completions ---------------------------------------------------------------------

@@ -53,7 +53,9 @@ class HumanEval:
             for name, problem in self._problems.items()
         ]
 
-    def prompt(self, example: Example, encoder: Encoder, max_tokens: int) -> Prompt:
+    def prompt(
+        self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
+    ) -> Prompt:
         """The problem, whole: half of one would be another problem.
 
         A raw prompt ends in a newline, after which small models start something new. In

@@ -61,8 +61,17 @@ class Task(Protocol):
     def examples(self) -> list[Example]:
         """Every example, in a fixed order."""
 
-    def prompt(self, example: Example, encoder: Encoder, max_tokens: int) -> Prompt:
-        """The prompt, of at most `max_tokens` where the task knows what may be cut."""
+    def prompt(
+        self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
+    ) -> Prompt:
+        """The prompt, of at most `max_tokens` where the task knows what may be cut.
+
+        Args:
+            example: what is asked.
+            encoder: of the target.
+            max_tokens: the target's context less `max_new_tokens`.
+            max_new_tokens: of the answer, for the message if nothing fits.
+        """
 
     def completion(self, example: Example, text: str) -> str:
         """What of the decoded new text is the answer."""

@@ -42,14 +42,16 @@ class XSum:
     def examples(self) -> list[Example]:
         return list(self._examples)
 
-    def prompt(self, example: Example, encoder: Encoder, max_tokens: int) -> Prompt:
+    def prompt(
+        self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
+    ) -> Prompt:
         """The solved articles and the request; a document that is too long loses its end.
 
         The cut is made between the document's tokens and repeated until the whole fits, for
         text may have a few tokens more or less once it stands in its template.
 
         Raises:
-            PromptError: the prompt without any of the document is too long.
+            PromptError: nothing is left of a document, and which setting takes its place.
         """
         encode = encoder.encode_chat if self._is_chat else encoder.encode
         prompt = encode(self._solved + self._request(example.text))
@@ -58,16 +60,43 @@ class XSum:
         document = encoder.encode(example.text)
         num_kept = len(document)
         while len(prompt) > max_tokens:
-            if num_kept == 0:
-                raise PromptError(
-                    f"the prompt of {example.id} without its document must have at most "
-                    f"{max_tokens} tokens, the target's context less decoding.max_new_tokens (got "
-                    f"{len(prompt)}); lower decoding.max_new_tokens or xsum.num_shots"
-                )
             num_kept = max(num_kept - (len(prompt) - max_tokens), 0)
             text = encoder.decode(document[:num_kept]).rstrip("\N{REPLACEMENT CHARACTER}")
+            if not num_kept or not text.strip():
+                shell = [len(encode(start + self._request(""))) for start in ("", self._solved)]
+                raise PromptError(
+                    f"nothing is left of {example.id}: "
+                    + self._no_room(*shell, max_tokens, max_new_tokens)
+                )
             prompt = encode(self._solved + self._request(text))
         return Prompt(prompt, len(document) - num_kept)
+
+    def _no_room(self, request: int, solved: int, max_tokens: int, max_new_tokens: int) -> str:
+        """Which setting takes the room of a document, and the way out.
+
+        Args:
+            request: tokens of the request without a document.
+            solved: these and the solved articles'.
+            max_tokens: of a prompt.
+            max_new_tokens: what else the context must hold.
+        """
+        context = max_tokens + max_new_tokens
+        if request >= context - 1:  # a document and an answer need a token each
+            return (
+                f"the instruction alone takes {request} tokens of the target's context of "
+                f"{context}; shorten xsum.prompt_template, or choose a model with a longer context"
+            )
+        if request < max_tokens and solved > request:
+            return (
+                f"xsum.num_shots {self._settings.num_shots} examples take {solved - request} "
+                f"tokens, and the prompt may have {max_tokens}, the target's context of {context} "
+                "less decoding.max_new_tokens; lower xsum.num_shots"
+            )
+        return (
+            f"decoding.max_new_tokens {max_new_tokens} leaves {max(max_tokens, 0)} tokens of the "
+            f"target's context of {context}, and the instruction alone takes {request}; lower "
+            "decoding.max_new_tokens"
+        )
 
     def completion(self, example: Example, text: str) -> str:
         """The summary: the new text up to a stop string."""
