@@ -133,9 +133,9 @@ def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
             return _convert(hint, value, path)
         except _Misfit as misfit:
             misfits.append(misfit)
-    for misfit in misfits:
-        if misfit.rule is not None:
-            raise misfit
+    for found in misfits:
+        if found.rule is not None:
+            raise found
     words = [word for hint in hints for word in _allowed_words(hint)]
     ways_out = [_TYPES[kind][1] for hint in hints if (kind := _plain_kind(hint)) in _TYPES]
     raise _Misfit(nearest(str(value), words) or ", or ".join([*ways_out, *words]))

@@ -91,8 +91,8 @@ def _unpacked(path: Path) -> bytes:
 
 def _start_of(file: gzip.GzipFile | BinaryIO) -> bytes:
     """A file to its end or a little beyond `MAX_BYTES`, without room for all of that at once."""
-    blocks = []
-    while sum(map(len, blocks)) <= MAX_BYTES and (block := file.read(BLOCK)):
+    blocks: list[bytes] = []
+    while sum(len(block) for block in blocks) <= MAX_BYTES and (block := file.read(BLOCK)):
         blocks.append(block)
     return b"".join(blocks)
 

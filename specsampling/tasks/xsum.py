@@ -63,11 +63,10 @@ class XSum:
             num_kept = max(num_kept - (len(prompt) - max_tokens), 0)
             text = encoder.decode(document[:num_kept]).rstrip("\N{REPLACEMENT CHARACTER}")
             if not num_kept or not text.strip():
-                shell = [len(encode(start + self._request(""))) for start in ("", self._solved)]
-                raise PromptError(
-                    f"nothing is left of {example.id}: "
-                    + self._no_room(*shell, max_tokens, max_new_tokens)
-                )
+                request = len(encode(self._request("")))
+                solved = len(encode(self._solved + self._request("")))
+                why = self._no_room(request, solved, max_tokens, max_new_tokens)
+                raise PromptError(f"nothing is left of {example.id}: {why}")
             prompt = encode(self._solved + self._request(text))
         return Prompt(prompt, len(document) - num_kept)
 
