@@ -117,6 +117,8 @@ def exit_code(
 
 def _code_of(error: BaseException) -> int:
     """Say what went wrong, if it is no bug of ours, and how the process ends."""
+    from specsampling.models.errors import is_out_of_memory, reason
+
     if isinstance(error, KeyboardInterrupt):
         _say(STOPPED)
         return CODES[signal.SIGINT]
@@ -126,20 +128,25 @@ def _code_of(error: BaseException) -> int:
     if isinstance(error, _mistakes()):
         if not (rank() and type(error).__name__ == "ConfigError"):  # every rank reads the same
             _say(f"error: {error}")
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
+        _say(
+            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
+            "nf4 quantization, or smaller models"
+        )
+    elif is_out_of_memory(error):
+        _say(
+            f"error: out of memory ({reason(error)}); lower decoding.max_new_tokens, choose "
+            "smaller models, or raise what `ulimit -v` shows"
+        )
     elif isinstance(error, OSError):
         _give_up_output()
         _say(
             f"error: the system refused something ({error}); check the paths, your rights to "
             "them, and the space on the disk"
         )
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
-        _say(
-            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
-            "nf4 quantization, or smaller models"
-        )
-    elif isinstance(error, MemoryError):
-        _say("error: out of memory; lower decoding.max_new_tokens, or choose smaller models")
     else:
+        if rank():
+            sys.stderr = sys.__stderr__  # a bug is told on every rank
         raise error
     return MISTAKE
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from specsampling.method.batch import decode_together
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation, PromptError, StopCheck
+from specsampling.models.errors import is_out_of_memory, reason
 from specsampling.models.load import Pair
-from specsampling.models.memory import is_out_of_memory, release_memory
-from specsampling.models.source import reason
+from specsampling.models.memory import release_memory
 from specsampling.ranks import Ranks
 from specsampling.results.records import OUT_OF_MEMORY, Key, Row, Source
 from specsampling.results.runfile import RunFile

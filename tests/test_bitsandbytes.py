@@ -10,6 +10,7 @@ from autoregressive import autoregressive
 from specsampling.method.drafts import ModelDraft
 from specsampling.method.sampling import Sampling
 from specsampling.models import checkpoint
+from specsampling.models.errors import ModelError
 from specsampling.models.exactness import check_exactness
 from speculative import speculative
 
@@ -91,3 +92,19 @@ def test_sampled_texts_carry_their_evidence(quantised, whole):
 def test_four_bit_is_had_by_its_name_on_a_cpu(folder):
     model = checkpoint.load_model(folder, torch.bfloat16, torch.device("cpu"), "nf4")
     assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+
+
+def test_layers_that_four_bit_does_not_take_name_four_bit(folder, monkeypatch):
+    """A width that is no multiple of a block was told to choose another architecture."""
+
+    def fail(*_, **__):
+        raise AssertionError("N must be divisible by block_n")
+
+    model = checkpoint._read(folder, torch.bfloat16, torch.device("cpu"), "nf4")
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(ModelError) as caught:
+        checkpoint.require_decodable(model, "it")
+    assert str(caught.value) == (
+        "cannot decode with it in nf4: its layers fail here (AssertionError: N must be divisible "
+        "by block_n); set models.target_quantization, or the draft's, to none or int8"
+    )

@@ -21,6 +21,7 @@ from specsampling.method.drafts import ModelDraft, NgramDraft, first_layers
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.method.session import Session, context_limit
 from specsampling.models import checkpoint, exactness, memory
+from specsampling.models import tokenizer as models_tokenizer
 from specsampling.models.attention import MAX_ROWS, grouped_mask
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
@@ -28,7 +29,7 @@ from specsampling.models.exactness import check_exactness, prove_decoding, requi
 from specsampling.models.fused import FusedLayer
 from specsampling.models.load import load_pair
 from specsampling.models.packed import Int8Linear, can_int8, can_pack
-from specsampling.models.tokenizer import num_appended
+from specsampling.models.tokenizer import end_ids, num_appended
 from specsampling.tasks.task import StopStrings
 from speculative import speculative
 
@@ -62,11 +63,11 @@ def with_more(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: torch.ones(48)}
 
 
-def load(folder: Path, draft: str = "ngram", dtype: str = "float32") -> Any:
+def load(folder: Path | str, draft: str = "ngram", dtype: str = "float32") -> Any:
     return load_pair(str(folder), draft, device="cpu", dtype=dtype)
 
 
-def refusal(folder: Path, draft: str = "ngram", dtype: str = "float32") -> str:
+def refusal(folder: Path | str, draft: str = "ngram", dtype: str = "float32") -> str:
     with pytest.raises(ModelError) as caught:
         load(folder, draft, dtype)
     assert "\n" not in str(caught.value)
@@ -142,6 +143,98 @@ def test_code_of_a_checkpoint_is_not_asked_for(folder, monkeypatch):
 def test_broken_files_are_one_line(name, content, folder):
     (folder / name).write_bytes(content)
     assert "cannot load" in refusal(folder)
+
+
+LOCAL, LIMIT = "download or convert it again", "raise what `ulimit -v` shows"
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+@pytest.mark.parametrize(
+    ("error", "said", "way_out"),
+    [
+        (MemoryError(), "out of memory (MemoryError)", LIMIT),
+        (RuntimeError("[x.cpp] CPUAllocator: can't allocate memory"), ": out of memory ([x", LIMIT),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), ": out of", LIMIT),
+        (OSError(12, "Cannot allocate memory"), ": out of memory ([Errno 12]", LIMIT),
+        (RuntimeError("can't start new thread"), ": out of memory (can't start", LIMIT),
+        (
+            ImportError("a.so: failed to map segment from shared file"),
+            ": out of memory (a.so",
+            LIMIT,
+        ),
+        (PermissionError(13, "denied", "a.json"), "([Errno 13]", "see that you may read"),
+        (ValueError("x: it does not recognize this architecture"), "(x", "-U transformers"),
+        (OSError("Error no file named model.safetensors"), "(Error no file", LOCAL),
+        (ValueError("Validation error for field 'a':\n  an integer"), "'a': an integer)", LOCAL),
+    ],
+    ids=lambda value: "",
+)
+def test_what_fails_has_the_way_out_of_its_cause(part, error, said, way_out, folder, monkeypatch):
+    """Too little memory, a missing right and a broken file in a folder: "check the network"."""
+
+    def fail(*_, **__):
+        raise error
+
+    module = checkpoint if part == "model" else models_tokenizer
+    monkeypatch.setattr(module, f"read_{part}", fail)
+    message = refusal(folder)
+    assert said in message and way_out in message and "network" not in message
+
+
+def test_memory_behind_another_error_is_memory(folder, monkeypatch):
+    """Libraries say "cannot load" of whatever kept them from it."""
+
+    def fail(*_, **__):
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise OSError("unable to load weights") from error
+
+    monkeypatch.setattr(checkpoint, "read_model", fail)
+    assert "out of memory (unable to load weights)" in refusal(folder)
+
+
+def test_too_little_memory_is_not_taken_for_layers_that_fail(folder, monkeypatch):
+    """The model was read a second time, with transformers' layers."""
+
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(FusedLayer, "forward", fail)
+    assert "out of memory" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["./models/x", "../x", "/abs/x", "models/a/b/c", "C:\\x", "C:/x", "~/x", "x/", "a/x.gguf"],
+)
+def test_a_folder_that_is_not_there_is_no_hub_id(spec):
+    """ "Repo id must use alphanumeric characters" was said of a path."""
+    assert f"cannot load model {spec}: it is not there, seen from {Path.cwd()}" in refusal(spec)
+
+
+def test_a_file_of_a_model_is_no_model(folder):
+    path = folder / "model.safetensors"
+    assert f"{path}: it is a file" in refusal(path) and str(folder) in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (
+            {"weight_map": {"a": "model-1.safetensors"}},
+            "model-1.safetensors is missing, which model",
+        ),
+        ({}, "is no index of weights (KeyError('weight_map'))"),
+        ([1], "is no index of weights"),
+    ],
+)
+def test_a_shard_that_the_index_names_and_that_is_missing_is_named(index, words, folder):
+    """ "check the name and the network" was said of a folder with a file too few."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refusal(folder)
+    assert words in message and message.endswith("download it again")
 
 
 def test_a_newer_librarys_tokenizer_says_what_to_install(folder):
@@ -475,6 +568,35 @@ def test_a_separator_that_is_several_tokens_ends_nothing(folder):
     pair = load(folder)
     assert len(pair.encode("<|file_sep|>")) > 1
     assert pair.eos_ids == {pair.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "told"),
+    [
+        ("generation_config.json", 100_000, "100000 in generation_config.json"),
+        ("generation_config.json", [7, -1, "2", 400], "-1 in generation_config.json, '2' in gen"),
+        ("generation_config.json", {"a": 1}, "{'a': 1} in generation_config.json"),
+        ("config.json", [7, 400], "400 in config.json"),
+    ],
+)
+def test_an_end_beyond_the_vocabulary_is_told_and_left_out(name, named, told, folder, caplog):
+    """No text ever ended there, without a word; what could not be hashed was a traceback."""
+    change_json(folder / name, eos_token_id=named)
+    pair = load(folder)
+    kept = {7} if name.startswith("gen") and isinstance(named, list) else set()
+    assert pair.eos_ids == {pair.tokenizer.eos_token_id} | kept
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"eos_token_id of {folder} must be an integer from 0 to 399" in line
+    assert told in line and line.endswith("left out")
+
+
+def test_without_any_end_left_texts_are_said_to_end_at_their_length(folder, caplog):
+    tokenizer = load(folder).tokenizer
+    tokenizer.eos_token = None
+    model = make_model("llama", vocab_size=400)
+    model.generation_config.eos_token_id = [-1, 400]
+    assert end_ids(tokenizer, model) == set()
+    assert "left out; texts end only at decoding.max_new_tokens" in caplog.text
 
 
 def test_a_template_that_raises_is_no_reason_not_to_decode(folder):

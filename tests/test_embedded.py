@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 
 from specsampling.models import cache, embedded, fetch, memory
+from specsampling.models.cache import made_once
 from specsampling.models.embedded import MODELS, EmbeddedModel, embedded_folder
 from specsampling.models.errors import ModelError
 from specsampling.models.fetch import Piece, Source
@@ -244,6 +245,28 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, index, monkeypatch
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "file" / "cache"))
     assert "cannot write the model cache" in error_of_get()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(12, "Cannot allocate memory"), ": out of memory ([Errno 12]"),
+        (OSError(28, "No space left on device"), "cannot write the model cache"),
+        (
+            PermissionError(13, "Permission denied", "/elsewhere/a.json"),
+            "cannot use /elsewhere/a.json",
+        ),
+        (OSError("the hub does not answer"), "the hub does not answer"),
+    ],
+    ids=str,
+)
+def test_what_is_no_fault_of_the_cache_is_not_told_of_it(error, said, tmp_path):
+    """Too little memory and a file elsewhere were told as "cannot write the model cache"."""
+    with pytest.raises((ModelError, OSError)) as caught, made_once(tmp_path / "cache" / "model"):
+        raise error
+    assert said in str(caught.value)
+    is_ours = "cannot write the model cache" in str(caught.value)
+    assert is_ours == (error.errno in (12, 28))
 
 
 def test_a_second_process_waits_and_finds_the_folder_made(full_index, capsys):

@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from specsampling.disk import sha256_of, sync
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 from specsampling.models.memory import gigabytes
 
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
@@ -218,7 +218,12 @@ def _one_line(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ModelError(
-            f"cannot write the model cache {cache} ({error}); set {CACHE_VARIABLE} to a folder "
-            "that can be written, with room for the models"
-        ) from error
+        place = error.filename if isinstance(error.filename, str) else ""
+        is_elsewhere = place and not Path(place).absolute().is_relative_to(cache.absolute())
+        if is_elsewhere and not is_out_of_memory(error):
+            way_out = "see that it is there, and that you may use it"
+            raise model_error(f"cannot use {place}", error, way_out) from error
+        if error.errno is None:  # a library's own, of the network, say
+            raise
+        way_out = f"set {CACHE_VARIABLE} to a folder that can be written, with room for the models"
+        raise model_error(f"cannot write the model cache {cache}", error, way_out) from error

@@ -15,8 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from specsampling.models.errors import ModelError
-from specsampling.models.source import reason
+from specsampling.models.errors import ModelError, model_error
 from specsampling.models.tokenizer import QUIET
 
 
@@ -45,10 +44,9 @@ def encode_chat(
                 chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
             )
     except Exception as error:  # a template is a program of the model's maker: any may come
-        raise ModelError(
-            f"the chat template of {tokenizer.name_or_path} fails ({reason(error)}); choose "
-            "prompt_style: completion, or mend the template"
-        ) from error
+        failure = f"the chat template of {tokenizer.name_or_path} fails"
+        way_out = "choose prompt_style: completion, or mend the template"
+        raise model_error(failure, error, way_out) from error
     return encoded["input_ids"]
 
 

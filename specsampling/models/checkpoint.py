@@ -8,6 +8,7 @@ give.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +20,16 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from specsampling.method.step import has_step
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import (
+    ModelError,
+    is_out_of_memory,
+    model_error,
+    reason,
+    way_out_of,
+)
 from specsampling.models.estimate import Planned, outline_of, weight_bytes
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
+from specsampling.models.folder import SAFE_WEIGHTS
 from specsampling.models.fused import fuse_layers
 from specsampling.models.memory import require_memory
 from specsampling.models.packed import can_int8, can_pack, pack_linears, to_int8
@@ -31,7 +39,6 @@ from specsampling.models.source import (
     model_location,
     read_config,
     read_model,
-    reason,
 )
 
 log = logging.getLogger("specsampling")
@@ -79,10 +86,11 @@ def load_model(
     if device.type == "cpu":
         _require_memory(spec, planned)
     model = _read(spec, dtype, device, quantization, device_map)
-    proof = require_decodable(model, spec)
-    if quantization != "none" or device_map is not None:
-        return model
-    problem = _try_fast(model, proof, to_8_bit)
+    with _one_line(spec):
+        proof = require_decodable(model, spec)
+        if quantization != "none" or device_map is not None:
+            return model
+        problem = _try_fast(model, proof, to_8_bit)
     if problem:
         log.warning("%s keeps transformers' layers: the faster ones %s", spec, problem)
         model = _read(spec, dtype, device, quantization)
@@ -94,9 +102,9 @@ def _try_fast(model: PreTrainedModel, proof: Proof, to_8_bit: bool) -> str:
     try:
         make_fast(model, to_8_bit)
         error = prove_decoding(model).difference(proof)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as problem:  # whatever a layer makes of what it was not written for
+        if is_out_of_memory(problem):
+            raise
         return f"fail on it ({reason(problem)})"
     is_8_bit = to_8_bit or is_distilled(model)
     limit = INT8_TOLERANCE if is_8_bit else FAST_TOLERANCES[model.dtype]
@@ -161,6 +169,7 @@ def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Pla
     """
     with _one_line(spec):
         _require_decoder(spec)
+        _require_shards(model_location(spec))
         return Planned(
             outline_of(spec, dtype), quantization, not is_gguf(spec), _largest_file(spec)
         )
@@ -190,9 +199,11 @@ def _one_line(spec: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # a checkpoint can be wrong in any way
-        raise ModelError(
-            f"cannot load model {spec} ({reason(error)}); {_way_out(error)}"
-        ) from error
+        if type(error).__name__ == "OutOfMemoryError":  # a GPU's
+            way_out = "choose a smaller model, int8 or nf4 quantization, or another device"
+            raise ModelError(f"cannot load model {spec} ({reason(error)}); {way_out}") from error
+        failure = f"cannot load model {spec}"
+        raise model_error(failure, error, way_out_of(error, spec)) from error
 
 
 def _require_decoder(spec: str) -> None:
@@ -200,6 +211,28 @@ def _require_decoder(spec: str) -> None:
         raise ModelError(
             f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
             "choose a decoder-only model"
+        )
+
+
+def _require_shards(location: str) -> None:
+    """Refuse a folder whose index names files of weights that are not there.
+
+    Raises:
+        ModelError: it names the index, and the first file.
+    """
+    index = Path(location, SAFE_WEIGHTS[1])
+    if Path(location, SAFE_WEIGHTS[0]).is_file() or not index.is_file():
+        return
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (index.parent / name).is_file()]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"{index} is no index of weights ({error!r})"
+        raise ModelError(f"{why}; download it again") from error
+    if missing:
+        raise ModelError(
+            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names "
+            f"({len(missing)} of {len(names)} files are); download it again"
         )
 
 
@@ -221,14 +254,3 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
-
-
-def _way_out(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "choose a smaller model, int8 or nf4 quantization, or another device"
-    if "trust_remote_code" in text or "custom code" in text:
-        return "it needs code of its own (auto_map), which is not run here; choose another model"
-    if isinstance(error, ImportError) or "bitsandbytes" in text:
-        return 'install what it needs, for 8 and 4 bit with: pip install ".[quant]"'
-    return "check the name and the network, or give a local folder"

@@ -28,8 +28,7 @@ from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import num_logits
 from specsampling.method.forward import RUNNER, runner_of
 from specsampling.method.session import Session, attention_windows, context_limit
-from specsampling.models.errors import ModelError
-from specsampling.models.source import reason
+from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 
 WIDTH = 8
 NUM_PREFILLED = 40
@@ -39,6 +38,8 @@ NUM_ALONE = 4
 # How far two ways to the same logits may be apart by rounding: norm of the difference / norm.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 QUANTIZED_TOLERANCE = 0.2
+
+ANOTHER = "choose another architecture"
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def require_decodable(model: PreTrainedModel, name: str) -> Proof:
         ModelError: in one line, why not.
     """
     refusal = f"cannot decode with {name}: {model.config.model_type} models"
-    with _one_line(f"{refusal} fail here"):
+    with _one_line(*_blame(model, name, f"{refusal} fail here")):
         why = _why_not_rolled_back(model)
     if why:
         raise ModelError(f"{refusal} {why}; choose another architecture")
-    with _one_line(f"{refusal} fail here"):
+    with _one_line(*_blame(model, name, f"{refusal} fail here")):
         truth = _proof(model, _without_cache(model))
     if not truth.rows.max(dim=-1).values.isfinite().all():
         is_half = model.dtype == torch.float16
@@ -134,7 +135,7 @@ def require_decodable(model: PreTrainedModel, name: str) -> Proof:
             f"cannot decode with {name}: its logits are not finite in "
             f"{str(model.dtype).removeprefix('torch.')}; {way_out}"
         )
-    with _one_line(f"{refusal} do not take a preallocated cache"):
+    with _one_line(f"{refusal} do not take a preallocated cache", ANOTHER):
         error = prove_decoding(model).difference(truth)
     if not error < truth.tolerance:
         raise ModelError(
@@ -145,14 +146,33 @@ def require_decodable(model: PreTrainedModel, name: str) -> Proof:
 
 
 @contextlib.contextmanager
-def _one_line(refusal: str) -> Iterator[None]:
+def _one_line(refusal: str, way_out: str) -> Iterator[None]:
     """Whatever a model makes of tokens and a cache that it was not written for, as a ModelError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        raise ModelError(f"{refusal} ({reason(error)}); choose another architecture") from error
+        if is_out_of_memory(error):
+            raise
+        raise model_error(refusal, error, way_out) from error
+
+
+def _blame(model: PreTrainedModel, name: str, refusal: str) -> tuple[str, str]:
+    """What to say where a model fails, and the way out: of a quantised one, its quantisation's.
+
+    The kernels of 4 bit take layers of some widths only, whatever the architecture.
+    """
+    method = getattr(model, "quantization_method", None)
+    if method is None:
+        return refusal, ANOTHER
+    settings = getattr(model.config, "quantization_config", None)
+    kind = str(getattr(method, "value", method))
+    if kind == "bitsandbytes":
+        kind = "nf4" if getattr(settings, "load_in_4bit", False) else "int8"
+    others = "none" if kind == "int8" else "none or int8"
+    return (
+        f"cannot decode with {name} in {kind}: its layers fail here",
+        f"set models.target_quantization, or the draft's, to {others}",
+    )
 
 
 def _why_not_rolled_back(model: PreTrainedModel) -> str:

@@ -54,12 +54,23 @@ WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need n
 
 
 def require_files(spec: str) -> None:
-    """Refuse pointers of Git LFS in place of files, and a folder that only holds a `.gguf` file.
+    """Refuse what is no model: no folder, a single file, pointers of Git LFS, a folder of GGUFs.
 
     Raises:
-        ModelError: it names the file.
+        ModelError: it names the folder or the file.
     """
     path = Path(spec)
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_file() and not is_gguf:
+        raise ModelError(
+            f"cannot load model {spec}: it is a file, and a model is a folder or a .gguf file; name "
+            f"the folder, {path.parent}"
+        )
+    if not path.exists() and (is_gguf or _is_path(spec)):
+        raise ModelError(
+            f"cannot load model {spec}: it is not there, seen from {Path.cwd()}; check the path, or "
+            "give a hub id, which is owner/name"
+        )
     files = sorted([*path.iterdir(), *path.glob("*/*")]) if path.is_dir() else [path]
     for file in files:
         if problem := pointer_problem(file):
@@ -67,6 +78,11 @@ def require_files(spec: str) -> None:
     ggufs = [file for file in files if file.suffix.lower() == ".gguf"]
     if path.is_dir() and ggufs and not (path / "config.json").is_file():
         raise ModelError(f"{spec} is a folder with a GGUF file; name the file: {ggufs[0]}")
+
+
+def _is_path(spec: str) -> bool:
+    """Whether a spec is a path and cannot be a hub id."""
+    return bool(re.search(r"^[./~]|/.*/|[:\\]|/$", spec))
 
 
 def file_of(location: str, name: str) -> Path | None:
@@ -267,7 +283,10 @@ def base_of_adapter(location: str) -> str | None:
             f"{location} is an adapter, and its {ADAPTER} names no base_model_name_or_path; "
             f"name one there, or {MERGE}"
         )
-    require_files(base)
+    try:
+        require_files(base)
+    except ModelError as error:
+        raise ModelError(f"{location} is an adapter of another model: {error}") from None
     if file_of(base, "config.json") is None:
         raise ModelError(
             f"{location} is an adapter of {base}, which cannot be found; mend "

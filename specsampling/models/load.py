@@ -21,9 +21,9 @@ from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramD
 from specsampling.method.session import CONTEXT_NAMES, context_limit
 from specsampling.models.chat import encode_chat
 from specsampling.models.checkpoint import load_model
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, model_error
 from specsampling.models.exactness import require_decodable
-from specsampling.models.source import model_location, reason
+from specsampling.models.source import model_location
 from specsampling.models.split import SPLIT
 from specsampling.models.tokenizer import (
     QUIET,
@@ -256,9 +256,8 @@ def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:
         raise ModelError(f"models.draft {spec}: {error}; {way_out}") from error
     except Exception as error:  # configurations that do not let their number of layers change
         kind = target.config.model_type
-        raise ModelError(
-            f"models.draft {spec}: {kind} models cannot be cut ({reason(error)}); {way_out}"
-        ) from error
+        failure = f"models.draft {spec}: {kind} models cannot be cut"
+        raise model_error(failure, error, way_out) from error
     require_decodable(model, f"models.draft {spec}")
     return model
 

@@ -14,10 +14,6 @@ from specsampling.models.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-CPU_ALLOCATOR = (
-    "can't allocate memory",
-    "not enough memory",
-)  # what torch's says, as a RuntimeError
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
 
 
@@ -75,15 +71,6 @@ def peak_bytes() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the machine had no more to give."""
-    import torch
-
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in CPU_ALLOCATOR)
 
 
 def release_memory() -> None:

@@ -271,11 +271,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if has_bars:
             transformers_logging.enable_progress_bar()
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line, with its type where the text alone says little."""
-    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:300]
-    if line and isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
-        return line
-    return f"{type(error).__name__}: {line}".removesuffix(": ")

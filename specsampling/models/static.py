@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 from specsampling.method.forward import RUNNER
 from specsampling.method.session import Session
 from specsampling.method.step import Buffers, decode_step, has_step
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, is_out_of_memory, reason
 from specsampling.models.exactness import TOLERANCES
-from specsampling.models.source import reason
 
 Mode = Literal["auto", "on", "off"]
 
@@ -105,9 +104,9 @@ def make_static(
         capacity = -(-(capacity + max(sizes)) // BLOCK) * BLOCK
         try:
             _prove(model, kind(model, capacity, sizes), report)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a compiler makes of a model
+            if is_out_of_memory(error):
+                raise
             problem = reason(error)
     else:
         problem = f"{model.config.model_type} models keep transformers' forward"

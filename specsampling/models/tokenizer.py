@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from specsampling.method.drafts import num_logits
 from specsampling.method.text import SEPARATORS
-from specsampling.models.errors import ModelError
-from specsampling.models.source import PROBES, read_tokenizer, reason
+from specsampling.models.errors import ModelError, model_error, way_out_of
+from specsampling.models.source import PROBES, read_tokenizer
+
+log = logging.getLogger("specsampling")
 
 QUIET = {"verbose": False}  # no warning of a long text: the caller cuts it or says so
 
@@ -28,23 +32,11 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     except ModelError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise ModelError(
-            f"cannot load the tokenizer of {spec} ({reason(error)}); {_way_out(error)}"
-        ) from error
+        way_out = f"set models.tokenizer if it ships without one, or {way_out_of(error, spec)}"
+        raise model_error(f"cannot load the tokenizer of {spec}", error, way_out) from error
     if is_empty:
         raise ModelError(f"{spec} ships without a tokenizer; set models.tokenizer to one that fits")
     return tokenizer
-
-
-def _way_out(error: Exception) -> str:
-    if "untagged enum" in str(error) or "unknown variant" in str(error):
-        return (
-            "its tokenizer.json may be of a newer library: pip install -U tokenizers transformers"
-        )
-    return (
-        "set models.tokenizer if the model ships without one, or check the name and the network, "
-        "or give a local folder"
-    )
 
 
 def require_same_tokenizer(
@@ -92,12 +84,45 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
     the tokenizer's end of text, and the token that the chat template puts behind an answer. A
     model that was tuned on the last runs into an invented next turn if only the first is heeded.
     A code model goes on to another file behind a separator, which no checkpoint names.
+
+    An id of the first that the model cannot say is left out, and a line tells of it.
     """
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = set(named if isinstance(named, list) else [named])
-    ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    size = num_logits(model)
+    config = model.config.get_text_config(decoder=True)
+    in_config = _listed(getattr(config, "eos_token_id", None))
+    named = _listed(getattr(model.generation_config, "eos_token_id", None))
+    places = {
+        "config.json": in_config,
+        "generation_config.json": [token for token in named if token not in in_config],
+    }
+    ids = {token for token in named if _is_id(token, size)}
+    ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
     ids |= separator_ids(tokenizer)
-    return frozenset(token for token in ids if token is not None)
+    odd = [
+        f"{token!r:.40} in {place}"
+        for place, tokens in places.items()
+        for token in tokens
+        if token is not None and not _is_id(token, size)
+    ]
+    if odd:
+        log.warning(
+            "eos_token_id of %s must be an integer from 0 to %d, for its vocabulary has %d tokens "
+            "(got %s): left out%s",
+            model.name_or_path,
+            size - 1,
+            size,
+            ", ".join(odd),
+            "" if min(ids, default=size) < size else "; texts end only at decoding.max_new_tokens",
+        )
+    return frozenset(ids)
+
+
+def _listed(named: Any) -> list[Any]:
+    return named if isinstance(named, list) else [named]
+
+
+def _is_id(token: Any, size: int) -> bool:
+    return type(token) is int and 0 <= token < size
 
 
 def separator_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
