@@ -28,15 +28,31 @@ LAUNCHED = {
     "PMI_SIZE": "PMI_RANK",
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
 }
+MOST_DIGITS = 9
 
 
 def launched_by() -> tuple[str, str] | None:
-    """The variables that say which process this is, and of how many; None for the only one."""
+    """The variables that say which process this is, and of how many; None for the only one.
+
+    Both must be numbers: a size alone, or a rank that is no number, launches nothing.
+
+    Of SLURM, an `srun` of several tasks is a launch, and it alone sets SLURM_STEP_NUM_TASKS above
+    1. A batch script and a shell of `salloc` are one process, however many tasks SLURM_NTASKS
+    reserves for them. So is a shell of `srun --pty`, which SLURM_PTY_PORT tells: its first task
+    has the terminal, and the others end at once.
+    """
     for size, index in LAUNCHED.items():
-        if all(os.environ.get(name, "").isdecimal() for name in (index, size)):
+        if index == "SLURM_PROCID" and "SLURM_PTY_PORT" in os.environ:
+            continue
+        if all(_is_number(os.environ.get(name, "")) for name in (index, size)):
             return (index, size) if int(os.environ[size]) > 1 else None
     return None
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 def rank() -> int:

@@ -1,9 +1,9 @@
 """One run on several processes: all GPUs of a machine, or several machines.
 
-`accelerate launch` or `torchrun` starts the processes; accelerate tells them of each other. Each
-rank decodes its share of the (example, sample) pairs, all methods of a pair, into a shard of its
-own beside the output; rank 0 merges the shards. Ranks that wait for each other ask rank 0's store
-instead of standing in a collective call, which would give up after half an hour.
+`accelerate launch`, `torchrun`, `mpirun` or `srun` starts the processes; accelerate tells them of
+each other. Each rank decodes its share of the (example, sample) pairs, all methods of a pair, into
+a shard of its own beside the output; rank 0 merges the shards. Ranks that wait for each other ask
+rank 0's store instead of standing in a collective call, which would give up after half an hour.
 
 Knows nothing of models, methods and rows.
 """
@@ -11,13 +11,16 @@ Knows nothing of models, methods and rows.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from specsampling.checking import ConfigError
 
 POLL_SECONDS = 0.2
+TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 class RanksError(RuntimeError):
@@ -52,13 +55,21 @@ class Ranks:
 
     def __init__(self, index: str, size: str) -> None:
         """Meet the other processes; `Ranks.of_launch` is the way in."""
+        try:
+            _require_place(index, size)
+        except ValueError as error:
+            raise RanksError(_not_met(error, index, size)) from error
+        if index == "SLURM_PROCID":
+            os.environ.update(_translated(os.environ))
+
         import torch
         from accelerate import PartialState
         from torch.distributed import PrefixStore, distributed_c10d
 
         try:
-            _require_place(index, size)
-            self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of threads, which `run.threads` sets
+                self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
             store = distributed_c10d._get_default_store()
         except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise RanksError(_not_met(error, index, size)) from error
@@ -127,10 +138,26 @@ class Ranks:
 
 
 def _require_place(index: str, size: str) -> None:
-    """Raise a ValueError if the variables count fewer processes than this one's number."""
+    """Raise a ValueError if no other process can be met: a number too high, or no address."""
     number, count = (int(os.environ[name]) for name in (index, size))
     if number >= count:
         raise ValueError(f"{index} must be below {size}, which is {count}, and is {number}")
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError("MASTER_ADDR is not set")
+
+
+def _translated(slurm: Mapping[str, str]) -> dict[str, str]:
+    """What torch and accelerate read, from the variables of an `srun`, which they do not read."""
+    tasks: list[str] = []  # of each machine, from "2(x3),1"
+    for number, times in TASKS.findall(slurm.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        tasks += [number] * int(times or 1)
+    node = int(slurm.get("SLURM_NODEID", "0"))
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": tasks[node] if node < len(tasks) else "1",
+    }
 
 
 def _not_met(error: Exception, index: str, size: str) -> str:

@@ -22,7 +22,7 @@ from test_records import ROW
 from test_results import META
 from transformers import AutoTokenizer
 
-from specsampling import edge
+from specsampling import edge, ranks
 from specsampling.ranks import Ranks
 from specsampling.results import shards
 from specsampling.results.records import RecordsError, read_meta, read_rows
@@ -338,6 +338,7 @@ LOCAL = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 HERE = {"MASTER_ADDR": "127.0.0.1"}
 TAKEN = {**HERE, "MASTER_PORT": "taken"}
 NO_ADDRESS = "`?MASTER_ADDR`?.*not set"
+SLURM = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
 OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
 
 
@@ -360,6 +361,9 @@ OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
         (("PMI_RANK", "PMI_SIZE"), 0, TAKEN, "EADDRINUSE"),
         (("PMI_RANK", "PMI_SIZE"), 0, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, NO_ADDRESS),
         (("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), 0, {}, NO_ADDRESS),
+        (SLURM, 0, {}, NO_ADDRESS),
+        (SLURM, 1, {"SLURM_LOCALID": "1"}, NO_ADDRESS),
+        (SLURM, 0, TAKEN | {"SLURM_STEP_TASKS_PER_NODE": "2"}, "EADDRINUSE"),
     ],
 )
 def test_a_process_that_cannot_meet_the_others_says_so_in_one_line(names, number, others, why):
@@ -398,6 +402,11 @@ def not_launched() -> dict[str, str]:
     "given",
     [
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script that reserved four
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's shell
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "9"},  # srun --pty
+        {"SLURM_STEP_NUM_TASKS": "4"},
+        {"RANK": "9" * 5000, "WORLD_SIZE": "9" * 5000},
+        {"RANK": "abc", "WORLD_SIZE": "2"},
         {"RANK": "0", "WORLD_SIZE": "1"},
         {"RANK": "0", "WORLD_SIZE": "\N{SUPERSCRIPT TWO}"},
         {"RANK": "", "WORLD_SIZE": "2"},
@@ -415,6 +424,31 @@ def test_variables_that_count_no_others_leave_a_process_alone(given, monkeypatch
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert (edge.launched_by(), edge.rank()) == (None, 0)
+
+
+def test_srun_with_several_tasks_is_a_launch(monkeypatch):
+    """Each of the tasks took itself for the only process, and all wrote the same file."""
+    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values(), "SLURM_PTY_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    slurm = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_NTASKS": "9"}
+    slurm |= {"SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "3(x2),1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert (edge.launched_by(), edge.rank()) == (SLURM, 4)
+    assert ranks._translated(slurm) == {
+        **{"RANK": "4", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    }
+
+
+def test_a_bug_is_told_on_every_rank():
+    """The traceback of all ranks but one went nowhere: they ended with exit code 1, no word."""
+    code = "from specsampling.edge import exit_code; exit_code(lambda arguments: 1 / 0)"
+    given = {"RANK": "1", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=PROJECT, env=not_launched() | given, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def test_each_takes_a_gpu_of_its_own(monkeypatch):

@@ -63,13 +63,13 @@ def require_files(spec: str) -> None:
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and not is_gguf:
         raise ModelError(
-            f"cannot load model {spec}: it is a file, and a model is a folder or a .gguf file; name "
-            f"the folder, {path.parent}"
+            f"cannot load model {spec}: it is a file, and a model is a folder or a .gguf file; "
+            f"name the folder, {path.parent}"
         )
     if not path.exists() and (is_gguf or _is_path(spec)):
         raise ModelError(
-            f"cannot load model {spec}: it is not there, seen from {Path.cwd()}; check the path, or "
-            "give a hub id, which is owner/name"
+            f"cannot load model {spec}: it is not there, seen from {Path.cwd()}; check the path, "
+            "or give a hub id, which is owner/name"
         )
     files = sorted([*path.iterdir(), *path.glob("*/*")]) if path.is_dir() else [path]
     for file in files:
