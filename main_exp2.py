@@ -14,9 +14,10 @@ the result.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from specsampling.edge import catch_signals
+    from specsampling.edge import catch_signals, check_address_space
 
     catch_signals()
+    check_address_space()
 
 import sys
 from collections import Counter

@@ -12,9 +12,10 @@ decodes one prompt and shows which tokens were accepted, corrected and bonus.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from specsampling.edge import catch_signals
+    from specsampling.edge import catch_signals, check_address_space
 
     catch_signals()
+    check_address_space()
 
 from collections.abc import Collection, Sequence
 

@@ -1,6 +1,7 @@
 """A script's edge: signals, streams, one line for a mistake, exit codes.
 
-A script calls `catch_signals` before its imports, which take seconds, and ends with `exit_code`.
+A script calls `catch_signals` before its imports, which take seconds, `check_address_space` before
+those of torch, and ends with `exit_code`.
 Imports next to nothing, not even `typing`, for a signal may come while it does, and nothing of
 ours before something went wrong.
 """
@@ -19,6 +20,10 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, 
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ended
 PATIENCE_SECONDS = 2  # an impatient second Ctrl-C must not tear the tidying up of the first
 MAX_LINE = 2000
+# Address space that the libraries take, measured with a margin, and what each thread adds to it.
+DECODING_BYTES = 1_650_000_000
+SCORING_BYTES = 500_000_000
+THREAD_BYTES = 64_000_000
 STOPPED = "stopped; finished rows are kept, and the same command goes on"
 
 
@@ -97,6 +102,38 @@ def catch_signals() -> None:
     for number in CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and `&` have it
             signal.signal(number, _signals)
+
+
+def check_address_space() -> None:
+    """End with one line if `ulimit -v` leaves too little room for the libraries.
+
+    Their imports would end in a traceback, in an abort without a word of ours, or not at all.
+    Scoring alone needs less.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    is_light = any(argument.startswith(("--score", "--help", "-h")) for argument in sys.argv[1:])
+    threads = _num_threads()
+    needed = (SCORING_BYTES if is_light else DECODING_BYTES) + threads * THREAD_BYTES
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    fewer = ", or set OMP_NUM_THREADS=1" if threads > 1 else ""
+    _say(
+        f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the libraries "
+        f"and {threads} threads (got {limit / 1e9:.1f} GB); raise it{fewer}"
+    )
+    raise SystemExit(MISTAKE)
+
+
+def _num_threads() -> int:
+    """How many threads the libraries start, for each processor core or as they are told."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if _is_number(told) and int(told):
+        return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_signals() -> None:

@@ -37,8 +37,12 @@ def require_memory(purpose: str, needed: int, way_out: str) -> None:
 
 
 def available_bytes() -> int:
-    """What can still be taken, swap and reclaimable caches included, within a container's limit."""
+    """What can still be taken, swap and reclaimable caches included, within all limits.
+
+    These are a container's, and a process's own of its address space (`ulimit -v`).
+    """
     machine = psutil.virtual_memory().available + psutil.swap_memory().free
+    machine = min(machine, _address_space())
     try:
         limit, used = (
             int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
@@ -49,6 +53,18 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # no such limit: not Linux, no container, or "max"
         return machine
     return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
+
+
+def _address_space() -> int:
+    """What this process may still map; more than any machine has where there is no limit."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(limit - int(psutil.Process().memory_info().vms), 0)
 
 
 def free_bytes(device: torch.device) -> int:
