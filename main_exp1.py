@@ -16,7 +16,7 @@ if __name__ == "__main__":
     from specsampling.edge import catch_signals, check_address_space
 
     catch_signals()
-    check_address_space()
+    check_address_space(scoring_bytes=1_350_000_000)  # `evaluate` imports torch
 
 import sys
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 2  # an impatient second Ctrl-C must not tear the tidying up 
 MAX_LINE = 2000
 # Address space that the libraries take, measured with a margin, and what each thread adds to it.
 DECODING_BYTES = 1_650_000_000
-SCORING_BYTES = 500_000_000
+LIGHT_BYTES = 500_000_000  # without torch and transformers
 THREAD_BYTES = 64_000_000
 STOPPED = "stopped; finished rows are kept, and the same command goes on"
 
@@ -104,23 +104,27 @@ def catch_signals() -> None:
             signal.signal(number, _signals)
 
 
-def check_address_space() -> None:
+def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     """End with one line if `ulimit -v` leaves too little room for the libraries.
 
     Their imports would end in a traceback, in an abort without a word of ours, or not at all.
-    Scoring alone needs less.
+
+    Args:
+        scoring_bytes: what `--score` takes.
     """
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    is_light = any(argument.startswith(("--score", "--help", "-h")) for argument in sys.argv[1:])
-    threads = _num_threads()
-    needed = (SCORING_BYTES if is_light else DECODING_BYTES) + threads * THREAD_BYTES
+    needed, threads = DECODING_BYTES, _num_threads()
+    for argument in sys.argv[1:]:
+        if argument.startswith(("--score", "--help", "-h")):
+            needed = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
+    fewer = ", or set OMP_NUM_THREADS=1" if limit >= needed + THREAD_BYTES else ""
+    needed += threads * THREAD_BYTES
     if limit == resource.RLIM_INFINITY or limit >= needed:
         return
-    fewer = ", or set OMP_NUM_THREADS=1" if threads > 1 else ""
     _say(
         f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the libraries "
         f"and {threads} threads (got {limit / 1e9:.1f} GB); raise it{fewer}"
@@ -170,27 +174,18 @@ def exit_code(
 
 def _code_of(error: BaseException) -> int:
     """Say what went wrong, if it is no bug of ours, and how the process ends."""
-    from specsampling.models.errors import is_out_of_memory, reason
-
     if isinstance(error, KeyboardInterrupt):
         _say(STOPPED)
         return CODES[signal.SIGINT]
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
         _give_up_output()
         return BROKEN_PIPE
-    if isinstance(error, _mistakes()):
+    is_ours = type(error).__module__.startswith("specsampling.")  # raised from memory, maybe
+    if not is_ours and (line := _of_memory(error)):
+        _say(line)
+    elif isinstance(error, _mistakes()):
         if not (rank() and type(error).__name__ == "ConfigError"):  # every rank reads the same
             _say(f"error: {error}")
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
-        _say(
-            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
-            "nf4 quantization, or smaller models"
-        )
-    elif is_out_of_memory(error):
-        _say(
-            f"error: out of memory ({reason(error)}); lower decoding.max_new_tokens, choose "
-            "smaller models, or raise what `ulimit -v` shows"
-        )
     elif isinstance(error, OSError):
         _give_up_output()
         _say(
@@ -202,6 +197,23 @@ def _code_of(error: BaseException) -> int:
             sys.stderr = sys.__stderr__  # a bug is told on every rank
         raise error
     return MISTAKE
+
+
+def _of_memory(error: BaseException) -> str:
+    """What to say of an error if memory is its cause; imports little, for there is little."""
+    from specsampling.models.errors import is_out_of_memory, reason
+
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
+        return (
+            "error: out of memory on the device; lower decoding.max_new_tokens, choose int8 or "
+            "nf4 quantization, or smaller models"
+        )
+    if not is_out_of_memory(error):
+        return ""
+    return (
+        f"error: out of memory ({reason(error)}); lower decoding.max_new_tokens, choose smaller "
+        "models, or raise what `ulimit -v` shows"
+    )
 
 
 def _mistakes() -> tuple[type[Exception], ...]:

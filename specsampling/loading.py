@@ -126,7 +126,7 @@ def settle_memory(
     from specsampling.models.errors import ModelError
     from specsampling.models.estimate import Lengths, need_of, ways_out
     from specsampling.models.load import resolve_device
-    from specsampling.models.memory import free_bytes, gigabytes, resident_bytes
+    from specsampling.models.memory import free_bytes, gigabytes, limit_way_out, resident_bytes
     from specsampling.models.split import SPLIT, split_target
 
     say = partial(print, file=sys.stderr, flush=True)
@@ -151,7 +151,7 @@ def settle_memory(
         fitting = ways_out(outlines.target, outlines.drafts, device, lengths, free)
         raise ModelError(
             f"the models need {need}, and {device} has {gigabytes(free)} free; "
-            f"choose {', or '.join(fitting) or 'smaller models'}"
+            f"choose {', or '.join(fitting) or 'smaller models'}{limit_way_out()}"
         )
     if need.total > free:
         say("  memory: loading will be slow, the checkpoint does not fit beside what is made of it")

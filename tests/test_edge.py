@@ -15,6 +15,7 @@ import yaml
 
 import main_exp1
 import main_exp2
+from specsampling import edge
 from specsampling.config import ConfigError
 from specsampling.edge import STOPPED, exit_code, one_line
 
@@ -213,7 +214,10 @@ def test_a_message_cannot_steer_the_terminal(text, line):
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (FileNotFoundError(2, "No such file or directory", "x"), 2, "directory: 'x'"),
         (OSError(36, "File name too long", "x" * 5000), 2, "File name too long"),
-        (MemoryError(), 2, "error: out of memory"),
+        (MemoryError(), 2, "error: out of memory (MemoryError); lower"),
+        (OSError(12, "Cannot allocate memory"), 2, "error: out of memory ([Errno 12]"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory (D"),
+        (ImportError("a.so: failed to map segment from shared object"), 2, "error: out of memory"),
         (BrokenPipeError(32, "Broken pipe"), 141, ""),
     ],
     ids=lambda value: "",
@@ -234,6 +238,71 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
     with pytest.raises(TypeError):
         exit_code(main)
+
+
+# --- too little address space --------------------------------------------------------
+
+
+def start_under(limit: int, script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """A script under `ulimit -v`, here in bytes."""
+    import resource
+
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+
+
+@posix
+@pytest.mark.parametrize(
+    ("script", "arguments", "limit"),
+    [
+        ("main_exp1.py", [], 1 << 30),
+        ("main_exp1.py", ["--score", "a.jsonl"], 1 << 30),
+        ("main_exp2.py", [], 1_200_000_000),
+        ("main_exp2.py", ["--score=a.jsonl"], 200_000_000),
+        ("speculative.py", ["--prompt", "a"], 100_000_000),
+    ],
+)
+def test_too_little_address_space_is_one_line_before_the_libraries(script, arguments, limit):
+    """Imports ended in "failed to map segment", in std::bad_alloc, or ran for ever."""
+    done = start_under(limit, script, *arguments)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: too little memory: `ulimit -v` must leave")
+    assert f"(got {limit / 1e9:.1f} GB); raise it" in line
+
+
+@posix
+@pytest.mark.parametrize(
+    ("arguments", "threads", "limit", "way_out"),
+    [
+        ([], "1", 1.75e9, None),
+        ([], "16", 1.75e9, "16 threads (got 1.8 GB); raise it, or set OMP_NUM_THREADS=1"),
+        ([], "16", 1.5e9, "16 threads (got 1.5 GB); raise it"),
+        ([], "many", 1e12, None),
+        (["--score", "a.jsonl"], "1", 0.6e9, None),
+        (["--help"], "1", 0.6e9, None),
+        ([], "1", -1, None),
+    ],
+)
+def test_how_much_address_space_is_asked_for(
+    arguments, threads, limit, way_out, monkeypatch, capsys
+):
+    import resource
+
+    monkeypatch.setattr(sys, "argv", ["main_exp2.py", *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (int(limit), -1))
+    if way_out is None:
+        return edge.check_address_space()
+    with pytest.raises(SystemExit) as ended:
+        edge.check_address_space()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(way_out)
 
 
 # --- streams -------------------------------------------------------------------------

