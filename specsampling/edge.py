@@ -123,7 +123,10 @@ def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
             needed = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
     fewer = ", or set OMP_NUM_THREADS=1" if limit >= needed + THREAD_BYTES else ""
     needed += threads * THREAD_BYTES
-    if limit == resource.RLIM_INFINITY or limit >= needed:
+    if limit == resource.RLIM_INFINITY:
+        return
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own reserves a gigabyte
+    if limit >= needed:
         return
     _say(
         f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the libraries "
