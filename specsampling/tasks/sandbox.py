@@ -45,16 +45,20 @@ from specsampling.tasks import judge, wire
 from specsampling.tasks.containment import SandboxError, contain, kill_left_overs
 from specsampling.tasks.namespace import (
     MAX_SCRATCH_BYTES,
-    SystemCallFilter,
+    MAX_SCRATCH_FILES,
     find_wrap,
-    has_filter,
     interpreter,
+    lock,
+    lock_in,
 )
+from specsampling.tasks.system_calls import has_filter
 
 __all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandbox", "run_program"]
 
 MAX_FILE_BYTES = 16 << 20
 JUDGE_MEMORY_BYTES = 1 << 30
+# CPU seconds, memory in bytes, bytes of a file, and `lock_in`'s arguments
+Limits = tuple[int, int, int, tuple[bytes, bytes] | tuple[()]]
 MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
 
 
@@ -179,7 +183,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         answers, to_judge = _pipe(stack)
         calls, to_program = _pipe(stack)
         judging = stack.enter_context(_judge_process(answers, to_program, cpu_seconds))
-        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, find_wrap().works and has_filter())
+        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, lock() if find_wrap().works else ())
         running = stack.enter_context(_program_process(calls, to_judge, complaints, limits))
         for end in (answers, calls, to_program):
             end.close()
@@ -228,7 +232,7 @@ def _judge_process(
 
 @contextmanager
 def _program_process(
-    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: tuple[int, int, int, bool]
+    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: Limits
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The program's process, in a namespace if there is one; all it started is killed at the end.
 
@@ -262,20 +266,18 @@ def _scratch_folder() -> Iterator[str]:
 
 
 def _start_wrapped(
-    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
+    scratch: str, limits: Limits, **streams: Any
 ) -> subprocess.Popen[bytes]:
-    with SystemCallFilter() as filtered:
-        return subprocess.Popen(
-            [*find_wrap().command, *filtered.options, *_command(interpreter(), "serve", *limits)],
-            env=_environment("/tmp"),
-            pass_fds=filtered.descriptors,
-            start_new_session=True,
-            **streams,
-        )
+    return subprocess.Popen(
+        [*find_wrap().command, *_command(interpreter(), "serve", *limits)],
+        env=_environment("/tmp"),
+        start_new_session=True,
+        **streams,
+    )
 
 
 def _start_limited(
-    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
+    scratch: str, limits: Limits, **streams: Any
 ) -> subprocess.Popen[bytes]:
     # A virtual environment's python.exe would start a second process, outside the job.
     base = getattr(sys, "_base_executable", sys.executable)
@@ -289,7 +291,7 @@ def _start_limited(
     )
 
 
-def _command(python: str, role: str, *limits: int) -> list[str]:
+def _command(python: str, role: str, *limits: object) -> list[str]:
     """A fresh interpreter that runs a function of `judge`."""
     # The environment is all ours, so -I has nothing to add; it would ignore the hash seed.
     call = f"{role}{(*limits, find_wrap().works)}"
@@ -306,6 +308,7 @@ def _source() -> str:
         judge.describe_exception,
         judge.serve,
         judge.judge,
+        lock_in,
         judge.compile_start,
         judge.find_verdict,
     )
