@@ -34,6 +34,7 @@ LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64",
 CAPABILITIES = (("--cap-add", "CAP_SYS_ADMIN"), ())  # the first that works
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/nix/store")
 
+
 @dataclass(frozen=True)
 class Wrap:
     """How to start a process in a namespace; `command` is () where that does not work.

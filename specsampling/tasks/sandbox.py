@@ -8,7 +8,8 @@ away, its input is empty. At the end, also a normal one, whatever it started is 
 but the results of its function, so it cannot forge a verdict.
 
 On Linux the program is locked into a namespace by bubblewrap (`namespace`): there it touches
-nothing outside, whatever it does. Where bubblewrap does not work, and on macOS and Windows, it
+nothing outside, whatever it does, and makes only the system calls that programs need
+(`system_calls`). Where bubblewrap does not work, and on macOS and Windows, it
 is only limited. That holds against what generated code does by mistake; a determined attacker
 is the same user as we are, and may read and write that user's files, use the network and signal
 that user's processes. As root, a program is therefore not run without a namespace, unless that
@@ -20,6 +21,8 @@ Limits (`platform_limits` names those of this machine):
     CPU time    everywhere; so a busy program ends even if its caller was killed
     memory      Linux: each process's address space; Windows: the job's; macOS: none
     file size   Linux, macOS: each file's; in a namespace all files' too; Windows: none
+    files       in a namespace: how many there are; elsewhere none
+    kernel      in a namespace, where a control group may be made: what the kernel keeps for it
     processes   no new ones (without a namespace no threads either, and root may start any number)
     left-overs  namespace, process group or job; on Linux without a namespace also what left the
                 group, found by its environment: missed only if it replaced that as well
@@ -30,6 +33,7 @@ Knows nothing about tasks, models or rows.
 import functools
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +47,8 @@ from typing import IO, Any
 
 from specsampling.tasks import judge, wire
 from specsampling.tasks.containment import SandboxError, contain, kill_left_overs
+from specsampling.tasks.control_group import control_group, find_parent
+from specsampling.tasks.leases import owned_folder
 from specsampling.tasks.namespace import (
     MAX_SCRATCH_BYTES,
     MAX_SCRATCH_FILES,
@@ -57,6 +63,8 @@ __all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandb
 
 MAX_FILE_BYTES = 16 << 20
 JUDGE_MEMORY_BYTES = 1 << 30
+GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # of a control group, beside the program's memory
+SCRATCH = "specsampling-sandbox"
 # CPU seconds, memory in bytes, bytes of a file, and `lock_in`'s arguments
 Limits = tuple[int, int, int, tuple[bytes, bytes] | tuple[()]]
 MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
@@ -165,6 +173,12 @@ def platform_limits() -> dict[str, str]:
     if is_wrapped:
         limits["file size"] += f", together {MAX_SCRATCH_BYTES >> 20} MB"
         limits["left-overs"] = "the namespace"
+        limits["files"] = f"{MAX_SCRATCH_FILES} in all"
+        if not find_wrap().limits_files:
+            limits["files"] = "missing: bubblewrap may not set it"
+        limits["kernel memory"] = "the control group"
+        if not find_parent():
+            limits["kernel memory"] = "missing: no control group may be made"
     elif sys.platform == "linux":
         limits["left-overs"] = "the process group and what left it"
     if sys.platform == "darwin":
@@ -257,28 +271,35 @@ def _program_process(
 @contextmanager
 def _scratch_folder() -> Iterator[str]:
     """Where a program may write, deleted at the end; "" for a namespace, which has its own."""
-    scratch = "" if find_wrap().works else tempfile.mkdtemp(prefix="sandbox-")
-    try:
+    if find_wrap().works:
+        yield ""
+        return
+    with owned_folder(tempfile.gettempdir(), SCRATCH, _remove) as scratch:
         yield scratch
-    finally:
-        with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _remove(folder: str) -> None:
+    with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def _start_wrapped(
     scratch: str, limits: Limits, **streams: Any
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*find_wrap().command, *_command(interpreter(), "serve", *limits)],
-        env=_environment("/tmp"),
-        start_new_session=True,
-        **streams,
-    )
+) -> Iterator[subprocess.Popen[bytes]]:
+    with (
+        control_group(limits[1] + GROUP_ROOM_BYTES) as start,
+        subprocess.Popen(
+            [*start, *find_wrap().command, *_command(interpreter(), "serve", *limits)],
+            env=_environment("/tmp"),
+            start_new_session=True,
+            **streams,
+        ) as process,
+    ):
+        yield process
 
 
-def _start_limited(
-    scratch: str, limits: Limits, **streams: Any
-) -> subprocess.Popen[bytes]:
+def _start_limited(scratch: str, limits: Limits, **streams: Any) -> subprocess.Popen[bytes]:
     # A virtual environment's python.exe would start a second process, outside the job.
     base = getattr(sys, "_base_executable", sys.executable)
     return subprocess.Popen(
@@ -347,7 +368,9 @@ def _not_started(what: str, returncode: int, complaint: bytes) -> str:
 
 
 def _one_line(message: str, max_characters: int = 200) -> str:
+    """The beginning of a message, without objects' addresses, which differ from run to run."""
     words = " ".join(message.split()).removesuffix(":")
+    words = re.sub(r"\bat 0x[0-9A-Fa-f]+", "at 0x...", words)
     line = "".join(character for character in words if character.isprintable())
     return line if len(line) <= max_characters else line[: max_characters - 3] + "..."
 
