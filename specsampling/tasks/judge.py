@@ -25,7 +25,7 @@ inside. They know nothing about tasks, models or rows.
 
 from types import CodeType
 
-from specsampling.tasks.namespace import lock_in
+from specsampling.tasks.namespace import Lock, lock_in
 from specsampling.tasks.wire import receive, send, send_result
 
 
@@ -94,7 +94,7 @@ def serve(
     cpu_seconds: int,
     memory_bytes: int,
     file_bytes: int,
-    lock: "tuple[bytes, bytes] | tuple[()]",
+    lock: "Lock",
     is_wrapped: bool,
 ) -> None:
     """The program's process: run the program, then answer calls of its function to the end.

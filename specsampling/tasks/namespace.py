@@ -18,6 +18,7 @@ import glob
 import inspect
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from specsampling.tasks.system_calls import filter_program, has_filter
 
 MAX_SCRATCH_BYTES = 64 << 20
 MAX_SCRATCH_FILES = 4096
+MAX_THREADS = 1024  # the kernel's stack of one counts nowhere else
 
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib")
 CAPABILITIES = (("--cap-add", "CAP_SYS_ADMIN"), ())  # the first that works
@@ -84,28 +86,44 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def lock() -> tuple[bytes, bytes] | tuple[()]:
+Lock = tuple[bytes, bytes, int] | tuple[()]
+
+
+def lock() -> Lock:
     """The arguments of `lock_in`; () where system calls cannot be filtered."""
     if not has_filter():
         return ()
     options = f"size={MAX_SCRATCH_BYTES},nr_inodes={MAX_SCRATCH_FILES}"
-    return options.encode(), filter_program(platform.machine())
+    release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+    counts_inside = release >= (5, 14)  # before, all that the user runs was counted
+    max_threads = MAX_THREADS if counts_inside else 0
+    return options.encode(), filter_program(platform.machine()), max_threads
 
 
-def lock_in(tmp_options: bytes, filter_program: bytes) -> bool:
-    """Limit /tmp, give up all capabilities and filter system calls, in this order, for good.
+def lock_in(tmp_options: bytes, filter_program: bytes, max_threads: int) -> bool:
+    """Limit /tmp and threads, give up all capabilities and filter system calls, for good.
 
     Travels to the process inside as source text.
+
+    Args:
+        tmp_options: how large /tmp is, and how many files it takes.
+        filter_program: `system_calls.filter_program`'s.
+        max_threads: 0 for no limit; there is none for root's in any case.
 
     Returns:
         Whether /tmp could be limited, which takes a capability that bubblewrap may not have left.
 
     Raises:
-        OSError: one of the others failed.
+        OSError: capabilities could not be given up, or calls not be filtered.
     """
     import ctypes
+    import resource
     import struct
 
+    if max_threads:
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        most = max_threads if hard == resource.RLIM_INFINITY else min(max_threads, hard)
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     libc = ctypes.CDLL(None, use_errno=True)
     remount = 2 | 4 | 32  # without set-user-ID programs and devices, as it is
     is_limited = libc.mount(b"tmpfs", b"/tmp", b"tmpfs", remount, tmp_options) == 0

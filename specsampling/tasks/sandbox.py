@@ -24,6 +24,7 @@ Limits (`platform_limits` names those of this machine):
     files       in a namespace: how many there are; elsewhere none
     kernel      in a namespace, where a control group may be made: what the kernel keeps for it
     processes   no new ones (without a namespace no threads either, and root may start any number)
+    threads     in a namespace (Linux 5.14; root's only in a control group); elsewhere none
     left-overs  namespace, process group or job; on Linux without a namespace also what left the
                 group, found by its environment: missed only if it replaced that as well
 
@@ -52,6 +53,7 @@ from specsampling.tasks.leases import owned_folder
 from specsampling.tasks.namespace import (
     MAX_SCRATCH_BYTES,
     MAX_SCRATCH_FILES,
+    Lock,
     find_wrap,
     interpreter,
     lock,
@@ -66,7 +68,7 @@ JUDGE_MEMORY_BYTES = 1 << 30
 GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # of a control group, beside the program's memory
 SCRATCH = "specsampling-sandbox"
 # CPU seconds, memory in bytes, bytes of a file, and `lock_in`'s arguments
-Limits = tuple[int, int, int, tuple[bytes, bytes] | tuple[()]]
+Limits = tuple[int, int, int, Lock]
 MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
 
 
