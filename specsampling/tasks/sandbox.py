@@ -8,7 +8,8 @@ away, its input is empty. At the end, also a normal one, whatever it started is 
 but the results of its function, so it cannot forge a verdict.
 
 On Linux the program is locked into a namespace by bubblewrap (`namespace`): there it touches
-nothing outside, whatever it does. Where bubblewrap does not work, and on macOS and Windows, it
+nothing outside, whatever it does, and makes only the system calls that programs need
+(`system_calls`). Where bubblewrap does not work, and on macOS and Windows, it
 is only limited. That holds against what generated code does by mistake; a determined attacker
 is the same user as we are, and may read and write that user's files, use the network and signal
 that user's processes. As root, a program is therefore not run without a namespace, unless that
@@ -20,7 +21,10 @@ Limits (`platform_limits` names those of this machine):
     CPU time    everywhere; so a busy program ends even if its caller was killed
     memory      Linux: each process's address space; Windows: the job's; macOS: none
     file size   Linux, macOS: each file's; in a namespace all files' too; Windows: none
+    files       in a namespace: how many there are; elsewhere none
+    kernel      in a namespace, where a control group may be made: what the kernel keeps for it
     processes   no new ones (without a namespace no threads either, and root may start any number)
+    threads     in a namespace (Linux 5.14; root's only in a control group); elsewhere none
     left-overs  namespace, process group or job; on Linux without a namespace also what left the
                 group, found by its environment: missed only if it replaced that as well
 
@@ -30,6 +34,7 @@ Knows nothing about tasks, models or rows.
 import functools
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,18 +48,27 @@ from typing import IO, Any
 
 from specsampling.tasks import judge, wire
 from specsampling.tasks.containment import SandboxError, contain, kill_left_overs
+from specsampling.tasks.control_group import control_group, find_parent
+from specsampling.tasks.leases import owned_folder
 from specsampling.tasks.namespace import (
     MAX_SCRATCH_BYTES,
-    SystemCallFilter,
+    MAX_SCRATCH_FILES,
+    Lock,
     find_wrap,
-    has_filter,
     interpreter,
+    lock,
+    lock_in,
 )
+from specsampling.tasks.system_calls import has_filter
 
 __all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandbox", "run_program"]
 
 MAX_FILE_BYTES = 16 << 20
 JUDGE_MEMORY_BYTES = 1 << 30
+GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # of a control group, beside the program's memory
+SCRATCH = "specsampling-sandbox"
+# CPU seconds, memory in bytes, bytes of a file, and `lock_in`'s arguments
+Limits = tuple[int, int, int, Lock]
 MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
 
 
@@ -161,6 +175,12 @@ def platform_limits() -> dict[str, str]:
     if is_wrapped:
         limits["file size"] += f", together {MAX_SCRATCH_BYTES >> 20} MB"
         limits["left-overs"] = "the namespace"
+        limits["files"] = f"{MAX_SCRATCH_FILES} in all"
+        if not find_wrap().limits_files:
+            limits["files"] = "missing: bubblewrap may not set it"
+        limits["kernel memory"] = "the control group"
+        if not find_parent():
+            limits["kernel memory"] = "missing: no control group may be made"
     elif sys.platform == "linux":
         limits["left-overs"] = "the process group and what left it"
     if sys.platform == "darwin":
@@ -179,7 +199,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         answers, to_judge = _pipe(stack)
         calls, to_program = _pipe(stack)
         judging = stack.enter_context(_judge_process(answers, to_program, cpu_seconds))
-        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, find_wrap().works and has_filter())
+        limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, lock() if find_wrap().works else ())
         running = stack.enter_context(_program_process(calls, to_judge, complaints, limits))
         for end in (answers, calls, to_program):
             end.close()
@@ -228,7 +248,7 @@ def _judge_process(
 
 @contextmanager
 def _program_process(
-    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: tuple[int, int, int, bool]
+    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: Limits
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The program's process, in a namespace if there is one; all it started is killed at the end.
 
@@ -253,30 +273,35 @@ def _program_process(
 @contextmanager
 def _scratch_folder() -> Iterator[str]:
     """Where a program may write, deleted at the end; "" for a namespace, which has its own."""
-    scratch = "" if find_wrap().works else tempfile.mkdtemp(prefix="sandbox-")
-    try:
+    if find_wrap().works:
+        yield ""
+        return
+    with owned_folder(tempfile.gettempdir(), SCRATCH, _remove) as scratch:
         yield scratch
-    finally:
-        with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _remove(folder: str) -> None:
+    with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def _start_wrapped(
-    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
-) -> subprocess.Popen[bytes]:
-    with SystemCallFilter() as filtered:
-        return subprocess.Popen(
-            [*find_wrap().command, *filtered.options, *_command(interpreter(), "serve", *limits)],
+    scratch: str, limits: Limits, **streams: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    with (
+        control_group(limits[1] + GROUP_ROOM_BYTES) as start,
+        subprocess.Popen(
+            [*start, *find_wrap().command, *_command(interpreter(), "serve", *limits)],
             env=_environment("/tmp"),
-            pass_fds=filtered.descriptors,
             start_new_session=True,
             **streams,
-        )
+        ) as process,
+    ):
+        yield process
 
 
-def _start_limited(
-    scratch: str, limits: tuple[int, int, int, bool], **streams: Any
-) -> subprocess.Popen[bytes]:
+def _start_limited(scratch: str, limits: Limits, **streams: Any) -> subprocess.Popen[bytes]:
     # A virtual environment's python.exe would start a second process, outside the job.
     base = getattr(sys, "_base_executable", sys.executable)
     return subprocess.Popen(
@@ -289,7 +314,7 @@ def _start_limited(
     )
 
 
-def _command(python: str, role: str, *limits: int) -> list[str]:
+def _command(python: str, role: str, *limits: object) -> list[str]:
     """A fresh interpreter that runs a function of `judge`."""
     # The environment is all ours, so -I has nothing to add; it would ignore the hash seed.
     call = f"{role}{(*limits, find_wrap().works)}"
@@ -306,6 +331,7 @@ def _source() -> str:
         judge.describe_exception,
         judge.serve,
         judge.judge,
+        lock_in,
         judge.compile_start,
         judge.find_verdict,
     )
@@ -344,7 +370,9 @@ def _not_started(what: str, returncode: int, complaint: bytes) -> str:
 
 
 def _one_line(message: str, max_characters: int = 200) -> str:
+    """The beginning of a message, without objects' addresses, which differ from run to run."""
     words = " ".join(message.split()).removesuffix(":")
+    words = re.sub(r"\bat 0x[0-9A-Fa-f]+", "at 0x...", words)
     line = "".join(character for character in words if character.isprintable())
     return line if len(line) <= max_characters else line[: max_characters - 3] + "..."
 

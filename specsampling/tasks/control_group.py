@@ -1,0 +1,86 @@
+"""A control group around a program's process: its memory limit counts the kernel's memory, too.
+
+One may be made only where Linux's version 2 leaves it to this user: in the group that this
+process is in, if it hands the memory controller down, or beside it, if the folder there is the
+user's own, as in a desktop session and under `systemd-run --user --scope`. Nothing is made
+beside root's group, and no process but the program's is moved.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from specsampling.tasks.leases import owned_folder
+from specsampling.tasks.namespace import MAX_THREADS
+
+MOUNT = "/sys/fs/cgroup"
+MEMBERSHIP = "/proc/self/cgroup"
+NAME = "specsampling-sandbox"
+ENTER = 'echo 0 > "$0" && exec "$@"'  # 0 is whoever writes it
+
+
+@functools.cache
+def find_parent() -> str:
+    """The folder in which groups may be made, "" for none; tried once per process."""
+    for parent in _candidates() if sys.platform == "linux" else []:
+        with suppress(OSError), _group(parent, 64 << 20) as start:
+            if subprocess.run([*start, "true"], capture_output=True).returncode == 0:
+                return parent
+    return ""
+
+
+@contextmanager
+def control_group(memory_bytes: int) -> Iterator[list[str]]:
+    """A group that is gone at the end.
+
+    Yields:
+        What comes before a command to start it in the group; nothing where there is none.
+    """
+    if not find_parent():
+        yield []
+        return
+    with _group(find_parent(), memory_bytes) as start:
+        yield start
+
+
+def _candidates() -> list[str]:
+    """The own group and the one above it, where the memory controller is handed down."""
+    with suppress(OSError):
+        for line in Path(MEMBERSHIP).read_text().splitlines():
+            if line.startswith("0::/") and os.path.exists(f"{MOUNT}/cgroup.controllers"):
+                own = Path(MOUNT + line.removeprefix("0::").rstrip("/"))
+                is_ours = os.geteuid() != 0 and owner_of(own.parent) == os.geteuid()
+                places = [own, own.parent] if is_ours and str(own) != MOUNT else [own]
+                return [str(place) for place in places if _hands_memory_down(place)]
+    return []
+
+
+def owner_of(place: Path) -> int:
+    return place.stat().st_uid
+
+
+def _hands_memory_down(place: Path) -> bool:
+    return "memory" in (place / "cgroup.subtree_control").read_text().split()
+
+
+@contextmanager
+def _group(parent: str, memory_bytes: int) -> Iterator[list[str]]:
+    with owned_folder(parent, NAME, _remove) as folder:
+        Path(folder, "memory.max").write_text(str(memory_bytes))
+        for name, limit in (("memory.swap.max", 0), ("pids.max", MAX_THREADS)):
+            with suppress(OSError):  # a controller that is not handed down
+                Path(folder, name).write_text(str(limit))
+        yield ["/bin/sh", "-c", ENTER, f"{folder}/cgroup.procs"]
+
+
+def _remove(folder: str) -> None:
+    for _ in range(100):
+        try:
+            return os.rmdir(folder)
+        except OSError:  # the last process is still ending
+            time.sleep(0.01)

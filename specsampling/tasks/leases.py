@@ -1,0 +1,73 @@
+"""Folders that last as long as their owner: what a killed one left is cleared by the next.
+
+The owner holds a lock on its folder, which ends with the process, however that ends. Where
+folders cannot be locked (Windows) nothing is cleared. Knows nothing about what is in them.
+"""
+
+import functools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+if sys.platform != "win32":
+    import fcntl
+
+Remove = Callable[[str], object]
+
+
+@contextmanager
+def owned_folder(parent: str, name: str, remove: Remove) -> Iterator[str]:
+    """Make a folder `name`-XXXXXXXX in `parent`, and remove it at the end.
+
+    Those of dead owners are removed first, once per process.
+    """
+    clear_ownerless(parent, name, remove)
+    folder, holder = _make_locked(parent, name)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+        if holder is not None:
+            os.close(holder)
+
+
+if sys.platform == "win32":
+
+    def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
+        """Nothing: whose owner is dead cannot be told."""
+
+    def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
+        return tempfile.mkdtemp(prefix=f"{name}-", dir=parent), None
+
+else:
+
+    @functools.cache
+    def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
+        """Remove this user's folders that nobody has locked."""
+        with suppress(OSError), os.scandir(parent) as entries:
+            for entry in entries:
+                if re.fullmatch(rf"{re.escape(name)}-[a-z0-9_]{{8}}", entry.name):
+                    _remove_ownerless(entry.path, remove)
+
+    def _remove_ownerless(path: str, remove: Remove) -> None:
+        with suppress(OSError):  # a link, another user's, locked, or gone
+            holder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(holder).st_uid == os.geteuid():
+                    fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(path)
+            finally:
+                os.close(holder)
+
+    def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
+        while True:
+            folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
+            holder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):  # a file system without locks: then nothing is cleared there
+                fcntl.flock(holder, fcntl.LOCK_EX)
+            if os.path.exists(folder):  # not cleared before it was locked
+                return folder, holder
+            os.close(holder)
