@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from test_end_to_end import METHODS, PROJECT, run
@@ -38,24 +39,39 @@ def open_shard(output: Path, rank: int) -> RunFile:
     return RunFile.open(shards.shard_path(output, rank), meta)
 
 
-def launch(
-    *arguments: object, num: int = 2, nodes: str = "", script: str = "main_exp2.py"
-) -> list[str]:
+def launch(*arguments: object, num: int = 2) -> list[str]:
     """The command that starts ranks, as `accelerate launch` has it on GPUs."""
-    where = nodes.split() if nodes else ["--standalone"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(num)]
-    return [*torchrun, str(PROJECT / script), *map(str, arguments)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = str(PROJECT / "main_exp2.py")
+    return [*torchrun, "--nproc-per-node", str(num), script, *map(str, arguments)]
 
 
-def start(command: list[str], cwd: Path = PROJECT) -> subprocess.Popen:
+def start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         command,
-        cwd=cwd,
+        cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def start_ranks(*arguments: object, script: str = "main_exp2.py", num: int = 2) -> list:
+    """The ranks alone, as torchrun would start them; it takes seconds itself."""
+    shared = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chance_port())}
+    return [
+        forked.start(script, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(num)
+    ]
+
+
+def finish_ranks(processes: list) -> tuple[int, str, str]:
+    """The largest exit code, and all that the ranks have said."""
+    said = [process.communicate(timeout=300) for process in processes]
+    output, errors = ("".join(texts) for texts in zip(*said))
+    return max(process.returncode for process in processes), output, errors
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -150,20 +166,19 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 
 def test_machines_without_a_shared_disk(config, alone, tmp_path):
-    """Two launches of one process each, in folders of their own."""
-    folders = [tmp_path / "first", tmp_path / "second"]
-    port = chance_port()
-    processes = []
-    for node, folder in enumerate(folders):
-        folder.mkdir()
-        nodes = f"--nnodes 2 --node-rank {node} --master-addr 127.0.0.1 --master-port {port}"
-        output = Path("results2.jsonl")
-        command = launch(*options(config, output), num=1, nodes=nodes)
-        processes.append(start(command, cwd=folder))
-    results = [finish(process) for process in processes]
-    assert [code for code, _, _ in results] == [0, 0], results
-    assert without_process(folders[0] / "results2.jsonl") == without_process(alone)
-    assert not list(folders[1].iterdir())
+    """Two machines of one process each, which write into folders of their own."""
+    outputs = [tmp_path / name / "results2.jsonl" for name in ("first", "second")]
+    machine = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    machine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chance_port())}
+    code, _, errors = finish_ranks(
+        [
+            forked.start("main_exp2.py", *options(config, output), **machine, RANK=str(rank))
+            for rank, output in enumerate(outputs)
+        ]
+    )
+    assert code == 0, errors
+    assert without_process(outputs[0]) == without_process(alone)
+    assert not list(outputs[1].parent.iterdir())
 
 
 def chance_port() -> int:
@@ -220,7 +235,7 @@ def test_ranks_of_two_days_have_the_same_prompts_or_refuse(
     settings = [f"models.target={target}", *chat]
     more = [part for field in settings for part in ("--set", field)]
     arguments = [*options(config, output), *more]
-    code, _, errors = finish(start(launch(*arguments, script=str(script))))
+    code, _, errors = finish_ranks(start_ranks(*arguments, script=str(script)))
     assert (code == 0) is is_same, errors
     if not is_same:
         assert "error: rank 1 has another prompt or reference of HumanEval/0 than rank 0" in errors
@@ -250,15 +265,12 @@ def test_shards_of_another_prompt_are_not_merged(tmp_path):
 
 
 def test_a_mistake_is_said_once(config, tmp_path):
-    command = launch(
-        "--config", config, "--set", "speculation.k=0", "--output", tmp_path / "a.jsonl"
-    )
-    code, printed, errors = finish(start(command))
+    mistake = ["--set", "speculation.k=0", "--output", tmp_path / "a.jsonl"]
+    code, printed, errors = finish_ranks(start_ranks("--config", config, *mistake))
     assert code != 0
     assert errors.count("speculation.k must be") == 1
-    code, _, errors = finish(
-        start(launch("--config", config, "--device", "cuda:1", "--output", tmp_path / "a.jsonl"))
-    )
+    mistake = ["--device", "cuda:1", "--output", tmp_path / "a.jsonl"]
+    code, _, errors = finish_ranks(start_ranks("--config", config, *mistake))
     assert code != 0 and errors.count("models.device must be auto") == 1
 
 
@@ -366,24 +378,22 @@ OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
         (SLURM, 0, TAKEN | {"SLURM_STEP_TASKS_PER_NODE": "2"}, "EADDRINUSE"),
     ],
 )
-def test_a_process_that_cannot_meet_the_others_says_so_in_one_line(names, number, others, why):
+def test_a_process_that_cannot_meet_the_others_says_so_in_one_line(
+    names, number, others, why, tmp_path
+):
     """A taken port, or variables without MASTER_ADDR, ended in a traceback and exit code 1."""
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         given = dict(zip(names, (str(number), "2"))) | others
         given = {name: port if value == "taken" else value for name, value in given.items()}
-        done = subprocess.run(
-            [sys.executable, "-c", MEET],
-            cwd=PROJECT,
-            env=not_launched() | given,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+        process = forked.start(str(script), **given)
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, errors
+    (line,) = errors.splitlines()
     assert re.search(why, line)
     index, size = names
     said = f"error: {index} and {size} say that this is one of several"

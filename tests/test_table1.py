@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import write_config
 from test_end_to_end import run
-from test_ranks import finish, launch, start
+from test_ranks import finish_ranks, start_ranks
 
 from Benchmarks import table1
 from specsampling.config import load_config
@@ -76,15 +76,8 @@ def test_the_grid_leaves_a_run_per_cell_with_the_papers_sampling(finished):
 
 
 def test_two_processes_make_the_grid(config, finished, tmp_path):
-    code, printed, errors = finish(
-        start(
-            launch(
-                *("--config", config, "--limit", 2, "--num-samples", 3),
-                *("--output-folder", tmp_path),
-                script="Benchmarks/table1.py",
-            )
-        )
-    )
+    arguments = ["--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", tmp_path]
+    code, printed, errors = finish_ranks(start_ranks(*arguments, script="Benchmarks/table1.py"))
     assert code == 0, errors
     assert printed.count("\nTable 1\n") == 1
     for name, num_rows in NUM_ROWS.items():
