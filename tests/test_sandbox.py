@@ -6,6 +6,7 @@ test_attacks.
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -547,3 +548,17 @@ def test_what_killed_scorers_left_is_cleared_and_nothing_else(mode, scratch_root
         assert run("pass").passed
         assert set(os.listdir(scratch_root)) == kept
     assert not os.path.exists(live)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no alarm")
+@pytest.mark.parametrize("role", ["judge", "serve"])
+def test_a_process_whose_scorer_was_killed_ends_by_itself(role):
+    """A judge and its program waited for each other for ever."""
+    limits = (1 << 30,) if role == "judge" else (1 << 30, 1 << 20, ())
+    with subprocess.Popen(
+        sandbox._command(sys.executable, role, 1, *limits),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=sandbox._environment(""),
+    ) as process:
+        assert process.wait(timeout=30) == -signal.SIGALRM

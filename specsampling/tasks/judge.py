@@ -42,12 +42,18 @@ def take_pipes() -> "list[int]":
 
 
 def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_start: bool) -> None:
-    """Set the limits that the platform has; whatever is started later inherits them."""
+    """Set the limits that the platform has; whatever is started later inherits them.
+
+    The alarm ends a process whose parent was killed before it could: it would wait for ever.
+    """
     import sys
 
     if sys.platform == "win32":
         return
+    import _signal  # `signal` itself imports much
     import resource
+
+    _signal.alarm(cpu_seconds)
 
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
