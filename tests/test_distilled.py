@@ -16,6 +16,7 @@ from specsampling.method.drafts import CompositeDraft, DraftTerms, ModelDraft, N
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.method.session import Session
 from specsampling.models import embedded, packed
+from specsampling.models.cache import made_once
 from specsampling.models.checkpoint import load_model
 from specsampling.models.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
 from specsampling.models.embedded import DRAFTS, embedded_folder
@@ -271,7 +272,8 @@ def test_the_shipped_file_is_checked(tmp_path, monkeypatch):
         folder.mkdir()
 
     there = embedded.cached_folder(entry.target, embedded.MODELS[entry.target].source.sha256)
-    there.mkdir(parents=True)
+    with made_once(there) as made:
+        made.mkdir()
     for _ in range(2):
         assert embedded_folder("a-draft", convert, make).is_dir()
     assert calls == [(there.name, shipped)]
