@@ -125,6 +125,7 @@ def start(script: str, *arguments: object, **variables: str) -> Forked | subproc
         _server, theirs = socket.socketpair()
         command = [sys.executable, __file__, str(theirs.fileno())]
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(PROJECT)}
+        environment["OMP_NUM_THREADS"] = "1"  # models are tiny, and threads wait busily
         process = subprocess.Popen(
             command, cwd=PROJECT, pass_fds=[theirs.fileno()], env=environment
         )
