@@ -22,6 +22,9 @@ from transformers import (
 NUM_THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
 
+# Files whose tests are few and long: they come first, so that no process ends with one.
+LONG = ("scoring", "static", "sampled_decoding", "checkpoint", "peers", "adaptive", "enumerated")
+
 VOCAB_SIZE = 120
 CONTEXT = 128
 
@@ -69,6 +72,10 @@ def make_model(
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     torch.manual_seed(seed)
     return Auto.from_config(config).eval()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import cache
 from dataclasses import dataclass
 
 import pytest
@@ -32,6 +33,7 @@ def pair(model_of):
     return target, draft
 
 
+@cache
 def exact_distribution(target) -> dict[tuple, float]:
     """Probability of every text of NUM_TOKENS tokens, without any cache."""
     masses = {(): 1.0}
