@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from functools import cache
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
