@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -440,6 +441,17 @@ def test_one_byte_of_the_cache_is_seen_at_the_next_look(folder, monkeypatch, cap
     boot = cache.psutil.boot_time()
     monkeypatch.setattr(cache.psutil, "boot_time", lambda: boot + 1000)
     assert "weights has another hash" in cache.problem_of(model)
+
+
+def test_a_folder_that_is_made_of_another_has_a_manifest_of_its_own(folder):
+    """The draft's folder begins as a copy of its target's: it was damaged from the start."""
+    model = make(folder / "model")
+    with made_once(folder / "draft") as made:
+        shutil.copytree(model, made)
+        (made / "weights").write_bytes(b"others")
+    manifest = json.loads((folder / "draft" / cache.MANIFEST).read_text())
+    assert manifest.keys() == WEIGHTS.keys() and manifest["weights"][0] == 6
+    assert not cache.problem_of(folder / "draft")
 
 
 def test_a_file_of_the_users_in_a_damaged_folder_stays(folder):

@@ -163,6 +163,8 @@ def _publish(made: Path, folder: Path) -> None:
     Where a damaged one is, files are put there one by one, the manifest last: a file of the
     user's among them stays.
     """
+    for name in (MANIFEST, VERIFIED):  # copied from another folder of the cache
+        (made / name).unlink(missing_ok=True)
     files = sorted(path for path in made.rglob("*") if path.is_file())
     names = [path.relative_to(made).as_posix() for path in files]
     manifest = {n: [path.stat().st_size, sha256_of(path)] for n, path in zip(names, files)}
