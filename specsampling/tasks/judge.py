@@ -50,7 +50,7 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_st
 
     if sys.platform == "win32":
         return
-    import _signal  # `signal` itself imports much
+    import _signal  # type: ignore[import-not-found]  # `signal` itself imports much
     import resource
 
     _signal.alarm(cpu_seconds)
