@@ -112,6 +112,11 @@ def read_only(path: Path) -> bytes:
     return b""
 
 
+MISHAPS = [
+    *(killed, copied, replaced, removed, truncated),
+    *(emptied, changed, added, linked, read_only),
+]
+
 # --- the files of a run ------------------------------------------------------------------
 
 # What becomes of a mishap before the next start, and in the middle of a run.
@@ -153,30 +158,13 @@ OUTCOMES: dict[str, dict[Callable, tuple[str, str]]] = {
         linked: (EQUAL, EQUAL),
         read_only: (EQUAL, EQUAL),
     },
+    # A shard that is damaged is told; one whose meta does not name it is left, and its rows are made
+    # again. Nobody writes to a shard in the middle of the run that takes it in.
     ".rank0001.jsonl": {
-        killed: (EQUAL, ""),
-        copied: (EQUAL, ""),
-        replaced: (ONE_LINE, ""),
-        removed: (EQUAL, ""),
-        truncated: (EQUAL, ""),
-        emptied: (EQUAL, ""),
-        changed: (ONE_LINE, ""),
-        added: (ONE_LINE, ""),
-        linked: (EQUAL, ""),
-        read_only: (ONE_LINE, ""),
+        mishap: (ONE_LINE if mishap in (replaced, changed, added, read_only) else EQUAL, "")
+        for mishap in MISHAPS
     },
-    ".rank0001.meta.json": {
-        killed: (EQUAL, ""),
-        copied: (EQUAL, ""),
-        replaced: (EQUAL, ""),
-        removed: (EQUAL, ""),
-        truncated: (EQUAL, ""),
-        emptied: (EQUAL, ""),
-        changed: (EQUAL, ""),
-        added: (EQUAL, ""),
-        linked: (EQUAL, ""),
-        read_only: (EQUAL, ""),
-    },
+    ".rank0001.meta.json": dict.fromkeys(MISHAPS, (EQUAL, "")),
 }
 CASES = [
     (suffix, mishap, when, outcome)

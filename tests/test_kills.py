@@ -31,7 +31,7 @@ SAMPLED = ["--set", "sampling.temperature=1", "--set", "sampling.num_samples=2"]
 AUTO = ["--set", "speculation.k=auto"]
 BATCH = ["--set", "run.batch_size=3"]
 SCORE = ["--score"]
-# Of each form: the script, its arguments, and how many processes make it.
+# Each form has a script, its arguments, and a number of processes.
 FORMS: dict[str, tuple[str, list[str], int]] = {
     "greedy": ("main_exp2.py", [], 1),
     "sampled": ("main_exp2.py", SAMPLED, 1),

@@ -16,7 +16,7 @@ from specsampling.results.lines import CHANGED, SEAL, fits, sealed, unsealed
 
 # In the meta, for rows to share a file; no `steps` where these are eager.
 MUST_AGREE = ("config_hash", "precision", "device", "steps")
-# Of what is read again; older files lack some.
+# The types of the fields that later code reads. Older files lack some of the fields.
 HINTS: dict[str, Any] = {
     "config": dict[str, Any],
     "config_hash": str,

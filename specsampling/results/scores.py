@@ -12,7 +12,7 @@ from specsampling.results.lines import is_torn, line_of, parse
 
 
 class ScoredRow(TypedDict):
-    """Which row a score is of."""
+    """Names the row that a score belongs to."""
 
     example_id: str
     method: str
