@@ -158,8 +158,8 @@ OUTCOMES: dict[str, dict[Callable, tuple[str, str]]] = {
         linked: (EQUAL, EQUAL),
         read_only: (EQUAL, EQUAL),
     },
-    # A shard that is damaged is told; one whose meta does not name it is left, and its rows are made
-    # again. Nobody writes to a shard in the middle of the run that takes it in.
+    # A damaged shard is told. A shard whose meta does not name it is left alone, and its rows are
+    # made again. Nobody writes to a shard in the middle of the run that takes it in.
     ".rank0001.jsonl": {
         mishap: (ONE_LINE if mishap in (replaced, changed, added, read_only) else EQUAL, "")
         for mishap in MISHAPS

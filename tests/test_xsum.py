@@ -301,7 +301,7 @@ def test_a_document_that_is_cut_to_nothing_names_what_takes_its_room(
 
 
 def test_a_template_without_words_is_no_reason_for_a_longer_context(path):
-    """Of the template {document} nothing was left, not even an instruction."""
+    """The template `{document}` left an empty prompt, without even an instruction."""
     with pytest.raises(PromptError, match="lower decoding.max_new_tokens"):
         task(path, template="{document}").prompt(EXAMPLES[0], Letters(), 0, 100)
 

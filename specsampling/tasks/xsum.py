@@ -71,7 +71,7 @@ class XSum:
         return Prompt(prompt, len(document) - num_kept)
 
     def _no_room(self, request: int, solved: int, max_tokens: int, max_new_tokens: int) -> str:
-        """Which setting takes the room of a document, and the way out.
+        """Names the setting that takes the document's room, and the way out.
 
         Args:
             request: tokens of the request without a document.
