@@ -331,6 +331,19 @@ def test_a_finished_run_with_the_name_of_a_shard_stays(name, folder):
     assert everything_in(folder) == before
 
 
+def test_the_shard_of_another_run_stays(folder):
+    """A copy under this run's name still says in its meta whose part it is."""
+    other = folder / "other.jsonl"
+    with RunFile.open(shards.shard_path(other, 1), shards.shard_meta(META, other, 1)) as shard:
+        shard.append(ROWS[0])
+    for suffix in (".rank0001.jsonl", ".rank0001.meta.json"):
+        (folder / f"other{suffix}").rename(folder / f"r{suffix}")
+    before = everything_in(folder)
+    for fresh in (False, True):
+        assert not shards.take_in(folder / "r.jsonl", None, fresh)
+    assert everything_in(folder) == before
+
+
 @pytest.mark.parametrize(
     "name", ["r.scores.jsonl", "r.rank1.jsonl", "r.rank0001.jsonl", "R.Scores.jsonl"]
 )
