@@ -143,7 +143,7 @@ def hidden_states(
     hidden = embedded.to(base.norm.weight.dtype)  # float32 between layers in 8 bit
     rotation = base.rotary_emb(hidden, positions)
     masks = _masks(model, positions, buffers, is_filled)
-    for layer, kind in zip(base.layers, _layer_kinds(config)):
+    for layer, kind in zip(base.layers, layer_kinds(config)):
         hidden = layer(
             hidden,
             attention_mask=masks[kind],
@@ -154,7 +154,7 @@ def hidden_states(
     return base.norm(hidden)
 
 
-def _layer_kinds(config: Any) -> list[str]:
+def layer_kinds(config: Any) -> list[str]:
     """Each layer's: "full_attention" or "sliding_attention"."""
     if config.model_type in ("qwen2", "qwen3"):
         return config.layer_types
@@ -171,7 +171,7 @@ def _masks(
     if config._attn_implementation.startswith(GROUPED) and positions.shape[1] <= MAX_GROUPED_ROWS:
         group = config.num_attention_heads // config.num_key_value_heads
     masks: dict[str, Tensor | None] = {}
-    for kind in set(_layer_kinds(config)):
+    for kind in set(layer_kinds(config)):
         window = config.sliding_window if kind == "sliding_attention" else None
         sees_all = window is None or buffers.keys[0].shape[2] <= window
         if is_filled and sees_all and config._attn_implementation != "eager":

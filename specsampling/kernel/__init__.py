@@ -1,0 +1,1 @@
+"""A decode step for CPUs in C, in which rows never meet."""

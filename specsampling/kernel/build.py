@@ -1,0 +1,94 @@
+"""Compiles the C files of this folder, once for each processor, into a folder of the user's.
+
+The compiler is the system's, else the one in the package `ziglang`. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCES = ("step.c", "pack.c")
+HEADERS = ("vectors.h",)
+# Contracted products would round otherwise in one copy of a loop than in another.
+FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+NATIVE = ("-march=native",)
+FLAGS_VARIABLE = "SPECSAMPLING_KERNEL_FLAGS"  # instead of NATIVE, for tests of other processors
+SYSTEMS = ("linux", "darwin")
+SECONDS = 300  # that a compiler may take
+
+
+class KernelError(Exception):
+    """The kernel cannot be had here, in one line."""
+
+
+def find_compiler() -> list[str]:
+    """The command of a C compiler.
+
+    Raises:
+        KernelError: there is none, or the threads of this system are not those of POSIX.
+    """
+    if sys.platform not in SYSTEMS:
+        raise KernelError(f"it needs Linux or macOS (got {sys.platform})")
+    named = os.environ.get("CC", "").split()
+    for command in (named, ["cc"], ["gcc"], ["clang"]):
+        if command and shutil.which(command[0]):
+            return command
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc", "-fno-sanitize=undefined"]
+    raise KernelError('there is no C compiler; install gcc, or pip install "specsampling[kernel]"')
+
+
+def build(folder: Path) -> Path:
+    """The shared library for this processor, compiled if it is not there yet.
+
+    Args:
+        folder: where libraries are kept.
+
+    Raises:
+        KernelError: there is no compiler, or it fails.
+        OSError: the folder cannot be written.
+    """
+    compiler = find_compiler()
+    chosen = os.environ.get(FLAGS_VARIABLE)
+    flags = [*FLAGS, *(NATIVE if chosen is None else chosen.split())]
+    here = Path(__file__).parent
+    key = hashlib.sha256()
+    for name in (*SOURCES, *HEADERS):
+        key.update((here / name).read_bytes())
+    key.update(repr((compiler, flags, processor())).encode())
+    library = folder / f"step-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = library.with_suffix(f".{os.getpid()}.making")
+    command = [*compiler, *flags, "-shared", "-fPIC", "-o", str(scratch)]
+    command += [*(str(here / name) for name in SOURCES), "-lpthread", "-lm"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        if run.returncode:
+            said = (run.stderr.strip() or f"exit code {run.returncode}").splitlines()
+            problem = next((line for line in said if "error" in line), said[0])
+            raise KernelError(f"{' '.join(compiler)} cannot compile it: {problem}")
+        scratch.rename(library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"{' '.join(compiler)} cannot compile it: {error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return library
+
+
+def processor() -> str:
+    """What tells this processor from others: its name, and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kept = ("model name", "flags", "Features")
+    return "\n".join(line for line in lines if line.startswith(kept)).partition("\n\n")[0]

@@ -1,0 +1,451 @@
+"""Models in the form that `step.c` decodes, and its calls.
+
+A call takes rows of any texts. What it gives for a row does not depend on the other rows: see
+`step.c`. Knows nothing of files or of how weights were trained; `models/packing.py` fills it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specsampling.kernel.build import KernelError, build
+
+FORMATS = ("float32", "float16", "bfloat16", "int8", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "Q8_0": 8, "Q6_K": 8}  # else 4
+# Bytes of the scales of 16 outputs and 32 inputs (256 of a K format), and of their parts for 32.
+SCALES = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 64, "Q4_K": 64, "Q6_K": 32}
+PARTS = {"Q4_K": 32, "Q6_K": 32}
+LANES, GROUP, SUPER = 16, 32, 256
+PROBLEMS = {-1: "number of rows", -2: "position", -3: "token id", -4: "memory"}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("numbers", "scales", "parts", "bias")),
+        *((name, ctypes.c_int32) for name in ("outputs", "inputs", "format")),
+    ]
+
+
+LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+NORMS = ("norm1", "norm1_bias", "norm2", "norm2_bias", "query_norm", "key_norm")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Linear) for name in LINEARS),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        ("window", ctypes.c_int32),
+    ]
+
+
+POINTERS = ("norm", "norm_bias", "cos", "sin", "embedding", "learned_positions", "head_tokens")
+SIZES = (
+    *("num_layers", "vocabulary", "head_rows", "hidden", "hidden_padded", "inner"),
+    *("heads", "key_heads", "head_dim", "head_padded"),
+    *("positions", "embedding_format", "positions_format"),
+)
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_void_p),
+        ("head", _Linear),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int32) for name in SIZES),
+        *((name, ctypes.c_float) for name in ("epsilon", "score_scale")),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("capacity", ctypes.c_int32),
+    ]
+
+
+ROW = np.dtype([("cache", "u8"), ("logits", "u8"), ("token", "i4"), ("position", "i4")])
+
+
+@cache
+def library(folder: Path) -> ctypes.CDLL:
+    """The compiled C files, kept in a folder.
+
+    Raises:
+        KernelError: they cannot be compiled or loaded.
+    """
+    try:
+        found = ctypes.CDLL(str(build(folder)))
+    except OSError as error:
+        raise KernelError(f"it cannot be loaded: {error}") from error
+    found.kind.restype = ctypes.c_char_p
+    found.open_pool.restype = ctypes.c_void_p
+    found.close_pool.argtypes = found.settle.argtypes = [ctypes.c_void_p]
+    found.step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    found.pack_plain.argtypes = [
+        *(number, pointer, number, number, pointer, pointer, number, number, number),
+        *(pointer, pointer, pointer),
+    ]
+    found.pack_blocks.argtypes = [
+        *(number, pointer, ctypes.c_int64, pointer, number, number, number),
+        *(pointer, pointer, pointer),
+    ]
+    found.pack_blocks.restype = None
+    return found
+
+
+def padded(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A linear layer as `step.c` reads it.
+
+    Attributes:
+        outputs, inputs: padded.
+        format: one of FORMATS.
+        numbers, scales, parts, bias: what its structure points to.
+    """
+
+    outputs: int
+    inputs: int
+    format: str
+    numbers: Tensor
+    scales: Tensor
+    parts: Tensor
+    bias: Tensor | None
+
+    def structure(self) -> _Linear:
+        return _Linear(
+            *(address(tensor) for tensor in (self.numbers, self.scales, self.parts, self.bias)),
+            *(self.outputs, self.inputs, FORMATS.index(self.format)),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.numbers, self.scales, self.parts)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Packer:
+    """Brings weights into a layer's order, on several threads."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int):
+        self._library = library
+        self._num_threads = num_threads
+
+    def plain(
+        self,
+        weight: Tensor,
+        format: str,
+        bias: Tensor | None = None,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Packed:
+        """Pack a matrix of floats, [outputs, inputs], rounded to `format`.
+
+        Args:
+            weight: in float32, float16 or bfloat16.
+            format: "float32", "float16", "bfloat16", "int8" or "Q4_0".
+            bias: [outputs].
+            rows: which output stands at each place, -1 for zeros; None for all in their order.
+            columns: the same for inputs.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        weight = weight.contiguous()
+        rows = _order(rows, weight.shape[0], LANES)
+        columns = _order(columns, weight.shape[1], GROUP)
+        packed = _empty(len(rows), len(columns), format, bias, rows)
+        number = FORMATS.index(format)
+
+        def pack(start: int, end: int) -> int:
+            room = torch.empty(packed.inputs)
+            return self._library.pack_plain(
+                *(number, weight.data_ptr(), PLAIN[weight.dtype], weight.shape[1]),
+                *(rows.data_ptr(), columns.data_ptr(), packed.inputs, start, end),
+                *(packed.numbers.data_ptr(), packed.scales.data_ptr(), room.data_ptr()),
+            )
+
+        if any(self._run(pack, packed.outputs)):
+            raise ValueError("a weight is not finite")
+        return packed
+
+    def blocks(
+        self,
+        data: np.ndarray,
+        format: str,
+        num_inputs: int,
+        bias: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Packed:
+        """Pack a GGUF file's tensor, [outputs, bytes of a row], none of its numbers changed."""
+        data = np.ascontiguousarray(data).view(np.uint8).reshape(data.shape[0], -1)
+        rows = _order(rows, data.shape[0], LANES)
+        packed = _empty(len(rows), num_inputs, format, bias, rows)
+        number = FORMATS.index(format)
+
+        def pack(start: int, end: int) -> int:
+            self._library.pack_blocks(
+                *(number, data.ctypes.data, data.shape[1], rows.data_ptr(), num_inputs),
+                *(start, end, packed.numbers.data_ptr(), packed.scales.data_ptr()),
+                packed.parts.data_ptr(),
+            )
+            return 0
+
+        self._run(pack, packed.outputs)
+        return packed
+
+    def _run(self, pack: Callable[[int, int], int], outputs: int) -> list[int]:
+        """Pack whole blocks of outputs on each thread: two never write to one byte."""
+        step = padded(-(-outputs // (4 * self._num_threads)), LANES)
+        starts = range(0, outputs, step)
+        with ThreadPoolExecutor(self._num_threads) as threads:
+            return list(threads.map(lambda at: pack(at, min(at + step, outputs)), starts))
+
+
+def _order(chosen: Tensor | None, size: int, step: int) -> Tensor:
+    chosen = torch.arange(size) if chosen is None else chosen
+    missing = padded(len(chosen), step) - len(chosen)
+    return torch.cat([chosen.int(), torch.full((missing,), -1, dtype=torch.int32)])
+
+
+def _empty(outputs: int, inputs: int, format: str, bias: Tensor | None, rows: Tensor) -> Packed:
+    bits = BITS.get(format, 4)
+    per_scale = SUPER if format.endswith("_K") else GROUP
+    num_scales = outputs // LANES * (inputs // per_scale) * SCALES.get(format, 0)
+    if format == "int8":
+        num_scales = 4 * outputs
+    num_parts = outputs // LANES * (inputs // GROUP) * PARTS.get(format, 0)
+    if bias is not None:
+        chosen = bias.float()[rows.clamp(min=0).long()]
+        bias = torch.where(rows >= 0, chosen, 0.0)
+    return Packed(
+        *(outputs, inputs, format),
+        *(
+            torch.zeros(size, dtype=torch.uint8)
+            for size in (outputs * inputs * bits // 8, num_scales, num_parts)
+        ),
+        bias,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One layer's parts, by the names of its structure."""
+
+    linears: dict[str, Packed]
+    norms: dict[str, Tensor]
+    window: int = 0
+
+
+class Cache:
+    """A text's keys and values, whose memory is taken as it is filled."""
+
+    def __init__(self, model: Model, capacity: int):
+        sizes = model.sizes
+        self.capacity = padded(capacity, LANES)
+        heads = sizes["num_layers"] * sizes["key_heads"] * self.capacity
+        self._keys = torch.zeros(heads * sizes["head_dim"])
+        self._values = torch.zeros(heads * sizes["head_padded"])
+        self._structure = _Cache(
+            self._keys.data_ptr(), self._values.data_ptr(), self.capacity
+        )
+        self.address = ctypes.addressof(self._structure)
+
+
+class Request(NamedTuple):
+    """Tokens of one text, one after the other."""
+
+    cache: Cache
+    ids: Sequence[int]
+    start: int  # where the first of them stands
+    last: int  # so many of them are scored
+
+
+@dataclass
+class Model:
+    """A model that `step.c` decodes.
+
+    Attributes:
+        library: which does.
+        layers: its layers' parts.
+        head: the last linear layer.
+        tensors: what the structure's pointers point to, by name.
+        sizes: the structure's numbers, by name.
+        epsilon: of its norms.
+        score_scale: of attention.
+        rotation: cosines and sines of the first n positions, [n, head_dim / 2] each; None where
+            positions are not rotated.
+    """
+
+    library: ctypes.CDLL
+    layers: list[Parts]
+    head: Packed
+    tensors: dict[str, Tensor]
+    sizes: dict[str, int]
+    epsilon: float
+    score_scale: float
+    rotation: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers = (_Layer * len(self.layers))()
+        for layer, parts in zip(layers, self.layers):
+            for name, packed in parts.linears.items():
+                setattr(layer, name, packed.structure())
+            for name, tensor in parts.norms.items():
+                setattr(layer, name, tensor.data_ptr())
+            layer.window = parts.window
+        self._layers = layers
+        self.sizes["num_layers"] = len(layers)
+        self._structure = _Model(layers=ctypes.addressof(layers), head=self.head.structure())
+        for name, tensor in self.tensors.items():
+            setattr(self._structure, name, tensor.data_ptr())
+        for name, size in self.sizes.items():
+            setattr(self._structure, name, size)
+        self._structure.epsilon, self._structure.score_scale = self.epsilon, self.score_scale
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights that every token passes."""
+        packed = [self.head, *(part for layer in self.layers for part in layer.linears.values())]
+        return sum(part.num_bytes for part in packed)
+
+    def first_layers(self, num_layers: int) -> Model:
+        """The same model with its first layers only, over the same weights."""
+        return Model(
+            *(self.library, self.layers[:num_layers], self.head, self.tensors, dict(self.sizes)),
+            *(self.epsilon, self.score_scale, self.rotation),
+        )
+
+    def make_cache(self, capacity: int) -> Cache:
+        """An empty text's."""
+        made = Cache(self, capacity)
+        if self.rotation and made.capacity > self._structure.positions:
+            num = padded(made.capacity, 1024)
+            cos, sin = (table.float().contiguous() for table in self.rotation(num))
+            self._kept = {"cos": cos, "sin": sin}
+            self._structure.cos, self._structure.sin = cos.data_ptr(), sin.data_ptr()
+            self._structure.positions = num
+        return made
+
+    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Feed tokens of some texts, together.
+
+        Returns:
+            Of each request, [last, vocabulary] float32 logits.
+
+        Raises:
+            ValueError: a token, a position or the number of scored rows is out of range.
+        """
+        width = self.sizes["vocabulary"]
+        num_scored = sum(request.last for request in requests)
+        logits = torch.empty(num_scored, width)
+        if "head_tokens" in self.tensors:
+            logits.fill_(-torch.inf)
+        rows = np.zeros(sum(len(request.ids) for request in requests), ROW)
+        at = scored = 0
+        for cache, ids, start, last in requests:
+            if not 0 <= last <= len(ids):
+                raise ValueError(f"cannot score {last} of {len(ids)} tokens")
+            own = rows[at : at + len(ids)]
+            own["cache"], own["token"] = cache.address, ids
+            own["position"] = np.arange(start, start + len(ids))
+            if last:
+                first = logits.data_ptr() + 4 * width * scored
+                own["logits"][-last:] = first + 4 * width * np.arange(last, dtype=np.uint64)
+            at, scored = at + len(ids), scored + last
+        pool_of(self.library).step(self._structure, rows)
+        return list(logits.split([request.last for request in requests]))
+
+
+class Pool:
+    """The threads that calls run on, one call at a time."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int):
+        self.num_threads = num_threads
+        self._library = library
+        self._pool = library.open_pool(num_threads)
+        if not self._pool:
+            raise MemoryError("no memory for the kernel's threads")
+        self._most = library.most_rows()
+        self._lock = threading.Lock()
+
+    def step(self, model: _Model, rows: np.ndarray) -> None:
+        """Run rows through a model, as many at once as there is room for.
+
+        Raises:
+            ValueError: a row is out of range.
+        """
+        with self._lock:
+            for start in range(0, len(rows), self._most):
+                part = rows[start : start + self._most]
+                problem = self._library.step(
+                    self._pool, ctypes.byref(model), part.ctypes.data, len(part)
+                )
+                if problem == -4:
+                    raise MemoryError("no memory for the rows of a call")
+                if problem:
+                    raise ValueError(f"a row's {PROBLEMS[problem]} is out of range")
+
+    def close(self) -> None:
+        with self._lock:
+            self._library.close_pool(self._pool)
+
+
+_pools: dict[int, Pool] = {}  # by the library's handle
+_num_threads = 0
+
+
+def set_num_threads(num: int) -> None:
+    """How many threads calls run on from now; 0 for one on each core that this process has."""
+    global _num_threads
+    _num_threads = num
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
+
+
+def num_threads() -> int:
+    """How many threads calls run on."""
+    return _num_threads or num_cores()
+
+
+def num_cores() -> int:
+    """Of those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pool_of(library: ctypes.CDLL) -> Pool:
+    """The threads of this process."""
+    if library._handle not in _pools:
+        _pools[library._handle] = Pool(library, num_threads())
+    return _pools[library._handle]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # threads stay with the parent
