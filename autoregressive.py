@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from specsampling.method.decode import decode_text
 from specsampling.method.evidence import Evidence
+from specsampling.method.forward import Model
 from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
 
 
 def autoregressive(
-    target: PreTrainedModel,
+    target: Model,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,

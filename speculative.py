@@ -20,11 +20,11 @@ if __name__ == "__main__":
 from collections.abc import Collection, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from specsampling.method.decode import Cycle, decode_text
 from specsampling.method.drafts import Draft, DraftTerms
 from specsampling.method.evidence import Evidence
+from specsampling.method.forward import Model
 from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
@@ -32,7 +32,7 @@ from specsampling.method.verify import Verifier, verify
 
 
 def speculative(
-    target: PreTrainedModel,
+    target: Model,
     draft: Draft,
     prompt: Sequence[int],
     *,

@@ -28,11 +28,11 @@ from transformers import (
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
-    PreTrainedModel,
     Qwen2Config,
 )
 
 from specsampling.console import Parser, exit_code
+from specsampling.method.forward import Model
 from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model, make_fast
 from specsampling.models.load import resolve_device
@@ -90,7 +90,7 @@ def score(session: Session, tokens: list[int], context: int, groups: list[int]) 
     return torch.cat(rows)
 
 
-def count_equal(model: PreTrainedModel, kind: type[Session], width: int) -> int:
+def count_equal(model: Model, kind: type[Session], width: int) -> int:
     """Rows that have the same bits alone and in random groups."""
     chooser, num_equal = random.Random(0), 0
     for context in CONTEXTS:
@@ -106,13 +106,12 @@ def count_equal(model: PreTrainedModel, kind: type[Session], width: int) -> int:
     return num_equal
 
 
-def models(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, PreTrainedModel]]:
+def models(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Model]]:
     yield "SmolLM2-135M-Instruct", load_model("embedded:smollm2-135m", dtype, device)
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
-        make_fast(model)
-        yield name, model
+        yield name, make_fast(model)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

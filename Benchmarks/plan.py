@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from autoregressive import autoregressive
@@ -45,6 +45,7 @@ from specsampling.config import ConfigError, load_config
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.loading import load_configured_pair
 from specsampling.method.drafts import DraftTerms, ModelDraft, ModelProposer, num_logits
+from specsampling.method.forward import Model
 from specsampling.method.sampling import one_hot
 from specsampling.method.session import Session, context_limit
 from specsampling.models.checkpoint import make_fast
@@ -109,9 +110,7 @@ def expected_tokens(acceptance: float, k: int) -> float:
     return (1 - acceptance ** (k + 1)) / (1 - acceptance)
 
 
-def measure(
-    target: PreTrainedModel, draft: PreTrainedModel, largest_k: int, num_prompt_tokens: int
-) -> Calls:
+def measure(target: Model, draft: Model, largest_k: int, num_prompt_tokens: int) -> Calls:
     """Time the calls, one kind after the other in turn, so that a busy moment slows them all."""
     widths = sorted({width_of(k) for k in range(1, largest_k + 1)})
     kinds: dict[Any, Any] = {"draft": (draft, None), "baseline": (target, None)}
@@ -135,7 +134,7 @@ def measure(
     return Calls(median["draft"], median["baseline"], by_k, prefill)
 
 
-def some_tokens(target: PreTrainedModel, draft: PreTrainedModel, num: int) -> list[int]:
+def some_tokens(target: Model, draft: Model, num: int) -> list[int]:
     """A text that both models can read."""
     known = min(num_logits(target), num_logits(draft))
     return [i % min(known - 1, 1000) + 1 for i in range(num)]
@@ -169,8 +168,7 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device, to_8_bit: 
     for weight in model.parameters():
         weight.requires_grad_(False)
         weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02, generator=generator)
-    make_fast(model.eval(), to_8_bit and device.type == "cpu")
-    return model
+    return make_fast(model.eval(), "int8" if to_8_bit and device.type == "cpu" else "none")
 
 
 # --- a draft that is right as often as it is told to be ------------------------------
@@ -180,7 +178,7 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device, to_8_bit: 
 class ScriptedDraft:
     """Asks a model, for its time, and proposes what the target will say, or not, by lot."""
 
-    model: PreTrainedModel
+    model: Model
     text: list[int]  # the target's own, prompt and all
     acceptance: float
 
@@ -207,7 +205,7 @@ class ScriptedProposer(ModelProposer):
 
 
 def validate(
-    target: PreTrainedModel, draft: PreTrainedModel, calls: Calls, prompt: list[int], num_new: int
+    target: Model, draft: Model, calls: Calls, prompt: list[int], num_new: int
 ) -> list[str]:
     """Measured / predicted tokens per second of the real decoder, at the best K.
 
@@ -371,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pair_of(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+def pair_of(options: argparse.Namespace) -> tuple[Model, Model]:
     """The profile's models, or two of random weights."""
     if options.target or options.draft:
         if not (options.target and options.draft):

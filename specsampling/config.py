@@ -63,7 +63,7 @@ Ngram = Annotated[
     int, at_least(1), at_most(64, "every length is looked up, and longer ones hardly ever repeat")
 ]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Quantization = Literal["none", "int8", "nf4"]
+Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
 SPECULATIVE = re.compile(
     r"speculative(:(?P<draft>.+?(?<!(?i:@auto))(?<!(?i:@token|@block))))?(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block))?"

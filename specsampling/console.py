@@ -222,7 +222,7 @@ def run_experiment(
     there, now = begun(output, options.fresh, ranks)
     wanted = _keys(config, task)
     pending = wanted - {row.key for row in there.rows} if there else wanted
-    mode, why_eager = settle_steps(config, there, len(wanted))
+    mode, why_eager = settle_steps(config, there)
     meta = run_meta(config, mode, now) | {"files": digest_files(config, task.examples())}
     if rank() == 0 and options.fresh:  # either is told before minutes of loading
         check_fresh(output)
@@ -234,8 +234,8 @@ def run_experiment(
     lengths = [len(prompt.token_ids) for _, prompt in prompts]
     longest = max(lengths)
     memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
-    pair = load_configured_pair(here, memory.device_map)
-    drafts = load_drafts(config, pair)
+    pair = load_configured_pair(here, memory.device_map, mode)
+    drafts = load_drafts(config, pair, mode)
     if mode == "off":
         print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
     elif pending and not make_steps(config, mode, pair, drafts, longest):

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from specsampling.results.records import Run
     from specsampling.tasks.task import Example
 
-WORTH_COMPILING = 200  # rows
 THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
 
 
@@ -138,7 +137,7 @@ def settle_memory(
     prompt = max(prompt_lengths)
     longest = prompt + config.decoding.max_new_tokens
     num_texts = config.run.batch_size
-    lengths = Lengths(longest, prompt, width, num_texts, len(set(prompt_lengths)))
+    lengths = Lengths(longest, prompt, width, num_texts)
     device = resolve_device(config.models.device)
     need = need_of(outlines.target, outlines.drafts, device, lengths)
     if config.models.device.startswith(SPLIT):
@@ -160,20 +159,27 @@ def settle_memory(
     return MemoryPlan(peak=f"{gigabytes(need.total)} of {device}")
 
 
-def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
+def load_configured_pair(
+    config: Config,
+    device_map: Mapping[str, int | str] | None = None,
+    mode: Compile | None = None,
+) -> Pair:
     """Load the models that a configuration names, and say what became of `auto`.
 
     Args:
         config: of the run.
         device_map: see `MemoryPlan`.
+        mode: what `settle_steps` says; None takes the configuration's.
     """
     import torch
 
+    from specsampling.kernel.engine import set_num_threads
     from specsampling.models.load import check_tokenizers, load_pair
 
     _check_threads(config.run.threads)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+        set_num_threads(config.run.threads)
     models = config.models
     others = list({parts.draft: None for parts in drafts_named(config) if parts.draft})
     if others:
@@ -188,6 +194,7 @@ def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | N
         target_quantization=models.target_quantization,
         draft_quantization=models.draft_quantization,
         device_map=device_map,
+        compile=mode or config.decoding.compile,
         **_draft_options(config),
     )
     device = pair.target.device
@@ -235,7 +242,9 @@ def drafts_named(config: Config) -> list[MethodParts]:
     return [method_parts(method, config) for method in config.run.methods]
 
 
-def load_drafts(config: Config, pair: Pair) -> dict[tuple[str, bool], Draft]:
+def load_drafts(
+    config: Config, pair: Pair, mode: Compile | None = None
+) -> dict[tuple[str, bool], Draft]:
     """The methods' drafts, by name ("" is the pair's own) and whether k is found while decoding."""
     from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.models.load import draft_models, load_draft, resolve_dtype
@@ -252,6 +261,7 @@ def load_drafts(config: Config, pair: Pair) -> dict[tuple[str, bool], Draft]:
             resolve_dtype(config.models.dtype, pair.target.device),
             quantization=config.models.draft_quantization,
             **_draft_options(config),
+            compile=mode or config.decoding.compile,
             loaded=loaded,
         )
         loaded |= draft_models(spec, fixed[spec])
@@ -262,26 +272,24 @@ def load_drafts(config: Config, pair: Pair) -> dict[tuple[str, bool], Draft]:
     return drafts
 
 
-def settle_steps(config: Config, there: Run | None, num_rows: int) -> tuple[Compile, str]:
+def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
     """What `decoding.compile: auto` comes to in a run, and why in words where that is "off".
 
-    Compiling takes minutes, so it is for long runs; and what was begun one way goes on so.
+    What was begun one way goes on so. On a GPU several texts at once are not captured.
 
     Args:
         config: of the run.
         there: what an earlier process left of it.
-        num_rows: how many it will have.
     """
-    mode, device = config.decoding.compile, config.models.device
+    from specsampling.models.load import resolve_device
+
+    mode = config.decoding.compile
     if mode != "auto":
         return mode, "decoding.compile: off"
-    if config.run.batch_size > 1:
+    if config.run.batch_size > 1 and resolve_device(config.models.device).type != "cpu":
         return "off", "run.batch_size: several texts at once"
-    if there is not None:
-        is_eager = not there.meta.get("steps")
-        return ("off", "as the rows that are there") if is_eager else ("auto", "")
-    if num_rows < WORTH_COMPILING and not device.startswith("cuda"):
-        return "off", f"{num_rows} rows are over sooner; --set decoding.compile=on does compile"
+    if there is not None and not there.meta.get("steps"):
+        return "off", "as the rows that are there"
     return "auto", ""
 
 
@@ -292,12 +300,12 @@ def make_steps(
     drafts: dict[tuple[str, bool], Draft],
     num_prompt_tokens: int,
 ) -> bool:
-    """Compile or capture the models' decode calls, and say what became of each.
+    """Capture the models' decode calls on a GPU, and say what became of each.
 
     Returns:
         Whether the target's calls are static now.
     """
-    from specsampling.method.forward import runner_of
+    from specsampling.method.forward import is_exact, runner_of
     from specsampling.models.load import draft_models
     from specsampling.models.static import make_static
 
@@ -310,7 +318,7 @@ def make_steps(
     for name, (model, sizes) in models.items():
         say = partial(print, f"  {name}:", file=sys.stderr, flush=True)
         say(make_static(model, mode, longest, sizes, report=say))
-    return runner_of(pair.target) is not None
+    return is_exact(pair.target) or runner_of(pair.target) is not None
 
 
 def make_batch(
@@ -321,7 +329,10 @@ def make_batch(
     Raises:
         ModelError: one of them cannot decode several.
     """
+    from transformers import PreTrainedModel
+
     from specsampling.method.batch import install
+    from specsampling.method.forward import is_exact
     from specsampling.method.step import has_step
     from specsampling.models.errors import ModelError
     from specsampling.models.load import draft_models
@@ -331,6 +342,9 @@ def make_batch(
     for (spec, _), draft in drafts.items():
         models |= draft_models(spec or config.models.draft, draft)
     for name, model in models.items():
+        if is_exact(model):
+            continue  # its calls take rows of any texts
+        assert isinstance(model, PreTrainedModel)
         if not has_step(model):
             raise ModelError(
                 f"run.batch_size must be 1 for {name} (got {size}): {model.config.model_type} "
@@ -349,13 +363,16 @@ def self_check(config: Config, pair: Pair, num_prompt_tokens: int) -> str:
         pair: the loaded models.
         num_prompt_tokens: of the longest prompt to come.
     """
+    from specsampling.method.forward import is_exact
     from specsampling.models.exactness import check_exactness
 
     width = call_width(config)
     longest = num_prompt_tokens + config.decoding.max_new_tokens
     check = check_exactness(pair.target, width, capacity=longest)
     verdict = "not asked for (decoding.bit_exact: false)"
-    if config.decoding.bit_exact:
+    if is_exact(pair.target):
+        verdict = f"{check}, at any width"
+    elif config.decoding.bit_exact:
         verdict = f"{check}, at width {width}"
     print(f"  bit-exact decoding: {verdict}", file=sys.stderr)
     return verdict

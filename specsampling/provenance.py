@@ -66,10 +66,8 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
     import torch
 
     from specsampling.models.load import resolve_device
-    from specsampling.models.static import runner_kind
 
     device = resolve_device(config.models.device)
-    kind, _ = runner_kind(steps, device)
     return {
         "profile": config.profile,
         "config": config_as_dict(config),
@@ -77,7 +75,7 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
         "device": device.type,
         "device_name": device_name(device),
         "precision": precision(config, device),
-        **({"steps": kind.NAME} if kind else {}),
+        **({"steps": name} if (name := _steps(steps, device)) else {}),
         "threads": config.run.threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": _versions(),
@@ -86,6 +84,17 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def _steps(mode: Compile, device: torch.device) -> str:
+    """What decode calls are made with, in a word; "" for PyTorch's operations one by one."""
+    from specsampling.models.kernel_model import why_no_kernel
+
+    if mode == "off":
+        return ""
+    if device.type == "cpu":
+        return "" if why_no_kernel() else "kernel"
+    return "captured" if device.type == "cuda" else ""
 
 
 def precision(config: Config, device: torch.device) -> str:

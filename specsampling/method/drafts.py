@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specsampling.method.forward import RUNNER
+from specsampling.method.forward import RUNNER, Model, is_exact
 from specsampling.method.sampling import (
     NonFiniteError,
     Sampling,
@@ -75,7 +75,7 @@ class DraftTerms:
     @classmethod
     def of(
         cls,
-        target: PreTrainedModel,
+        target: Model,
         capacity: int,
         sampling: Sampling,
         generator: torch.Generator | None,
@@ -102,7 +102,7 @@ class ModelDraft:
             where they end may depend on the model.
     """
 
-    model: PreTrainedModel
+    model: Model
     max_k: int | None = None
     min_confidence: float = 0.0
 
@@ -277,7 +277,7 @@ class CompositeProposer:
         self._model.rollback(length)
 
 
-def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+def first_layers(model: Model, num_layers: int) -> Model:
     """A shallow model cut from `model`: its first layers, final norm and head.
 
     It shares the tensors, so it needs no memory of its own. Untrained for its depth, it
@@ -291,7 +291,10 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     total = text_config.num_hidden_layers
     if not 1 <= num_layers <= total:
         raise ValueError(f"the number of layers must be between 1 and {total} (got {num_layers})")
+    if is_exact(model):
+        return model.first_layers(num_layers)
     text_config.num_hidden_layers = num_layers
+    assert isinstance(model, PreTrainedModel)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
             return _with_part(model, name.split("."), module[:num_layers], config)
@@ -317,7 +320,7 @@ def _shallow_copy(module: Any) -> Any:
     return clone
 
 
-def num_logits(model: PreTrainedModel) -> int:
+def num_logits(model: Model) -> int:
     """Width of the model's output, padding included."""
     head: Any = model.get_output_embeddings()
     return head.out_features

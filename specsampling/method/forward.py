@@ -1,6 +1,6 @@
-"""The two ways to call a model over a preallocated cache: our static step, and transformers'.
+"""The ways to call a model over a preallocated cache: its own, our static step, transformers'.
 
-Both feed tokens that stand at `start`, either over the filled part of the cache, or over all of
+Each feeds tokens that stand at `start`, either over the filled part of the cache, or over all of
 its capacity, the unfilled part masked; then the call's shape says nothing of where it stands.
 
 Knows nothing of lengths, time or rolling back: that is the session's.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Runner(Protocol):
         """What `decode_step` gives."""
 
 
-def runner_of(model: PreTrainedModel) -> Runner | None:
+def runner_of(model: Model) -> Runner | None:
     """The runner that a model was given, if any."""
     return model.__dict__.get(RUNNER)
 
@@ -59,8 +59,41 @@ class Forward(Protocol):
         """[len(ids), V], over the whole capacity."""
 
 
-def forward_of(model: PreTrainedModel, capacity: int, context: int) -> Forward:
+class ExactModel(Protocol):
+    """A model with a forward of its own, in which rows never meet (`models/kernel_model.py`).
+
+    What it gives for a row is the same in a call of any width, so no call is padded.
+    """
+
+    config: Any
+    generation_config: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def get_input_embeddings(self) -> Any: ...
+
+    def get_output_embeddings(self) -> Any: ...
+
+    def make_forward(self, capacity: int) -> Forward:
+        """The model over a new text's cache, of so many tokens at most."""
+
+    def first_layers(self, num_layers: int) -> ExactModel:
+        """A shallow model: its first layers, final norm and head."""
+
+
+Model = PreTrainedModel | ExactModel
+
+
+def is_exact(model: Model) -> TypeGuard[ExactModel]:
+    """Whether a row's bits are the same in calls of any width, whatever it was asked for."""
+    return hasattr(model, "make_forward")
+
+
+def forward_of(model: Model, capacity: int, context: int) -> Forward:
     """How a model is called, with room for `capacity` tokens; its positions end at `context`."""
+    if is_exact(model):
+        return model.make_forward(capacity)
+    assert isinstance(model, PreTrainedModel)
     if has_step(model):
         return StepForward(model, capacity)
     return TransformersForward(model, capacity, context)

@@ -10,7 +10,8 @@ accepted cycle needs no special case: the next call feeds two tokens.
 With a `width` every decode call has the same shape: `width` rows (real tokens
 first, padding after) over the cache's whole capacity. Each row's bits then no
 longer depend on how the tokens were grouped into calls, which is what makes
-greedy speculative decoding bit-exact in 16 bit. Without one, a call has as many
+greedy speculative decoding bit-exact in 16 bit. A model whose rows never meet
+(`forward.ExactModel`) needs none, and takes none. Without one, a call has as many
 rows as there are new tokens and sees only the filled part of the cache: the
 fastest way, used by the baseline that speedups are measured against. Where the
 model's step is compiled or captured, that is for few numbers of rows and one
@@ -29,9 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
-from specsampling.method.forward import forward_of, runner_of
+from specsampling.method.forward import Model, forward_of, is_exact, runner_of
 
 
 class Session:
@@ -43,7 +43,7 @@ class Session:
         forward_seconds: time inside the model, prefill included.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, width: int | None = None):
+    def __init__(self, model: Model, capacity: int, width: int | None = None):
         """Prepare a cache for `capacity` tokens.
 
         Args:
@@ -51,6 +51,8 @@ class Session:
             capacity: the longest sequence that will be scored, in tokens.
             width: rows of every decode call, or None for as many as there are new tokens.
         """
+        if is_exact(model):
+            width = None
         if width is not None:
             # A padded last call writes up to `width` rows; 64 keeps the kernels' blocks whole.
             capacity = -(-(capacity + width) // 64) * 64
@@ -142,7 +144,7 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_se
 WINDOW_NAMES = ("sliding_window", "window_size", "attention_chunk_size")
 
 
-def context_limit(model: PreTrainedModel) -> int:
+def context_limit(model: Model) -> int:
     """The most tokens a text can have here.
 
     That is how far the model's positions reach, or the edge at which it changes the frequencies
@@ -169,7 +171,7 @@ def _frequency_edges(config: Any) -> list[int]:
     return [edge for edge in edges if isinstance(edge, int)]
 
 
-def attention_windows(model: PreTrainedModel) -> list[int]:
+def attention_windows(model: Model) -> list[int]:
     """How many keys a query of a sliding or chunked layer sees, as far as the model has such."""
     config = model.config.get_text_config(decoder=True)
     named = [getattr(config, name, None) for name in WINDOW_NAMES]

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from specsampling.method.step import has_step
+from specsampling.kernel.build import KernelError
+from specsampling.method.forward import Model
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
 from specsampling.models.errors import (
@@ -30,9 +31,10 @@ from specsampling.models.errors import (
 from specsampling.models.estimate import Planned, outline_of, weight_bytes
 from specsampling.models.exactness import Proof, prove_decoding, require_decodable
 from specsampling.models.folder import SAFE_WEIGHTS
-from specsampling.models.fused import fuse_layers
+from specsampling.models.gguf_file import open_gguf
+from specsampling.models.kernel_model import KernelModel, to_kernel, why_no_kernel
 from specsampling.models.memory import require_memory
-from specsampling.models.packed import can_int8, can_pack, pack_linears, to_int8
+from specsampling.models.packing import why_not
 from specsampling.models.source import (
     digest_of,
     is_gguf,
@@ -44,10 +46,9 @@ from specsampling.models.source import (
 log = logging.getLogger("specsampling")
 
 # How far a fast model's logits may be from those of the model as loaded. Rounding moves them by
-# 1.4% in bfloat16; an adapter that got lost moved them by 8%. In 8 bit rounding alone moves them by
-# 10%, so there each layer is held against its own (`fused.py`, `packed.py`).
+# 1.4% in bfloat16; an adapter that got lost moved them by 8%. 8 and 4 bit move them more.
 FAST_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.04}
-INT8_TOLERANCE = 0.3
+ROUNDED_TOLERANCE = 0.5
 
 
 def load_model(
@@ -56,83 +57,128 @@ def load_model(
     device: torch.device,
     quantization: str = "none",
     device_map: Mapping[str, int | str] | None = None,
-) -> PreTrainedModel:
+    compile: str = "auto",
+) -> Model:
     """Load one model for inference, straight onto its device.
 
-    Unless it is quantised by bitsandbytes, it is made fast: see `make_fast`. Where that fails or
-    changes what the model says, it keeps transformers' layers, and one line says so.
+    On a CPU it goes into the kernel (`kernel_model.py`) where that knows it. Otherwise its heads
+    that share keys are attended to together (`attention.py`). Where either fails or changes what
+    the model says, the model keeps transformers' layers, and one line says so.
 
     Args:
         spec: a model's spec.
         dtype: of its weights.
         device: where it goes.
-        quantization: "none", "int8" or "nf4". On a CPU "int8" is `packed.Int8Linear`.
+        quantization: "none", "int8", "nf4", or on a CPU "int4".
         device_map: where its parts go, if not all of it goes there. A model in parts keeps
             transformers' layers, between which accelerate moves what passes.
+        compile: "off" leaves the kernel out; "on" refuses a model that it cannot decode.
 
     Raises:
         ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
             with a cache that is rolled back, or there is too little memory.
     """
-    to_8_bit = quantization == "int8" and device.type == "cpu"
+    is_kernels = device.type == "cpu" and device_map is None and quantization != "nf4"
+    _require_quantization(spec, quantization, device)
     planned = plan_model(spec, dtype, quantization)
-    if to_8_bit:
-        quantization = "none"
-        if not can_int8():
-            raise ModelError(
-                f"cannot put {spec} into int8: this PyTorch has no fast 8-bit layers for this "
-                "processor; choose none or nf4"
-            )
     if device.type == "cpu":
         _require_memory(spec, planned)
-    model = _read(spec, dtype, device, quantization, device_map)
+    model = _read(spec, dtype, device, "none" if is_kernels else quantization, device_map)
     with _one_line(spec):
-        proof = require_decodable(model, spec)
+        with one_thread() if is_kernels else contextlib.nullcontext():
+            proof = require_decodable(model, spec)
+        if is_kernels and compile != "off":
+            made, problem = _into_kernel(model, proof, spec, quantization)
+            if made is not None:
+                return made
+            if compile == "on" or quantization != "none":
+                raise ModelError(_no_kernel(spec, quantization, problem))
+            log.warning("%s is decoded by PyTorch, without the CPU kernel: %s", spec, problem)
+            model = _read(spec, dtype, device, "none")
+        elif is_kernels and quantization != "none":
+            raise ModelError(_no_kernel(spec, quantization, "decoding.compile is off"))
         if quantization != "none" or device_map is not None:
             return model
-        problem = _try_fast(model, proof, to_8_bit)
+        problem = _try_grouped(model, proof)
     if problem:
         log.warning("%s keeps transformers' layers: the faster ones %s", spec, problem)
         model = _read(spec, dtype, device, quantization)
     return model
 
 
-def _try_fast(model: PreTrainedModel, proof: Proof, to_8_bit: bool) -> str:
-    """Make a model fast and look at what it says then; what went wrong, in words, or nothing."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: beside other work, two that wait for one another take minutes."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        make_fast(model, to_8_bit)
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _require_quantization(spec: str, quantization: str, device: torch.device) -> None:
+    if quantization == "int4" and device.type != "cpu":
+        raise ModelError(
+            f"cannot put {spec} into int4: that is the CPU kernel's, and the device is {device}; "
+            "choose nf4, int8 or none"
+        )
+
+
+def _no_kernel(spec: str, quantization: str, problem: str) -> str:
+    what = f"put {spec} into {quantization}" if quantization != "none" else f"decode {spec} with it"
+    way_out = "choose none" if quantization != "none" else "choose decoding.compile: auto or off"
+    return f"cannot {what}: this needs the CPU kernel ({problem}); {way_out}"
+
+
+def _into_kernel(
+    model: PreTrainedModel, proof: Proof, spec: str, quantization: str
+) -> tuple[KernelModel | None, str]:
+    """A model in the kernel; or None, and why in words."""
+    file = open_gguf(Path(spec)) if is_gguf(spec) else None
+    if is_distilled(model) and quantization == "none":
+        quantization = "int8"  # as it is shipped
+    try:
+        made = to_kernel(model, quantization, file)
+        error = prove_decoding(made).difference(proof)
+    except KernelError as problem:
+        return None, str(problem)
+    except Exception as problem:  # whatever is in a checkpoint
+        if is_out_of_memory(problem):
+            raise
+        return None, f"it fails on it ({reason(problem)})"
+    is_rounded = quantization != "none" or file is not None
+    limit = ROUNDED_TOLERANCE if is_rounded else FAST_TOLERANCES[made.dtype]
+    return (made, "") if error < limit else (None, f"it gives other logits (by {error:.1%})")
+
+
+def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
+    """Prepare a model of any weights for decoding, with nothing to hold it against.
+
+    Args:
+        model: on its device; it is the one that is handed out, or its weights are let go of.
+        quantization: by the CPU kernel, which must know the model then.
+
+    Raises:
+        KernelError: it does not.
+    """
+    is_kernels = model.device.type == "cpu" and not why_not(model) and not why_no_kernel()
+    if is_kernels or quantization != "none":
+        return to_kernel(model, quantization)
+    group_heads(model)
+    return model
+
+
+def _try_grouped(model: PreTrainedModel, proof: Proof) -> str:
+    """Group a model's heads and look at what it says then; what went wrong, or nothing."""
+    try:
+        group_heads(model)
         error = prove_decoding(model).difference(proof)
     except Exception as problem:  # whatever a layer makes of what it was not written for
         if is_out_of_memory(problem):
             raise
         return f"fail on it ({reason(problem)})"
-    is_8_bit = to_8_bit or is_distilled(model)
-    limit = INT8_TOLERANCE if is_8_bit else FAST_TOLERANCES[model.dtype]
-    return "" if error < limit else f"give other logits (by {error:.1%})"
-
-
-def make_fast(model: PreTrainedModel, to_8_bit: bool = False) -> None:
-    """Prepare a model's layers for decoding, in place, one layer after the other.
-
-    Heads that share keys are attended to together (`attention.py`), a Llama's layers become
-    `fused.FusedLayer`s, and on a CPU in bfloat16 its linear layers are packed (`packed.py`):
-    the same products in the same precision. With `to_8_bit`, and in a distilled draft, which is
-    shipped so (`distilled.py`), a CPU's linear layers compute in 8 bit.
-    """
-    finish: Callable[[torch.nn.Module], None] = _keep
-    if to_8_bit or (is_distilled(model) and model.device.type == "cpu" and can_int8()):
-        finish = to_int8
-    elif can_pack(model):
-        finish = pack_linears
-    group_heads(model)
-    fuse_layers(model, finish)
-    finish(model)
-    if finish is to_int8 and not has_step(model):
-        model.float()
-
-
-def _keep(module: torch.nn.Module) -> None:
-    """What is done to layers that stay as they are."""
+    return "" if error < FAST_TOLERANCES[model.dtype] else f"give other logits (by {error:.1%})"
 
 
 def _read(
@@ -151,7 +197,7 @@ def _read(
             if quantization != "none" or device_map is not None:
                 raise ModelError(
                     f"the GGUF file {spec} is neither quantised again nor split over devices; "
-                    "choose none, int8 on a CPU, or the model's folder"
+                    "choose none, int8 or int4 on a CPU, or the model's folder"
                 )
             model = read_model(spec, dtype=dtype).to(device)
         else:
@@ -170,9 +216,7 @@ def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Pla
     with _one_line(spec):
         _require_decoder(spec)
         _require_shards(model_location(spec))
-        return Planned(
-            outline_of(spec, dtype), quantization, not is_gguf(spec), _largest_file(spec)
-        )
+        return Planned(outline_of(spec, dtype), quantization, not is_gguf(spec))
 
 
 def digest_model(spec: str) -> str:
@@ -183,12 +227,6 @@ def digest_model(spec: str) -> str:
     """
     with _one_line(spec):
         return digest_of(spec)
-
-
-def _largest_file(spec: str) -> float:
-    """The share of a folder's weights that is in its largest file; 1 where there is no folder."""
-    sizes = [path.stat().st_size for path in Path(model_location(spec)).glob("*.safetensors")]
-    return max(sizes) / sum(sizes) if sizes else 1.0
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from specsampling.method.forward import Model
+
 HEAD_TOKENS = "head_tokens.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 SCALE = ".scale"
@@ -112,6 +114,6 @@ def lists_head_tokens(spec: str) -> bool:
     return (Path(spec) / HEAD_TOKENS).is_file()
 
 
-def is_distilled(model: PreTrainedModel) -> bool:
+def is_distilled(model: Model) -> bool:
     """Whether a model's head is trimmed."""
     return isinstance(model.get_output_embeddings(), TrimmedHead)

@@ -20,19 +20,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
+from specsampling.models.kernel_model import why_no_kernel
 from specsampling.models.memory import gigabytes
-from specsampling.models.packed import can_int8
+from specsampling.models.packing import why_not
 from specsampling.models.source import model_location, quiet_transformers, read_config
 
 NF4_BLOCK = 64  # weights that share a float32
+INT4_BLOCK = 32  # weights that share a float16
+HALF = 2
 WORKSPACE_BYTES = 200_000_000  # of CUDA's libraries, made at their first calls
 FLOAT = 4
 SHOWN = 50_000_000  # bytes: less is 0.0 GB
-# What oneDNN keeps for each matrix shape and each number of rows that it has met, up to so many:
-# measured, 0.5 to 1.2 MB in 16 and 8 bit, growing with the rows.
-PRIMITIVE_BYTES = 1_000_000
-MOST_PRIMITIVES = 1024
-LAYER_SHAPES = 4  # of a layer's matrices, fused: queries with keys and values, output, up, down
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class Lengths:
     prompt: int
     width: int  # rows of a target call
     num_texts: int = 1
-    num_prompts: int = 0  # prompts of different lengths
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,6 @@ class Need:
         weights: of the models as they decode.
         caches: of the texts that are decoded at once.
         calls: what the widest call makes on its way.
-        kernels: what oneDNN keeps, on a CPU.
         loading: the most at once while weights are read and brought into their form, on a CPU.
         mapped: of that, pages of the checkpoint's files, which the system can drop and read again.
     """
@@ -62,13 +58,12 @@ class Need:
     weights: int
     caches: int
     calls: int
-    kernels: int = 0
     loading: int = 0
     mapped: int = 0
 
     @property
     def decoding(self) -> int:
-        return self.weights + self.caches + self.calls + self.kernels
+        return self.weights + self.caches + self.calls
 
     @property
     def total(self) -> int:
@@ -85,7 +80,6 @@ class Need:
             "weights": self.weights,
             "caches": self.caches,
             "calls": self.calls,
-            "kernels": self.kernels,
             "while loading": self.loading,
         }
         parts = [f"{name} {gigabytes(size)}" for name, size in sizes.items() if size > SHOWN]
@@ -99,15 +93,12 @@ class Planned:
     Attributes:
         outline: see `outline`; in the dtype to come.
         quantization: as `load_model` takes it.
-        is_mapped: whether its checkpoint is safetensors, mapped into memory until, file by file,
-            the last layer in it has been brought into its form.
-        largest_file: the share of the checkpoint that is in its largest file; 1 if not known.
+        is_mapped: whether its checkpoint is safetensors, mapped into memory while it is loaded.
     """
 
     outline: PreTrainedModel
     quantization: str
     is_mapped: bool = True
-    largest_file: float = 1.0
 
 
 def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -132,7 +123,7 @@ def need_of(
     """What a target with its draft models will take, of whom one drafts at a time."""
     models = [target, *drafts]
     weights = [weight_bytes(model.outline, _precision(model, device), device) for model in models]
-    caches = [cache_bytes(model.outline, lengths) for model in models]
+    caches = [cache_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
     calls = [call_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
     need = Need(
         weights=sum(weights),
@@ -141,18 +132,13 @@ def need_of(
     )
     if device.type != "cpu":
         return need
-    loads = [  # what is there, the checkpoint, and the layers whose file is not let go yet
-        (sum(weights[:i]) + read + int(model.largest_file * weights[i]), model.is_mapped * read)
+    loads = [  # what is there, the checkpoint, and what is made of it
+        (sum(weights[: i + 1]) + read, model.is_mapped * read)
         for i, model in enumerate(models)
         for read in [_read_bytes(model.outline)]
     ]
     loading, mapped = max(loads)
-    return replace(
-        need,
-        kernels=max(_kernel_bytes(model, device, lengths) for model in models),
-        loading=loading,
-        mapped=mapped,
-    )
+    return replace(need, loading=loading, mapped=mapped)
 
 
 def ways_out(
@@ -163,7 +149,7 @@ def ways_out(
     free: int,
 ) -> list[str]:
     """Settings with which the same target would fit, each with what it would take."""
-    quantizations = ("int8",) if device.type == "cpu" else ("int8", "nf4")
+    quantizations = ("int8", "int4") if device.type == "cpu" else ("int8", "nf4")
     tried = [
         (f"models.target_quantization={name}", replace(target, quantization=name), drafts, lengths)
         for name in quantizations
@@ -180,14 +166,20 @@ def ways_out(
 
 
 def _precision(model: Planned, device: torch.device) -> str:
-    """A distilled draft is put into 8 bit on a CPU in any case."""
-    is_small = is_distilled(model.outline) and device.type == "cpu" and can_int8()
-    return "int8" if is_small else model.quantization
+    """A distilled draft is put into 8 bit by the CPU kernel in any case."""
+    is_small = is_distilled(model.outline) and model.quantization == "none"
+    return "int8" if is_small and is_kernels(model.outline, "int8", device) else model.quantization
+
+
+def is_kernels(model: PreTrainedModel, quantization: str, device: torch.device) -> bool:
+    """Whether a model will be the CPU kernel's, whose caches and calls are float32."""
+    is_known = device.type == "cpu" and quantization != "nf4" and not why_not(model)
+    return is_known and not why_no_kernel()
 
 
 def _computes_in(model: Planned, device: torch.device) -> int:
-    is_int8 = _is_cpu_int8(_precision(model, device), device)
-    return FLOAT if is_int8 else model.outline.dtype.itemsize
+    is_float = is_kernels(model.outline, model.quantization, device)
+    return FLOAT if is_float else model.outline.dtype.itemsize
 
 
 def _read_bytes(model: PreTrainedModel) -> int:
@@ -200,42 +192,27 @@ def _read_bytes(model: PreTrainedModel) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def _kernel_bytes(model: Planned, device: torch.device, lengths: Lengths) -> int:
-    is_packed = _packs(model.outline, device) or _is_cpu_int8(_precision(model, device), device)
-    num_shapes = LAYER_SHAPES * lengths.num_prompts
-    return is_packed * min(num_shapes, MOST_PRIMITIVES) * PRIMITIVE_BYTES
-
-
-def _packs(model: PreTrainedModel, device: torch.device) -> bool:
-    return device.type == "cpu" and model.dtype == torch.bfloat16
-
-
-def _is_cpu_int8(quantization: str, device: torch.device) -> bool:
-    return quantization == "int8" and device.type == "cpu" and can_int8()
-
-
 def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device) -> int:
-    """Of the weights once loaded; see `packed.py` for the CPU, bitsandbytes for int8 and nf4."""
+    """Of the weights once loaded; see `kernel_model.py` for the CPU, bitsandbytes for nf4."""
     head = model.get_output_embeddings()
-    packs = _packs(model, device)
+    packs = is_kernels(model, quantization, device)
     total, seen = 0, set()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             is_matrix = isinstance(module, nn.Linear) and name == "weight"
             # A packed matrix is a copy, so a head that is tied to the embedding is there twice.
-            copies = is_matrix and (packs or _is_cpu_int8(quantization, device))
-            if id(weight) in seen and not copies:
+            if id(weight) in seen and not (is_matrix and packs):
                 continue
             seen.add(id(weight))
-            size = weight.numel()
+            size, is_head = weight.numel(), module is head
             if not is_matrix:
-                is_float = _is_cpu_int8(quantization, device) and not isinstance(
-                    module, nn.Embedding
-                )
+                is_float = packs and not isinstance(module, nn.Embedding)
                 total += size * (FLOAT if is_float else model.dtype.itemsize)
-            elif _is_cpu_int8(quantization, device):
-                total += size + 2 * FLOAT * weight.shape[0]
-            elif quantization == "none" or module is head:
+            elif packs and (quantization == "int8" or (quantization == "int4" and is_head)):
+                total += size + FLOAT * weight.shape[0]
+            elif packs and quantization == "int4":
+                total += size // 2 + size // INT4_BLOCK * HALF
+            elif quantization == "none" or is_head:
                 total += size * model.dtype.itemsize
             elif quantization == "int8":
                 total += size + FLOAT * weight.shape[0]
@@ -244,14 +221,18 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
     return total
 
 
-def cache_bytes(model: PreTrainedModel, lengths: Lengths) -> int:
-    """Of keys and values, over the whole capacity of each text."""
+def cache_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int = 0) -> int:
+    """Of keys and values, over the whole capacity of each text.
+
+    Args:
+        computes_in: bytes of one of their numbers; 0 for as many as a weight has.
+    """
     num_heads = _size(model, "num_attention_heads", 1)
     head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
     num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
     num_layers = _size(model, "num_hidden_layers", 1)
-    per_token = 2 * num_layers * num_keys * head_dim * model.dtype.itemsize
+    per_token = 2 * num_layers * num_keys * head_dim * (computes_in or model.dtype.itemsize)
     return lengths.num_texts * capacity * per_token
 
 

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import num_logits
-from specsampling.method.forward import RUNNER, runner_of
+from specsampling.method.forward import RUNNER, Model, runner_of
 from specsampling.method.session import Session, attention_windows, context_limit
 from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 
@@ -189,7 +189,7 @@ def _why_not_rolled_back(model: PreTrainedModel) -> str:
     return ""
 
 
-def prove_decoding(model: PreTrainedModel) -> Proof:
+def prove_decoding(model: Model) -> Proof:
     """Score, roll back and score others, each token alone with a cache and at a fixed width."""
     first, second, start = _proof_tokens(model)
     rows = []
@@ -211,13 +211,13 @@ def _without_cache(model: PreTrainedModel) -> Tensor:
     return torch.cat([one[start:], other[start + NUM_KEPT :]] * 2)
 
 
-def _proof(model: PreTrainedModel, rows: Tensor) -> Proof:
+def _proof(model: Model, rows: Tensor) -> Proof:
     is_quantized = getattr(model, "quantization_method", None) is not None
     tolerance = QUANTIZED_TOLERANCE if is_quantized else TOLERANCES[model.dtype]
     return Proof(rows.float(), tolerance)
 
 
-def _proof_tokens(model: PreTrainedModel) -> tuple[list[int], list[int], int]:
+def _proof_tokens(model: Model) -> tuple[list[int], list[int], int]:
     """Two texts that part `NUM_KEPT` tokens behind a start, and that start."""
     context = context_limit(model)
     start = min(NUM_PREFILLED, context - WIDTH)
@@ -228,14 +228,14 @@ def _proof_tokens(model: PreTrainedModel) -> tuple[list[int], list[int], int]:
     return first, first[: start + NUM_KEPT] + tokens[start + WIDTH + NUM_KEPT :], start
 
 
-def _random_tokens(model: PreTrainedModel, num_tokens: int) -> list[int]:
+def _random_tokens(model: Model, num_tokens: int) -> list[int]:
     embeddings = model.get_input_embeddings()
     known = min(num_logits(model), getattr(embeddings, "num_embeddings", num_logits(model)))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(known, (num_tokens,), generator=generator).tolist()
 
 
-def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -> ExactnessCheck:
+def check_exactness(target: Model, width: int | None, capacity: int) -> ExactnessCheck:
     """Feed the same tokens one by one and in one call, and compare the logits' bits.
 
     Where several texts are decoded at once, also in a call with others', and, as a matter of its
@@ -263,7 +263,7 @@ def check_exactness(target: PreTrainedModel, width: int | None, capacity: int) -
     num_texts = runner.num_places if isinstance(runner, BatchRunner) else 1
     all_together, all_alone = _together_and_alone(target, tokens, starts, width)
     from_alone = 0.0
-    if isinstance(runner, BatchRunner):
+    if isinstance(runner, BatchRunner) and isinstance(target, PreTrainedModel):
         one_text = _without_runner(target, tokens, starts, width)
         from_alone = _largest(torch.cat(all_together), torch.cat(one_text))
         for start, rows in zip(starts, list(all_together)):
@@ -290,7 +290,7 @@ def _largest(one: Tensor, other: Tensor) -> float:
 
 
 def _together_and_alone(
-    target: PreTrainedModel, tokens: list[int], starts: list[int], width: int | None
+    target: Model, tokens: list[int], starts: list[int], width: int | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The first rows behind each start, from one call and from a call each."""
     session = Session(target, len(tokens), width)
@@ -308,7 +308,7 @@ def _together_and_alone(
 
 
 def _without_runner(
-    target: PreTrainedModel, tokens: list[int], starts: list[int], width: int | None
+    target: Model, tokens: list[int], starts: list[int], width: int | None
 ) -> list[Tensor]:
     """The first rows behind each start as a run of one text at a time has them."""
     runner = target.__dict__.pop(RUNNER)

@@ -374,6 +374,22 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
     return state
 
 
+def tensor_of(file: GgufFile, model: PreTrainedModel, layer: str) -> tuple[Any, Tensor]:
+    """A linear layer's tensor in a file, by the layer's name in the model.
+
+    Returns:
+        The tensor as the `gguf` package reads it, and which of its rows is each of the layer's.
+    """
+    theirs = f"{layer}.weight"
+    by_name = {theirs: ours for ours, theirs in _names(file, model).items()}
+    tensor = file.tensors[by_name.get(theirs, EMBEDDING)]  # a tied head has no name
+    rows = torch.arange(int(tensor.shape[-1]))
+    heads = _heads(model.config, theirs)
+    if ARCHITECTURES[file.architecture].interleaves and heads:
+        rows = _undo_interleaving(rows[:, None], heads)[:, 0]
+    return tensor, rows
+
+
 def _names(file: GgufFile, model: PreTrainedModel) -> dict[str, str]:
     """The file's tensor names and the model's for the same tensors."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.method.forward import Model, is_exact
 from specsampling.method.session import CONTEXT_NAMES, context_limit
 from specsampling.models.chat import encode_chat
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError, model_error
 from specsampling.models.exactness import require_decodable
+from specsampling.models.kernel_model import why_no_kernel
 from specsampling.models.source import model_location
 from specsampling.models.split import SPLIT
 from specsampling.models.tokenizer import (
@@ -70,7 +72,7 @@ class Pair:
         now: the local time that chat templates see; None for the clock's.
     """
 
-    target: PreTrainedModel
+    target: Model
     draft: Draft
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
@@ -114,6 +116,7 @@ def load_pair(
     ngram_min: int = 1,
     model_k: int | None = None,
     min_confidence: float = 0.0,
+    compile: str = "auto",
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
@@ -132,6 +135,7 @@ def load_pair(
         ngram_min: shortest.
         model_k: the most tokens that a draft model proposes in a cycle; None for all k.
         min_confidence: see `drafts.ModelDraft`; 0 is off.
+        compile: "off" leaves out the CPU kernel; "on" refuses models that it cannot decode.
 
     Raises:
         ModelError: in one line, what could not be loaded, why, and the way out.
@@ -139,7 +143,9 @@ def load_pair(
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     shared = check_tokenizers(target, [draft], tokenizer)
-    target_model = load_model(target, chosen_dtype, chosen_device, target_quantization, device_map)
+    target_model = load_model(
+        target, chosen_dtype, chosen_device, target_quantization, device_map, compile
+    )
     _say_what_is_left_out(target_model, target)
     proposes = load_draft(
         draft,
@@ -150,7 +156,9 @@ def load_pair(
         ngram_min=ngram_min,
         model_k=model_k,
         min_confidence=min_confidence,
+        compile=compile,
     )
+    leave_threads_to_kernel([target_model, *draft_models(draft, proposes).values()])
     return Pair(target_model, proposes, shared, end_ids(shared, target_model))
 
 
@@ -180,7 +188,7 @@ def draft_spec(draft: str) -> str:
     return "" if spec == "ngram" or spec.startswith(TARGET_LAYERS) else spec
 
 
-def _say_what_is_left_out(target: PreTrainedModel, spec: str) -> None:
+def _say_what_is_left_out(target: Model, spec: str) -> None:
     """One line each on what `generate` would do with this target and we do not."""
     settings = target.generation_config
     changed = [
@@ -208,7 +216,7 @@ def _say_what_is_left_out(target: PreTrainedModel, spec: str) -> None:
 
 def load_draft(
     draft: str,
-    target: PreTrainedModel,
+    target: Model,
     dtype: torch.dtype,
     *,
     quantization: str = "none",
@@ -216,11 +224,13 @@ def load_draft(
     ngram_min: int = 1,
     model_k: int | None = None,
     min_confidence: float = 0.0,
-    loaded: Mapping[str, PreTrainedModel] | None = None,
+    compile: str = "auto",
+    loaded: Mapping[str, Model] | None = None,
 ) -> Draft:
     """Load a draft for a target that is there; see `load_pair` and `check_tokenizers`.
 
     Args:
+        compile: see `load_pair`.
         loaded: draft models that are there already, by spec.
 
     Raises:
@@ -235,12 +245,12 @@ def load_draft(
     elif spec.startswith(TARGET_LAYERS):
         model = _first_layers(target, spec)
     else:
-        model = load_model(spec, dtype, target.device, quantization)
+        model = load_model(spec, dtype, target.device, quantization, compile=compile)
     proposes = ModelDraft(model, model_k, min_confidence)
     return proposes if spec == draft else CompositeDraft(lookup, proposes)
 
 
-def draft_models(draft: str, loaded: Draft) -> dict[str, PreTrainedModel]:
+def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
     """The model that a loaded draft asks, by its spec, if it asks one."""
     asked = loaded.model if isinstance(loaded, (CompositeDraft, AdaptiveDraft)) else loaded
     if not isinstance(asked, ModelDraft):
@@ -248,7 +258,7 @@ def draft_models(draft: str, loaded: Draft) -> dict[str, PreTrainedModel]:
     return {draft.removeprefix(LOOKUP_FIRST): asked.model}
 
 
-def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:
+def _first_layers(target: Model, spec: str) -> Model:
     way_out = "choose draft: ngram, or a small model of the family"
     try:
         model = first_layers(target, int(spec.removeprefix(TARGET_LAYERS)))
@@ -258,8 +268,18 @@ def _first_layers(target: PreTrainedModel, spec: str) -> PreTrainedModel:
         kind = target.config.model_type
         failure = f"models.draft {spec}: {kind} models cannot be cut"
         raise model_error(failure, error, way_out) from error
-    require_decodable(model, f"models.draft {spec}")
+    if isinstance(model, PreTrainedModel):
+        require_decodable(model, f"models.draft {spec}")
     return model
+
+
+def leave_threads_to_kernel(models: Sequence[Model]) -> None:
+    """Where all models are the kernel's, let PyTorch compute on one thread.
+
+    Its threads wait by spinning after each operation, on the cores that the kernel's need next.
+    """
+    if all(is_exact(model) for model in models):
+        torch.set_num_threads(1)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -284,7 +304,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes in it, else float16 (GPU) or float32 (CPU)."""
+    """`auto` is bfloat16 where it can be computed in, else float16 (GPU) or float32 (CPU)."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
@@ -296,4 +316,4 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "mps":
         return torch.float16
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    return torch.bfloat16 if has_bfloat16 or not why_no_kernel() else torch.float32

@@ -8,6 +8,7 @@ Knows nothing of decoding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -149,7 +150,7 @@ def _llama(
         sizes=sizes | {"head_rows": head.out_features},
         epsilon=config.rms_norm_eps,
         score_scale=float(base.layers[0].self_attn.scaling),
-        rotation=partial(_rotation, base.rotary_emb),
+        rotation=partial(_rotation, copy.deepcopy(base.rotary_emb)),
     )
 
 
@@ -270,9 +271,9 @@ def _pad(weight: Tensor) -> Tensor:
 
 
 def _table(weight: Tensor) -> Tensor:
-    """[n, d] -> [n, d padded to whole groups]; the tensor itself where nothing is missing."""
+    """[n, d] -> [n, d padded to whole groups]; a copy, which keeps no checkpoint's file."""
     missing = engine.padded(weight.shape[1], engine.GROUP) - weight.shape[1]
-    return nn.functional.pad(weight.data, (0, missing)).contiguous()
+    return nn.functional.pad(weight.data, (0, missing)) if missing else weight.data.clone()
 
 
 def _rotation(rotary: nn.Module, num: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,12 @@
-"""A model's decode step made ready for calls of a few sizes: compiled, or captured.
+"""A model's decode step captured for calls of a few sizes, on a GPU.
 
-A decode call of a small model is hundreds of short operations, and on a CPU about half of its
-time passes between them: `torch.compile` makes one function of the whole step, for each number
-of rows. On a GPU, where each operation is launched on its own, the same step is captured as a
-CUDA graph and launched at once. Either is given to the model as its runner (`method/forward.py`),
-so both decoders gain.
+A decode call of a small model is hundreds of short operations, each launched on its own. Here the
+whole step is captured as a CUDA graph, for each number of rows, and launched at once. It is given
+to the model as its runner (`method/forward.py`), so both decoders gain.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 import weakref
 from collections.abc import Callable, Collection
@@ -17,24 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specsampling.method.forward import RUNNER
+from specsampling.method.forward import RUNNER, Model, is_exact
 from specsampling.method.session import Session
 from specsampling.method.step import Buffers, decode_step, has_step
 from specsampling.models.errors import ModelError, is_out_of_memory, reason
 from specsampling.models.exactness import TOLERANCES
+from specsampling.models.kernel_model import kernel_name
 
 Mode = Literal["auto", "on", "off"]
 
-# Of torch.compile on a CPU: weights are constants, and what calls the operations is C++.
-CPU_OPTIONS = {"freezing": True, "cpp_wrapper": True}
 BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
 
 
-def runner_kind(mode: Mode, device: torch.device) -> tuple[type[StaticRunner] | None, str]:
+def runner_kind(mode: Mode, device: torch.device) -> tuple[type[GraphRunner] | None, str]:
     """What steps become on a device; None, and why in words, where they stay eager.
 
     Raises:
@@ -44,27 +39,10 @@ def runner_kind(mode: Mode, device: torch.device) -> tuple[type[StaticRunner] | 
         return None, "decoding.compile: off"
     if device.type == "cuda":
         return GraphRunner, ""
-    problem = _why_not_compiled(device)
-    if not problem:
-        return CompiledRunner, ""
+    problem = f"nothing is captured on {device.type}"
     if mode == "on":
         raise ModelError(_refusal(problem))
     return None, problem
-
-
-def _why_not_compiled(device: torch.device) -> str:
-    if device.type != "cpu":
-        return f"nothing compiles for {device.type}"
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        return "PyTorch is older than 2.13"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "no C++ compiler"
-    return ""
 
 
 def _refusal(problem: str) -> str:
@@ -75,7 +53,7 @@ def _refusal(problem: str) -> str:
 
 
 def make_static(
-    model: PreTrainedModel,
+    model: Model,
     mode: Mode,
     capacity: int,
     sizes: Collection[int],
@@ -96,6 +74,9 @@ def make_static(
     Raises:
         ModelError: mode is "on", and it cannot be done.
     """
+    if is_exact(model):
+        return f"the CPU kernel ({kernel_name()})"
+    assert isinstance(model, PreTrainedModel)
     kind, problem = runner_kind(mode, model.device)
     if kind is None:
         return f"eager ({problem})"
@@ -120,7 +101,7 @@ def make_static(
     return f"eager ({problem})"
 
 
-def _prove(model: PreTrainedModel, runner: StaticRunner, report: Callable[[str], None]) -> None:
+def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], None]) -> None:
     """Make a runner ready, its calls of each size held against the eager step's.
 
     Raises:
@@ -131,7 +112,7 @@ def _prove(model: PreTrainedModel, runner: StaticRunner, report: Callable[[str],
         tokens = [(7919 * i + 1) % embeddings.num_embeddings for i in range(size)]
         model.__dict__.pop(RUNNER, None)
         eager = Session(model, size, width=size).score(tokens, last=size).float()
-        report(f"{runner.DOING} calls of {size} rows ...")
+        report(f"capturing calls of {size} rows ...")
         model.__dict__[RUNNER] = runner
         ours = Session(model, size, width=size).score(tokens, last=size).float()
         is_scored = eager.isfinite()  # a trimmed head leaves tokens out
@@ -139,43 +120,6 @@ def _prove(model: PreTrainedModel, runner: StaticRunner, report: Callable[[str],
         error = float(away / eager.masked_fill(~is_scored, 0.0).norm())
         if not error < TOLERANCES[torch.bfloat16]:
             raise RuntimeError(f"calls of {size} rows give other logits, by {error:.1%}")
-
-
-class StaticRunner:
-    """What the two kinds share; see `method/forward.py`, Runner."""
-
-    NAME: str
-    DOING: str
-
-    def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
-        self.capacity = capacity
-        self.sizes = sorted(sizes)
-        self._model = model
-
-    def num_rows(self, needed: int) -> int:
-        return next((size for size in self.sizes if size >= needed), self.sizes[-1])
-
-    def buffers(self, capacity: int, owner: object) -> Buffers:
-        return Buffers.of(self._model, capacity)
-
-
-class CompiledRunner(StaticRunner):
-    """The step through torch.compile, one function for each number of rows."""
-
-    NAME, DOING = "compiled", "compiling"
-
-    def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
-        super().__init__(model, capacity, sizes)
-
-        def step(ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
-            return decode_step(model, ids, positions, buffers)
-
-        options: dict[str, Any] = {"isolate_recompiles": True}  # PyTorch's own stubs lack it
-        self._step = torch.compile(step, fullgraph=True, dynamic=False, **options)
-
-    def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
-        with torch._inductor.config.patch(CPU_OPTIONS):  # looked at should it be compiled
-            return self._step(ids, positions, buffers)
 
 
 @dataclass
@@ -197,14 +141,22 @@ class _Place:
     calls: dict[int, _Call] = field(default_factory=dict)
 
 
-class GraphRunner(StaticRunner):
-    """The step as CUDA graphs, one for each number of rows and each text that is open at once."""
+class GraphRunner:
+    """The step as CUDA graphs, one for each number of rows and each text that is open at once.
 
-    NAME, DOING = "captured", "capturing"
+    See `method/forward.py`, Runner.
+    """
+
+    NAME = "captured"
 
     def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
-        super().__init__(model, capacity, sizes)
+        self.capacity = capacity
+        self.sizes = sorted(sizes)
+        self._model = model
         self._places: list[_Place] = []
+
+    def num_rows(self, needed: int) -> int:
+        return next((size for size in self.sizes if size >= needed), self.sizes[-1])
 
     def buffers(self, capacity: int, owner: object) -> Buffers:
         for place in self._places:

@@ -1,0 +1,193 @@
+"""A model in the CPU kernel, as decoders see it.
+
+Its rows never meet (`kernel/step.c`), so a call is as wide as it needs to be, and every width,
+every batch and every number of threads gives the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specsampling.kernel import engine
+from specsampling.kernel.build import KernelError
+from specsampling.method.batch import ask
+from specsampling.models.cache import cache_folder
+from specsampling.models.distilled import TrimmedHead
+from specsampling.models.gguf_file import GgufFile
+from specsampling.models.gguf_model import tensor_of
+from specsampling.models.packing import Pack, pack_model, why_not
+
+FORMATS = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+INT4 = "Q4_0"  # as a GGUF file's: groups of 32 weights with a scale
+
+
+class KernelModel:
+    """A model that the kernel decodes.
+
+    Attributes:
+        config, generation_config: as transformers read them.
+        device: the CPU.
+        dtype: of the weights that are not quantised.
+        engine: the kernel's form of it.
+    """
+
+    def __init__(self, outline: PreTrainedModel, dtype: torch.dtype, made: engine.Model):
+        """Keep the shapes of a model whose weights are the kernel's now.
+
+        Args:
+            outline: the model without weights.
+            dtype: of the weights that are not quantised.
+            made: the kernel's form of it.
+        """
+        self.config: Any = outline.config
+        self.generation_config: Any = outline.generation_config
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self.engine = made
+        self._outline = outline
+
+    def get_input_embeddings(self) -> Any:
+        """The embedding without its weights."""
+        return self._outline.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The head without its weights."""
+        return self._outline.get_output_embeddings()
+
+    def make_forward(self, capacity: int) -> KernelForward:
+        """The model over a new text's cache, of so many tokens at most."""
+        return KernelForward(self.engine, capacity)
+
+    def first_layers(self, num_layers: int) -> KernelModel:
+        """A shallow model over the same weights: its first layers, final norm and head."""
+        outline = copy.copy(self._outline)
+        outline.config = copy.deepcopy(self.config)
+        outline.config.num_hidden_layers = num_layers
+        return KernelModel(outline, self.dtype, self.engine.first_layers(num_layers))
+
+
+class KernelForward:
+    """A text in the kernel; see `method/forward.py`, Forward."""
+
+    def __init__(self, model: engine.Model, capacity: int):
+        self._model = model
+        self._cache = model.make_cache(capacity)
+
+    def prefill(self, ids: list[int]) -> None:
+        self._score(ids, 0, 0)
+
+    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
+        return self._score(ids, start, last)
+
+    def over_capacity(self, ids: list[int], start: int) -> Tensor:
+        return self._score(ids, start, len(ids))
+
+    def _score(self, ids: list[int], start: int, last: int) -> Tensor:
+        return ask(self._model, engine.Request(self._cache, ids, start, last))
+
+
+def kernel_library() -> Any:
+    """The compiled kernel.
+
+    Raises:
+        KernelError: in one line, why there is none here.
+    """
+    return engine.library(cache_folder() / "kernel")
+
+
+def why_no_kernel() -> str:
+    """Why there is no kernel on this machine, in one line; "" where there is one."""
+    try:
+        kernel_library()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+def kernel_name() -> str:
+    """What the kernel computes with here: "AVX2", "AVX-512 and AMX"."""
+    return kernel_library().kind().decode()
+
+
+def to_kernel(
+    model: PreTrainedModel, quantization: str, file: GgufFile | None = None
+) -> KernelModel:
+    """Bring a model into the kernel; its own weights are let go of.
+
+    Args:
+        model: on the CPU, as it was loaded.
+        quantization: "none", "int8" or "int4" (then the head is int8).
+        file: the GGUF file that it came from: without another quantisation its blocks are
+            decoded as they stand.
+
+    Raises:
+        KernelError: the kernel cannot be had, or does not know such a model.
+        ValueError: a weight is not finite.
+    """
+    if problem := why_not(model):
+        raise KernelError(problem)
+    library = kernel_library()
+    packer = engine.Packer(library, engine.num_threads())
+    head: Any = model.get_output_embeddings()
+    is_trimmed = isinstance(head, TrimmedHead)
+    pack: Pack = partial(_pack, packer, quantization, model.dtype)
+    if file is not None and quantization == "none":
+        pack = partial(_pack_tensor, packer, file, model, pack)
+    dtype = model.dtype
+    made = pack_model(
+        model,
+        library,
+        pack,
+        head.linear if is_trimmed else head,
+        head.token_ids if is_trimmed else None,
+    )
+    model.to("meta")
+    return KernelModel(model, dtype, made)
+
+
+def _pack(
+    packer: engine.Packer,
+    quantization: str,
+    dtype: torch.dtype,
+    name: str,
+    linear: nn.Linear,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> engine.Packed:
+    """A layer in the precision asked for."""
+    format = {"none": FORMATS[dtype], "int8": "int8", "int4": INT4}[quantization]
+    if quantization == "int4" and name == "lm_head":
+        format = "int8"
+    bias = None if linear.bias is None else linear.bias.data
+    return packer.plain(linear.weight.data, format, bias, rows, columns)
+
+
+def _pack_tensor(
+    packer: engine.Packer,
+    file: GgufFile,
+    model: PreTrainedModel,
+    otherwise: Pack,
+    name: str,
+    linear: nn.Linear,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> engine.Packed:
+    """A layer as its GGUF file has it, if the kernel knows the type of its blocks."""
+    tensor, order = tensor_of(file, model, name)
+    kind = tensor.tensor_type.name
+    if kind not in engine.SCALES or rows is not None or columns is not None:
+        return otherwise(name, linear, rows, columns)
+    bias = None
+    if linear.bias is not None:  # a module's biases are in its own order
+        bias = torch.zeros(len(order)).index_put((order,), linear.bias.data.float())
+    return packer.blocks(tensor.data, kind, linear.in_features, bias, order)
