@@ -93,7 +93,7 @@ def library(folder: Path) -> ctypes.CDLL:
         raise KernelError(f"it cannot be loaded: {error}") from error
     found.kind.restype = ctypes.c_char_p
     found.open_pool.restype = ctypes.c_void_p
-    found.close_pool.argtypes = found.settle.argtypes = [ctypes.c_void_p]
+    found.close_pool.argtypes = [ctypes.c_void_p]
     found.step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
     pointer, number = ctypes.c_void_p, ctypes.c_int
     found.pack_plain.argtypes = [

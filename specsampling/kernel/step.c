@@ -90,7 +90,8 @@ typedef struct {
 
 /* --- threads -------------------------------------------------------------------------- */
 
-/* Chunks that were taken, and that are done; above 32 bits the call that they belong to. */
+/* Chunks that were taken, and that are done; above 24 bits the call that they belong to. */
+enum { CHUNK_BITS = 24 };
 typedef struct { _Atomic uint64_t taken, done; } Phase;
 
 /* Inputs of a linear layer for each row: floats, and whole numbers in groups with a scale. */
@@ -112,14 +113,20 @@ typedef struct {
   int num_runs;
   Run runs[MOST_ROWS];
   bool as_floats, as_numbers; /* which inputs the model's layers read */
+  /* A thread that is late must not look at a model, which may be gone: it counts by these. */
+  int num_layers, num_heads, num_units, num_groups; /* num_groups: of 32 numbers inside of the MLP */
+  int output_size, down_size, head_size; /* blocks of 16 outputs that are a chunk */
+  int num_output, num_down, num_head;    /* chunks */
 } Call;
+
+enum { CALL_WORDS = (sizeof(Call) + 7) / 8 };
 
 typedef struct Pool Pool;
 
 typedef struct {
   Pool *pool;
   pthread_t thread;
-  uint32_t call;
+  uint64_t call;
   bool is_late;  /* the others have finished the call without it */
   Phase *phase;  /* the next */
   float *scores; /* [QUERIES, longest text] */
@@ -127,9 +134,9 @@ typedef struct {
 } Worker;
 
 struct Pool {
-  _Atomic uint32_t call; /* its number */
+  _Atomic uint64_t call; /* its number, which is even; odd while `now` is written */
   _Atomic bool is_closed;
-  Call now;
+  _Atomic uint64_t now[CALL_WORDS]; /* a Call */
   int num_workers, longest;
   Phase phases[PHASES * MOST_LAYERS + 2];
   _Atomic int num_active;       /* threads that take chunks now */
@@ -137,7 +144,7 @@ struct Pool {
   Worker *workers;
   pthread_mutex_t mutex;
   pthread_cond_t has_work;
-  _Atomic int num_asleep, num_running;
+  _Atomic int num_asleep;
   /* Of all rows: the residual stream, queries, and inputs of the layers. */
   float *hidden, *queries;
   Inputs normed, seen, inner;
@@ -159,19 +166,19 @@ static inline void pause_briefly(void) {
 }
 
 /* A chunk of a phase, or -1: all are taken, or the call is over. */
-static int take(Phase *phase, uint32_t call, int num_chunks) {
+static int take(Phase *phase, uint64_t call, int num_chunks) {
   uint64_t seen = atomic_load_explicit(&phase->taken, memory_order_acquire);
   for (;;) {
-    uint64_t own = (uint32_t)(seen >> 32) == call ? seen : (uint64_t)call << 32;
-    if ((int32_t)((uint32_t)(seen >> 32) - call) > 0 || (uint32_t)own >= (uint32_t)num_chunks)
-      return -1;
-    if (atomic_compare_exchange_weak(&phase->taken, &seen, own + 1)) return (int)(uint32_t)own;
+    uint64_t own = seen >> CHUNK_BITS == call ? seen : call << CHUNK_BITS;
+    int chunk = (int)(own & ((1 << CHUNK_BITS) - 1));
+    if (seen >> CHUNK_BITS > call || chunk >= num_chunks) return -1;
+    if (atomic_compare_exchange_weak(&phase->taken, &seen, own + 1)) return chunk;
   }
 }
 
-static void finish(Phase *phase, uint32_t call) {
+static void finish(Phase *phase, uint64_t call) {
   uint64_t seen = atomic_load(&phase->done), next;
-  do next = ((uint32_t)(seen >> 32) == call ? seen : (uint64_t)call << 32) + 1;
+  do next = (seen >> CHUNK_BITS == call ? seen : call << CHUNK_BITS) + 1;
   while (!atomic_compare_exchange_weak(&phase->done, &seen, next));
 }
 
@@ -204,11 +211,11 @@ static void try_more_threads(Pool *pool) {
 static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
   Phase *phase = worker->phase++;
   Pool *pool = worker->pool;
-  uint32_t call = worker->call;
+  uint64_t call = worker->call;
   if (worker->is_late) return;
   for (int chunk; is_active(worker) && (chunk = take(phase, call, num_chunks)) >= 0; finish(phase, call))
     run(worker, chunk, layer);
-  uint64_t all = (uint64_t)call << 32 | (uint32_t)num_chunks;
+  uint64_t all = call << CHUNK_BITS | (uint64_t)num_chunks;
   double start = 0;
   for (int spins = 0; atomic_load_explicit(&phase->done, memory_order_acquire) != all; spins++) {
     worker->is_late = !is_active(worker) || atomic_load_explicit(&pool->call, memory_order_relaxed) != call;
@@ -365,13 +372,12 @@ typedef struct __attribute__((packed)) {
   uint8_t rows[16];
 } TileShapes;
 
-static void shape_tiles(void) {
-  TileShapes shapes = {.palette = 1};
-  for (int i = 0; i < 4; i++) shapes.bytes[i] = 64, shapes.rows[i] = 16; /* sums */
-  shapes.bytes[4] = shapes.bytes[6] = GROUP, shapes.rows[4] = shapes.rows[6] = 16; /* inputs */
-  shapes.bytes[5] = shapes.bytes[7] = 64, shapes.rows[5] = shapes.rows[7] = 8;     /* weights */
-  _tile_loadconfig(&shapes);
-}
+/* Sums, inputs and weights, each twice. A table: GCC 12 drops stores into one on the stack. */
+static const TileShapes SHAPES = {
+    .palette = 1,
+    .bytes = {[0] = 64, [1] = 64, [4] = GROUP, [5] = 64, [6] = GROUP, [7] = 64},
+    .rows = {[0] = 16, [1] = 16, [4] = 16, [5] = 8, [6] = 16, [7] = 8},
+};
 
 /* As `tile`, for 16 rows and formats of whole numbers. The sums are the same integers, and what
    becomes of them is the same, so the bits are. */
@@ -502,8 +508,7 @@ static int blocks_of_chunk(const Pool *pool, const Linear *w) {
   return chosen > 1 ? chosen : 1;
 }
 
-static int num_chunks_of(const Pool *pool, const Linear *w) {
-  int size = blocks_of_chunk(pool, w);
+static int num_chunks_of(const Linear *w, int size) {
   return (w->outputs / LANES + size - 1) / size;
 }
 
@@ -758,8 +763,8 @@ static void attend_unit(Worker *worker, int unit, int layer) {
   }
 }
 
-static void add_blocks(Worker *worker, const Linear *w, const Inputs *in, int chunk) {
-  int size = blocks_of_chunk(worker->pool, w), blocks = w->outputs / LANES;
+static void add_blocks(Worker *worker, const Linear *w, const Inputs *in, int chunk, int size) {
+  int blocks = w->outputs / LANES;
   size_t stride = (size_t)worker->own.model->hidden_padded;
   for (int block = chunk * size; block < (chunk + 1) * size && block < blocks; block++)
     linear(w, block, in, worker->own.num_rows, worker->pool->hidden + (size_t)block * LANES, stride, true);
@@ -767,7 +772,8 @@ static void add_blocks(Worker *worker, const Linear *w, const Inputs *in, int ch
 
 /* Chunk: some outputs of the attention's last layer, added to the residual stream. */
 static void add_attention(Worker *worker, int chunk, int layer) {
-  add_blocks(worker, &worker->own.model->layers[layer].output, &worker->pool->seen, chunk);
+  const Call *call = &worker->own;
+  add_blocks(worker, &call->model->layers[layer].output, &worker->pool->seen, chunk, call->output_size);
 }
 
 /* Chunk: a row. The norm before the MLP. */
@@ -810,7 +816,8 @@ static void widen(Worker *worker, int chunk, int layer) {
 
 /* Chunk: some outputs of the MLP's last layer, added to the residual stream. */
 static void add_mlp(Worker *worker, int chunk, int layer) {
-  add_blocks(worker, &worker->own.model->layers[layer].down, &worker->pool->inner, chunk);
+  const Call *call = &worker->own;
+  add_blocks(worker, &call->model->layers[layer].down, &worker->pool->inner, chunk, call->down_size);
 }
 
 /* Chunk: a row. The norm before the next layer's attention. */
@@ -836,7 +843,7 @@ static void score_tokens(Worker *worker, int chunk, int layer) {
   Pool *pool = worker->pool;
   (void)layer;
   static __thread float found[MOST_ROWS * LANES];
-  int size = blocks_of_chunk(pool, &m->head), blocks = m->head.outputs / LANES;
+  int size = call->head_size, blocks = m->head.outputs / LANES;
   for (int block = chunk * size; block < (chunk + 1) * size && block < blocks; block++) {
     linear(&m->head, block, &pool->normed, call->num_scored, found, LANES, false);
     int left = m->head_rows - block * LANES < LANES ? m->head_rows - block * LANES : LANES;
@@ -853,30 +860,48 @@ static void score_tokens(Worker *worker, int chunk, int layer) {
 /* One call, as each thread runs it. */
 static void run_call(Worker *worker) {
   const Call *call = &worker->own;
-  const Model *m = call->model;
-  Pool *pool = worker->pool;
-  int rows = call->num_rows, heads = m->heads + 2 * m->key_heads;
-  worker->phase = pool->phases, worker->is_late = false;
+  int rows = call->num_rows;
+  worker->phase = worker->pool->phases, worker->is_late = false;
 #if HAS_AMX
-  shape_tiles();
+  _tile_loadconfig(&SHAPES);
 #endif
   run_phase(worker, embed, rows, 0);
-  for (int layer = 0; layer < m->num_layers; layer++) {
-    const Layer *l = m->layers + layer;
+  for (int layer = 0; layer < call->num_layers; layer++) {
     if (layer) run_phase(worker, norm1, rows, layer);
-    run_phase(worker, project, heads, layer);
-    run_phase(worker, attend_unit, num_units(pool, call), layer);
-    run_phase(worker, add_attention, num_chunks_of(pool, &l->output), layer);
+    run_phase(worker, project, call->num_heads, layer);
+    run_phase(worker, attend_unit, call->num_units, layer);
+    run_phase(worker, add_attention, call->num_output, layer);
     run_phase(worker, norm2, rows, layer);
-    run_phase(worker, widen, m->inner / GROUP, layer);
-    run_phase(worker, add_mlp, num_chunks_of(pool, &l->down), layer);
+    run_phase(worker, widen, call->num_groups, layer);
+    run_phase(worker, add_mlp, call->num_down, layer);
   }
   if (!call->num_scored) return;
   run_phase(worker, last_norm, call->num_scored, 0);
-  run_phase(worker, score_tokens, num_chunks_of(pool, &m->head), 0);
+  run_phase(worker, score_tokens, call->num_head, 0);
 }
 
 /* --- calls from outside ------------------------------------------------------------------- */
+
+/* Tell the threads of a call. Returns its number. */
+static uint64_t publish(Pool *pool, const Call *call) {
+  uint64_t words[CALL_WORDS] = {0}, number = atomic_load(&pool->call) + 2;
+  memcpy(words, call, sizeof *call);
+  atomic_store(&pool->call, number - 1);
+  for (int i = 0; i < CALL_WORDS; i++) atomic_store_explicit(pool->now + i, words[i], memory_order_release);
+  atomic_store(&pool->call, number);
+  return number;
+}
+
+/* Copy the call that is on, unless another one takes its place meanwhile. */
+static bool copy_call(Worker *worker, uint64_t number) {
+  Pool *pool = worker->pool;
+  uint64_t words[CALL_WORDS];
+  for (int i = 0; i < CALL_WORDS; i++) words[i] = atomic_load_explicit(pool->now + i, memory_order_acquire);
+  if (atomic_load(&pool->call) != number) return false;
+  memcpy(&worker->own, words, sizeof worker->own);
+  worker->call = number;
+  return true;
+}
 
 /* Wait for the next call: spin, then give way, then sleep. */
 static bool wait_for_call(Worker *worker) {
@@ -884,17 +909,9 @@ static bool wait_for_call(Worker *worker) {
   double start = microseconds();
   for (int spins = 0;; spins++) {
     if (atomic_load(&pool->is_closed)) return false;
-    uint32_t call = atomic_load_explicit(&pool->call, memory_order_acquire);
-    if (call != worker->call && !is_active(worker)) worker->call = call;
-    if (call != worker->call) {
-      atomic_fetch_add(&pool->num_running, 1);
-      worker->own = pool->now;
-      atomic_thread_fence(memory_order_acquire);
-      worker->call = call;
-      if (atomic_load(&pool->call) == call) return true;
-      atomic_fetch_sub(&pool->num_running, 1); /* the next one has begun already */
-      continue;
-    }
+    uint64_t call = atomic_load(&pool->call);
+    bool is_new = call != worker->call && call % 2 == 0 && is_active(worker);
+    if (is_new && copy_call(worker, call)) return true;
     if (spins < 600) {
       pause_briefly();
     } else if (microseconds() - start < 3000) {
@@ -902,7 +919,7 @@ static bool wait_for_call(Worker *worker) {
     } else {
       pthread_mutex_lock(&pool->mutex);
       atomic_fetch_add(&pool->num_asleep, 1);
-      while (atomic_load(&pool->call) == worker->call && !atomic_load(&pool->is_closed))
+      while ((atomic_load(&pool->call) == worker->call || !is_active(worker)) && !atomic_load(&pool->is_closed))
         pthread_cond_wait(&pool->has_work, &pool->mutex);
       atomic_fetch_sub(&pool->num_asleep, 1);
       pthread_mutex_unlock(&pool->mutex);
@@ -912,15 +929,12 @@ static bool wait_for_call(Worker *worker) {
 
 static void *work(void *argument) {
   Worker *worker = argument;
-  while (wait_for_call(worker)) {
-    run_call(worker);
-    atomic_fetch_sub(&worker->pool->num_running, 1);
-  }
+  while (wait_for_call(worker)) run_call(worker);
   return NULL;
 }
 
 static void wake(Pool *pool) {
-  if (!atomic_load(&pool->num_asleep)) return;
+  if (!atomic_load(&pool->num_asleep) || atomic_load(&pool->num_active) == 1) return;
   pthread_mutex_lock(&pool->mutex);
   pthread_cond_broadcast(&pool->has_work);
   pthread_mutex_unlock(&pool->mutex);
@@ -988,11 +1002,6 @@ void close_pool(Pool *pool) {
   free(pool->hidden), free(pool->queries), free(pool->workers), free(pool);
 }
 
-/* Wait until no thread looks at a model any more, so that it can be freed. */
-void settle(Pool *pool) {
-  while (atomic_load(&pool->num_running)) sched_yield();
-}
-
 /* A pool of threads, the caller's one of them; NULL if there is no memory for it. */
 Pool *open_pool(int num_threads) {
   Pool *pool = calloc(1, sizeof(Pool));
@@ -1025,7 +1034,8 @@ static bool is_float(const Linear *w) { return w->numbers && w->format < INT8; }
    Returns 0, or what is wrong: -1 the number of rows, -2 a position, -3 a token, -4 memory. */
 int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
   if (num_rows < 1 || num_rows > MOST_ROWS || model->num_layers > MOST_LAYERS) return -1;
-  Call *call = &pool->now;
+  Worker *own = pool->workers;
+  Call *call = &own->own;
   int longest = 0, num_runs = 0;
   for (int i = 0; i < num_rows; i++) {
     const Row *row = rows + i;
@@ -1054,10 +1064,19 @@ int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
       call->as_floats |= is_float(all[j]);
     }
   }
-  Worker *own = pool->workers;
   try_more_threads(pool);
-  own->own = *call;
-  own->call = atomic_fetch_add(&pool->call, 1) + 1;
+  const Layer *first = model->layers;
+  call->num_layers = model->num_layers, call->num_heads = model->heads + 2 * model->key_heads;
+  call->num_units = num_units(pool, call), call->num_groups = model->inner / GROUP;
+  call->head_size = blocks_of_chunk(pool, &model->head);
+  call->num_head = num_chunks_of(&model->head, call->head_size);
+  if (model->num_layers) {
+    call->output_size = blocks_of_chunk(pool, &first->output);
+    call->down_size = blocks_of_chunk(pool, &first->down);
+    call->num_output = num_chunks_of(&first->output, call->output_size);
+    call->num_down = num_chunks_of(&first->down, call->down_size);
+  }
+  own->call = publish(pool, call);
   wake(pool);
   run_call(own);
   return 0;
