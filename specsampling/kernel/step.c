@@ -273,13 +273,14 @@ INLINE V scale_of(const Linear *w, int format, size_t block, int g, V *low) {
 /* 16 outputs of a few rows: y[row] = sum over groups of scale * (sum of products).
    `format` and N are constants of each copy, so that only one way remains in it. */
 INLINE void tile(const Linear *w, const int format, const int N, size_t block, const Inputs *in,
-                 int row, V *y) {
-  const int inputs = w->inputs;
+                 int row, V *found) {
+  const int inputs = w->inputs, width = in->width; /* copies, which no store can change */
+  V y[TILE];
   for (int r = 0; r < N; r++) y[r] = vset(0.0f);
   if (format == FLOAT32 || format == FLOAT16 || format == BFLOAT16) {
     V odd[TILE];
     for (int r = 0; r < N; r++) odd[r] = vset(0.0f);
-    const float *x = in->floats + (size_t)row * in->width;
+    const float *x = in->floats + (size_t)row * width;
     const uint8_t *p = w->numbers + block * LANES * inputs * (format == FLOAT32 ? 4 : 2);
     for (int i = 0; i < inputs; i += 2) {
       V one, other;
@@ -293,17 +294,17 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
         one = vload((const float *)p), other = vload((const float *)p + LANES), p += 128;
       }
       for (int r = 0; r < N; r++) {
-        y[r] = vfma(vset(x[(size_t)r * in->width + i]), one, y[r]);
-        odd[r] = vfma(vset(x[(size_t)r * in->width + i + 1]), other, odd[r]);
+        y[r] = vfma(vset(x[(size_t)r * width + i]), one, y[r]);
+        odd[r] = vfma(vset(x[(size_t)r * width + i + 1]), other, odd[r]);
       }
     }
-    for (int r = 0; r < N; r++) y[r] = vadd(y[r], odd[r]);
+    for (int r = 0; r < N; r++) found[r] = vadd(y[r], odd[r]);
     return;
   }
-  const int8_t *x = in->numbers + (size_t)row * in->width;
-  const float *scales = in->scales + (size_t)row * (in->width / GROUP);
-  const int32_t *sums = in->sums + (size_t)row * (in->width / LANES);
-  const int num_scales = in->width / GROUP, num_sums = in->width / LANES;
+  const int8_t *x = in->numbers + (size_t)row * width;
+  const float *scales = in->scales + (size_t)row * (width / GROUP);
+  const int32_t *sums = in->sums + (size_t)row * (width / LANES);
+  const int num_scales = width / GROUP, num_sums = width / LANES;
   const bool is_4_bit = format == Q4_0 || format == Q4_1 || format == Q4_K;
   const uint8_t *p = w->numbers + block * LANES * (is_4_bit ? inputs / 2 : inputs);
   for (int g = 0; g < inputs / GROUP; g++, x += GROUP) {
@@ -319,7 +320,7 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
       if (is_4_bit) {
         W both = wload(p), low = wlow(both), high = whigh(both);
         for (int r = 0; r < N; r++) {
-          const int8_t *four = x + (size_t)r * in->width + 4 * q;
+          const int8_t *four = x + (size_t)r * width + 4 * q;
           sum[r] = dot_small(sum[r], low, four_of(four));
           sum[r] = dot_small(sum[r], high, four_of(four + 4));
         }
@@ -328,11 +329,11 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
         W numbers = wload(p);
         Z *half = q < 4 ? sum : second;
         for (int r = 0; r < N; r++)
-          half[r] = dot_small(half[r], numbers, four_of(x + (size_t)r * in->width + 4 * q));
+          half[r] = dot_small(half[r], numbers, four_of(x + (size_t)r * width + 4 * q));
       } else {
         W numbers = wsigned(wload(p));
         for (int r = 0; r < N; r++)
-          sum[r] = dot_signed(sum[r], numbers, four_of(x + (size_t)r * in->width + 4 * q));
+          sum[r] = dot_signed(sum[r], numbers, four_of(x + (size_t)r * width + 4 * q));
       }
       p += 64;
     }
@@ -359,9 +360,8 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
       }
     }
   }
-  if (format != INT8) return;
-  V scale = vload((const float *)w->scales + block * LANES);
-  for (int r = 0; r < N; r++) y[r] = vmul(y[r], scale);
+  V scale = format == INT8 ? vload((const float *)w->scales + block * LANES) : vset(1.0f);
+  for (int r = 0; r < N; r++) found[r] = format == INT8 ? vmul(y[r], scale) : y[r];
 }
 
 #if HAS_AMX
@@ -382,11 +382,12 @@ static const TileShapes SHAPES = {
 /* As `tile`, for 16 rows and formats of whole numbers. The sums are the same integers, and what
    becomes of them is the same, so the bits are. */
 INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inputs *in, int row,
-                     V *y) {
-  const int inputs = w->inputs, num_scales = in->width / GROUP;
-  const int8_t *x = in->numbers + (size_t)row * in->width;
+                     V *products) {
+  const int inputs = w->inputs, width = in->width, num_scales = width / GROUP;
+  V y[16];
+  const int8_t *x = in->numbers + (size_t)row * width;
   const float *scales = in->scales + (size_t)row * num_scales;
-  const int32_t *sums = in->sums + (size_t)row * (in->width / LANES);
+  const int32_t *sums = in->sums + (size_t)row * (width / LANES);
   const uint8_t *p = w->numbers + block * LANES * (format == INT8 || format == Q8_0 ? inputs : inputs / 2);
   static __thread int32_t found[2][16 * 16] __attribute__((aligned(64)));
   static __thread uint8_t unpacked[2][8 * 64] __attribute__((aligned(64)));
@@ -408,13 +409,13 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
       if (odd) {
         _tile_zero(1);
         _tile_loadd(7, numbers, 64);
-        _tile_loadd(6, x + (g + 1) * GROUP, in->width);
+        _tile_loadd(6, x + (g + 1) * GROUP, width);
         _tile_dpbssd(1, 6, 7);
         _tile_stored(1, found[1], 64);
       } else {
         _tile_zero(0);
         _tile_loadd(5, numbers, 64);
-        _tile_loadd(4, x + g * GROUP, in->width);
+        _tile_loadd(4, x + g * GROUP, width);
         _tile_dpbssd(0, 4, 5);
         _tile_stored(0, found[0], 64);
       }
@@ -423,7 +424,7 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
       V low = vset(0.0f), scale = low;
       if (format != INT8) scale = scale_of(w, format, block, g + odd, &low);
       for (int r = 0; r < 16; r++) {
-        const int32_t *both = sums + r * (in->width / LANES) + 2 * (g + odd);
+        const int32_t *both = sums + r * (width / LANES) + 2 * (g + odd);
         V factor = vset(scales[r * num_scales + g + odd]);
         Z sum = zload(found[odd] + 16 * r);
         if (format == Q4_0) sum = _mm512_sub_epi32(sum, zset(8 * (both[0] + both[1])));
@@ -437,9 +438,8 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
       }
     }
   }
-  if (format != INT8) return;
-  V scale = vload((const float *)w->scales + block * LANES);
-  for (int r = 0; r < 16; r++) y[r] = vmul(y[r], scale);
+  V scale = format == INT8 ? vload((const float *)w->scales + block * LANES) : vset(1.0f);
+  for (int r = 0; r < 16; r++) products[r] = format == INT8 ? vmul(y[r], scale) : y[r];
 }
 
 #endif
