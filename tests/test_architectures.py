@@ -204,31 +204,6 @@ def test_a_self_draft_that_is_not_supported_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llama", "longcat-flash", "hunyuan-moe"])
-def test_packed_layers_are_asked_for_their_weights_by_nobody(
-    name: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Routers of LongCat and HunYuan read a layer's `weight`, which a packed one does not have."""
-    folder = folder_of(ARCHITECTURES[name], TARGET)
-    expected = greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8)
-    monkeypatch.setattr("specsampling.models.packed.PackedLinear", HiddenLinear)
-    monkeypatch.setattr("specsampling.models.checkpoint.can_pack", lambda model: True)
-    assert greedy(load(folder, dtype="bfloat16"), PROMPTS[1], width=8) == expected
-
-
-class HiddenLinear(torch.nn.Module):
-    """What a packed layer looks like from outside, on a machine that cannot pack."""
-
-    def __init__(self, linear: torch.nn.Linear, num_rows: int):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed_weight = [linear.weight.detach()]  # in a list: no parameter
-        self.bias = linear.bias
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(rows, self.packed_weight[0], self.bias)
-
-
 @pytest.mark.parametrize(
     "architecture", [pytest.param(CROSSING[name], id=name) for name in CROSSING]
 )

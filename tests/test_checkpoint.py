@@ -17,18 +17,18 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from autoregressive import autoregressive
+from specsampling.kernel.build import KernelError
 from specsampling.method.drafts import ModelDraft, NgramDraft, first_layers
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.method.session import Session, context_limit
-from specsampling.models import checkpoint, exactness, memory
+from specsampling.models import attention, checkpoint, exactness, kernel_model, memory
 from specsampling.models import tokenizer as models_tokenizer
 from specsampling.models.attention import MAX_ROWS, grouped_mask
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
 from specsampling.models.exactness import check_exactness, prove_decoding, require_decodable
-from specsampling.models.fused import FusedLayer
+from specsampling.models.kernel_model import KernelModel
 from specsampling.models.load import load_pair
-from specsampling.models.packed import Int8Linear, can_int8, can_pack
 from specsampling.models.tokenizer import end_ids, num_appended
 from specsampling.tasks.task import StopStrings
 from speculative import speculative
@@ -63,8 +63,8 @@ def with_more(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: torch.ones(48)}
 
 
-def load(folder: Path | str, draft: str = "ngram", dtype: str = "float32") -> Any:
-    return load_pair(str(folder), draft, device="cpu", dtype=dtype)
+def load(folder: Path | str, draft: str = "ngram", dtype: str = "float32", **options: Any) -> Any:
+    return load_pair(str(folder), draft, device="cpu", dtype=dtype, **options)
 
 
 def refusal(folder: Path | str, draft: str = "ngram", dtype: str = "float32") -> str:
@@ -104,19 +104,19 @@ def test_a_tensor_left_to_chance_is_refused_by_name(change, settings, words, fol
 def test_tensors_that_change_nothing_are_no_error(name, folder):
     change_tensors(folder, with_more(name))
     weight = load_file(folder / "model.safetensors")["lm_head.weight"]
-    assert torch.equal(load(folder).target.lm_head.weight, weight)
+    assert torch.equal(load(folder, compile="off").target.lm_head.weight, weight)
 
 
 def test_a_tied_head_needs_no_tensor(folder):
     change_tensors(folder, without("lm_head"))
     change_json(folder / "config.json", tie_word_embeddings=True)
-    target = load(folder).target
+    target = load(folder, compile="off").target
     assert target.lm_head.weight is target.model.embed_tokens.weight
 
 
 def test_a_model_made_fast_cannot_pass_as_a_checkpoint(folder, tmp_path, tokenizer):
     """What the fast layers save is no Llama; loaded again, it was one of random weights."""
-    load(folder).target.save_pretrained(tmp_path / "saved")
+    load(folder, compile="off").target.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     assert "lacks tensors" in refusal(tmp_path / "saved")
 
@@ -348,7 +348,7 @@ def test_texts_end_where_the_frequencies_of_all_positions_change(kind, folder, c
 
 def test_the_self_check_looks_at_the_lengths_of_the_run(folder):
     """It looked at positions 40 to 47 only: what went wrong further on was confirmed."""
-    model = load(folder).target
+    model = load(folder, compile="off").target
     prefilled = []
 
     def mix_rows_in_long_texts(module, inputs, output):
@@ -356,7 +356,7 @@ def test_the_self_check_looks_at_the_lengths_of_the_run(folder):
         mixed = 1e-3 * output.mean(1, keepdim=True)
         return output + mixed if max(prefilled) > 200 and output.shape[1] == 8 else output
 
-    model.model.layers[0].o_proj.register_forward_hook(mix_rows_in_long_texts)
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(mix_rows_in_long_texts)
     assert check_exactness(model, 8, capacity=150).is_exact
     check = check_exactness(model, 8, capacity=300)
     assert not check.is_exact and check.num_tokens == 300
@@ -368,60 +368,85 @@ def test_the_self_check_looks_at_the_lengths_of_the_run(folder):
 
 def test_faster_layers_that_fail_are_left_out(folder, monkeypatch, caplog):
     """JetMoE, Doge and LongCat worked until their layers were made fast, then crashed."""
-    monkeypatch.setattr(FusedLayer, "forward", lambda *_, **__: 1 / 0)
-    pair = load(folder)
-    assert not isinstance(pair.target.model.layers[0], FusedLayer)
+    monkeypatch.setattr(checkpoint, "group_heads", lambda model: 1 / 0)
+    pair = load(folder, compile="off")
+    assert not pair.target.config._attn_implementation.startswith("grouped")
     (line,) = [r.getMessage() for r in caplog.records if "keeps transformers" in r.getMessage()]
     assert "ZeroDivisionError" in line and str(folder) in line
 
 
 def test_faster_layers_that_compute_something_else_are_left_out(folder, monkeypatch, caplog):
-    honest = FusedLayer.forward
-    monkeypatch.setattr(FusedLayer, "forward", lambda *a, **o: honest(*a, **o) * 1.01)
-    pair = load(folder)
-    assert not isinstance(pair.target.model.layers[0], FusedLayer)
+    honest = attention.grouped_sdpa
+    monkeypatch.setattr(attention, "grouped_sdpa", lambda *a, **o: (1.3 * honest(*a, **o)[0], None))
+    pair = load(folder, compile="off")
+    assert not pair.target.config._attn_implementation.startswith("grouped")
     assert "give other logits" in caplog.text
 
 
 def test_faster_layers_that_agree_stay(folder, caplog):
-    assert isinstance(load(folder).target.model.layers[0], FusedLayer)
+    target = load(folder, compile="off").target
+    assert target.config._attn_implementation.startswith("grouped")
+    assert isinstance(load(folder).target, KernelModel)
     assert not caplog.records
 
 
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
+@pytest.mark.parametrize(("change", "why"), [
+    ({"hidden_act": "gelu"}, "the activation gelu"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+])  # fmt: skip
+def test_a_model_that_the_kernel_does_not_know_keeps_pytorch(change, why, folder, caplog):
+    change_json(folder / "config.json", **change)
+    assert not isinstance(load(folder).target, KernelModel)
+    (line,) = [r.getMessage() for r in caplog.records if "without the CPU kernel" in r.getMessage()]
+    assert why in line
+    with pytest.raises(ModelError, match=r"needs the CPU kernel \(.*\); choose decoding.compile"):
+        load(folder, compile="on")
+    with pytest.raises(ModelError, match=r"needs the CPU kernel \(.*\); choose none"):
+        load(folder, target_quantization="int8")
+
+
+def test_without_a_compiler_one_line_says_what_to_install(folder, monkeypatch, caplog):
+    def nothing(*_: Any) -> None:
+        raise KernelError("there is no C compiler; install gcc")
+
+    monkeypatch.setattr(kernel_model, "kernel_library", nothing)
+    assert not isinstance(load(folder).target, KernelModel)
+    assert "without the CPU kernel: there is no C compiler; install gcc" in caplog.text
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_drafts_int8_on_a_cpu_is_the_processors_own(dtype, model_folders):
+def test_a_drafts_rounding_on_a_cpu_is_the_kernels_own(dtype, quantization, model_folders):
     """It needs no bitsandbytes, the draft says nearly the same, and outputs are the target's."""
     target, draft = (str(model_folders[f"llama-{name}"]) for name in ("target", "draft"))
     plain = load_pair(target, draft, dtype=dtype)
-    pair = load_pair(target, draft, dtype=dtype, draft_quantization="int8")
+    pair = load_pair(target, draft, dtype=dtype, draft_quantization=quantization)
     assert isinstance(pair.draft, ModelDraft) and isinstance(plain.draft, ModelDraft)
     model = pair.draft.model
-    assert not any(type(module) is torch.nn.Linear for module in model.modules())
-    assert isinstance(model.get_output_embeddings(), Int8Linear)
-    assert not any(isinstance(module, Int8Linear) for module in pair.target.modules())
+    assert model.engine.head.format == "int8" and pair.target.engine.head.format == dtype
     error = prove_decoding(model).difference(prove_decoding(plain.draft.model))
-    assert 0 < error < 0.1
+    assert 0 < error < {"int8": 0.1, "int4": 0.4}[quantization]
     prompt = pair.encode("def add(a, b):")
-    expected = autoregressive(plain.target, prompt, max_new_tokens=40, width=8)
-    ours = speculative(pair.target, pair.draft, prompt, k=4, max_new_tokens=40, width=8)
+    expected = autoregressive(plain.target, prompt, max_new_tokens=40)
+    ours = speculative(pair.target, pair.draft, prompt, k=4, max_new_tokens=40)
     assert ours.token_ids == expected.token_ids
     assert sum(ours.drafted) > 0
 
 
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-@pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo", "gpt2"])
-def test_a_target_in_int8_on_a_cpu_is_decoded_bit_exactly(architecture, model_folders):
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo"])
+def test_a_rounded_target_on_a_cpu_is_decoded_bit_exactly(
+    architecture, quantization, model_folders
+):
     """bitsandbytes' int8 mixes the rows of a call, and cannot be."""
     target, draft = (str(model_folders[f"{architecture}-{name}"]) for name in ("target", "draft"))
-    pair = load_pair(target, draft, dtype="bfloat16", target_quantization="int8")
-    assert isinstance(pair.target.get_output_embeddings(), Int8Linear)
-    assert check_exactness(pair.target, 8, capacity=120).is_exact
+    pair = load_pair(target, draft, dtype="bfloat16", target_quantization=quantization)
+    assert check_exactness(pair.target, None, capacity=120).is_exact
     prompt = pair.encode("def add(a, b):")
-    expected = autoregressive(pair.target, prompt, max_new_tokens=24, width=8)
-    ours = speculative(pair.target, pair.draft, prompt, k=7, max_new_tokens=24, width=8)
-    assert ours.token_ids == expected.token_ids
+    expected = autoregressive(pair.target, prompt, max_new_tokens=24)
+    for k in (1, 4, 7, 15):
+        ours = speculative(pair.target, pair.draft, prompt, k=k, max_new_tokens=24)
+        assert ours.token_ids == expected.token_ids
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's memory maps")
@@ -429,13 +454,14 @@ def test_packed_weights_do_not_keep_the_checkpoints_files_in_memory(tmp_path):
     """A norm's weight that was a view of its file kept the whole file: twice the memory."""
     make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), torch.bfloat16, CPU)
-    if not can_pack(model):
-        pytest.skip("no bfloat16 kernels here")
+    assert isinstance(model, KernelModel)
     maps = Path("/proc/self/maps").read_text().splitlines()
     files = [line for line in maps if str(tmp_path) in line]
     ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in files]
-    for parameter in model.parameters():
-        assert not any(low <= parameter.data_ptr() < high for low, high in ranges)
+    layers = model.engine.layers
+    kept = [*model.engine.tensors.values(), *(t for part in layers for t in part.norms.values())]
+    for tensor in kept:
+        assert not any(low <= tensor.data_ptr() < high for low, high in ranges)
 
 
 @pytest.mark.parametrize("dtype, way_out", [("bfloat16", ""), ("float32", "--dtype bfloat16")])

@@ -20,6 +20,7 @@ from specsampling.method.drafts import (
 from specsampling.method.sampling import Sampling, one_hot
 from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model
+from specsampling.models.kernel_model import KernelModel
 from speculative import speculative
 
 PROMPTS = ([5], [7, 3, 9, 3, 9, 3], list(range(20, 50)))
@@ -84,13 +85,29 @@ def test_greedy_outputs_are_the_same_tokens(architecture, k, width, model_of, te
 def test_greedy_outputs_are_bit_exact_in_bfloat16(architecture, model_folders):
     """Without one fixed width, 16-bit argmaxes flip at near-ties and the outputs part."""
     folder = str(model_folders[f"{architecture}-target"])
-    target = load_model(folder, torch.bfloat16, torch.device("cpu"))  # packed, grouped heads
+    target = load_model(folder, torch.bfloat16, torch.device("cpu"), compile="off")  # grouped heads
     drafts = {"n-gram": NgramDraft(), "first layer": ModelDraft(first_layers(target, 1))}
     for prompt in PROMPTS:
         expected = autoregressive(target, prompt, max_new_tokens=60, width=8).token_ids
         for k in (2, 5, 7):
             for name, draft in drafts.items():
                 generation = speculative(target, draft, prompt, k=k, max_new_tokens=60, width=8)
+                assert generation.token_ids == expected, (name, k)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo"])
+def test_greedy_outputs_are_bit_exact_in_the_kernel(architecture, quantization, model_folders):
+    """No width is fixed there: the baseline's calls have one row, and the others as many as K."""
+    folder = str(model_folders[f"{architecture}-target"])
+    target = load_model(folder, torch.bfloat16, torch.device("cpu"), quantization)
+    assert isinstance(target, KernelModel)
+    drafts = {"n-gram": NgramDraft(), "first layer": ModelDraft(first_layers(target, 1))}
+    for prompt in PROMPTS:
+        expected = autoregressive(target, prompt, max_new_tokens=60).token_ids
+        for k in (1, 2, 7, 15, 30):
+            for name, draft in drafts.items():
+                generation = speculative(target, draft, prompt, k=k, max_new_tokens=60)
                 assert generation.token_ids == expected, (name, k)
 
 

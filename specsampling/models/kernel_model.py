@@ -7,7 +7,7 @@ every batch and every number of threads gives the same bits.
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -96,8 +96,9 @@ class KernelForward:
         return ask(self._model, engine.Request(self._cache, ids, start, last))
 
 
+@cache
 def kernel_library() -> Any:
-    """The compiled kernel.
+    """The compiled kernel, looked for once.
 
     Raises:
         KernelError: in one line, why there is none here.
