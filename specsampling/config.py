@@ -256,11 +256,6 @@ class Config:
                 f"decoding.width must be a multiple of {WIDTH_STEP} for decoding.bit_exact: true "
                 f"(got {decoding.width}); 0 chooses it from speculation.k"
             )
-        if self.run.batch_size > 1 and decoding.compile == "on":
-            raise ConfigError(
-                f"run.batch_size must be 1 for decoding.compile: on (got {self.run.batch_size}); "
-                "set one of the two, or compile: auto"
-            )
         if "reference" in self.run.methods and not decoding.bit_exact:
             raise ConfigError(
                 "decoding.bit_exact must be true for the method reference (got false); "

@@ -280,13 +280,22 @@ def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
     Args:
         config: of the run.
         there: what an earlier process left of it.
+
+    Raises:
+        ConfigError: the run asks for both.
     """
     from specsampling.models.load import resolve_device
 
-    mode = config.decoding.compile
+    mode, size = config.decoding.compile, config.run.batch_size
+    is_gpus_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
+    if is_gpus_batch and mode == "on":
+        raise ConfigError(
+            f"run.batch_size must be 1 for decoding.compile: on, but on a CPU (got {size}); set "
+            "one of the two, or compile: auto"
+        )
     if mode != "auto":
         return mode, "decoding.compile: off"
-    if config.run.batch_size > 1 and resolve_device(config.models.device).type != "cpu":
+    if is_gpus_batch:
         return "off", "run.batch_size: several texts at once"
     if there is not None and not there.meta.get("steps"):
         return "off", "as the rows that are there"

@@ -141,6 +141,7 @@ def _serve(server: socket.socket) -> None:
 
     for name in IMPORTED:
         importlib.import_module(name)
+    sys.modules["specsampling.models.kernel_model"].why_no_kernel()  # compiles and loads it
     gc.collect()
     gc.freeze()  # else the first collection of each child copies all of this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers

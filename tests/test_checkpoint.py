@@ -200,7 +200,7 @@ def test_too_little_memory_is_not_taken_for_layers_that_fail(folder, monkeypatch
     def fail(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(FusedLayer, "forward", fail)
+    monkeypatch.setattr(checkpoint, "to_kernel", fail)
     assert "out of memory" in refusal(folder)
 
 

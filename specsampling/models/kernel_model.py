@@ -152,7 +152,7 @@ def to_kernel(
         head.linear if is_trimmed else head,
         head.token_ids if is_trimmed else None,
     )
-    model.to("meta")
+    nn.Module.to(model, "meta")
     return KernelModel(model, dtype, made)
 
 
