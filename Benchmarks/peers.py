@@ -11,8 +11,9 @@ line: `pip install ".[peers]"`.
 
 Contenders live in processes of their own (the Qwen pair's need about 17 GB together; `--hosts`
 takes some of them) and decode one at a time, in an order that rotates from problem to problem;
-loading, compiling and a first text are not counted. Each one's outputs are compared with those of
-its own baseline. A rerun continues where the last one stopped. The figure goes beside the rows.
+loading, compiling and a first text are not counted. Each one's outputs are compared with the plain
+decoding of the same family and format. A rerun continues where the last one stopped. The figure
+goes beside the rows.
 """
 
 from __future__ import annotations
@@ -64,7 +65,11 @@ Contenders = Mapping[str, Decode]
 Found = Iterator[tuple[str, Contenders]]  # by family
 
 NUM_CORES = os.cpu_count() or 1
-BASELINES = {"transformers": "generate", "llama.cpp": "alone", "ours": "reference"}
+BASELINES = {  # the plain decoding of each family
+    "transformers": "generate",
+    "llama.cpp": "alone",
+    "ours": "reference",
+}
 FAMILIES = ("transformers", "llama.cpp", "ours in 16 bit", "ours in 8 bit")
 COLOURS = {"ours": DARK, "llama.cpp": MIDDLE}  # the others: LIGHT
 PYTORCH = ("transformers", "flashspec")
@@ -512,7 +517,7 @@ def report(all_rows: Sequence[Row]) -> list[str]:
             "n": {name: str(len(of)) for name, of in rows.items()},
             "tokens/s": {name: f"{metrics.tokens_per_second(of):.1f}" for name, of in rows.items()},
             "with prefill": {name: f"{rate_with_prefill(of):.1f}" for name, of in rows.items()},
-            "as its baseline": {name: identical(name, rows) for name in rows},
+            "equal to its own plain text": {name: equal_to_plain(name, rows) for name in rows},
         }
     )
     lines = [f"{row.method}, {row.example_id}: {row.error}" for row in all_rows if row.error]
@@ -557,16 +562,20 @@ def best(rows: dict[str, list[Row]], families: tuple[str, ...]) -> str | None:
     return max(names, key=lambda name: rate_with_prefill(rows[name]), default=None)
 
 
-def identical(name: str, rows: dict[str, list[Row]]) -> str:
-    """How many of a contender's texts are those of its family's own baseline."""
-    family, _, kind = name.partition(": ")
-    if family == "flashspec":
+def equal_to_plain(name: str, rows: dict[str, list[Row]]) -> str:
+    """How many of a contender's texts are those of its family's and format's plain decoding.
+
+    Returns:
+        "7 of 8", or "" if the plain decoding has no rows.
+    """
+    family, _, _ = name.partition(": ")
+    if family == "flashspec":  # decodes over transformers' models
         family = "transformers"
-    baseline = f"{family}: {BASELINES[family.split()[0]]}"
-    if baseline == name or baseline not in rows:
+    plain = f"{family}: {BASELINES[family.split()[0]]}"
+    if plain not in rows:
         return ""
-    num_equal, num_compared = metrics.count_identical(rows[name], rows[baseline])
-    return f"{num_equal}/{num_compared}"
+    num_equal, num_compared = metrics.count_identical(rows[name], rows[plain])
+    return f"{num_equal} of {num_compared}"
 
 
 if __name__ == "__main__":
