@@ -29,6 +29,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -361,7 +362,8 @@ class Host:
             self.names.append(said) if isinstance(said, str) else print(said["problem"])
 
     def decode(self, contender: str, prompt: list[int]) -> Generation:
-        self._pipe.send((contender, prompt))
+        with suppress(OSError):  # its process ended: then nothing is received
+            self._pipe.send((contender, prompt))
         return Generation(**self._receive(contender))
 
     def close(self) -> None:
@@ -371,7 +373,7 @@ class Host:
     def _receive(self, name: str) -> Any:
         try:
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise ConfigError(f"the process of {name} ended; see above, and rerun") from None
 
 
@@ -483,7 +485,11 @@ def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFi
     names = []
     for name in (bar := tqdm(decoders, unit="contender")):
         bar.set_description(f"warm-up: {name}")
-        if problem := decoders[name](first).error:
+        try:
+            problem = decoders[name](first).error
+        except ConfigError as error:  # its process ended
+            problem = str(error)
+        if problem:
             tqdm.write(f"not compared: {name}: {problem}")
         else:
             names.append(name)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +167,25 @@ def test_a_contender_that_fails_does_not_stop_the_others(capsys):
     assert host.decode("sound: one", [1]).error == "ZeroDivisionError: division by zero"
     host.close()
     assert capsys.readouterr().out == "not compared: broken: ValueError: its file is torn\n"
+
+
+def mortal(options):
+    yield "mortal", {"one": lambda prompt: os._exit(3), "two": lambda prompt: None}
+
+
+def test_a_process_that_ends_in_its_first_text_does_not_stop_the_others(capsys, tmp_path):
+    """A contender's library crashed in its first text, and the whole comparison ended."""
+    host = peers.Host("mortal", mortal, options=None)
+    decoders = {name: partial(host.decode, name) for name in host.names}
+    decoders["sound"] = lambda prompt: peers.Generation([1, 2], "length")
+    kept: list[Row] = []
+    run_file = SimpleNamespace(done=set(), append=kept.append)
+    peers.compare({"a": [1]}, decoders, run_file)
+    host.close()
+    assert [kept_row.method for kept_row in kept] == ["sound"]
+    printed = capsys.readouterr().out
+    for name in ("one", "two"):
+        assert f"not compared: mortal: {name}: the process of mortal: {name} ended" in printed
 
 
 def test_a_process_that_ends_is_one_line():
