@@ -3,16 +3,41 @@
     python Benchmarks/peers.py                      the demo pair
     python Benchmarks/peers.py --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B
 
-decodes a few HumanEval problems greedily with transformers' `generate` (eager, compiled over a
-static cache, assisted on two schedules, prompt lookup), flashspec, llama.cpp through xllamacpp
-(alone, with n-grams, with the draft, on the GGUF file that our weights come from) and ours
-(baseline, reference, speculative; bfloat16 and 8 bit, compiled). What is not installed is one
-line: `pip install ".[peers]"`.
+decodes a few HumanEval problems greedily. The contenders are:
 
-Contenders live in processes of their own (the Qwen pair's need about 17 GB together; `--hosts`
-takes some of them) and decode one at a time, in an order that rotates from problem to problem;
-loading, compiling and a first text are not counted. Each one's outputs are compared with those of
-its own baseline. A rerun continues where the last one stopped. The figure goes beside the rows.
+- transformers' `generate`: eager, compiled over a static cache, assisted on two schedules, prompt
+  lookup;
+- flashspec over the same two models;
+- llama.cpp on the GGUF file that our weights come from, through xllamacpp, whose wheel runs on many
+  processors: alone, with n-grams, with the draft;
+- llama.cpp on the same file through llama-cpp-python, built for this processor: alone, with prompt
+  lookup;
+- OpenVINO GenAI on the weights that optimum-intel rounded to 8 and to 4 bit: alone, with prompt
+  lookup, with the draft;
+- ours: baseline, reference, speculative; in bfloat16 and in 8 bit, compiled.
+
+Each way to speculate runs with two or three settings. A setting is a number of drafted tokens, or
+`drafted tokens:length of the n-gram`. What is not installed is one line, which says how to get it:
+
+    pip install ".[peers]"
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install ".[peers-native]" --no-binary llama-cpp-python
+
+The second builds llama.cpp with your compiler. GCC 12 drops stores that set up AMX, and what it
+builds then ends with a segmentation fault on a processor that has AMX. With that compiler, set
+CXXFLAGS="-fno-tree-dse -fno-dse" too.
+
+optimum-intel needs an older transformers than ours. Give it an environment of its own, and name
+that environment's interpreter. If its torch is a CPU build, uninstall torchvision there, which
+expects CUDA. The exported models are kept in the cache, so later runs need no `--exporter`:
+
+    python -m venv exporter && exporter/bin/pip install "optimum-intel[openvino]>=2.2"
+    python Benchmarks/peers.py --exporter exporter/bin/python
+
+Contenders live in processes of their own. All of the Qwen pair's together need more memory than
+many machines have: `--hosts` takes some of them, and a rerun with others adds to the same rows.
+They decode one at a time, in an order that rotates from problem to problem. Loading, compiling and
+a first text are not counted. Each one's outputs are compared with the plain decoding of the same
+family and format. A rerun continues where the last one stopped. The figure goes beside the rows.
 """
 
 from __future__ import annotations
@@ -24,10 +49,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -48,6 +75,7 @@ from tqdm import tqdm
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, begun, exit_code, option_value
 from specsampling.method.text import Generation
+from specsampling.models.errors import ModelError
 from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
@@ -64,11 +92,45 @@ Contenders = Mapping[str, Decode]
 Found = Iterator[tuple[str, Contenders]]  # by family
 
 NUM_CORES = os.cpu_count() or 1
-BASELINES = {"transformers": "generate", "llama.cpp": "alone", "ours": "reference"}
-FAMILIES = ("transformers", "llama.cpp", "ours in 16 bit", "ours in 8 bit")
-COLOURS = {"ours": DARK, "llama.cpp": MIDDLE}  # the others: LIGHT
+BASELINES = {  # the plain decoding of each family
+    "transformers": "generate",
+    "llama.cpp": "alone",
+    "OpenVINO": "alone",
+    "ours": "reference",
+}
+OURS = ("ours in 16 bit", "ours in 8 bit")
+FAMILIES = ("transformers", "llama.cpp", "llama.cpp native", "OpenVINO", *OURS)
+PACKAGES = {  # what a family needs, and how to get it
+    "llama.cpp": ("xllamacpp", 'pip install ".[peers]"'),
+    "llama.cpp native": (
+        "llama_cpp",
+        'CMAKE_ARGS=-DGGML_NATIVE=ON pip install ".[peers-native]" --no-binary llama-cpp-python',
+    ),
+    "OpenVINO": ("openvino_genai", 'pip install ".[peers]"'),
+}
+COLOURS = {"ours": DARK, "llama.cpp": MIDDLE, "OpenVINO": MIDDLE}  # the others: LIGHT
 PYTORCH = ("transformers", "flashspec")
 FIRST = 40  # of the problems: those before were looked at while the settings were chosen
+
+# Settings: how many tokens are drafted, and for a lookup also how long an n-gram it looks for.
+Settings = dict[str, tuple[tuple[int, ...], ...]]  # of each way to decode
+SERVER_SETTINGS: Settings = {
+    "alone": ((),),
+    "n-grams": ((7, 3), (15, 3), (48, 12)),  # the last is its own default
+    "draft": ((3,), (7,), (15,)),
+}
+NATIVE_SETTINGS: Settings = {"alone": ((),), "prompt lookup": ((3, 2), (7, 2))}
+OPENVINO_SETTINGS: Settings = {
+    "alone": ((),),
+    "prompt lookup": ((5, 3), (7, 3), (15, 3)),
+    "draft": ((3,), (5,)),
+}
+# optimum-intel's options. Its defaults for 4 bit are written out, because it refuses a layer whose
+# inputs 128 does not divide. Such a layer has the largest group that does (64 for SmolLM2).
+OPENVINO_FORMATS: dict[str, tuple[str, ...]] = {
+    "int8": (),  # a scale and an offset per output channel
+    "int4": ("--ratio", "1.0", "--group-size", "128", "--group-size-fallback", "adjust"),
+}
 
 
 # --- the contenders, as the processes that they live in find them --------------------
@@ -178,7 +240,13 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
     yield "flashspec", {"composite": composite}
 
 
-def llama_cpp(options: argparse.Namespace, path: Path, draft: Path | None, kind: str) -> Found:
+def llama_cpp(
+    options: argparse.Namespace,
+    path: Path,
+    draft: Path | None,
+    kind: str,
+    setting: tuple[int, ...],
+) -> Found:
     """One server of llama.cpp in its own process: of six in one, each had a third the speed."""
     import xllamacpp
     from xllamacpp import common_speculative_type as kinds
@@ -188,13 +256,16 @@ def llama_cpp(options: argparse.Namespace, path: Path, draft: Path | None, kind:
     params.n_ctx, params.n_parallel = 2048, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = NUM_CORES
     params.verbosity = 10  # below that it does not say which tokens it chose
+    speculative = params.speculative
     if kind == "n-grams":
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        speculative.ngram_simple.size_m, speculative.ngram_simple.size_n = setting
     if kind == "draft":
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-        params.speculative.draft.mparams.path = str(draft)
+        speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        speculative.draft.mparams.path = str(draft)
+        (speculative.draft.n_max,) = setting
     decode = partial(llama_cpp_decode, xllamacpp.Server(params), int(options.max_new_tokens))
-    yield f"llama.cpp {type_of(path)}", {kind: decode}
+    yield f"llama.cpp {type_of(path)}", {with_setting(kind, setting): decode}
 
 
 def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
@@ -211,6 +282,149 @@ def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
         prefill_seconds=prefill_seconds,
         decode_seconds=seconds - prefill_seconds,
     )
+
+
+def llama_cpp_native(options: argparse.Namespace, path: Path, kind: str) -> Found:
+    """llama.cpp through llama-cpp-python, alone or with its prompt lookup, in its own process.
+
+    A lookup needs a context that keeps the logits of every token, so plain decoding has another.
+    Flash attention is on, because llama.cpp's own programs choose it on a CPU too.
+    """
+    import llama_cpp
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    drafts = {
+        with_setting(kind, setting): LlamaPromptLookupDecoding(*reversed(setting))
+        if setting
+        else None
+        for setting in NATIVE_SETTINGS[kind]
+    }
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=2048,
+        n_threads=NUM_CORES,
+        n_threads_batch=NUM_CORES,
+        flash_attn=True,
+        draft_model=next(iter(drafts.values())),
+        verbose=False,
+    )
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    limit = int(options.max_new_tokens)
+
+    def decode(prompt: list[int], draft: Any) -> Generation:
+        model.draft_model = draft
+        model.reset()  # else the start that two prompts share is not computed again
+        ids: list[int] = []
+        start = end_of_prefill = time.perf_counter()
+        for token in model.generate(prompt, temp=0.0):
+            end_of_prefill = end_of_prefill if ids else time.perf_counter()
+            ids.append(token)
+            if len(ids) == limit or llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                break
+        return timed(ids, start, end_of_prefill, limit)
+
+    found = {name: partial(decode, draft=draft) for name, draft in drafts.items()}
+    yield f"llama.cpp native {type_of(path)}", found
+
+
+def openvino_genai(
+    options: argparse.Namespace, weights: str, target: Path, draft: Path | None, kind: str
+) -> Found:
+    """One pipeline of OpenVINO GenAI in its own process, with the settings that it can change.
+
+    The pipeline's cache of earlier prompts is off, because every contender has the same prompts.
+    """
+    import numpy as np
+    import openvino
+    import openvino_genai as genai
+
+    scheduler = genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False
+    scheduler.max_num_batched_tokens = sys.maxsize  # all of a prompt at once: its own default
+    how: dict[str, Any] = {"scheduler_config": scheduler, "INFERENCE_NUM_THREADS": NUM_CORES}
+    if kind == "prompt lookup":
+        how["prompt_lookup"] = True
+    if kind == "draft":
+        how["draft_model"] = genai.draft_model(str(draft), "CPU", INFERENCE_NUM_THREADS=NUM_CORES)
+    pipeline = genai.LLMPipeline(str(target), "CPU", **how)
+    own = pipeline.get_generation_config()
+    limit = int(options.max_new_tokens)
+
+    def decode(prompt: list[int], setting: tuple[int, ...]) -> Generation:
+        config = genai.GenerationConfig()
+        config.max_new_tokens, config.do_sample = limit, False
+        config.eos_token_id, config.stop_token_ids = own.eos_token_id, own.stop_token_ids
+        for field, value in zip(("num_assistant_tokens", "max_ngram_size"), setting):
+            setattr(config, field, value)
+        ids = np.array([prompt], dtype=np.int64)
+        tensors = openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
+        start = time.perf_counter()
+        result = pipeline.generate(genai.TokenizedInputs(*tensors), config)
+        seconds_to_first = result.perf_metrics.get_ttft().mean / 1000
+        return timed(list(result.tokens[0]), start, start + seconds_to_first, limit)
+
+    yield (
+        f"OpenVINO {weights}",
+        {
+            with_setting(kind, setting): partial(decode, setting=setting)
+            for setting in OPENVINO_SETTINGS[kind]
+        },
+    )
+
+
+def with_setting(kind: str, setting: tuple[int, ...]) -> str:
+    """A contender's name: a way to decode, and its setting if it has one."""
+    return f"{kind}, {':'.join(map(str, setting))}" if setting else kind
+
+
+# --- the files that they read --------------------------------------------------------
+
+
+def exported(spec: str, weights: str, exporter: Path | None) -> Path:
+    """The OpenVINO folder of a model in the cache, exported by optimum-intel if it is not there.
+
+    Args:
+        spec: a model's spec, whose files are a Hugging Face folder.
+        weights: a name in `OPENVINO_FORMATS`.
+        exporter: the Python interpreter of an environment that has optimum-intel.
+
+    Raises:
+        ConfigError: the folder is not there and no interpreter was given, or the export failed.
+    """
+    from specsampling.models.cache import cache_folder, made_once
+    from specsampling.models.source import digest_of, is_gguf, model_location
+
+    if is_gguf(spec):
+        raise ConfigError(f"optimum-intel exports Hugging Face folders (got {spec}); name one")
+    folder = cache_folder() / f"openvino-{weights}-{digest_of(spec)}"
+    with made_once(folder) as made:
+        if made is not None:
+            if exporter is None:
+                raise ConfigError(f"{spec} is not exported yet; give --exporter, see --help")
+            print(f"exporting {spec} to OpenVINO in {weights}, once ...", flush=True)
+            done = subprocess.run(
+                [
+                    *(str(exporter), "-m", "optimum.commands.optimum_cli", "export", "openvino"),
+                    *("--model", model_location(spec), "--task", "text-generation-with-past"),
+                    *("--weight-format", weights, *OPENVINO_FORMATS[weights], str(made)),
+                ],
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode != 0:
+                last = done.stderr.strip().rpartition("\n")[2]
+                raise ConfigError(f"{exporter} cannot export {spec}: {last}; see --help")
+    return folder
+
+
+def whole_draft(config: Config) -> str | None:
+    """The spec of a draft that is a model of its own, and no part of its target; else None."""
+    from specsampling.models.embedded import DRAFTS
+    from specsampling.models.load import LOOKUP_FIRST, TARGET_LAYERS
+
+    spec = config.models.draft.removeprefix(LOOKUP_FIRST)
+    is_part = spec.startswith(TARGET_LAYERS) or spec.removeprefix("embedded:") in DRAFTS
+    return None if spec == "ngram" or is_part else spec
 
 
 def gguf_of(spec: str) -> Path | None:
@@ -285,26 +499,68 @@ def timed(ids: list[int], start: float, end_of_prefill: float, limit: int) -> Ge
 
 def finders(config: Config, options: argparse.Namespace) -> dict[str, Callable[..., Found]]:
     """What finds the contenders of each process, by a name for it."""
-    from specsampling.models.load import LOOKUP_FIRST
-
     found: dict[str, Callable[..., Found]] = {}
     for family in options.hosts:
+        package, way_out = PACKAGES.get(family, (None, ""))
         if family == "transformers":
             found[family] = transformers_and_flashspec
         elif family == "ours in 16 bit":
             found[family] = partial(ours, family=family, quantization="none")
         elif family == "ours in 8 bit":
             found[family] = partial(ours, family=family, quantization="int8")
-        elif importlib.util.find_spec("xllamacpp") is None:
-            print('not compared: xllamacpp (pip install ".[peers]")')
-        elif (target := gguf_of(config.models.target)) is None:
-            print("not compared: llama.cpp (the target is no GGUF file)")
+        elif package is not None and importlib.util.find_spec(package) is None:
+            print(f"not compared: {package} ({way_out})")
+        elif family == "OpenVINO":
+            found |= openvino_finders(config, options)
         else:
-            draft = gguf_of(config.models.draft.removeprefix(LOOKUP_FIRST))
-            for path in files_of(target):
-                for kind in ("alone", "n-grams", *(["draft"] if draft is not None else [])):
-                    name = f"{family} {type_of(path)} {kind}"
-                    found[name] = partial(llama_cpp, path=path, draft=draft, kind=kind)
+            found |= gguf_finders(config, family)
+    return found
+
+
+def gguf_finders(config: Config, family: str) -> dict[str, Callable[..., Found]]:
+    """The processes of llama.cpp; a server's setting cannot be changed, so each has its own."""
+    from specsampling.models.load import LOOKUP_FIRST
+
+    if (target := gguf_of(config.models.target)) is None:
+        print(f"not compared: {family} (the target is no GGUF file)")
+        return {}
+    found: dict[str, Callable[..., Found]] = {}
+    if family == "llama.cpp native":
+        for path in files_of(target):
+            for kind in NATIVE_SETTINGS:
+                name = f"{family} {type_of(path)} {kind}"
+                found[name] = partial(llama_cpp_native, path=path, kind=kind)
+        return found
+    draft = gguf_of(config.models.draft.removeprefix(LOOKUP_FIRST))
+    for path in files_of(target):
+        for kind, settings in SERVER_SETTINGS.items():
+            for setting in settings:
+                if kind != "draft" or draft is not None:
+                    name = f"{family} {type_of(path)} {with_setting(kind, setting)}"
+                    found[name] = partial(
+                        llama_cpp, path=path, draft=draft, kind=kind, setting=setting
+                    )
+    return found
+
+
+def openvino_finders(
+    config: Config, options: argparse.Namespace
+) -> dict[str, Callable[..., Found]]:
+    """The processes of OpenVINO GenAI: a pipeline decodes in one way, with any of its settings."""
+    found: dict[str, Callable[..., Found]] = {}
+    draft_spec = whole_draft(config)
+    for weights in OPENVINO_FORMATS:
+        try:
+            target = exported(config.models.target, weights, options.exporter)
+            draft = exported(draft_spec, weights, options.exporter) if draft_spec else None
+        except (ConfigError, ModelError) as error:
+            print(f"not compared: OpenVINO {weights} ({error})")
+            continue
+        for kind in OPENVINO_SETTINGS:
+            if kind != "draft" or draft is not None:
+                found[f"OpenVINO {weights} {kind}"] = partial(
+                    openvino_genai, weights=weights, target=target, draft=draft, kind=kind
+                )
     return found
 
 
@@ -356,7 +612,8 @@ class Host:
             self.names.append(said) if isinstance(said, str) else print(said["problem"])
 
     def decode(self, contender: str, prompt: list[int]) -> Generation:
-        self._pipe.send((contender, prompt))
+        with suppress(OSError):  # its process ended: then nothing is received
+            self._pipe.send((contender, prompt))
         return Generation(**self._receive(contender))
 
     def close(self) -> None:
@@ -366,7 +623,7 @@ class Host:
     def _receive(self, name: str) -> Any:
         try:
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise ConfigError(f"the process of {name} ended; see above, and rerun") from None
 
 
@@ -447,6 +704,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", metavar="N", default="128", help="(default: 128)")
     parser.add_argument("--hosts", metavar="A,B", default=",".join(FAMILIES), help="(default: all)")
     parser.add_argument("--skip", metavar="A,B", default="", help="parts of contenders' names")
+    parser.add_argument(
+        "--exporter", metavar="PYTHON", type=Path, help="an interpreter that has optimum-intel"
+    )
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--output", metavar="PATH", type=Path, help="JSONL file for the rows")
     parser.add_argument("--fresh", action="store_true", help="start the output file over")
@@ -463,7 +723,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def meta_of(config: Config, now: datetime) -> dict[str, Any]:
     versions = {}
-    for package in ("xllamacpp", "flashspec"):
+    for package in ("xllamacpp", "llama-cpp-python", "openvino-genai", "flashspec"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -478,7 +738,11 @@ def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFi
     names = []
     for name in (bar := tqdm(decoders, unit="contender")):
         bar.set_description(f"warm-up: {name}")
-        if problem := decoders[name](first).error:
+        try:
+            problem = decoders[name](first).error
+        except ConfigError as error:  # its process ended
+            problem = str(error)
+        if problem:
             tqdm.write(f"not compared: {name}: {problem}")
         else:
             names.append(name)
@@ -512,13 +776,14 @@ def report(all_rows: Sequence[Row]) -> list[str]:
             "n": {name: str(len(of)) for name, of in rows.items()},
             "tokens/s": {name: f"{metrics.tokens_per_second(of):.1f}" for name, of in rows.items()},
             "with prefill": {name: f"{rate_with_prefill(of):.1f}" for name, of in rows.items()},
-            "as its baseline": {name: identical(name, rows) for name in rows},
+            "equal to its own plain text": {name: equal_to_plain(name, rows) for name in rows},
         }
     )
     lines = [f"{row.method}, {row.example_id}: {row.error}" for row in all_rows if row.error]
     lines += [*aligned(table.rename_axis("contender").reset_index()), ""]
-    eight, sixteen = (f"{family}: autoregressive" for family in reversed(FAMILIES[2:]))
-    pairs = [(best(rows, ("ours",)), best(rows, family)) for family in (("llama.cpp",), PYTORCH)]
+    eight, sixteen = (f"{family}: autoregressive" for family in reversed(OURS))
+    others = (("llama.cpp",), ("OpenVINO",), PYTORCH)
+    pairs = [(best(rows, ("ours",)), best(rows, family)) for family in others]
     for mine, other in [*pairs, (eight, sixteen)]:
         if mine in rows and other in rows:
             ratio = metrics.speedup(rows[other], rows[mine]).of_totals
@@ -557,16 +822,20 @@ def best(rows: dict[str, list[Row]], families: tuple[str, ...]) -> str | None:
     return max(names, key=lambda name: rate_with_prefill(rows[name]), default=None)
 
 
-def identical(name: str, rows: dict[str, list[Row]]) -> str:
-    """How many of a contender's texts are those of its family's own baseline."""
-    family, _, kind = name.partition(": ")
-    if family == "flashspec":
+def equal_to_plain(name: str, rows: dict[str, list[Row]]) -> str:
+    """How many of a contender's texts are those of its family's and format's plain decoding.
+
+    Returns:
+        "7 of 8", or "" if the plain decoding has no rows.
+    """
+    family, _, _ = name.partition(": ")
+    if family == "flashspec":  # decodes over transformers' models
         family = "transformers"
-    baseline = f"{family}: {BASELINES[family.split()[0]]}"
-    if baseline == name or baseline not in rows:
+    plain = f"{family}: {BASELINES[family.split()[0]]}"
+    if plain not in rows:
         return ""
-    num_equal, num_compared = metrics.count_identical(rows[name], rows[baseline])
-    return f"{num_equal}/{num_compared}"
+    num_equal, num_compared = metrics.count_identical(rows[name], rows[plain])
+    return f"{num_equal} of {num_compared}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +41,8 @@ def compare(config: Path, output: Path, hosts: str, *more: object) -> tuple[int,
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     output = tmp_path_factory.mktemp("peers") / "peers.jsonl"
-    code, printed, errors = compare(config, output, "transformers,llama.cpp,ours in 16 bit")
+    hosts = "transformers,llama.cpp,llama.cpp native,OpenVINO,ours in 16 bit"
+    code, printed, errors = compare(config, output, hosts)
     assert code == 0, errors
     return output, printed, errors
 
@@ -63,7 +67,8 @@ def test_in_float32_all_decode_the_same_tokens(finished):
     for row in read_rows(output):
         texts.setdefault(row.example_id, set()).add(tuple(row.token_ids))
     assert all(len(different) == 1 for different in texts.values())
-    assert printed.count("2/2") == len(OURS + THEIRS) - 2  # all but the baselines
+    assert "equal to its own plain text" in printed
+    assert printed.count("2 of 2") == len(OURS + THEIRS)
 
 
 def test_what_is_not_there_is_one_line(finished):
@@ -74,6 +79,14 @@ def test_what_is_not_there_is_one_line(finished):
         assert 'not compared: xllamacpp (pip install ".[peers]")' in printed
     else:
         assert "not compared: llama.cpp (the target is no GGUF file)" in printed
+    if importlib.util.find_spec("llama_cpp") is None:
+        assert "not compared: llama_cpp (CMAKE_ARGS=-DGGML_NATIVE=ON pip install" in printed
+    else:
+        assert "not compared: llama.cpp native (the target is no GGUF file)" in printed
+    if importlib.util.find_spec("openvino_genai") is None:
+        assert 'not compared: openvino_genai (pip install ".[peers]")' in printed
+    else:
+        assert "is not exported yet; give --exporter, see --help)" in printed
 
 
 def test_a_rerun_decodes_only_what_is_missing(finished, config):
@@ -101,6 +114,96 @@ def test_mistakes_are_one_line(more, words, config, tmp_path):
     assert code == 2
     assert words in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "peers.jsonl").exists()
+
+
+@pytest.fixture
+def everything(monkeypatch, tmp_path):
+    """Makes the packages seem installed, and the models' files seem to be there."""
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: package)
+    monkeypatch.setattr(peers, "gguf_of", lambda spec: Path(spec) if "qwen" in spec else None)
+    monkeypatch.setattr(peers, "files_of", lambda path: [path])
+    monkeypatch.setattr(peers, "type_of", lambda path: "Q4_K")
+    monkeypatch.setattr(peers, "exported", lambda spec, weights, exporter: Path(spec))
+
+
+def names_of(profile: str, hosts: str) -> list[str]:
+    options = peers.parse_options(["--profile", profile, "--hosts", hosts])
+    return list(peers.finders(peers.configured(options, "none"), options))
+
+
+def test_each_way_to_speculate_has_two_or_three_settings(everything):
+    assert names_of("exp2-cpu", "llama.cpp,llama.cpp native,OpenVINO") == [
+        *(f"llama.cpp Q4_K {kind}" for kind in ("alone", "n-grams, 7:3", "n-grams, 15:3")),
+        *(f"llama.cpp Q4_K {kind}" for kind in ("n-grams, 48:12", "draft, 3", "draft, 7")),
+        "llama.cpp Q4_K draft, 15",
+        *(f"llama.cpp native Q4_K {kind}" for kind in ("alone", "prompt lookup")),
+        *(f"OpenVINO int8 {kind}" for kind in ("alone", "prompt lookup", "draft")),
+        *(f"OpenVINO int4 {kind}" for kind in ("alone", "prompt lookup", "draft")),
+    ]
+    for ways in (peers.SERVER_SETTINGS, peers.NATIVE_SETTINGS, peers.OPENVINO_SETTINGS):
+        assert ways["alone"] == ((),)
+        assert all(2 <= len(settings) <= 3 for kind, settings in ways.items() if kind != "alone")
+    assert peers.with_setting("prompt lookup", (5, 3)) == "prompt lookup, 5:3"
+    assert peers.with_setting("draft", (3,)) == "draft, 3"
+    assert peers.with_setting("alone", ()) == "alone"
+
+
+def test_a_draft_of_the_targets_own_layers_is_no_model_for_others(everything, capsys):
+    assert not any("draft" in name for name in names_of("demo", "OpenVINO"))
+    assert names_of("demo", "llama.cpp native") == []
+    assert "not compared: llama.cpp native (the target is no GGUF file)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("draft", "whole"),
+    [
+        ("ngram", None),
+        ("target-layers:3", None),
+        ("ngram+target-layers:3", None),
+        ("ngram+embedded:smollm2-135m-draft", None),
+        ("ngram+embedded:qwen2.5-coder-0.5b", "embedded:qwen2.5-coder-0.5b"),
+        ("somewhere/draft", "somewhere/draft"),
+    ],
+)
+def test_which_drafts_are_whole_models(draft, whole):
+    options = peers.parse_options([])
+    config = peers.load_config(options.config, "demo", [f"models.draft={draft}"])
+    assert peers.whole_draft(config) == whole
+
+
+def test_a_model_is_exported_once(model_folders, tmp_path, monkeypatch):
+    commands = []
+
+    def run_exporter(command, **_):
+        commands.append(command)
+        Path(command[-1]).mkdir()
+        Path(command[-1], "openvino_model.xml").write_text("<net/>")
+        return peers.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path))
+    monkeypatch.setattr(peers.subprocess, "run", run_exporter)
+    spec = str(model_folders["llama-target"])
+    with pytest.raises(peers.ConfigError, match="is not exported yet; give --exporter"):
+        peers.exported(spec, "int4", None)
+    folder = peers.exported(spec, "int4", Path("its-python"))
+    assert (folder / "openvino_model.xml").exists() and folder.parent == tmp_path
+    assert peers.exported(spec, "int4", None) == folder
+    assert peers.exported(spec, "int8", Path("its-python")) != folder
+    four, eight = commands
+    assert four[0] == "its-python" and four[four.index("--model") + 1] == spec
+    assert four[four.index("--group-size") + 1] == "128" and "--group-size" not in eight
+
+
+def test_an_export_that_fails_is_one_line(model_folders, tmp_path, monkeypatch):
+    def fail(command, **_):
+        return peers.subprocess.CompletedProcess(command, 1, "", "Traceback\nNo module named x\n")
+
+    monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path))
+    monkeypatch.setattr(peers.subprocess, "run", fail)
+    spec = str(model_folders["llama-target"])
+    with pytest.raises(peers.ConfigError, match="cannot export .*: No module named x; see --help"):
+        peers.exported(spec, "int8", Path("its-python"))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def row(method: str, seconds: float, error: str | None = None, example: str = "a") -> Row:
@@ -133,7 +236,9 @@ def test_ratios_are_our_best_against_the_best_of_each_kind():
             "ours in 8 bit: autoregressive": 4.0,
             "ours in 8 bit: speculative": 1.0,
             "llama.cpp Q4_K: alone": 3.0,
-            "llama.cpp Q4_K: n-grams": 2.0,
+            "llama.cpp Q4_K: n-grams, 7:3": 2.0,
+            "llama.cpp native Q4_K: alone": 2.5,
+            "OpenVINO int4: prompt lookup, 5:3": 0.5,
             "transformers: generate": 11.0,
             "flashspec: composite": 5.0,
         }.items()
@@ -141,10 +246,23 @@ def test_ratios_are_our_best_against_the_best_of_each_kind():
     rows.append(row("transformers: prompt lookup", 1.0, error="broken"))
     printed = "\n".join(peers.report(rows))
     ours = "ours in 8 bit: speculative / "
-    assert ours + "llama.cpp Q4_K: n-grams: 1.50 [1.50, 1.50], without prefill 2.00" in printed
+    assert ours + "llama.cpp Q4_K: n-grams, 7:3: 1.50 [1.50, 1.50], without prefill 2.00" in printed
+    assert ours + "OpenVINO int4: prompt lookup, 5:3: 0.75 [0.75, 0.75]" in printed
     assert ours + "flashspec: composite: 3.00 [3.00, 3.00]" in printed
     assert "ours in 8 bit: autoregressive / ours in 16 bit: autoregressive: 2.00" in printed
     assert "transformers: prompt lookup, a: broken" in printed
+
+
+def test_texts_are_compared_with_the_same_familys_and_formats_plain_ones():
+    alone, lookup = "OpenVINO int8: alone", "OpenVINO int8: prompt lookup, 5:3"
+    rows = [row(name, 1.0, example=example) for name in (alone, lookup) for example in ("a", "b")]
+    rows[-1].token_ids[-1] = 7
+    rows += [row("OpenVINO int4: draft, 3", 1.0, example=example) for example in ("a", "b")]
+    header, _, *lines = (line for line in peers.report(rows) if line.strip())
+    assert header.endswith("equal to its own plain text")
+    words = {line.strip().split("  ")[0]: line.split()[-3:] for line in lines}
+    assert words[alone] == ["2", "of", "2"] and words[lookup] == ["1", "of", "2"]
+    assert "of" not in words["OpenVINO int4: draft, 3"]  # no plain text of 4 bit
 
 
 def broken(options):
@@ -163,6 +281,25 @@ def test_a_contender_that_fails_does_not_stop_the_others(capsys):
     assert host.decode("sound: one", [1]).error == "ZeroDivisionError: division by zero"
     host.close()
     assert capsys.readouterr().out == "not compared: broken: ValueError: its file is torn\n"
+
+
+def mortal(options):
+    yield "mortal", {"one": lambda prompt: os._exit(3), "two": lambda prompt: None}
+
+
+def test_a_process_that_ends_in_its_first_text_does_not_stop_the_others(capsys, tmp_path):
+    """A contender's library crashed in its first text, and the whole comparison ended."""
+    host = peers.Host("mortal", mortal, options=None)
+    decoders = {name: partial(host.decode, name) for name in host.names}
+    decoders["sound"] = lambda prompt: peers.Generation([1, 2], "length")
+    kept: list[Row] = []
+    run_file = SimpleNamespace(done=set(), append=kept.append)
+    peers.compare({"a": [1]}, decoders, run_file)
+    host.close()
+    assert [kept_row.method for kept_row in kept] == ["sound"]
+    printed = capsys.readouterr().out
+    for name in ("one", "two"):
+        assert f"not compared: mortal: {name}: the process of mortal: {name} ended" in printed
 
 
 def test_a_process_that_ends_is_one_line():
