@@ -36,6 +36,7 @@ MAX_FILE_BYTES = 200_000  # some hundred profiles; far more than that is another
 # What chooses which rows are made, or limits their scoring, but changes no row.
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
+    "decoding": ("compile",),  # what it came to is the meta's `steps`
     "sampling": ("num_samples",),  # more of them continue a run: each has its own random stream
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
@@ -349,7 +350,6 @@ def config_hash(config: Config) -> str:
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
     for block, key, was in (
-        ("decoding", "compile", "off"),
         ("speculation", "verifier", "token"),
         ("run", "batch_size", 1),
     ):

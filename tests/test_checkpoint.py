@@ -114,13 +114,6 @@ def test_a_tied_head_needs_no_tensor(folder):
     assert target.lm_head.weight is target.model.embed_tokens.weight
 
 
-def test_a_model_made_fast_cannot_pass_as_a_checkpoint(folder, tmp_path, tokenizer):
-    """What the fast layers save is no Llama; loaded again, it was one of random weights."""
-    load(folder, compile="off").target.save_pretrained(tmp_path / "saved")
-    tokenizer.save_pretrained(tmp_path / "saved")
-    assert "lacks tensors" in refusal(tmp_path / "saved")
-
-
 def test_code_of_a_checkpoint_is_not_asked_for(folder, monkeypatch):
     """transformers asked on stdin whether to run it, and waited."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))

@@ -92,7 +92,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, rule):
         ("models.dtype=float8", "one of auto, float32, float16, bfloat16"),
         ("models.device=gpu", "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"),
         ("models.device='cuda:'", "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"),
-        ("models.draft_quantization=int4", "one of none, int8, nf4"),
+        ("models.draft_quantization=int5", "one of none, int8, int4, nf4"),
         ("speculation.ngram_min=0", "an integer >= 1"),
         ("speculation.model_k=0", "null or an integer >= 1"),
         ("speculation.min_confidence=1", "a number >= 0 and < 1"),
@@ -236,7 +236,10 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             ],
             "must be 0 or >= speculation.k + 1, here 8",
         ),
-        (["decoding.bit_exact=false"], "decoding.bit_exact must be true for the method reference"),
+        (
+            ["decoding.bit_exact=false", "run.methods=[reference]"],
+            "decoding.bit_exact must be true for the method reference",
+        ),
         (
             ["humaneval.stop_strings=['\\ndef']"],
             "humaneval.stop_strings must be [] for humaneval.prompt_style: chat",
@@ -498,7 +501,7 @@ def test_shipped_demo_is_the_default_and_needs_no_hub():
     assert config.decoding.bit_exact
     assert config.decoding.max_new_tokens == 256
     assert config.sampling.temperature == 0
-    assert config.run.methods == ("autoregressive", "reference", "speculative")
+    assert config.run.methods == ("autoregressive", "speculative")
     assert config.run.limit is None
     assert config.humaneval is not None
     assert config.humaneval.prompt_style == "chat"

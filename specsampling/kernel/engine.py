@@ -322,8 +322,12 @@ class Model:
         for name, size in self.sizes.items():
             setattr(self._structure, name, size)
         self._structure.epsilon, self._structure.score_scale = self.epsilon, self.score_scale
-        linears = [self.head, *(part for layer in self.layers for part in layer.linears.values())]
-        self.size = sum(part.num_bytes for part in linears)
+        self.size = sum(part.num_bytes for part in self.linears)
+
+    @property
+    def linears(self) -> list[Packed]:
+        """All of its linear layers."""
+        return [self.head, *(part for layer in self.layers for part in layer.linears.values())]
 
     def first_layers(self, num_layers: int) -> Model:
         """The same model with its first layers only, over the same weights."""

@@ -210,10 +210,13 @@ class _Open:
         self._has_paused.release()
         self._may_run.acquire()
         answer, self._answer = self._answer, None
-        if isinstance(answer, BaseException):
-            raise answer
-        assert answer is not None
-        return answer
+        try:
+            if isinstance(answer, BaseException):
+                raise answer
+            assert answer is not None
+            return answer
+        finally:
+            del answer  # an error that knew itself would keep the text's cache
 
     def _decode(self) -> None:
         self._may_run.acquire()
@@ -251,14 +254,11 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
             if not texts:
                 return
             if all(text.asked for text in texts):
-                answers = _answers(texts)
+                _answer(texts)
                 now = time.perf_counter()
                 for text in texts:
                     text.seconds += (now - clock) / len(texts)
                 clock = now
-                for text, answer in answers:
-                    text.resume(answer)
-                del answers
             for text in [text for text in texts if text.is_over]:
                 texts.remove(text)
                 if text.error is not None:
@@ -271,8 +271,8 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
                 text.resume(Stopped())
 
 
-def _answers(texts: list[_Open]) -> list[tuple[_Open, Tensor | BaseException]]:
-    """Make one call for all who wait for the smallest model."""
+def _answer(texts: list[_Open]) -> None:
+    """Make one call for all who wait for the smallest model, and let them go on."""
     asked = [(text, *text.asked) for text in texts if text.asked]
     caller = min((caller for _, caller, _ in asked), key=lambda caller: caller.size)
     asking = [(text, call) for text, whose, call in asked if whose is caller]
@@ -280,5 +280,8 @@ def _answers(texts: list[_Open]) -> list[tuple[_Open, Tensor | BaseException]]:
         with torch.inference_mode():
             logits = caller.run([call for _, call in asking])
     except (RuntimeError, MemoryError) as error:  # each decoder's to deal with
-        return [(text, type(error)(str(error))) for text, _ in asking]
-    return [(text, rows) for (text, _), rows in zip(asking, logits)]
+        answers: list[Any] = [type(error)(str(error)) for _ in asking]
+    else:
+        answers = logits
+    for text, _ in asking:
+        text.resume(answers.pop(0))

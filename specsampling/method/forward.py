@@ -67,6 +67,7 @@ class ExactModel(Protocol):
 
     config: Any
     generation_config: Any
+    name_or_path: str
     device: torch.device
     dtype: torch.dtype
 

@@ -21,6 +21,7 @@ from specsampling.kernel.build import KernelError
 from specsampling.method.forward import Model
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
+from specsampling.models.embedded import published_file
 from specsampling.models.errors import (
     ModelError,
     is_out_of_memory,
@@ -36,6 +37,7 @@ from specsampling.models.kernel_model import KernelModel, to_kernel, why_no_kern
 from specsampling.models.memory import require_memory
 from specsampling.models.packing import why_not
 from specsampling.models.source import (
+    EMBEDDED,
     digest_of,
     is_gguf,
     model_location,
@@ -48,7 +50,7 @@ log = logging.getLogger("specsampling")
 # How far a fast model's logits may be from those of the model as loaded. Rounding moves them by
 # 1.4% in bfloat16; an adapter that got lost moved them by 8%. 8 and 4 bit move them more.
 FAST_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.04}
-ROUNDED_TOLERANCE = 0.5
+ROUNDED_TOLERANCES = {"none": 0.3, "int8": 0.3, "int4": 0.7}  # none: a GGUF file's own blocks
 
 
 def load_model(
@@ -135,9 +137,12 @@ def _into_kernel(
     model: PreTrainedModel, proof: Proof, spec: str, quantization: str
 ) -> tuple[KernelModel | None, str]:
     """A model in the kernel; or None, and why in words."""
-    file = open_gguf(Path(spec)) if is_gguf(spec) else None
+    path = Path(spec) if is_gguf(spec) else None
+    if quantization == "int4" and spec.startswith(EMBEDDED):
+        path = published_file(spec.removeprefix(EMBEDDED))  # else its 4 bit are rounded again
     if is_distilled(model) and quantization == "none":
         quantization = "int8"  # as it is shipped
+    file = open_gguf(path) if path else None
     try:
         made = to_kernel(model, quantization, file)
         error = prove_decoding(made).difference(proof)
@@ -148,7 +153,7 @@ def _into_kernel(
             raise
         return None, f"it fails on it ({reason(problem)})"
     is_rounded = quantization != "none" or file is not None
-    limit = ROUNDED_TOLERANCE if is_rounded else FAST_TOLERANCES[made.dtype]
+    limit = ROUNDED_TOLERANCES[quantization] if is_rounded else FAST_TOLERANCES[made.dtype]
     return (made, "") if error < limit else (None, f"it gives other logits (by {error:.1%})")
 
 

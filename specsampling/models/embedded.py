@@ -158,6 +158,17 @@ def embedded_folder(
     raise ModelError(f"unknown embedded model embedded:{name}; choose one of: {known}")
 
 
+def published_file(name: str) -> Path | None:
+    """The GGUF file that an embedded model comes from, fetched once; None where there is none.
+
+    Raises:
+        ModelError: no network, or a wrong hash.
+    """
+    if name not in MODELS:
+        return None
+    return fetch(MODELS[name].source, cache_folder() / f"{name}.gguf")
+
+
 def cached_folder(name: str, sha256: str) -> Path:
     """Where an embedded model is kept, once it is."""
     return cache_folder() / f"{name}-{FORM}-{sha256[:12]}"

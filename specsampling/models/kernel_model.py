@@ -7,6 +7,7 @@ every batch and every number of threads gives the same bits.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from functools import cache, partial
 from typing import Any
 
@@ -29,13 +30,14 @@ FORMATS = {
     torch.bfloat16: "bfloat16",
 }
 INT4 = "Q4_0"  # as a GGUF file's: groups of 32 weights with a scale
+FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K", "Q6_K")  # Q6_K: some layers of files that are mostly Q4_K
 
 
 class KernelModel:
     """A model that the kernel decodes.
 
     Attributes:
-        config, generation_config: as transformers read them.
+        config, generation_config, name_or_path: as transformers read them.
         device: the CPU.
         dtype: of the weights that are not quantised.
         engine: the kernel's form of it.
@@ -51,10 +53,19 @@ class KernelModel:
         """
         self.config: Any = outline.config
         self.generation_config: Any = outline.generation_config
+        self.name_or_path: str = outline.name_or_path
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.engine = made
         self._outline = outline
+
+    @property
+    def precision(self) -> str:
+        """The format of most of its weights: "bfloat16", "int8", or a GGUF block's type."""
+        sizes: dict[str, int] = defaultdict(int)
+        for packed in self.engine.linears:
+            sizes[packed.format] += packed.outputs * packed.inputs
+        return max(sizes, key=sizes.__getitem__)
 
     def get_input_embeddings(self) -> Any:
         """The embedding without its weights."""
@@ -128,8 +139,8 @@ def to_kernel(
     Args:
         model: on the CPU, as it was loaded.
         quantization: "none", "int8" or "int4" (then the head is int8).
-        file: the GGUF file that it came from: without another quantisation its blocks are
-            decoded as they stand.
+        file: the GGUF file that it came from: its blocks are decoded as they stand, in int4 those
+            of about 4 bit.
 
     Raises:
         KernelError: the kernel cannot be had, or does not know such a model.
@@ -142,8 +153,9 @@ def to_kernel(
     head: Any = model.get_output_embeddings()
     is_trimmed = isinstance(head, TrimmedHead)
     pack: Pack = partial(_pack, packer, quantization, model.dtype)
-    if file is not None and quantization == "none":
-        pack = partial(_pack_tensor, packer, file, model, pack)
+    if file is not None and quantization != "int8":
+        kinds = FOUR_BIT if quantization == "int4" else tuple(engine.SCALES)
+        pack = partial(_pack_tensor, packer, file, model, kinds, pack)
     dtype = model.dtype
     made = pack_model(
         model,
@@ -177,16 +189,17 @@ def _pack_tensor(
     packer: engine.Packer,
     file: GgufFile,
     model: PreTrainedModel,
+    kinds: tuple[str, ...],
     otherwise: Pack,
     name: str,
     linear: nn.Linear,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> engine.Packed:
-    """A layer as its GGUF file has it, if the kernel knows the type of its blocks."""
+    """A layer as its GGUF file has it, if the type of its blocks is one of some kinds."""
     tensor, order = tensor_of(file, model, name)
     kind = tensor.tensor_type.name
-    if kind not in engine.SCALES or rows is not None or columns is not None:
+    if kind not in kinds or rows is not None or columns is not None:
         return otherwise(name, linear, rows, columns)
     bias = None
     if linear.bias is not None:  # a module's biases are in its own order
