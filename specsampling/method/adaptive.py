@@ -23,9 +23,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
+from specsampling.method.distribution import Distribution
 from specsampling.method.drafts import (
     CompositeDraft,
     Draft,
@@ -347,7 +347,6 @@ class AdaptiveProposer:
         model = draft.model
         turn = self._turn = Turn(self._lookup, model is not None, draft.experience)
         self._model = CarefulProposer(model, terms, draft.experience, turn) if model else None
-        self._none = torch.zeros(0, terms.vocab_size, device=terms.device)
         self._cycle: Cycle | None = None  # the one under way
 
     @property
@@ -363,7 +362,7 @@ class AdaptiveProposer:
             if proposer:
                 proposer.prefill(tokens)
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         cycle = self._cycle = Cycle()
         self._started, self._num_tokens = time.perf_counter(), len(tokens)
         self._turn.longest = len(tokens) + k
@@ -372,7 +371,8 @@ class AdaptiveProposer:
             cycle.matched = self._lookup.find(tokens)[0]
         is_lookups = self._turn.is_lookups(tokens)
         proposed: list[int] = []
-        draft_probs, chance = self._none, 1.0
+        draft_probs: list[Distribution] = []
+        chance = 1.0
         if self._model and not is_lookups:
             calls, seconds = self._model.num_calls, self._model.forward_seconds
             self._model.matched = cycle.matched
@@ -388,8 +388,7 @@ class AdaptiveProposer:
             num, _ = self._experience.lookup_plan(matched, k - len(proposed), chance)
             more, more_probs = self._lookup.go_on(sequence, num)
             cycle.lookup_matched = matched if more else 0
-            draft_probs = torch.cat([draft_probs, more_probs]) if proposed else more_probs
-            proposed = proposed + more
+            proposed, draft_probs = proposed + more, draft_probs + more_probs
         cycle.num_proposed = len(proposed)
         return proposed, draft_probs
 
@@ -415,13 +414,13 @@ class CarefulProposer(ModelProposer):
         self.confidences: list[float] = []  # of this cycle's proposals
         self.chance = 1.0  # that all of them are accepted
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         self.confidences, self.chance = [], 1.0
         pays = self._experience.is_model_due or self._experience.turn_pays(k, self.matched)
         return super().propose(tokens, k if pays else 0)
 
     def _goes_on(self, sequence: Sequence[int], logits: Tensor) -> bool:
-        confidence = float(logits.float().softmax(-1).max())
+        confidence = float(logits.float().softmax(-1).amax())
         self.confidences.append(confidence)
         self.chance *= self._experience.chance(confidence)
         pays = self._experience.one_more_pays(self.chance, self.matched)
