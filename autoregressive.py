@@ -57,7 +57,7 @@ def autoregressive(
 
     def cycle() -> None:
         logits = session.score(text.tokens, last=1)
-        target_probs = probs_from_logits(logits, sampling)  # [1, V]
+        target_probs = probs_from_logits(logits, sampling)  # one
         token = sample(target_probs[0], generator)
         evidence.add([token], logits, target_probs)
         text.extend([token])

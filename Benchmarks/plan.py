@@ -36,7 +36,6 @@ if __name__ == "__main__":
     catch_signals()
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -44,9 +43,9 @@ from autoregressive import autoregressive
 from specsampling.config import ConfigError, load_config
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.loading import load_configured_pair
+from specsampling.method.distribution import Distribution, one_hot
 from specsampling.method.drafts import DraftTerms, ModelDraft, ModelProposer, num_logits
 from specsampling.method.forward import Model
-from specsampling.method.sampling import one_hot
 from specsampling.method.session import Session, context_limit
 from specsampling.models.checkpoint import make_fast
 from specsampling.models.load import draft_models, resolve_device, resolve_dtype
@@ -192,7 +191,7 @@ class ScriptedProposer(ModelProposer):
         self._script = script
         self._chance = random.Random(0)
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         proposed, _ = super().propose(tokens, k)
         right = self._script.text[len(tokens) : len(tokens) + len(proposed)]
         right += proposed[len(right) :]
@@ -201,7 +200,7 @@ class ScriptedProposer(ModelProposer):
             token if self._chance.random() < self._script.acceptance else (token + 1) % vocab_size
             for token in right
         ]
-        return said, one_hot(torch.tensor(said, device=self._terms.device), vocab_size)
+        return said, one_hot(said)
 
 
 def validate(

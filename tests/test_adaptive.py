@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from dataclasses import dataclass
+from operator import attrgetter
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from test_sampled_decoding import FALSE_ALARM, p_value
 from test_sampled_decoding import pair as pair  # a fixture
 
 from autoregressive import autoregressive
-from specsampling.method.adaptive import AdaptiveDraft, CallSeconds, Cycle, Experience, Line
+from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.drafts import CompositeDraft, DraftTerms, ModelDraft, NgramDraft
+from specsampling.method.experience import CallSeconds, Cycle, Experience, SecondsByRows, Times
 from specsampling.method.sampling import Sampling
 from speculative import speculative
 
@@ -39,7 +42,7 @@ def test_greedy_texts_are_the_targets_own(model_of, kind, width):
         for _ in range(3):  # with more experience each time
             done = speculative(target, draft, prompt, k=7, max_new_tokens=60, width=width)
             assert done.token_ids == expected.token_ids
-    assert any(pace.estimate > 0 for pace in draft.experience.pace.values())
+    assert any(pace.estimate > 0 for pace in draft.experience.times.pace.values())
 
 
 @pytest.mark.parametrize("kind", ["lookup", "model", "both"])
@@ -139,8 +142,8 @@ def test_a_machine_that_stays_slow_is_believed():
     for seconds in [1.0] * 50 + [5.0] * 150:
         cycle = Cycle(2, confidences=[0.9], draft_calls=2, draft_seconds=0.2, seconds=seconds)
         seen.learn(cycle, 2)
-    assert seen.target_call.at(3) > 3.5
-    assert seen.pace[0].estimate < 3 / 3.5
+    assert seen.times.target_call.at(3) > 3.5
+    assert seen.times.pace[0].estimate < 3 / 3.5
 
 
 def test_the_model_drafts_where_it_pays_however_fast_lookups_are_elsewhere():
@@ -204,7 +207,7 @@ def test_a_lookup_is_cut_where_rows_cost_more_than_they_bring():
         rows = 1 + turn % 7
         accepted = min(1, rows)
         seen.learn(*lookups(2, accepted, num_proposed=rows, seconds=1 + 0.1 * rows))
-    assert seen.target_call.slope == pytest.approx(0.1, abs=0.01)
+    assert seen.times.target_call.slope == pytest.approx(0.1, abs=0.01)
     num, expected = seen.lookup_plan(2, 7)
     assert 1 <= num <= 3 and 0.5 < expected < 2
 
@@ -221,13 +224,13 @@ def test_a_lookup_goes_on_from_what_the_model_has_drafted(model_of, monkeypatch)
     monkeypatch.setattr("specsampling.method.drafts.sample", lambda probs, _: next(drafted))
     tokens = [1, 4, 2, 9, 8, 5, 1]
     proposer = AdaptiveDraft.of(CompositeDraft(NgramDraft(3, 3), ModelDraft(model))).start(terms)
-    proposer._experience.num_model_cycles = proposer._experience.target_call.num_of_one = 2
+    times = proposer._experience.times
+    times.num_model_cycles = times.target_call.num_of_one = 2
     proposer.prefill(tokens[:-1])
     proposed, draft_probs = proposer.propose(tokens, 7)
     assert proposed == [4, 2, 9, 8, 5, 1, 4] and proposer.num_calls == 2
-    assert draft_probs.shape == (7, terms.vocab_size)
-    ids = torch.tensor(proposed[2:])[:, None]
-    assert (draft_probs[2:].gather(1, ids) == 1).all() and (draft_probs[2:].sum(1) == 1).all()
+    assert len(draft_probs) == 7
+    assert [of.probs for of in draft_probs[2:]] == [{token: 1.0} for token in proposed[2:]]
     proposer.rollback(len(tokens) + 4)
     seen = proposer._experience
     assert seen.tail.estimate == pytest.approx(2 / 2)
@@ -257,7 +260,7 @@ def test_a_token_is_worth_what_lookups_add_behind_it():
     for _ in range(20):
         seen.learn(cycle, 15)
     assert seen.tail.estimate == pytest.approx(4)
-    assert seen.pace[0].estimate * seen.draft_call.estimate > 1
+    assert seen.times.pace[0].estimate * seen.times.draft_call.estimate > 1
     assert seen.one_more_pays(1.0)
 
 
@@ -273,7 +276,7 @@ def test_what_a_lookup_may_propose_is_found_out_over_all_positions():
 
 
 def test_a_line_through_equal_times_is_level_and_never_falls():
-    line = Line()
+    line = SecondsByRows()
     for x, y in ((1, 5.0), (8, 5.0), (3, 5.0)):
         line.see(x, y)
     assert line.slope == pytest.approx(0, abs=1e-9) and line.at(4) == pytest.approx(5)
@@ -298,3 +301,108 @@ def test_calls_of_a_size_that_was_not_seen_are_not_guessed_from_one_row():
 def test_a_draft_that_is_cut_to_two_tokens_is_free_again():
     model = torch.nn.Linear(1, 1)
     assert AdaptiveDraft.of(ModelDraft(model, max_k=2)).model.max_k is None
+
+
+# --- a machine that is busy at first ---------------------------------------------------
+
+
+@dataclass
+class Machine:
+    """Decodes by an experience's plans, on clocks that a factor slows down.
+
+    A target call takes 1 + 0.02 for each row behind the first, a draft call 0.1. Three in four
+    tokens of the model are accepted, and four in five of a lookup, which finds something in every
+    other cycle.
+    """
+
+    kind: str
+    seen: Experience
+    chance: random.Random
+    turn: int = 0
+
+    def cycle(self, slowness: float = 1.0) -> Cycle:
+        self.turn += 1
+        cycle, sure, rate = Cycle(), 0, 0.8
+        matched = 5 * (self.turn % 2) * (self.kind != "model")
+        num, expected = self.seen.lookup_plan(matched, 7) if matched else (0, 0.0)
+        has_model = self.kind != "lookup"
+        if has_model and num and self.seen.prefers_model(matched, num, expected):
+            num = 0
+        if num:
+            cycle = Cycle(num, matched, 0, matched)
+        elif has_model and (self.seen.is_model_due or self.seen.turn_pays(7, matched)):
+            confidences, so_far = [0.75], self.seen.chance(0.75)
+            while len(confidences) < 7 and self.seen.one_more_pays(so_far, matched):
+                confidences.append(0.75)
+                so_far *= self.seen.chance(0.75)
+            num, rate = len(confidences), 0.75
+            cycle = Cycle(num, matched, num, 0, confidences, num, 0.1 * num * slowness)
+        while sure < num and self.chance.random() < rate:
+            sure += 1
+        cycle.matched = matched
+        cycle.seconds = (1 + 0.02 * num) * slowness + cycle.draft_seconds
+        self.seen.learn(cycle, sure)
+        return cycle
+
+    def plans(self, num: int = 60) -> list[int]:
+        """How many tokens are proposed in each of the next cycles, while the machine is quiet."""
+        return [self.cycle().num_proposed for _ in range(num)]
+
+
+def plan(times: Times) -> list[int]:
+    """Tokens of the model and of a lookup at these times, at the acceptance rates of the start."""
+    seen = Experience(times)
+    num_drafted = sum(seen.one_more_pays(0.75**num) for num in range(7)) if seen.turn_pays(7) else 0
+    return [num_drafted, seen.lookup_plan(5, 7)[0]]
+
+
+def machine(kind: str, seed: int) -> Machine:
+    return Machine(kind, Experience(), random.Random(seed))
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model", "both"])
+@pytest.mark.parametrize("num_slow", [1, 2, 3, 7, 40, 300])
+def test_a_busy_start_is_forgotten_within_eight_cycles(kind, num_slow):
+    """It drafted nothing for four quiet texts: a row seemed to cost 660 times what it did."""
+    for seed in range(20):
+        after, fresh = machine(kind, seed), machine(kind, seed)
+        for _ in range(num_slow):
+            after.cycle(slowness=10 * 70 ** after.chance.random())  # 10 to 700 times
+        soon = after.plans(8)
+        assert sum(num > 1 for num in soon) >= 2, (seed, soon)
+        fresh.plans(8)
+        for of in (after, fresh):
+            of.plans(200)
+        assert plan(after.seen.times) == pytest.approx(plan(fresh.seen.times), abs=1), seed
+        for estimate in ("target_call.slope", "target_call.step", "draft_call.estimate"):
+            values = [attrgetter(estimate)(of.seen.times) for of in (after, fresh)]
+            assert values[0] == pytest.approx(values[1], rel=0.01, abs=1e-3), (estimate, seed)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model", "both"])
+@pytest.mark.parametrize("num_slow", [1, 2])
+@pytest.mark.parametrize("when", range(5, 45, 3))
+def test_a_pause_silences_nobody_for_long(kind, num_slow, when):
+    """One slow cycle is left out. Two in a row are believed until the next evidence."""
+    paused, other = machine(kind, when), machine(kind, when)
+    for of, slowness in ((paused, 300.0), (other, 1.0)):
+        of.plans(when)
+        for _ in range(num_slow):
+            of.cycle(slowness)
+    if num_slow == 1:
+        assert sum(num > 1 for num in paused.plans(6)) >= 2
+    for of in (paused, other):
+        of.plans(200)
+    assert plan(paused.seen.times) == pytest.approx(plan(other.seen.times), abs=1)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "model", "both"])
+def test_ordinary_noise_is_no_news(kind):
+    """Times that vary by a third start the estimates anew in less than 1 of 500 cycles."""
+    noisy, num_news = machine(kind, 0), 0
+    noisy.plans(20)
+    for _ in range(5000):
+        times = noisy.seen.times
+        noisy.cycle(slowness=noisy.chance.lognormvariate(0, 0.3))
+        num_news += noisy.seen.times is not times
+    assert num_news < 10

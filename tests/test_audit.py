@@ -11,9 +11,10 @@ import torch
 from test_records import ROW
 
 from autoregressive import autoregressive
+from specsampling.method.distribution import Few, Full
 from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
 from specsampling.method.evidence import Evidence, gap, transform
-from specsampling.method.sampling import GREEDY, Sampling, one_hot, probs_from_logits, sample
+from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
 from specsampling.method.verify import VERIFIERS, Verdict, residual, verify
 from specsampling.results.audit import (
     FALSE_ALARM,
@@ -45,7 +46,9 @@ def simulate(rule, num_tokens: int, seed: int = 0, *, warp=PLAIN, reported=None,
         logits = 1.5 * torch.randn(K + 1, VOCAB, generator=generator)
         draft_logits = logits[:K] + torch.randn(K, VOCAB, generator=generator)
         target_probs, draft_probs = (probs_from_logits(of, warp) for of in (logits, draft_logits))
-        drafted = [int(of.argmax()) if argmax else sample(of, generator) for of in draft_probs]
+        drafted = [
+            int(of.dense(VOCAB).argmax()) if argmax else sample(of, generator) for of in draft_probs
+        ]
         if reported is not None:
             draft_probs = probs_from_logits(draft_logits, reported)
         verdict = rule(target_probs, draft_probs, drafted, generator)
@@ -55,8 +58,7 @@ def simulate(rule, num_tokens: int, seed: int = 0, *, warp=PLAIN, reported=None,
 
 
 def accept_by_position(target_probs, draft_probs, draft_tokens, generator):
-    rows = torch.arange(K)
-    ratios = target_probs[rows, rows] / draft_probs[rows, rows]
+    ratios = ratios_of(target_probs, draft_probs, range(K))
     return finish(target_probs, draft_probs, ratios, generator)
 
 
@@ -71,8 +73,10 @@ def bonus_from_draft(target_probs, draft_probs, draft_tokens, generator):
 
 
 def ratios_of(target_probs, draft_probs, draft_tokens):
-    index = torch.tensor(draft_tokens)[:, None]
-    return (target_probs[:K].gather(1, index) / draft_probs.gather(1, index))[:, 0]
+    at = [
+        (q.at(token), p.at(token)) for q, p, token in zip(target_probs, draft_probs, draft_tokens)
+    ]
+    return torch.tensor([q / p if p else 1.0 for q, p in at])
 
 
 def finish(target_probs, draft_probs, ratios, generator, correct=residual, bonus=None):
@@ -136,44 +140,53 @@ def test_a_token_that_the_target_excludes_is_enough():
     assert not found.is_lossless and "1 of 101 tokens are impossible" in str(found)
 
 
+def few(probs: list[float]) -> Few:
+    return Few({token: prob for token, prob in enumerate(probs) if prob})
+
+
+def assert_transforms(token, target, draft, uniform, value) -> None:
+    """However the two distributions are held."""
+    for target_form in (few, lambda probs: Full(torch.tensor(probs))):
+        for draft_form in (few, lambda probs: Full(torch.tensor(probs))):
+            drafted = None if draft is None else draft_form(draft)
+            found = transform(token, target_form(target), drafted, uniform)
+            assert found == pytest.approx(value)
+
+
 def test_the_transform_orders_tokens_by_what_the_draft_has_too_much_of():
-    target = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
-    draft = torch.tensor([[0.1, 0.6, 0.3, 0.0]])  # ratios: 5, 0.5, 0.67
+    target = [0.5, 0.3, 0.2, 0.0]
+    draft = [0.1, 0.6, 0.3, 0.0]  # ratios: 5, 0.5, 0.67
     for token, low, high in ((1, 0.0, 0.3), (2, 0.3, 0.5), (0, 0.5, 1.0)):
         for uniform in (0.0, 0.5):
-            value = transform(torch.tensor([[token]]), target, draft, torch.tensor([uniform]))
-            assert float(value) == pytest.approx(low + uniform * (high - low))
-    impossible = transform(torch.tensor([[3]]), target, draft, torch.tensor([0.5]))
-    assert float(impossible) == -1
+            assert_transforms(token, target, draft, uniform, low + uniform * (high - low))
+    assert_transforms(3, target, draft, 0.5, -1)
 
 
 def test_tokens_of_one_ratio_come_in_the_targets_order():
-    target = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1]])
-    draft = torch.tensor([[0.2, 0.8, 0.0, 0.0, 0.0]])  # the first two have one ratio, so the rest
+    target = [0.1, 0.4, 0.2, 0.2, 0.1]
+    draft = [0.2, 0.8, 0.0, 0.0, 0.0]  # the first two have one ratio, so the rest
     shared = ((2, 0.5, 0.9), (3, 0.5, 0.9))
     for token, low, high in ((1, 0.0, 0.4), (0, 0.4, 0.5), *shared, (4, 0.9, 1.0)):
-        value = transform(torch.tensor([[token]]), target, draft, torch.tensor([0.5]))
-        assert float(value) == pytest.approx((low + high) / 2)
+        assert_transforms(token, target, draft, 0.5, (low + high) / 2)
 
 
 def test_without_a_draft_the_most_probable_comes_first_and_equals_share():
-    target = torch.tensor([[0.2, 0.4, 0.2, 0.2]])
+    target = [0.2, 0.4, 0.2, 0.2]
     for token, low, high in ((1, 0.0, 0.4), (0, 0.4, 1.0), (3, 0.4, 1.0)):
-        value = transform(torch.tensor([[token]]), target, target[:0], torch.tensor([0.5]))
-        assert float(value) == pytest.approx((low + high) / 2)
+        assert_transforms(token, target, None, 0.5, (low + high) / 2)
 
 
 def test_a_one_hot_draft_shows_how_often_it_was_accepted():
-    target = torch.tensor([[0.2, 0.5, 0.3]])
-    draft = one_hot(torch.tensor([2]), 3)
+    target = [0.2, 0.5, 0.3]
+    draft = [0.0, 0.0, 1.0]
     for token, low, high in ((2, 0.0, 0.3), (1, 0.3, 0.8), (0, 0.8, 1.0)):
-        value = transform(torch.tensor([[token]]), target, draft, torch.tensor([0.5]))
-        assert float(value) == pytest.approx((low + high) / 2)
+        assert_transforms(token, target, draft, 0.5, (low + high) / 2)
 
 
 def test_gaps_are_those_of_the_chosen_token():
-    logits = torch.tensor([[1.0, 3.0, 2.5], [1.0, 3.0, 2.5]])
-    assert gap(logits, torch.tensor([[1], [2]])).tolist() == [0.5, -0.5]
+    logits = torch.tensor([1.0, 3.0, 2.5])
+    assert [gap(logits, token) for token in range(3)] == [-2, 0.5, -0.5]
+    assert gap(logits[:1], 0) == float("inf")  # no other token
 
 
 @pytest.fixture(scope="module")
@@ -230,23 +243,22 @@ def test_where_the_baseline_parts_from_the_reference():
     assert describe_partings(gaps, 2).startswith("1 of 2 texts part from reference's")
 
 
-def test_the_support_alone_gives_the_same_transforms():
-    """Where a warp leaves most tokens without mass, only the others are looked at."""
+def test_the_tokens_of_a_nucleus_alone_give_the_same_transforms():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 500, generator=generator)
     target, draft = probs_from_logits(logits, COLD), probs_from_logits(-logits[:3], COLD)
-    tokens = [sample(row, generator) for row in target[:3]] + [int(target[3].argmin())]
-    sparse, dense = Evidence(COLD, generator), Evidence(PLAIN, generator)
-    for evidence in (sparse, dense):
-        evidence.add(tokens, logits, target, draft)
-    assert sparse.transforms == pytest.approx(dense.transforms, abs=2e-6)
-    assert sparse.transforms[3] == -1
+    assert all(isinstance(of, Few) for of in (*target, *draft))
+    tokens = [sample(row, generator) for row in target[:3]] + [int(logits[3].argmin())]
+    alone, whole = Evidence(COLD, generator), Evidence(COLD, generator)
+    alone.add(tokens, logits, target, draft)
+    full = [[Full(of.dense(500)) for of in rows] for rows in (target, draft)]
+    whole.add(tokens, logits, *full)
+    assert alone.transforms == pytest.approx(whole.transforms, abs=2e-6)
+    assert alone.transforms[3] == -1
 
 
 def test_without_a_draft_the_most_probable_tokens_come_first():
     """Turned around it is uniform too, but a token alone was looked at by no test of its value."""
-    target_probs = torch.tensor([[0.1, 0.5, 0.15, 0.25, 0.0]])
-    uniforms = torch.tensor([0.4])
+    target = [0.1, 0.5, 0.15, 0.25, 0.0]
     for token, value in ((1, 0.2), (3, 0.6), (0, 0.94), (4, -1.0)):
-        found = transform(torch.tensor([[token]]), target_probs, target_probs[:0], uniforms)
-        assert float(found) == pytest.approx(value)
+        assert_transforms(token, target, None, 0.4, value)

@@ -10,6 +10,7 @@ import torch
 from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 
 from autoregressive import autoregressive
+from specsampling.method.distribution import one_hot
 from specsampling.method.drafts import (
     CompositeDraft,
     DraftTerms,
@@ -17,7 +18,7 @@ from specsampling.method.drafts import (
     NgramDraft,
     first_layers,
 )
-from specsampling.method.sampling import Sampling, one_hot
+from specsampling.method.sampling import Sampling
 from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model
 from specsampling.models.kernel_model import KernelModel
@@ -202,6 +203,7 @@ def test_the_draft_reports_what_it_sampled_from(llama):
     proposer = ModelDraft(llama).start(terms)
     proposer.prefill([1, 2, 3])
     tokens, probs = proposer.propose([1, 2, 3, 4], 6)
+    probs = torch.stack([of.dense(VOCAB_SIZE) for of in probs])
     assert (probs > 0).sum(-1).tolist() == [5] * 6
     session = Session(llama, 64)
     session.prefill([1, 2, 3])
@@ -219,7 +221,7 @@ def propose(tokens, k, longest=3, shortest=1):
     terms = DraftTerms(64, VOCAB_SIZE, torch.device("cpu"), Sampling(), None)
     proposer = NgramDraft(longest, shortest).start(terms)
     ids, probs = proposer.propose(tokens, k)
-    assert torch.equal(probs, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE))
+    assert [of.probs for of in probs] == [{token: 1.0} for token in ids]
     return ids
 
 
@@ -291,7 +293,7 @@ class ScriptedProposer:
             (token + (i in self.draft.wrong_at)) % VOCAB_SIZE
             for i, token in enumerate(self.draft.text[at : at + k], start=at)
         ]
-        return ids, one_hot(torch.tensor(ids, dtype=torch.long), VOCAB_SIZE)
+        return ids, one_hot(ids)
 
     def rollback(self, length):
         pass

@@ -24,6 +24,7 @@ from test_verify import (
     accept_by_position,
     accept_regardless_of_draft,
     correct_from_target,
+    dense,
     largest_error,
 )
 
@@ -94,7 +95,9 @@ def wanted_texts(target, sampling: Sampling, num: int, eos_ids=(), is_stop=None)
             continue
         with torch.inference_mode():
             logits = target(torch.tensor([PROMPT + list(text)])).logits[0, -1:]
-        for token, probability in enumerate(probs_from_logits(logits, sampling)[0].tolist()):
+        for token, probability in enumerate(
+            probs_from_logits(logits, sampling)[0].dense(VOCAB).tolist()
+        ):
             if probability:
                 open_texts[(*text, token)] = mass * probability
     return done
@@ -110,7 +113,7 @@ def decoded_texts(monkeypatch):
     monkeypatch.setattr("specsampling.method.session.time", clock)
 
     def sample(probs, generator):
-        return turn["decide"](probs.tolist())
+        return turn["decide"](probs.dense(VOCAB).tolist())
 
     monkeypatch.setattr(drafts_module, "sample", sample)
     monkeypatch.setattr(verify_module, "sample", sample)
@@ -120,7 +123,7 @@ def decoded_texts(monkeypatch):
         def verifier(target_probs, draft_probs, drafted, generator):
             sides = [
                 ((threshold / 2, (threshold + 1) / 2), [threshold, 1 - threshold])
-                for threshold in THRESHOLDS[name](target_probs, draft_probs, drafted)
+                for threshold in THRESHOLDS[name](dense(target_probs), dense(draft_probs), drafted)
             ]
             turn["uniforms"] = [points[turn["decide"](chances)] for points, chances in sides]
             return VERIFIERS[name](target_probs, draft_probs, drafted, generator)

@@ -14,6 +14,7 @@ from functools import cache
 import pytest
 import torch
 
+from specsampling.method.distribution import Full
 from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
 from specsampling.method.sampling import Sampling, probs_from_logits
 from specsampling.models.distilled import TrimmedHead
@@ -42,7 +43,9 @@ def exact_distribution(target) -> dict[tuple, float]:
         for text, mass in masses.items():
             with torch.inference_mode():
                 logits = target(torch.tensor([PROMPT + list(text)])).logits[0, -1:]
-            for token, probability in enumerate(probs_from_logits(logits, SAMPLING)[0].tolist()):
+            for token, probability in enumerate(
+                probs_from_logits(logits, SAMPLING)[0].dense(VOCAB).tolist()
+            ):
                 if probability:
                     longer[(*text, token)] = mass * probability
         masses = longer
@@ -116,7 +119,7 @@ class DishonestDraft:
 
     @staticmethod
     def _misreport(tokens, probs):
-        return tokens, torch.full_like(probs, 1 / probs.shape[-1])
+        return tokens, [Full(torch.full((VOCAB,), 1 / VOCAB))] * len(probs)
 
 
 def test_a_draft_that_misreports_its_distribution_is_noticed(pair):

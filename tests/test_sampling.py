@@ -1,26 +1,33 @@
 import pytest
 import torch
 
-from specsampling.method.sampling import GREEDY, Sampling, one_hot, probs_from_logits, sample
+from specsampling.method.distribution import Few, Full, one_hot
+from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
+
+
+def warped(logits, sampling) -> torch.Tensor:
+    """[n, V] float32."""
+    return torch.stack([of.dense(logits.shape[-1]) for of in probs_from_logits(logits, sampling)])
+
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0], [0.0, 3.0, 3.5, 1.0]])
 
 
 def test_temperature_zero_is_one_hot_at_the_argmax():
-    probs = probs_from_logits(LOGITS, GREEDY)
+    probs = warped(LOGITS, GREEDY)
     assert probs.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
 
 
 def test_temperature_one_is_the_softmax():
-    assert torch.allclose(probs_from_logits(LOGITS, Sampling(1.0)), LOGITS.softmax(-1))
+    assert torch.allclose(warped(LOGITS, Sampling(1.0)), LOGITS.softmax(-1))
 
 
 def test_temperature_divides_the_logits():
-    assert torch.allclose(probs_from_logits(LOGITS, Sampling(0.5)), (LOGITS * 2).softmax(-1))
+    assert torch.allclose(warped(LOGITS, Sampling(0.5)), (LOGITS * 2).softmax(-1))
 
 
 def test_top_k_keeps_the_k_most_probable():
-    probs = probs_from_logits(LOGITS, Sampling(1.0, top_k=2))
+    probs = warped(LOGITS, Sampling(1.0, top_k=2))
     kept = LOGITS[0, :2].softmax(-1)
     assert torch.allclose(probs[0], torch.tensor([*kept, 0, 0]))
     assert (probs > 0).sum(-1).tolist() == [2, 2]
@@ -29,8 +36,8 @@ def test_top_k_keeps_the_k_most_probable():
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.62, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
     probs = LOGITS.softmax(-1)
-    warped = probs_from_logits(LOGITS, Sampling(1.0, top_p=top_p))
-    for row, full in zip(warped, probs, strict=True):
+    rows = warped(LOGITS, Sampling(1.0, top_p=top_p))
+    for row, full in zip(rows, probs, strict=True):
         kept = row > 0
         mass = full[kept].sum()
         assert mass >= top_p
@@ -40,14 +47,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 6.0])
 def test_top_p_is_the_same_in_a_large_vocabulary(scale):
-    """Only the most probable tokens are ordered, and all of them where these do not suffice."""
+    """The tokens above a floor are ordered, and all of them where these do not suffice."""
     logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(2)) * scale
     ordered, order = logits.double().softmax(-1).sort(descending=True)
     kept = ordered * (ordered.cumsum(-1) - ordered < 0.9)
     expected = torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
-    assert torch.allclose(
-        probs_from_logits(logits, Sampling(1.0, top_p=0.9)).double(), expected, atol=1e-6
-    )
+    assert torch.allclose(warped(logits, Sampling(1.0, top_p=0.9)).double(), expected, atol=1e-6)
     size = int((expected > 0).sum(-1).max())
     assert (size > 4096, size > 256) == (scale < 1, scale < 5)  # each of the ways is taken
 
@@ -65,23 +70,22 @@ def test_warp_agrees_with_hugging_face():
     theirs = LogitsProcessorList(
         [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8)]
     )(torch.zeros(16, 1, dtype=torch.long), logits.clone()).softmax(-1)
-    assert torch.allclose(probs_from_logits(logits, Sampling(0.7, 20, 0.8)), theirs, atol=1e-6)
+    assert torch.allclose(warped(logits, Sampling(0.7, 20, 0.8)), theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_probabilities_are_float32_and_finite_at_extreme_logits(dtype):
+def test_probabilities_are_finite_at_extreme_logits(dtype):
     """A half-precision softmax underflows to 0/0 = nan, and min(1, nan) accepts."""
     logits = torch.tensor([[60000.0, -60000.0, 0.0, 59000.0]]).to(dtype)
     for sampling in (GREEDY, Sampling(1.0), Sampling(0.1, 2, 0.5)):
-        probs = probs_from_logits(logits, sampling)
-        assert probs.dtype == torch.float32
+        probs = warped(logits, sampling)
         assert torch.isfinite(probs).all()
         assert probs.sum(-1) == pytest.approx(1)
 
 
 def test_a_token_without_probability_is_never_drawn():
     generator = torch.Generator().manual_seed(0)
-    probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    probs = Full(torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]))
     assert {sample(probs, generator) for _ in range(300)} == {1, 3}
 
 
@@ -90,7 +94,8 @@ def test_the_ends_of_the_uniform_stay_within_the_distribution(uniform, monkeypat
     """Rounding must lead neither past the last token nor to one without probability."""
     monkeypatch.setattr(torch, "rand", lambda *s, **o: torch.tensor(uniform, dtype=torch.float64))
     for probs in ([0.0, 0.5, 0.0, 0.5, 0.0], [1 / 3] * 3, [0.0, 1.0, 0.0], [1e-30, 1.0]):
-        assert probs[sample(torch.tensor(probs), None)] > 0
+        assert probs[sample(Full(torch.tensor(probs)), None)] > 0
+        assert probs[sample(Few({i: prob for i, prob in enumerate(probs) if prob}), None)] > 0
 
 
 def test_samples_have_the_distribution():
@@ -98,22 +103,22 @@ def test_samples_have_the_distribution():
     generator, num = torch.Generator().manual_seed(0), 20_000
     probs = torch.tensor([0.5, 0.0, 0.3, 0.001, 0.199])
     counts = torch.bincount(
-        torch.tensor([sample(probs, generator) for _ in range(num)]), minlength=5
+        torch.tensor([sample(Full(probs), generator) for _ in range(num)]), minlength=5
     )
     assert counts[1] == 0
     expected = num * probs[probs > 0]
     assert ((counts[probs > 0] - expected) ** 2 / expected).sum() < 27
 
 
-def test_one_hot_of_no_tokens_has_no_rows():
-    assert one_hot(torch.tensor([], dtype=torch.long), 7).shape == (0, 7)
+def test_a_one_hot_distribution_is_sure_of_its_token():
+    assert [of.dense(3).tolist() for of in one_hot([2, 0])] == [[0, 0, 1], [1, 0, 0]]
 
 
 def test_a_row_of_nan_leaves_the_other_rows_nuclei_whole():
     """A flat row beside one of NaN kept its first 64 tokens only."""
     logits = torch.zeros(2, 1000)
-    alone = probs_from_logits(logits[:1], Sampling(1.0, top_p=0.9))
+    alone = warped(logits[:1], Sampling(1.0, top_p=0.9))
     logits[1] = torch.nan
-    beside = probs_from_logits(logits, Sampling(1.0, top_p=0.9))
+    beside = warped(logits, Sampling(1.0, top_p=0.9))
     assert int((alone > 0).sum()) in range(899, 903)
     assert torch.equal(beside[:1], alone) and beside[1].isnan().any()

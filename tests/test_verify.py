@@ -9,24 +9,28 @@ import pytest
 import torch
 
 import specsampling.method.verify as module
-from specsampling.method.sampling import (
-    GREEDY,
-    NonFiniteError,
-    Sampling,
-    one_hot,
-    probs_from_logits,
-)
-from specsampling.method.verify import (
-    VERIFIERS,
-    Verdict,
-    mass_left,
-    residual,
-    verify,
-    verify_block,
-)
+from specsampling.method.distribution import Distribution, Few, Full, NonFiniteError, one_hot
+from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits
+from specsampling.method.verify import VERIFIERS, Verdict, residual, verify, verify_block
 
 VOCAB = 3
 STRATA = 2  # representative uniforms in each of the cells "accept" and "reject"
+
+
+def few(probs: torch.Tensor) -> Few:
+    """The same distribution by its tokens."""
+    return Few({token: prob for token, prob in enumerate(probs.tolist()) if prob})
+
+
+FORMS = {"few": few, "full": Full}
+"""How a distribution may be held: each rule must be right for all pairs of them."""
+ALL_FORMS = pytest.mark.parametrize("forms", list(itertools.product(FORMS, FORMS)), ids="-".join)
+
+
+def dense(distributions) -> torch.Tensor:
+    """[n, VOCAB] float32."""
+    rows = (distribution.dense(VOCAB)[None] for distribution in distributions)
+    return torch.cat([torch.zeros(0, VOCAB), *rows])
 
 
 def conditional_table(k: int, seed: int, sampling: Sampling) -> dict[tuple, torch.Tensor]:
@@ -36,7 +40,7 @@ def conditional_table(k: int, seed: int, sampling: Sampling) -> dict[tuple, torc
     for length in range(k + 1):
         for text in itertools.product(range(VOCAB), repeat=length):
             logits = torch.randn(1, VOCAB, generator=generator) * 1.5
-            table[text] = probs_from_logits(logits, sampling)[0]
+            table[text] = probs_from_logits(logits, sampling)[0].dense(VOCAB)
     return table
 
 
@@ -51,7 +55,7 @@ def joint(table: dict[tuple, torch.Tensor], length: int) -> dict[tuple, float]:
 def token_thresholds(target_probs, draft_probs, drafted) -> list[float]:
     """Below which uniform each token is accepted: Chen et al. 2023, Algorithm 2."""
     return [
-        min(1.0, float(target_probs[i, token] / draft_probs[i, token]))
+        min(1.0, float(target_probs[i][token] / draft_probs[i][token]))
         for i, token in enumerate(drafted)
     ]
 
@@ -60,7 +64,7 @@ def block_thresholds(target_probs, draft_probs, drafted) -> list[float]:
     """Below which uniform each beginning is: Sun et al. 2025, Algorithm 2, as it stands there."""
     weight, thresholds = 1.0, []
     for i, token in enumerate(drafted):
-        weight = min(1.0, weight * float(target_probs[i, token] / draft_probs[i, token]))
+        weight = min(1.0, weight * float(target_probs[i][token] / draft_probs[i][token]))
         if i + 1 == len(drafted):
             thresholds.append(weight)
         else:
@@ -87,7 +91,9 @@ def blocks(draft, k: int, stop=never, text: tuple = (), mass: float = 1.0):
             yield from blocks(draft, k, stop, (*text, token), mass * probability)
 
 
-def verdicts(rule, thresholds_of, target, draft, k: int, monkeypatch, stop=never):
+def verdicts(
+    rule, thresholds_of, target, draft, k: int, monkeypatch, stop=never, forms=("full", "full")
+):
     """Every cycle that a rule can have: drafted text, tokens accepted, what is sampled, its mass.
 
     Each uniform is put on both sides of its threshold, at STRATA points a side, and weighted
@@ -98,8 +104,8 @@ def verdicts(rule, thresholds_of, target, draft, k: int, monkeypatch, stop=never
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: uniforms)
     for drafted, draft_mass in blocks(draft, k, stop):
         num = len(drafted)
-        target_probs = torch.stack([target[drafted[:i]] for i in range(num + 1)])
-        draft_probs = torch.stack([draft[drafted[:i]] for i in range(num)])
+        target_probs = [target[drafted[:i]] for i in range(num + 1)]
+        draft_probs = [draft[drafted[:i]] for i in range(num)]
         cells = []
         for threshold in thresholds_of(target_probs, draft_probs, drafted):
             sides = [(0.0, threshold), (threshold, 1.0)]
@@ -117,16 +123,20 @@ def verdicts(rule, thresholds_of, target, draft, k: int, monkeypatch, stop=never
             for _, size in chosen:
                 weight *= size
             sampled_from.clear()
-            num_accepted = rule(target_probs, draft_probs, list(drafted), None).num_accepted
-            yield drafted, num_accepted, sampled_from[-1], weight
+            held = (
+                [FORMS[form](row) for row in rows]
+                for form, rows in zip(forms, (target_probs, draft_probs))
+            )
+            num_accepted = rule(*held, list(drafted), None).num_accepted
+            yield drafted, num_accepted, sampled_from[-1].dense(VOCAB), weight
 
 
 def emitted_joint(
-    rule, target, draft, k: int, monkeypatch, thresholds_of=token_thresholds, stop=never
+    rule, target, draft, k: int, monkeypatch, thresholds_of=token_thresholds, **options
 ) -> dict[tuple, float]:
     """Distribution of k + 1 tokens: one cycle of `rule`, completed by the target."""
     result: dict[tuple, float] = defaultdict(float)
-    every = verdicts(rule, thresholds_of, target, draft, k, monkeypatch, stop)
+    every = verdicts(rule, thresholds_of, target, draft, k, monkeypatch, **options)
     for drafted, num_accepted, probs, weight in every:
         for token, mass in enumerate((probs / probs.sum()).tolist()):
             text = (*drafted[:num_accepted], token)
@@ -167,9 +177,9 @@ def drafts(k: int, sampling: Sampling, target):
     return {
         "other": other,
         "identical": target,
-        "one-hot": {text: one_hot(torch.tensor([sum(text) % VOCAB]), VOCAB)[0] for text in other},
+        "one-hot": {text: one_hot([sum(text) % VOCAB])[0].dense(VOCAB) for text in other},
         # All its mass where the target has least: no overlap where the warp leaves a zero.
-        "opposite": {text: one_hot(target[text].argmin()[None], VOCAB)[0] for text in other},
+        "opposite": {text: one_hot([int(target[text].argmin())])[0].dense(VOCAB) for text in other},
     }
 
 
@@ -183,13 +193,14 @@ STOPS = {
 @pytest.mark.parametrize("draft_name", ["other", "identical", "one-hot", "opposite"])
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("k", [1, 2, 3])
+@ALL_FORMS
 @pytest.mark.parametrize("rule", VERIFIERS)
-def test_emitted_distribution_is_the_targets(rule, k, warp, draft_name, monkeypatch):
+def test_emitted_distribution_is_the_targets(rule, forms, k, warp, draft_name, monkeypatch):
     """Wherever the draft stops, as long as the text drafted so far decides it."""
     sampling = WARPS[warp]
     target = conditional_table(k, seed=1, sampling=sampling)
     draft = drafts(k, sampling, target)[draft_name]
-    options = {"thresholds_of": THRESHOLDS[rule]}
+    options = {"thresholds_of": THRESHOLDS[rule], "forms": forms}
     for stop in STOPS.values() if k > 1 else [never]:
         emitted = emitted_joint(
             VERIFIERS[rule], target, draft, k, monkeypatch, stop=stop, **options
@@ -245,12 +256,14 @@ def test_with_one_hot_drafts_both_rules_are_one(warp, monkeypatch):
 def test_a_row_of_nan_ends_a_block():
     target = torch.tensor([[0.5, 0.5], [torch.nan, torch.nan], [0.5, 0.5]])
     draft = torch.full((2, 2), 0.5)
-    with pytest.raises(NonFiniteError):
-        verify_block(target, draft, [0, 1], torch.Generator())
+    for form in FORMS.values():
+        with pytest.raises(NonFiniteError):
+            verify_block(*(list(map(form, of)) for of in (target, draft)), [0, 1], None)
 
 
 def accept_by_position(target_probs, draft_probs, draft_tokens, generator):
     """The ratio indexed by position where the token id belongs."""
+    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
     k = len(draft_tokens)
     index = torch.arange(k) % VOCAB
     rows = torch.arange(k)
@@ -260,6 +273,7 @@ def accept_by_position(target_probs, draft_probs, draft_tokens, generator):
 
 def correct_from_target(target_probs, draft_probs, draft_tokens, generator):
     """The correction from the target instead of the residual."""
+    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
     index = torch.tensor(draft_tokens)[:, None]
     ratio = target_probs[:-1].gather(1, index) / draft_probs.gather(1, index)
     accepted = torch.rand(len(draft_tokens)) < ratio[:, 0]
@@ -268,12 +282,14 @@ def correct_from_target(target_probs, draft_probs, draft_tokens, generator):
 
 def accept_argmax(target_probs, draft_probs, draft_tokens, generator):
     """Accept what the target would have chosen greedily: right when greedy, wrong when sampling."""
+    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
     accepted = torch.tensor(draft_tokens) == target_probs[:-1].argmax(-1)
     return finish(target_probs, draft_probs, accepted, residual)
 
 
 def accept_regardless_of_draft(target_probs, draft_probs, draft_tokens, generator):
     """Accept with the target's probability alone."""
+    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
     at_token = target_probs[:-1].gather(1, torch.tensor(draft_tokens)[:, None])[:, 0]
     return finish(target_probs, draft_probs, torch.rand(len(draft_tokens)) < at_token, residual)
 
@@ -281,7 +297,9 @@ def accept_regardless_of_draft(target_probs, draft_probs, draft_tokens, generato
 def finish(target_probs, draft_probs, accepted, correct):
     k = len(accepted)
     n = int(accepted.long().cumprod(0).sum())
-    probs = target_probs[k] if n == k else correct(target_probs[n], draft_probs[n])
+    probs = Full(target_probs[k])
+    if n < k:
+        probs = correct(Full(target_probs[n]), Full(draft_probs[n]))
     return Verdict(n, module.sample(probs, None))
 
 
@@ -298,42 +316,48 @@ def test_wrong_rules_are_rejected(wrong_rule, monkeypatch):
     assert largest_error(emitted, joint(target, 3)) > 1e-3
 
 
-def test_residual_is_the_normalised_positive_part():
-    target, draft = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.6, 0.2])
-    assert residual(target, draft).tolist() == pytest.approx([1, 0, 0])
+def held(forms, *probs: list[float]) -> list[Distribution]:
+    return [FORMS[form](torch.tensor(of)) for form, of in zip(forms, probs, strict=True)]
 
 
-def test_residual_of_equal_distributions_is_the_target():
+@ALL_FORMS
+def test_residual_is_the_normalised_positive_part(forms):
+    target, draft = held(forms, [0.5, 0.3, 0.2], [0.2, 0.6, 0.2])
+    assert residual(target, draft).dense(3).tolist() == pytest.approx([1, 0, 0])
+
+
+@ALL_FORMS
+def test_residual_of_equal_distributions_is_the_target(forms):
     """A residual that is zero everywhere gave nan."""
-    probs = torch.tensor([0.25, 0.75])
-    assert residual(probs, probs).tolist() == [0.25, 0.75]
+    assert residual(*held(forms, [0.25, 0.75], [0.25, 0.75])).dense(2).tolist() == [0.25, 0.75]
 
 
 RULES = pytest.mark.parametrize("rule", VERIFIERS.values(), ids=VERIFIERS)
 
 
 @RULES
-def test_nothing_over_nothing_rejects(rule):
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_nothing_over_nothing_rejects(rule, form):
     """0/0 is nan, and min(1, nan) accepted a token that the target never emits."""
-    target = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
-    draft = torch.tensor([[0.0, 1.0]])
+    target = [form(torch.tensor(probs)) for probs in ([0.0, 1.0], [0.5, 0.5])]
+    draft = [form(torch.tensor([0.0, 1.0]))]
     verdict = rule(target, draft, [0], torch.Generator().manual_seed(0))
     assert verdict == Verdict(0, 1)
 
 
 @RULES
-def test_a_uniform_of_zero_does_not_accept_what_the_target_excludes(rule, monkeypatch):
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_uniform_of_zero_does_not_accept_what_the_target_excludes(rule, form, monkeypatch):
     """u <= 0 accepted a token of probability 0 once in 2^24 draws."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(1))
-    target = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
-    assert rule(target, torch.tensor([[1.0, 0.0]]), [0], None) == Verdict(0, 1)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(*shape))
+    target = [form(torch.tensor(probs)) for probs in ([0.0, 1.0], [0.5, 0.5])]
+    assert rule(target, one_hot([0]), [0], None) == Verdict(0, 1)
 
 
 @RULES
 def test_greedy_accepts_the_argmax_always_and_nothing_else(rule):
     """Argmax drafts judged by random acceptance are neither greedy nor sampling."""
-    target = one_hot(torch.tensor([2, 0, 1]), VOCAB)
-    draft = one_hot(torch.tensor([2, 1]), VOCAB)
+    target, draft = one_hot([2, 0, 1]), one_hot([2, 1])
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
         assert rule(target, draft, [2, 1], generator) == Verdict(1, 0)
@@ -342,28 +366,41 @@ def test_greedy_accepts_the_argmax_always_and_nothing_else(rule):
 
 @RULES
 def test_no_draft_tokens_is_plain_sampling(rule):
-    target = torch.tensor([[0.0, 0.0, 1.0]])
-    assert rule(target, torch.zeros(0, 3), [], torch.Generator()) == Verdict(0, 2)
+    assert rule(one_hot([2]), [], [], torch.Generator()) == Verdict(0, 2)
 
 
 def test_the_generator_runs_on_from_cycle_to_cycle():
     """A generator reseeded inside the acceptance loop judges every token by the same uniform."""
     generator = torch.Generator().manual_seed(0)
-    target, draft = torch.full((2, 2), 0.5), torch.tensor([[1.0, 0.0]])
+    target, draft = [Full(torch.full((2,), 0.5))] * 2, one_hot([0])
     verdicts = [verify(target, draft, [0], generator).num_accepted for _ in range(40)]
     assert 5 < sum(verdicts) < 35  # fails by chance with probability < 1e-6
 
 
+@ALL_FORMS
 @pytest.mark.parametrize("num_kept", [1, 3, 40, 400])
-def test_the_mass_left_is_that_over_all_tokens(num_kept):
-    """Of a nucleus, only the tokens in it are looked at."""
+def test_what_one_distribution_has_more_of_than_another(forms, num_kept):
     generator = torch.Generator().manual_seed(num_kept)
-    target, draft = torch.rand(2, 5, 400, generator=generator) ** 4
-    target[:, num_kept:] = 0
-    target, draft = (rows[:, torch.randperm(400, generator=generator)] for rows in (target, draft))
-    weights = torch.rand(5, generator=generator)
-    expected = (weights[:, None] * target - draft).clamp(min=0).sum(-1)
-    assert mass_left(weights, target, draft) == pytest.approx(expected, rel=1e-5)
-    target[3, 7] = torch.nan
-    with pytest.raises(NonFiniteError):
-        mass_left(weights, target, draft)
+    target, draft = torch.rand(2, 400, generator=generator) ** 4
+    target[num_kept:] = 0
+    target, draft = (probs[torch.randperm(400, generator=generator)] for probs in (target, draft))
+    weight = float(torch.rand((), generator=generator))
+    expected = (weight * target - draft).clamp(min=0)
+    ours, other = (FORMS[form](probs) for form, probs in zip(forms, (target, draft)))
+    assert ours.excess(other, weight).dense(400).tolist() == pytest.approx(
+        expected.tolist(), abs=1e-7
+    )
+    assert ours.excess(other, weight).mass == pytest.approx(float(expected.sum()), rel=1e-5)
+    target[7] = torch.nan
+    assert not FORMS[forms[0]](target).excess(other).mass >= 0
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.1, 0.25, 0.5, 0.9, 1.0])
+def test_a_share_of_the_mass_is_one_token_in_every_form(share):
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    assert few(probs).token_at(share) == Full(probs).token_at(share) in {1, 3, 4}
+
+
+def test_a_draft_of_a_smaller_vocabulary_is_sure_that_the_other_tokens_do_not_come():
+    target, draft = Full(torch.full((4,), 0.25)), Full(torch.full((2,), 0.5))
+    assert residual(target, draft).dense(4).tolist() == [0, 0, 0.5, 0.5]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from specsampling.method.distribution import NonFiniteError
 from specsampling.method.drafts import Proposer
 from specsampling.method.evidence import Evidence
-from specsampling.method.sampling import NonFiniteError
 from specsampling.method.session import Session, synchronized_seconds
 from specsampling.method.text import Generation, Text
 

@@ -15,17 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
 from specsampling.method.forward import RUNNER, Model, is_exact
-from specsampling.method.sampling import (
-    NonFiniteError,
-    Sampling,
-    one_hot,
-    probs_from_logits,
-    sample,
-)
+from specsampling.method.sampling import Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 
 
@@ -43,11 +37,11 @@ class Proposer(Protocol):
     def prefill(self, tokens: Sequence[int]) -> None:
         """See the prompt less its newest token."""
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         """Propose what comes after `tokens`.
 
         Returns:
-            At most k token ids, and [len(ids), V] float32: what each was drawn from.
+            At most k token ids, and as many distributions: what each was drawn from.
         """
 
     def rollback(self, length: int) -> None:
@@ -60,8 +54,8 @@ class DraftTerms:
 
     Attributes:
         capacity: the longest the text can grow, in tokens.
-        vocab_size: width of the target's logits, which the draft's distributions have too.
-        device: where they lie.
+        vocab_size: width of the target's logits; a draft proposes no token beyond it.
+        device: where the target lies.
         sampling: the warp, the target's own.
         generator: source of all randomness, on the device.
     """
@@ -119,7 +113,6 @@ class ModelProposer:
         embeddings: Any = draft.model.get_input_embeddings()
         self._last_id: int = embeddings.num_embeddings - 1
         self._knows_all = embeddings.num_embeddings >= terms.vocab_size
-        self._none = torch.zeros(0, terms.vocab_size, device=terms.device)
 
     @property
     def num_calls(self) -> int:
@@ -132,28 +125,26 @@ class ModelProposer:
     def prefill(self, tokens: Sequence[int]) -> None:
         self._session.prefill(self._known(tokens[: self._longest]))
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         k = min(k, self._draft.max_k or k)
         k = max(0, min(k, self._longest - len(tokens) + 1))  # a full context is silent
         sequence = list(tokens)
         terms = self._terms
-        draft_probs: list[Tensor] = []
+        draft_probs: list[Distribution] = []
         for i in range(k):
             logits = self._session.score(self._known(sequence), last=1)
             # Vocabularies may be padded to different sizes: the target's decides. Cut before
             # the warp, so that the distribution reported is the one sampled from.
             logits = logits[:, : terms.vocab_size]
-            probs = probs_from_logits(logits, terms.sampling)
-            if probs.shape[1] < terms.vocab_size:
-                probs = functional.pad(probs, (0, terms.vocab_size - probs.shape[1]))
+            (probs,) = probs_from_logits(logits, terms.sampling)
             try:
-                sequence.append(sample(probs[0], terms.generator))
+                sequence.append(sample(probs, terms.generator))
             except NonFiniteError:
                 raise NonFiniteError("draft") from None
             draft_probs.append(probs)
             if i + 1 < k and not self._goes_on(sequence, logits):
                 break
-        return sequence[len(tokens) :], torch.cat([self._none, *draft_probs])
+        return sequence[len(tokens) :], draft_probs
 
     def _goes_on(self, sequence: Sequence[int], logits: Tensor) -> bool:
         """Whether to draft another token behind a sequence whose last has [1, V] logits."""
@@ -189,16 +180,15 @@ class NgramDraft:
     shortest: int = 1
 
     def start(self, terms: DraftTerms) -> NgramProposer:
-        return NgramProposer(self.longest, self.shortest, terms)
+        return NgramProposer(self.longest, self.shortest)
 
 
 class NgramProposer:
     num_calls = 0  # no model, no calls
     forward_seconds = 0.0
 
-    def __init__(self, longest: int, shortest: int, terms: DraftTerms):
+    def __init__(self, longest: int, shortest: int):
         self._lengths = range(shortest, longest + 1)
-        self._terms = terms
         self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> where its last follower stands
         self._num_seen = 0
 
@@ -209,19 +199,18 @@ class NgramProposer:
                     self._follower[tuple(tokens[end - n : end])] = end
             self._num_seen = end
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         self.prefill(tokens)
         return self.go_on(tokens, k)
 
-    def go_on(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def go_on(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         """Propose behind tokens that may be no more than proposals themselves."""
         sequence = list(tokens)
         matched, follower = self.find(tokens)
         for i in range(follower, follower + k) if matched else ():
             sequence.append(sequence[i])  # may be one of its own
         proposed = sequence[len(tokens) :]
-        ids = torch.tensor(proposed, dtype=torch.long, device=self._terms.device)
-        return proposed, one_hot(ids, self._terms.vocab_size)
+        return proposed, one_hot(proposed)
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
         """How many of the last tokens are in the text before, and where their follower is."""
@@ -268,7 +257,7 @@ class CompositeProposer:
         self._lookup.prefill(tokens)
         self._model.prefill(tokens)
 
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], Tensor]:
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         proposed, draft_probs = self._lookup.propose(tokens, k)
         return (proposed, draft_probs) if proposed else self._model.propose(tokens, k)
 

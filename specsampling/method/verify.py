@@ -1,19 +1,20 @@
 """Accept, correct, bonus: the rejection rules that keep the target's distribution.
 
 Two rules for one cycle: token by token (`verify`), and the block as a whole (`verify_block`).
-They know only tensors: no tokenizer, no model, no cache. Greedy decoding and n-gram
-drafts need no code of their own here, their distributions are one-hot rows.
+They know only distributions: no tokenizer, no model, no cache. Greedy decoding and n-gram
+drafts need no code of their own here, their distributions are sure of one token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from specsampling.method.sampling import NonFiniteError, sample
+from specsampling.method.distribution import Distribution, NonFiniteError
+from specsampling.method.sampling import sample, uniforms
 
 
 class Verdict(NamedTuple):
@@ -24,8 +25,8 @@ class Verdict(NamedTuple):
 
 
 def verify(
-    target_probs: Tensor,
-    draft_probs: Tensor,
+    target_probs: Sequence[Distribution],
+    draft_probs: Sequence[Distribution],
     draft_tokens: Sequence[int],
     generator: torch.Generator | None,
 ) -> Verdict:
@@ -36,26 +37,24 @@ def verify(
     none, the bonus comes from the target's distribution after the last draft token.
 
     Args:
-        target_probs: [k + 1, V] float32, row i is the target's distribution given
-            the text and the first i draft tokens.
-        draft_probs: [k, V] float32, row i is what draft token i was sampled from.
+        target_probs: k + 1 of them; number i is the target's, given the text and the first i
+            draft tokens.
+        draft_probs: k of them; number i is what draft token i was sampled from.
         draft_tokens: k token ids.
-        generator: source of all randomness, on the tensors' device.
+        generator: source of all randomness.
     """
     k = len(draft_tokens)
-    uniforms = torch.rand(k, generator=generator, device=target_probs.device)
-    # u < ratio, never <=: a ratio of 0, or the nan of 0 / 0, must reject for every u in [0, 1).
-    accepted = (uniforms < ratios_at(target_probs, draft_probs, draft_tokens)).tolist()
-    num_accepted = (accepted + [False]).index(False)
-    if num_accepted == k:
-        return Verdict(k, sample(target_probs[k], generator))
-    correction = residual(target_probs[num_accepted], draft_probs[num_accepted])
-    return Verdict(num_accepted, sample(correction, generator))
+    for i, uniform in enumerate(uniforms(k, generator)):
+        token, target, draft = draft_tokens[i], target_probs[i], draft_probs[i]
+        # uniform < ratio, never <=: where the target has 0, or nan, every uniform must reject.
+        if not uniform * draft.at(token) < target.at(token):
+            return Verdict(i, sample(residual(target, draft), generator))
+    return Verdict(k, sample(target_probs[k], generator))
 
 
 def verify_block(
-    target_probs: Tensor,
-    draft_probs: Tensor,
+    target_probs: Sequence[Distribution],
+    draft_probs: Sequence[Distribution],
     draft_tokens: Sequence[int],
     generator: torch.Generator | None,
 ) -> Verdict:
@@ -72,68 +71,52 @@ def verify_block(
         NonFiniteError: a target's distribution holds NaN.
     """
     k = len(draft_tokens)
-    uniforms = torch.rand(k, generator=generator, device=target_probs.device).tolist()
-    weights = [1.0]
-    for ratio in ratios_at(target_probs, draft_probs, draft_tokens).tolist():
-        weight = weights[-1] * ratio
-        weights.append(min(1.0, weight) if weight >= 0 else 0.0)  # nan: 0 / 0, what no draft draws
-    masses = mass_left(target_probs.new_tensor(weights[1:k]), target_probs[1:k], draft_probs[1:])
-    chances = [
-        mass / (mass + 1 - weight) if mass > 0 else 0.0
-        for weight, mass in zip(weights[1:], masses.tolist())
-    ]
-    chances += weights[1:][-1:]  # of all k
-    accepted = [i for i, (u, h) in enumerate(zip(uniforms, chances), start=1) if u < h]
-    num_accepted = max(accepted, default=0)
+    weight, num_accepted, weight_then = 1.0, 0, 1.0
+    for i, uniform in enumerate(uniforms(k, generator)):
+        weight = next_weight(weight, target_probs[i], draft_probs[i], draft_tokens[i])
+        if weight == 0:
+            break
+        chance = weight  # of all k
+        if i + 1 < k:
+            mass = target_probs[i + 1].excess(draft_probs[i + 1], weight).mass
+            if not math.isfinite(mass):
+                raise NonFiniteError
+            chance = mass / (mass + 1 - weight) if mass > 0 else 0.0
+        if uniform < chance:
+            num_accepted, weight_then = i + 1, weight
     if num_accepted == k:
         return Verdict(k, sample(target_probs[k], generator))
-    weighted = weights[num_accepted] * target_probs[num_accepted]
-    return Verdict(num_accepted, sample(residual(weighted, draft_probs[num_accepted]), generator))
+    correction = residual(target_probs[num_accepted], draft_probs[num_accepted], weight_then)
+    return Verdict(num_accepted, sample(correction, generator))
 
 
-Verifier = Callable[[Tensor, Tensor, Sequence[int], "torch.Generator | None"], Verdict]
+Verifier = Callable[
+    [Sequence[Distribution], Sequence[Distribution], Sequence[int], "torch.Generator | None"],
+    Verdict,
+]
 VERIFIERS: Mapping[str, Verifier] = {"token": verify, "block": verify_block}
 
 
-def ratios_at(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Sequence[int]) -> Tensor:
-    """[k] target / draft, at each drafted token."""
-    k = len(draft_tokens)
-    index = torch.tensor(draft_tokens, dtype=torch.long, device=target_probs.device)[:, None]
-    target_at_token = target_probs[:k].gather(-1, index).squeeze(-1)  # [k, V] -> [k]
-    draft_at_token = draft_probs.gather(-1, index).squeeze(-1)  # [k, V] -> [k]
-    return target_at_token / draft_at_token
+def next_weight(weight: float, target: Distribution, draft: Distribution, token: int) -> float:
+    """min(1, weight * target / draft) at a token; 0 where the target has none, or nan."""
+    wanted, drafted = weight * target.at(token), draft.at(token)
+    if not wanted > 0:
+        return 0.0
+    return 1.0 if wanted >= drafted else wanted / drafted
 
 
-def mass_left(weights: Tensor, target_probs: Tensor, draft_probs: Tensor) -> Tensor:
-    """[n] sum of (weight target - draft)+ over all tokens, of [n], [n, V] and [n, V].
-
-    Looked at are only those that a target may emit: of a nucleus, a few hundred.
-
-    Raises:
-        NonFiniteError: a target's distribution holds NaN.
-    """
-    if len(weights):
-        columns = target_probs.amax(0).nonzero()[:, 0]
-        if len(columns) < target_probs.shape[1] // 8:
-            target_probs, draft_probs = target_probs[:, columns], draft_probs[:, columns]
-    masses = (weights[:, None] * target_probs - draft_probs).clamp(min=0).sum(-1)
-    if not masses.isfinite().all():
-        raise NonFiniteError
-    return masses
-
-
-def residual(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
+def residual(target: Distribution, draft: Distribution, weight: float = 1.0) -> Distribution:
     """Distribution of the correction token after a rejection.
 
     (q - p)+ of Chen et al. 2023, section 3, where q is the target.
 
     Args:
-        target_probs: [V] float32, sums to 1, or to a weight below it.
-        draft_probs: [V] float32, sums to 1.
+        target: the target's distribution, q.
+        draft: the draft's, p.
+        weight: of the target, at most 1.
 
     Returns:
-        [V] float32, sums to 1; `target_probs` where the two are equal.
+        A distribution of mass 1; the target's where the two are equal.
     """
-    difference = (target_probs - draft_probs).clamp(min=0)
-    mass = difference.sum()
-    return torch.where(mass > 0, difference / mass, target_probs)
+    left = target.excess(draft, weight)
+    return left.normalised() if left.mass > 0 else target

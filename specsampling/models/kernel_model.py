@@ -53,7 +53,7 @@ class KernelModel:
         """
         self.config: Any = outline.config
         self.generation_config: Any = outline.generation_config
-        self.name_or_path: str = outline.name_or_path
+        self.name_or_path = str(outline.name_or_path)
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.engine = made

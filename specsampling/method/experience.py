@@ -1,0 +1,413 @@
+"""Learns from past cycles what drafted tokens bring and what they cost, for `adaptive.py`.
+
+It keeps running estimates over all texts of a run:
+
+- how often a model's proposals are accepted, by the confidence with which they were made;
+- how often a lookup's proposals are accepted, by the n-gram's length and their position;
+- how long calls take.
+
+Let r be the tokens per second so far. One more drafted token costs some seconds, in which r times
+as many tokens could be decoded otherwise. It pays if the chance that it is accepted, with all
+tokens before it, exceeds that number. (Dinkelbach 1967: the best ratio is where the gain is 0.)
+There is an r for each length of a lookup's match, and one for no match. Time that is lost where the
+model must draft cannot be made up where lookups are fast.
+
+The estimates of time describe the machine, and the machine changes. A call may take long by
+accident, so one slow cycle is left out. A call is never fast by accident, so a cycle that is much
+faster than expected shows that the machine was busy before: all estimates of time begin anew. Who
+is silent because of a price is asked again after some cycles, at first after `PATIENCE`, later
+after ever more: no other evidence about the price can arrive.
+
+Knows only numbers: no tokens, no tensors, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+MEMORY = 0.99  # weight of the past in estimates of times and yields, per cycle
+NUM_BINS = 20  # of the draft's confidence
+PRIOR = 4.0  # number of verdicts that a prior counts for
+LOOKUP_PRIOR = 0.8  # acceptance rate before any verdict: high, so that lookups are tried
+MODEL_PRIOR = 0.7  # the same for a model's token of unknown confidence
+CURIOSITY = 0.02  # share of the time that may be spent on who has not been asked for long
+PATIENCE = 16  # cycles until who is silent is asked again; doubled each time
+TRIALS = 2  # cycles with the model, and with nobody, before it is judged: one may meet a pause
+STALL = 3.0  # a cycle so many times slower or faster than expected is an accident, or news
+QUICK, QUICK_CYCLES = 2.0, 3  # so many cycles in a row, each so many times faster, are news too
+
+
+class AcceptanceRate:
+    """Estimates the share of accepted tokens from verdicts and a prior."""
+
+    def __init__(self) -> None:
+        self._accepted = self._tested = 0
+
+    def see(self, is_accepted: bool) -> None:
+        """Count a verdict."""
+        self._accepted += is_accepted
+        self._tested += 1
+
+    def estimate(self, prior: float) -> float:
+        """The share, in [0, 1]. The prior counts as much as `PRIOR` verdicts."""
+        return (self._accepted + PRIOR * prior) / (self._tested + PRIOR)
+
+
+class FadingRate:
+    """Estimates an amount per unit, such as seconds per call. Old observations fade."""
+
+    def __init__(self) -> None:
+        self._amount = self._units = 0.0
+
+    def see(self, amount: float, units: float) -> None:
+        """Add an observation."""
+        self._amount = MEMORY * self._amount + amount
+        self._units = MEMORY * self._units + units
+
+    @property
+    def estimate(self) -> float:
+        """The amount per unit. Returns 0 if nothing has been observed."""
+        return self._amount / self._units if self._units else 0.0
+
+
+class SecondsByRows:
+    """Predicts a call's seconds from its rows by a least-squares line that never falls.
+
+    Old observations fade.
+    """
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5  # of 1, rows, seconds, rows^2, rows * seconds
+
+    def see(self, rows: float, seconds: float) -> None:
+        """Add an observation."""
+        terms = (1.0, rows, seconds, rows * rows, rows * seconds)
+        self._sums = [MEMORY * old + new for old, new in zip(self._sums, terms)]
+
+    @property
+    def slope(self) -> float:
+        """Seconds per row. Returns 0 if calls of one size alone have been observed."""
+        n, x, y, xx, xy = self._sums
+        spread = n * xx - x * x
+        return max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * n else 0.0
+
+    def at(self, rows: float) -> float:
+        """Seconds of a call of so many rows. Returns 0 if nothing has been observed."""
+        n, x, y = self._sums[:3]
+        return (y + self.slope * (n * rows - x)) / n if n else 0.0
+
+
+class CallSeconds:
+    """Predicts how long a target call takes.
+
+    Calls of one row use other kernels, so they have their own mean. One line through calls of all
+    sizes would see the step between one row and two as the price of every row.
+
+    Attributes:
+        num_of_one: calls of one row that have been timed.
+        most_rows: the largest call that has been timed.
+        least_seconds: the fastest call that has been timed, or 0.
+    """
+
+    def __init__(self) -> None:
+        self._one, self._more = FadingRate(), SecondsByRows()
+        self.num_of_one = 0
+        self.most_rows = 0
+        self.least_seconds = 0.0
+
+    def see(self, rows: int, seconds: float) -> None:
+        """Add the time of a call."""
+        self.least_seconds = min(self.least_seconds or seconds, seconds)
+        self.most_rows = max(self.most_rows, rows)
+        if rows == 1:
+            self._one.see(seconds, 1)
+            self.num_of_one += 1
+        else:
+            self._more.see(rows, seconds)
+
+    def at(self, rows: int) -> float:
+        """Seconds of a call of so many rows. Returns 0 if no such call has been timed."""
+        one, more = self._one.estimate, self._more.at(rows)
+        if rows == 1:
+            return one or more
+        return max(one, more) if more else 0.0
+
+    @property
+    def slope(self) -> float:
+        """Seconds of each row behind the second."""
+        return self._more.slope
+
+    @property
+    def step(self) -> float:
+        """Seconds of the second row beyond `slope`."""
+        one = self._one.estimate
+        return max(0.0, self.at(2) - one - self.slope) if one else 0.0
+
+
+class Retry:
+    """Says when someone who is silent should be asked again: each time after twice as long."""
+
+    def __init__(self) -> None:
+        self._num_silent, self._patience = 0, PATIENCE
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the silence has lasted long enough."""
+        return self._num_silent >= self._patience
+
+    def see(self, was_asked: bool, is_trial: bool) -> None:
+        """Count a cycle. Who was asked for a better reason than a trial starts to double anew."""
+        if not was_asked:
+            self._num_silent += 1
+            return
+        if self.is_due:
+            self._patience *= 2
+        elif not is_trial:
+            self._patience = PATIENCE
+        self._num_silent = 0
+
+
+@dataclass
+class Cycle:
+    """Who proposed how many tokens in a cycle, and how long it took.
+
+    Attributes:
+        num_proposed: all proposed tokens. The model's come before the lookup's.
+        matched: tokens that a lookup found again at the cycle's start, whoever then proposes.
+            It is 0 if there was no match.
+        lookup_from: the position of the first proposal that is a lookup's.
+        lookup_matched: tokens that the lookup found again at that position. It is 0 if the lookup
+            proposes nothing.
+        confidences: the model's largest probability at each of its tokens. The last may be absent.
+        draft_calls: calls of the model.
+        draft_seconds: time in these calls.
+        seconds: time of the whole cycle.
+    """
+
+    num_proposed: int = 0
+    matched: int = 0
+    lookup_from: int = 0
+    lookup_matched: int = 0
+    confidences: Sequence[float] = ()
+    draft_calls: int = 0
+    draft_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def target_seconds(self) -> float:
+        return self.seconds - self.draft_seconds
+
+
+@dataclass
+class Times:
+    """Estimates of time, which hold for as long as the machine stays as it is."""
+
+    # Tokens per second, by how many tokens a lookup found again.
+    pace: dict[int, FadingRate] = field(default_factory=lambda: defaultdict(FadingRate))
+    draft_call: FadingRate = field(default_factory=FadingRate)  # seconds per call
+    target_call: CallSeconds = field(default_factory=CallSeconds)
+    model_seconds: FadingRate = field(default_factory=FadingRate)  # per cycle with the model
+    num_model_cycles: int = 0
+    seconds_without_model: float = 0.0
+    seconds_without_lookup: float = 0.0
+    model_retry: Retry = field(default_factory=Retry)
+    rows_retry: Retry = field(default_factory=Retry)  # of calls with more than two rows
+    was_slow: bool = False  # the cycle before
+    num_quick: int = 0  # cycles in a row
+
+
+@dataclass
+class Experience:
+    """What a run has seen of its cycles so far."""
+
+    times: Times = field(default_factory=Times)
+    # Tokens per cycle in which the model drafted.
+    model_cycle: FadingRate = field(default_factory=FadingRate)
+    # What lookups add behind the model's tokens, per token of the model.
+    tail: FadingRate = field(default_factory=FadingRate)
+    model: AcceptanceRate = field(default_factory=AcceptanceRate)
+    by_confidence: dict[int, AcceptanceRate] = field(
+        default_factory=lambda: defaultdict(AcceptanceRate)
+    )
+    # By how many tokens were found again, and by the position behind them, too.
+    lookup: dict[int, AcceptanceRate] = field(default_factory=lambda: defaultdict(AcceptanceRate))
+    by_position: dict[tuple[int, int], AcceptanceRate] = field(
+        default_factory=lambda: defaultdict(AcceptanceRate)
+    )
+
+    def learn(self, cycle: Cycle, num_accepted: int) -> None:
+        """Learn from a cycle that is over."""
+        if self._is_news(cycle):
+            self.times = Times()
+        if not self._has_stalled(cycle):
+            self._learn_times(cycle, num_accepted)
+        verdicts = [True] * num_accepted + [False] * (num_accepted < cycle.num_proposed)
+        for confidence, is_accepted in zip(cycle.confidences, verdicts):
+            self.by_confidence[_bin(confidence)].see(is_accepted)
+            self.model.see(is_accepted)
+        of_lookup = verdicts[cycle.lookup_from :] if cycle.lookup_matched else []
+        for position, is_accepted in enumerate(of_lookup):
+            self.lookup[cycle.lookup_matched].see(is_accepted)
+            self.by_position[cycle.lookup_matched, position].see(is_accepted)
+        if cycle.draft_calls:
+            self.model_cycle.see(num_accepted + 1, 1)
+            self.tail.see(sum(of_lookup), cycle.draft_calls)
+        self._count(cycle)
+
+    def _count(self, cycle: Cycle) -> None:
+        """Keep account of who has been silent for how long."""
+        times, has_drafted = self.times, cycle.draft_calls > 0
+        is_trial = self.is_model_due or times.rows_retry.is_due
+        times.num_model_cycles += has_drafted
+        times.seconds_without_model += cycle.seconds
+        times.seconds_without_lookup += cycle.seconds
+        if has_drafted:
+            times.seconds_without_model = 0.0
+        if cycle.lookup_matched:
+            times.seconds_without_lookup = 0.0
+        has_rows = cycle.num_proposed > (0 if times.rows_retry.is_due else 1)
+        times.model_retry.see(has_drafted, is_trial)
+        times.rows_retry.see(has_rows, is_trial)
+
+    def _expected(self, cycle: Cycle) -> tuple[float, float]:
+        """Seconds that a cycle's target call and its draft calls should have taken."""
+        times, rows = self.times, cycle.num_proposed + 1
+        draft_seconds = times.draft_call.estimate * cycle.draft_calls
+        return times.target_call.at(rows), draft_seconds
+
+    def _is_news(self, cycle: Cycle) -> bool:
+        """Whether a cycle shows that the machine has become faster than the estimates say.
+
+        A call larger than all before is no evidence, because its expectation is a guess.
+        """
+        times = self.times
+        target_seconds, draft_seconds = self._expected(cycle)
+        if cycle.num_proposed + 1 > times.target_call.most_rows:
+            target_seconds = 0.0
+        # The line may fall below all times that it was made of.
+        target_seconds = max(target_seconds, times.target_call.least_seconds)
+        if STALL * cycle.target_seconds < target_seconds:
+            return True
+        if STALL * cycle.draft_seconds < draft_seconds:
+            return True
+        if target_seconds:
+            is_quick = QUICK * cycle.target_seconds < target_seconds
+            times.num_quick = times.num_quick + 1 if is_quick else 0
+        return times.num_quick >= QUICK_CYCLES
+
+    def _has_stalled(self, cycle: Cycle) -> bool:
+        """Whether the machine paused in a cycle. Two slow cycles in a row are believed."""
+        target_seconds, draft_seconds = self._expected(cycle)
+        is_slow = (
+            cycle.target_seconds > STALL * target_seconds > 0
+            or cycle.draft_seconds > STALL * draft_seconds > 0
+        )
+        was_slow, self.times.was_slow = self.times.was_slow, is_slow
+        return is_slow and not was_slow
+
+    def _learn_times(self, cycle: Cycle, num_accepted: int) -> None:
+        times = self.times
+        times.pace[cycle.matched].see(num_accepted + 1, cycle.seconds)
+        times.target_call.see(cycle.num_proposed + 1, cycle.target_seconds)
+        if cycle.draft_calls:
+            times.draft_call.see(cycle.draft_seconds, cycle.draft_calls)
+            times.model_seconds.see(cycle.seconds, 1)
+
+    @property
+    def is_model_due(self) -> bool:
+        """Whether the model should draft whatever it costs, so that its price becomes known."""
+        times = self.times
+        if times.num_model_cycles < TRIALS or times.model_retry.is_due:
+            return True
+        return CURIOSITY * times.seconds_without_model > times.model_seconds.estimate
+
+    @property
+    def _seconds_per_row(self) -> float:
+        """The price of a row behind the second, or 0 where it is time to look at it again."""
+        times = self.times
+        return 0.0 if times.rows_retry.is_due else times.target_call.slope
+
+    def chance(self, confidence: float) -> float:
+        """The probability that a token is accepted that the draft proposes with a confidence."""
+        index = _bin(confidence)
+        return self.by_confidence[index].estimate((index + 0.5) / NUM_BINS)
+
+    def one_more_pays(self, chance_so_far: float, matched: int = 0) -> bool:
+        """Whether the model should draft one more token.
+
+        Args:
+            chance_so_far: that all tokens before it are accepted.
+            matched: tokens that a lookup found again at the cycle's start.
+        """
+        return self._gain(chance_so_far, matched) > 0
+
+    def turn_pays(self, most: int, matched: int = 0) -> bool:
+        """Whether the model should draft at all. The call then has more rows than one.
+
+        Args:
+            most: tokens that it may draft.
+            matched: tokens that a lookup found again at the cycle's start.
+        """
+        times = self.times
+        if times.target_call.num_of_one < TRIALS:  # who always drafts never learns its price
+            return False
+        chance, gains = 1.0, 0.0
+        for _ in range(most):
+            gain = self._gain(chance, matched)
+            if gain <= 0:
+                break
+            gains += gain
+            chance *= self.model.estimate(MODEL_PRIOR)
+        step = 0.0 if times.rows_retry.is_due else times.target_call.step
+        return gains > times.pace[matched].estimate * step
+
+    def _gain(self, chance_so_far: float, matched: int) -> float:
+        """What one more token of the model adds, in tokens."""
+        expected = chance_so_far * (self.model.estimate(MODEL_PRIOR) + self.tail.estimate)
+        cost = self.times.draft_call.estimate + self._seconds_per_row
+        return expected - self.times.pace[matched].estimate * cost
+
+    def lookup_plan(self, matched: int, most: int, chance: float = 1.0) -> tuple[int, float]:
+        """How many tokens a lookup should propose, and how many of them would be accepted.
+
+        Args:
+            matched: tokens that it found again.
+            most: tokens that it may propose.
+            chance: that all tokens before them are accepted. It is 1 where there are none, and
+                then the lookup proposes one token at least.
+        """
+        cost = self.times.pace[matched].estimate * self._seconds_per_row
+        usual = self.lookup[matched].estimate(LOOKUP_PRIOR)
+        is_first, expected = chance == 1.0, 0.0
+        for position in range(most):
+            chance *= self.by_position[matched, position].estimate(usual)
+            if chance <= cost and not (is_first and position == 0):
+                return position, expected
+            expected += chance
+        return most, expected
+
+    def prefers_model(self, matched: int, num_proposed: int, expected: float) -> bool:
+        """Whether the model's turn is worth more than a lookup.
+
+        Args:
+            matched: tokens that the lookup found again.
+            num_proposed: tokens that it would propose.
+            expected: tokens of these that would be accepted.
+        """
+        times = self.times
+        lookup_seconds = times.target_call.at(num_proposed + 1)
+        if self.is_model_due:
+            return True
+        is_lookup_due = CURIOSITY * times.seconds_without_lookup > lookup_seconds
+        if is_lookup_due or not times.model_seconds.estimate:
+            return False
+        pace = times.pace[matched].estimate
+        lookup_gain = 1 + expected - pace * lookup_seconds
+        model_gain = self.model_cycle.estimate - pace * times.model_seconds.estimate
+        return model_gain > lookup_gain
+
+
+def _bin(confidence: float) -> int:
+    return min(int(confidence * NUM_BINS), NUM_BINS - 1)
