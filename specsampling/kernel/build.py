@@ -9,9 +9,11 @@ import hashlib
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 SOURCES = ("step.c", "pack.c")
@@ -48,6 +50,8 @@ def find_compiler() -> list[str]:
 def build(folder: Path) -> Path:
     """The shared library for this processor, compiled if it is not there yet.
 
+    Its name ends with its hash, so that a file that was cut off is made anew.
+
     Args:
         folder: where libraries are kept.
 
@@ -63,11 +67,14 @@ def build(folder: Path) -> Path:
     for name in (*SOURCES, *HEADERS):
         key.update((here / name).read_bytes())
     key.update(repr((compiler, flags, processor())).encode())
-    library = folder / f"step-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    name = f"step-{key.hexdigest()[:16]}"
+    for there in folder.glob(f"{name}-*.so"):
+        with suppress(FileNotFoundError):  # another process has removed it
+            if there.stem == f"{name}-{digest_of(there)}":
+                return there
+            there.unlink()  # cut off when a disk was full, or a machine went down
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = library.with_suffix(f".{os.getpid()}.making")
+    scratch = folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}.making"
     command = [*compiler, *flags, "-shared", "-fPIC", "-o", str(scratch)]
     command += [*(str(here / name) for name in SOURCES), "-lpthread", "-lm"]
     try:
@@ -76,12 +83,18 @@ def build(folder: Path) -> Path:
             said = (run.stderr.strip() or f"exit code {run.returncode}").splitlines()
             problem = next((line for line in said if "error" in line), said[0])
             raise KernelError(f"{' '.join(compiler)} cannot compile it: {problem}")
+        library = folder / f"{name}-{digest_of(scratch)}.so"
         scratch.rename(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"{' '.join(compiler)} cannot compile it: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
     return library
+
+
+def digest_of(path: Path) -> str:
+    """The beginning of a file's hash."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def processor() -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specsampling.kernel import checking
 from specsampling.kernel.build import KernelError, build
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -172,8 +173,9 @@ class Packer:
             columns: the same for inputs.
 
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite or too large, or a shape is wrong.
         """
+        checking.check_matrix(weight, format, bias, rows, columns)
         weight = weight.contiguous()
         rows = _order(rows, weight.shape[0], LANES)
         columns = _order(columns, weight.shape[1], GROUP)
@@ -189,7 +191,7 @@ class Packer:
             )
 
         if any(self._run(pack, packed.outputs)):
-            raise ValueError("a weight is not finite")
+            raise ValueError(f"a weight is not finite, or too large for {format}")
         return packed
 
     def blocks(
@@ -200,7 +202,12 @@ class Packer:
         bias: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Packed:
-        """Pack a GGUF file's tensor, [outputs, bytes of a row], none of its numbers changed."""
+        """Pack a GGUF file's tensor, [outputs, bytes of a row], none of its numbers changed.
+
+        Raises:
+            ValueError: a shape is wrong.
+        """
+        checking.check_blocks(data, format, num_inputs, bias, rows)
         data = np.ascontiguousarray(data).view(np.uint8).reshape(data.shape[0], -1)
         rows = _order(rows, data.shape[0], LANES)
         packed = _empty(len(rows), num_inputs, format, bias, rows)
@@ -263,6 +270,8 @@ class Cache:
     def __init__(self, model: Model, capacity: int):
         sizes = model.sizes
         self.capacity = padded(capacity, LANES)
+        self.num_layers = sizes["num_layers"]
+        self.of_layer = tuple(sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
         heads = sizes["num_layers"] * sizes["key_heads"] * self.capacity
         self._keys = torch.zeros(heads * sizes["head_dim"])
         self._values = torch.zeros(heads * sizes["head_padded"])
@@ -316,6 +325,8 @@ class Model:
             layer.window = parts.window
         self._layers = layers
         self.sizes["num_layers"] = len(layers)
+        checking.check_layers([parts.linears for parts in self.layers], self.sizes)
+        checking.check_head(self.head, self.tensors.get("head_tokens"), self.sizes)
         self._structure = _Model(layers=ctypes.addressof(layers), head=self.head.structure())
         for name, tensor in self.tensors.items():
             setattr(self._structure, name, tensor.data_ptr())
@@ -339,13 +350,24 @@ class Model:
     def make_cache(self, capacity: int) -> Cache:
         """An empty text's."""
         made = Cache(self, capacity)
-        if self.rotation and made.capacity > self._structure.positions:
-            num = padded(made.capacity, 1024)
+        self._reach(made)
+        return made
+
+    def _reach(self, text: Cache) -> None:
+        """Make the tables of positions as long as a text's cache, whichever model made it.
+
+        Raises:
+            ValueError: the cache is one for a model of another shape.
+        """
+        own = tuple(self.sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
+        if text.num_layers < len(self.layers) or text.of_layer != own:
+            raise ValueError("a cache must be of a model of the same shape")
+        if self.rotation and text.capacity > self._structure.positions:
+            num = padded(text.capacity, 1024)
             cos, sin = (table.float().contiguous() for table in self.rotation(num))
             self._kept = {"cos": cos, "sin": sin}
             self._structure.cos, self._structure.sin = cos.data_ptr(), sin.data_ptr()
             self._structure.positions = num
-        return made
 
     def run(self, requests: Sequence[Request]) -> list[Tensor]:
         """Feed tokens of some texts, together.
@@ -357,6 +379,9 @@ class Model:
             ValueError: a token, a position or the number of scored rows is out of range.
         """
         width = self.sizes["vocabulary"]
+        for _, ids, _, last in requests:
+            if not 0 <= last <= len(ids):
+                raise ValueError(f"cannot score {last} of {len(ids)} tokens")
         num_scored = sum(request.last for request in requests)
         logits = torch.empty(num_scored, width)
         if "head_tokens" in self.tensors:
@@ -364,10 +389,10 @@ class Model:
         rows = np.zeros(sum(len(request.ids) for request in requests), ROW)
         at = scored = 0
         for text, ids, start, last in requests:
-            if not 0 <= last <= len(ids):
-                raise ValueError(f"cannot score {last} of {len(ids)} tokens")
+            self._reach(text)
             own = rows[at : at + len(ids)]
-            own["cache"], own["token"] = text.address, ids
+            own["token"] = checking.check_tokens(ids, start, text.capacity, width)
+            own["cache"] = text.address
             own["position"] = np.arange(start, start + len(ids))
             if last:
                 first = logits.data_ptr() + 4 * width * scored
@@ -396,6 +421,8 @@ class Pool:
             ValueError: a row is out of range.
         """
         with self._lock:
+            if self._pool is None:
+                raise RuntimeError("the kernel's threads were ended by another thread")
             for start in range(0, len(rows), self._most):
                 part = rows[start : start + self._most]
                 problem = self._library.step(
@@ -409,6 +436,7 @@ class Pool:
     def close(self) -> None:
         with self._lock:
             self._library.close_pool(self._pool)
+            self._pool = None
 
 
 _pools: dict[int, Pool] = {}  # by the library's handle
@@ -416,8 +444,14 @@ _num_threads = 0
 
 
 def set_num_threads(num: int) -> None:
-    """How many threads calls run on from now; 0 for one on each core that this process has."""
+    """How many threads calls run on from now; 0 for one on each core that this process has.
+
+    Raises:
+        ValueError: a negative number.
+    """
     global _num_threads
+    if num < 0:
+        raise ValueError(f"the kernel needs 1 thread or more (got {num})")
     _num_threads = num
     for pool in _pools.values():
         pool.close()

@@ -59,7 +59,7 @@ static float scale_of_4_bits(const float *x, int8_t *chosen) {
   for (int i = 0; i < GROUP; i++)
     if (fabsf(x[i]) > fabsf(largest)) largest = x[i];
   memset(chosen, 0, GROUP);
-  if (largest == 0.0f) return 0.0f;
+  if (fabsf(largest) < 0x1p-40f) return 0.0f; /* the scale would be none in 16 bits */
   for (int step = -9; step <= 9; step++) {
     V inverse = vset(-(8.0f + 0.1f * (float)step) / largest);
     V p = vmin(vset(7.0f), vmax(vset(-8.0f), vround(vmul(a, inverse))));
@@ -73,7 +73,7 @@ static float scale_of_4_bits(const float *x, int8_t *chosen) {
 }
 
 /* Outputs `from` to `to` of a layer of plain numbers, [.., width] in the source. `room` holds
-   `inputs` floats. Returns 0, or 1 if a weight is no finite number. */
+   `inputs` floats. Returns 0, or 1 if a weight is no finite number, or is none in `format`. */
 int pack_plain(int format, const void *source, int source_format, int width, const int32_t *rows,
                const int32_t *columns, int inputs, int from, int to, uint8_t *numbers, void *scales,
                float *room) {
@@ -91,7 +91,7 @@ int pack_plain(int format, const void *source, int source_format, int width, con
     size_t block = (size_t)(output / LANES);
     int lane = output % LANES;
     if (format == INT8) {
-      float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      float scale = largest / 127.0f, inverse = largest > 0x1p-100f ? 127.0f / largest : 0.0f;
       ((float *)scales)[output] = scale;
       for (int i = 0; i < inputs; i++)
         numbers[place8(output, i, inputs)] = (uint8_t)(int8_t)nearbyintf(room[i] * inverse);
@@ -99,16 +99,23 @@ int pack_plain(int format, const void *source, int source_format, int width, con
       for (int g = 0; g < inputs / GROUP; g++) {
         int8_t chosen[GROUP];
         float scale = scale_of_4_bits(room + g * GROUP, chosen);
-        ((uint16_t *)scales)[(block * (inputs / GROUP) + g) * LANES + lane] = half_bits(scale);
+        uint16_t half = half_bits(scale);
+        if ((half & 0x7c00) == 0x7c00) return 1;
+        ((uint16_t *)scales)[(block * (inputs / GROUP) + g) * LANES + lane] = half;
         for (int i = 0; i < GROUP; i++) put4(numbers, output, g * GROUP + i, inputs, chosen[i] + 8);
       }
     } else {
       for (int i = 0; i < inputs; i++) {
         size_t single = (block * (size_t)inputs + (size_t)i) * LANES + lane;
         size_t paired = (block * (size_t)inputs + (size_t)(i & ~1)) * LANES + 2 * lane + (i & 1);
-        if (format == FLOAT32) ((float *)numbers)[single] = room[i];
-        if (format == FLOAT16) ((uint16_t *)numbers)[single] = half_bits(room[i]);
-        if (format == BFLOAT16) ((uint16_t *)numbers)[paired] = bfloat16_bits(room[i]);
+        if (format == FLOAT32) {
+          ((float *)numbers)[single] = room[i];
+          continue;
+        }
+        uint16_t bits = format == FLOAT16 ? half_bits(room[i]) : bfloat16_bits(room[i]);
+        uint16_t infinite = format == FLOAT16 ? 0x7c00 : 0x7f80;
+        if ((bits & infinite) == infinite) return 1;
+        ((uint16_t *)numbers)[format == FLOAT16 ? single : paired] = bits;
       }
     }
   }

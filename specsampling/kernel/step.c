@@ -23,6 +23,8 @@
 #define _GNU_SOURCE
 #include "vectors.h"
 
+#include <fenv.h>
+#include <float.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -151,6 +153,10 @@ struct Pool {
   int room[3]; /* the widest inputs that there is room for */
 };
 
+#if HAS_AMX
+static bool has_tiles; /* the system may keep them from a process */
+#endif
+
 static double microseconds(void) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -233,14 +239,18 @@ static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
 
 /* --- inputs and linear layers ----------------------------------------------------------- */
 
-/* Put 32 values, a row's inputs `at` and on: as they are, and as x = scale * whole number. */
+/* Put 32 values, a row's inputs `at` and on: as they are, and as x = scale * whole number. A
+   value that is no finite number makes the scale nan. Values that are all next to nothing become
+   zeros, for 127 over the largest would be infinite. */
 INLINE void put_group(const Call *call, Inputs *in, int row, int at, V a, V b) {
   size_t place = (size_t)row * in->width + at;
   if (call->as_floats) vstore(in->floats + place, a), vstore(in->floats + place + LANES, b);
   if (!call->as_numbers) return;
   float largest = vmagnitude(a, b);
-  V inverse = vset(largest > 0 ? 127.0f / largest : 0.0f);
-  in->scales[place / GROUP] = largest / 127.0f;
+  bool is_finite = largest <= FLT_MAX;
+  if (!is_finite) a = b = vset(0.0f);
+  V inverse = vset(is_finite && largest > 0x1p-100f ? 127.0f / largest : 0.0f);
+  in->scales[place / GROUP] = is_finite ? largest / 127.0f : NAN;
   int32_t *sums = in->sums + place / LANES;
   sums[0] = vput_bytes(in->numbers + place, vround(vmul(a, inverse)));
   sums[1] = vput_bytes(in->numbers + place + LANES, vround(vmul(b, inverse)));
@@ -460,7 +470,7 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
 
 static int some_rows(const Linear *w, size_t block, const Inputs *in, int row, int left, V *y) {
 #if HAS_AMX
-  switch (w->format) {
+  if (has_tiles) switch (w->format) {
     OF_FORMAT_AMX(INT8);
     OF_FORMAT_AMX(Q8_0);
     OF_FORMAT_AMX(Q4_0);
@@ -514,13 +524,26 @@ static int num_chunks_of(const Linear *w, int size) {
 
 /* --- the parts of a layer ---------------------------------------------------------------- */
 
+/* 1 / sqrt(x + eps); nan where x has overflowed, so that no infinite input of a norm becomes 0. */
+INLINE float inverse_root(float x, float epsilon) {
+  return x <= FLT_MAX ? 1.0f / sqrtf(x + epsilon) : NAN;
+}
+
+/* The first few of 16 numbers, and zeros. */
+INLINE V first_of(V a, int num) {
+  float values[LANES];
+  vstore(values, a);
+  for (int i = num > 0 ? num : 0; i < LANES; i++) values[i] = 0.0f;
+  return vload(values);
+}
+
 /* x / sqrt(mean(x^2) + eps) * weight (RMSNorm), or with the mean taken away before, and a bias
    added (LayerNorm). Padding of x is zero, and its weight too. */
 static void norm_row(const Call *call, const float *x, const float *weight, const float *bias,
                      Inputs *out, int row) {
   const Model *m = call->model;
   int n = m->hidden_padded;
-  float mean = 0.0f, padding = (float)(n - m->hidden);
+  float mean = 0.0f;
   V sum = vset(0.0f);
   if (bias) {
     for (int i = 0; i < n; i += LANES) sum = vadd(sum, vload(x + i));
@@ -529,10 +552,10 @@ static void norm_row(const Call *call, const float *x, const float *weight, cons
   V centre = vset(mean), squares = vset(0.0f);
   for (int i = 0; i < n; i += LANES) {
     V value = vsub(vload(x + i), centre);
+    if (bias && i + LANES > m->hidden) value = first_of(value, m->hidden - i);
     squares = vfma(value, value, squares);
   }
-  float variance = (vsum(squares) - padding * mean * mean) / (float)m->hidden;
-  V factor = vset(1.0f / sqrtf(variance + m->epsilon));
+  V factor = vset(inverse_root(vsum(squares) / (float)m->hidden, m->epsilon));
   for (int i = 0; i < n; i += GROUP) {
     V y[2];
     for (int j = 0; j < 2; j++) {
@@ -562,7 +585,7 @@ static void norm_head(const Model *m, float *x, const float *weight) {
     V value = vload(x + i);
     squares = vfma(value, value, squares);
   }
-  float factor = 1.0f / sqrtf(vsum(squares) / (float)m->head_dim + m->epsilon);
+  float factor = inverse_root(vsum(squares) / (float)m->head_dim, m->epsilon);
   for (int i = 0; i < m->head_dim; i++) x[i] = x[i] * factor * weight[i];
 }
 
@@ -875,9 +898,13 @@ static void run_call(Worker *worker) {
     run_phase(worker, widen, call->num_groups, layer);
     run_phase(worker, add_mlp, call->num_down, layer);
   }
-  if (!call->num_scored) return;
-  run_phase(worker, last_norm, call->num_scored, 0);
-  run_phase(worker, score_tokens, call->num_head, 0);
+  if (call->num_scored) {
+    run_phase(worker, last_norm, call->num_scored, 0);
+    run_phase(worker, score_tokens, call->num_head, 0);
+  }
+#if HAS_AMX
+  if (has_tiles) _tile_release();
+#endif
 }
 
 /* --- calls from outside ------------------------------------------------------------------- */
@@ -929,6 +956,7 @@ static bool wait_for_call(Worker *worker) {
 
 static void *work(void *argument) {
   Worker *worker = argument;
+  fesetenv(FE_DFL_ENV);
   while (wait_for_call(worker)) run_call(worker);
   return NULL;
 }
@@ -1004,12 +1032,12 @@ void close_pool(Pool *pool) {
 
 /* A pool of threads, the caller's one of them; NULL if there is no memory for it. */
 Pool *open_pool(int num_threads) {
-  Pool *pool = calloc(1, sizeof(Pool));
+  Pool *pool = num_threads > 0 ? calloc(1, sizeof(Pool)) : NULL;
   if (!pool) return NULL;
   pool->workers = calloc((size_t)num_threads, sizeof(Worker));
   if (!pool->workers) return free(pool), NULL;
 #if HAS_AMX
-  syscall(SYS_arch_prctl, 0x1023, 18); /* ARCH_REQ_XCOMP_PERM: tiles, for this process */
+  has_tiles = !syscall(SYS_arch_prctl, 0x1023, 18); /* ARCH_REQ_XCOMP_PERM, for this process */
 #endif
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_cond_init(&pool->has_work, NULL);
@@ -1076,8 +1104,12 @@ int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
     call->num_output = num_chunks_of(&first->output, call->output_size);
     call->num_down = num_chunks_of(&first->down, call->down_size);
   }
+  /* All threads round alike, whatever the caller's flushes to zero. */
+  fenv_t callers;
+  fegetenv(&callers), fesetenv(FE_DFL_ENV);
   own->call = publish(pool, call);
   wake(pool);
   run_call(own);
+  fesetenv(&callers);
   return 0;
 }

@@ -323,11 +323,12 @@ INLINE float vlargest(V a) {
 
 /* The largest magnitude of 32 floats; nan if there is one: as bits, it is above all numbers. */
 INLINE float vmagnitude(V a, V b) {
-  uint32_t v[32], largest = 0;
-  vstore((float *)v, a), vstore((float *)v + 16, b);
+  float v[32];
+  uint32_t bits[32], largest = 0;
+  vstore(v, a), vstore(v + 16, b), memcpy(bits, v, sizeof v);
   for (int i = 0; i < 32; i++) {
-    uint32_t bits = v[i] & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
+    uint32_t size = bits[i] & 0x7fffffff;
+    largest = size > largest ? size : largest;
   }
   float value;
   memcpy(&value, &largest, 4);
