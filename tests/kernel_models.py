@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from specsampling.kernel import engine
+from specsampling.kernel import engine, weights
 from specsampling.kernel.build import FLAGS_VARIABLE
 from specsampling.models.packing import pack_model, why_not
 
@@ -123,7 +123,7 @@ def pack(
 ) -> engine.Model:
     """A model in the kernel's form, all of its layers in one format."""
     assert why_not(model) == ""
-    packer = engine.Packer(library, 1)
+    packer = weights.Packer(library, 1)
     head = model.get_output_embeddings()
     if head_tokens is not None:
         trimmed = torch.nn.Linear(head.in_features, len(head_tokens), bias=False)

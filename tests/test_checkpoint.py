@@ -418,7 +418,7 @@ def test_a_drafts_rounding_on_a_cpu_is_the_kernels_own(dtype, quantization, mode
     model = pair.draft.model
     assert model.engine.head.format == "int8" and pair.target.engine.head.format == dtype
     error = prove_decoding(model).difference(prove_decoding(plain.draft.model))
-    assert 0 < error < {"int8": 0.1, "int4": 0.4}[quantization]
+    assert 0 < error < {"int8": 0.1, "int4": 0.7}[quantization]
     prompt = pair.encode("def add(a, b):")
     expected = autoregressive(plain.target, prompt, max_new_tokens=40)
     ours = speculative(pair.target, pair.draft, prompt, k=4, max_new_tokens=40)

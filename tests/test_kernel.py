@@ -22,7 +22,7 @@ from kernel_models import (
     score,
 )
 
-from specsampling.kernel import engine
+from specsampling.kernel import engine, weights
 
 NAN = float("nan")
 
@@ -328,7 +328,7 @@ def test_weights_that_are_not_finite_are_an_error(library, format, value):
         weight = torch.zeros(48, 40, dtype=dtype)
         weight[47, 39] = value
         with pytest.raises(ValueError, match="finite"):
-            engine.Packer(library, 2).plain(weight, format)
+            weights.Packer(library, 2).plain(weight, format)
 
 
 @pytest.mark.parametrize(
@@ -337,14 +337,14 @@ def test_weights_that_are_not_finite_are_an_error(library, format, value):
 )
 def test_weights_too_large_for_a_format_are_an_error(library, format, fits, too_large):
     """They became infinite."""
-    packer = engine.Packer(library, 1)
+    packer = weights.Packer(library, 1)
     packer.plain(torch.full((16, 32), fits), format)
     with pytest.raises(ValueError, match=f"too large for {format}"):
         packer.plain(torch.full((16, 32), too_large), format)
 
 
 def test_shapes_that_cannot_be_packed_are_an_error(library):
-    packer = engine.Packer(library, 1)
+    packer = weights.Packer(library, 1)
     weight = torch.zeros(20, 40)
     for arguments, message in (
         ((weight[0], "int8"), "must be a matrix"),

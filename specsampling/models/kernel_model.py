@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specsampling.kernel import engine
+from specsampling.kernel import engine, weights
 from specsampling.kernel.build import KernelError
 from specsampling.method.batch import ask
 from specsampling.models.cache import cache_folder
@@ -149,12 +149,12 @@ def to_kernel(
     if problem := why_not(model):
         raise KernelError(problem)
     library = kernel_library()
-    packer = engine.Packer(library, engine.num_threads())
+    packer = weights.Packer(library, engine.num_threads())
     head: Any = model.get_output_embeddings()
     is_trimmed = isinstance(head, TrimmedHead)
     pack: Pack = partial(_pack, packer, quantization, model.dtype)
     if file is not None and quantization != "int8":
-        kinds = FOUR_BIT if quantization == "int4" else tuple(engine.SCALES)
+        kinds = FOUR_BIT if quantization == "int4" else tuple(weights.SCALES)
         pack = partial(_pack_tensor, packer, file, model, kinds, pack)
     dtype = model.dtype
     made = pack_model(
@@ -169,14 +169,14 @@ def to_kernel(
 
 
 def _pack(
-    packer: engine.Packer,
+    packer: weights.Packer,
     quantization: str,
     dtype: torch.dtype,
     name: str,
     linear: nn.Linear,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
-) -> engine.Packed:
+) -> weights.Packed:
     """A layer in the precision asked for."""
     format = {"none": FORMATS[dtype], "int8": "int8", "int4": INT4}[quantization]
     if quantization == "int4" and name == "lm_head":
@@ -186,7 +186,7 @@ def _pack(
 
 
 def _pack_tensor(
-    packer: engine.Packer,
+    packer: weights.Packer,
     file: GgufFile,
     model: PreTrainedModel,
     kinds: tuple[str, ...],
@@ -195,7 +195,7 @@ def _pack_tensor(
     linear: nn.Linear,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
-) -> engine.Packed:
+) -> weights.Packed:
     """A layer as its GGUF file has it, if the type of its blocks is one of some kinds."""
     tensor, order = tensor_of(file, model, name)
     kind = tensor.tensor_type.name

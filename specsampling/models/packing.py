@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specsampling.kernel import engine
+from specsampling.kernel import engine, weights
 from specsampling.method.step import ROTATED, layer_kinds
 
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh")
@@ -25,7 +25,7 @@ MOST_HEAD_DIM = 256
 MOST_LAYERS = 512
 CHANGING = ("dynamic", "longrope")  # frequencies that depend on a call's largest position
 
-Pack = Callable[..., engine.Packed]  # name, weight, bias, rows and columns -> a layer
+Pack = Callable[..., weights.Packed]  # name, weight, bias, rows and columns -> a layer
 
 
 def why_not(model: PreTrainedModel) -> str:
@@ -198,7 +198,7 @@ def _gpt_neo(
     )
     tensors["learned_positions"] = _table(base.wpe.weight)
     sizes["positions"] = base.wpe.num_embeddings
-    sizes["positions_format"] = engine.PLAIN[base.wpe.weight.dtype]
+    sizes["positions_format"] = weights.PLAIN[base.wpe.weight.dtype]
     return engine.Model(
         library=library,
         layers=layers,
@@ -214,12 +214,12 @@ def _sizes(config: Any, key_heads: int, inner: int) -> dict[str, int]:
     dim = head_dim_of(config)
     return {
         "hidden": config.hidden_size,
-        "hidden_padded": engine.padded(config.hidden_size, engine.GROUP),
-        "inner": engine.padded(inner, engine.GROUP),
+        "hidden_padded": weights.padded(config.hidden_size, weights.GROUP),
+        "inner": weights.padded(inner, weights.GROUP),
         "heads": config.num_attention_heads,
         "key_heads": key_heads,
         "head_dim": dim,
-        "head_padded": engine.padded(dim, engine.GROUP),
+        "head_padded": weights.padded(dim, weights.GROUP),
         "positions": 0,
         "positions_format": 0,
     }
@@ -240,7 +240,7 @@ def _heads(sizes: dict[str, int]) -> Callable[[int], Tensor | None]:
 
 def _wide(inner: int) -> Tensor | None:
     """The order of an MLP's numbers, padded to whole groups."""
-    wide = engine.padded(inner, engine.GROUP)
+    wide = weights.padded(inner, weights.GROUP)
     if wide == inner:
         return None
     return torch.cat([torch.arange(inner), torch.full((wide - inner,), -1)])
@@ -254,7 +254,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     tensors = norms | {"embedding": _table(embedding.weight)}
     sizes["vocabulary"] = embedding.num_embeddings
-    sizes["embedding_format"] = engine.PLAIN[embedding.weight.dtype]
+    sizes["embedding_format"] = weights.PLAIN[embedding.weight.dtype]
     if head_tokens is not None:
         tensors["head_tokens"] = head_tokens.to(torch.int32).contiguous()
     return tensors
@@ -266,13 +266,13 @@ def _float(weight: Tensor) -> Tensor:
 
 def _pad(weight: Tensor) -> Tensor:
     """[d] -> [d padded to whole groups] float32."""
-    missing = engine.padded(len(weight), engine.GROUP) - len(weight)
+    missing = weights.padded(len(weight), weights.GROUP) - len(weight)
     return nn.functional.pad(weight.data.float(), (0, missing)).clone()
 
 
 def _table(weight: Tensor) -> Tensor:
     """[n, d] -> [n, d padded to whole groups]; a copy, which keeps no checkpoint's file."""
-    missing = engine.padded(weight.shape[1], engine.GROUP) - weight.shape[1]
+    missing = weights.padded(weight.shape[1], weights.GROUP) - weight.shape[1]
     return nn.functional.pad(weight.data, (0, missing)) if missing else weight.data.clone()
 
 
