@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.config import HumanEvalConfig
+from specsampling.method.distribution import Full
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.sampling import Sampling
 from specsampling.models.checkpoint import load_model
@@ -128,7 +129,8 @@ class Dishonest:
 
         def misreport(tokens, k):
             ids, probs = propose(tokens, k)
-            return ids, torch.full_like(probs, 1 / probs.shape[1])
+            uniform = Full(torch.full((terms.vocab_size,), 1 / terms.vocab_size))
+            return ids, [uniform] * len(probs)
 
         proposer.propose = misreport
         return proposer
