@@ -14,7 +14,7 @@ decodes a few HumanEval problems greedily. The contenders are:
   lookup;
 - OpenVINO GenAI on the weights that optimum-intel rounded to 8 and to 4 bit: alone, with prompt
   lookup, with the draft;
-- ours: baseline, reference, speculative; in bfloat16 and in 8 bit, compiled.
+- ours: baseline and speculative; in bfloat16, 8 bit and 4 bit.
 
 Each way to speculate runs with two or three settings. A setting is a number of drafted tokens, or
 `drafted tokens:length of the n-gram`. What is not installed is one line, which says how to get it:
@@ -96,9 +96,9 @@ BASELINES = {  # the plain decoding of each family
     "transformers": "generate",
     "llama.cpp": "alone",
     "OpenVINO": "alone",
-    "ours": "reference",
+    "ours": "autoregressive",
 }
-OURS = ("ours in 16 bit", "ours in 8 bit")
+OURS = {"ours in 16 bit": "none", "ours in 8 bit": "int8", "ours in 4 bit": "int4"}
 FAMILIES = ("transformers", "llama.cpp", "llama.cpp native", "OpenVINO", *OURS)
 PACKAGES = {  # what a family needs, and how to get it
     "llama.cpp": ("xllamacpp", 'pip install ".[peers]"'),
@@ -504,10 +504,8 @@ def finders(config: Config, options: argparse.Namespace) -> dict[str, Callable[.
         package, way_out = PACKAGES.get(family, (None, ""))
         if family == "transformers":
             found[family] = transformers_and_flashspec
-        elif family == "ours in 16 bit":
-            found[family] = partial(ours, family=family, quantization="none")
-        elif family == "ours in 8 bit":
-            found[family] = partial(ours, family=family, quantization="int8")
+        elif family in OURS:
+            found[family] = partial(ours, family=family, quantization=OURS[family])
         elif package is not None and importlib.util.find_spec(package) is None:
             print(f"not compared: {package} ({way_out})")
         elif family == "OpenVINO":
@@ -574,7 +572,7 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
         f"run.limit={options.limit}",
         f"decoding.compile={options.compile}",
         "sampling.temperature=0",
-        "run.methods=[autoregressive, reference, speculative]",
+        "run.methods=[autoregressive, speculative]",
     ]
     return load_config(options.config, options.profile, overrides)
 
@@ -781,7 +779,7 @@ def report(all_rows: Sequence[Row]) -> list[str]:
     )
     lines = [f"{row.method}, {row.example_id}: {row.error}" for row in all_rows if row.error]
     lines += [*aligned(table.rename_axis("contender").reset_index()), ""]
-    eight, sixteen = (f"{family}: autoregressive" for family in reversed(OURS))
+    sixteen, eight, _ = (f"{family}: autoregressive" for family in OURS)
     others = (("llama.cpp",), ("OpenVINO",), PYTORCH)
     pairs = [(best(rows, ("ours",)), best(rows, family)) for family in others]
     for mine, other in [*pairs, (eight, sixteen)]:

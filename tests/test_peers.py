@@ -17,7 +17,7 @@ from Benchmarks import peers
 from specsampling.results.records import Row, read_meta, read_rows
 
 SCRIPT = "Benchmarks/peers.py"
-OURS = [f"ours in 16 bit: {kind}" for kind in ("autoregressive", "reference", "speculative")]
+OURS = [f"ours in 16 bit: {kind}" for kind in ("autoregressive", "speculative")]
 THEIRS = [
     f"transformers: {kind}"
     for kind in ("generate", "assisted, 3", "assisted, confidence 0.4", "prompt lookup")
