@@ -18,9 +18,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from specsampling.kernel import engine
+
 # Threads only get in each other's way at these sizes; `all_threads` is for the tests of bits.
 NUM_THREADS = torch.get_num_threads()
 torch.set_num_threads(1)
+engine.set_num_threads(1)
 
 # Files whose tests are few and long: they come first, so that no process ends with one.
 LONG = ("scoring", "static", "sampled_decoding", "checkpoint", "peers", "adaptive", "enumerated")
@@ -82,8 +85,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def all_threads():
     """As many threads as a run has: how work is split among them must not change a row's bits."""
     torch.set_num_threads(NUM_THREADS)
+    engine.set_num_threads(NUM_THREADS)
     yield
     torch.set_num_threads(1)
+    engine.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

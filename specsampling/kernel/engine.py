@@ -299,8 +299,9 @@ def set_num_threads(num: int) -> None:
 
 
 def num_threads() -> int:
-    """How many threads calls run on."""
-    return _num_threads or num_cores()
+    """How many threads calls run on: as set, as OMP_NUM_THREADS says, or one for each core."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return _num_threads or (int(named) if named.isdecimal() else 0) or num_cores()
 
 
 def num_cores() -> int:
