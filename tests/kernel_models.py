@@ -175,7 +175,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 # What a variant of the kernel is compiled with, and what a processor must have for it.
 VARIANTS = {
-    "native": ("-march=native", set()),
     "AVX2": ("-march=haswell", {"avx2", "fma", "f16c"}),
     "AVX2 with VNNI": ("-march=alderlake", {"avx2", "fma", "f16c", "avx_vnni", "gfni", "vaes"}),
     "AVX-512 without AMX": (

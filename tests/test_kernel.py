@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import kernel_models
@@ -416,3 +421,153 @@ def test_inputs_that_are_not_finite_reach_the_logits_as_nan(library, format, val
             found = feed(model, [1, 2, 3, 7, *range(8, 24)], always(width))
             assert torch.isfinite(found[:3]).all()
             assert found[3:].isnan().all()
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5, 8])
+def test_thousands_of_tiny_calls_on_many_threads(packed_of, library, num_threads):
+    """A thread that woke while the next call was written copied half of it, and crashed."""
+    model = packed_of("llama")
+    num, width = 48, model.sizes["vocabulary"]
+    ids = random_ids(model, num)
+    alone = feed(model, ids, always(1))
+    engine.set_num_threads(num_threads)
+    cache, logits = model.make_cache(num), torch.zeros(num, width)
+    rows = np.zeros(num, engine.ROW)
+    rows["cache"], rows["token"], rows["position"] = cache.address, ids, np.arange(num)
+    rows["logits"] = logits.data_ptr() + 4 * width * np.arange(num, dtype=np.uint64)
+    start, size = rows.ctypes.data, rows.itemsize
+    pool, structure = engine.pool_of(library)._pool, engine.ctypes.byref(model._structure)
+    assert library.step(pool, structure, start, num) == 0
+    for i in range(3000):
+        at = i % (num - 20)
+        library.step(pool, structure, start + size * at, 1)
+        library.step(pool, structure, start + size * at, 20)
+        if i % 100 == 0:
+            assert same_bits(logits, alone)
+            logits.fill_(NAN)
+            library.step(pool, structure, start, num)
+    assert same_bits(logits, alone)
+
+
+def test_models_may_go_while_threads_are_late(library):
+    """Late threads looked at the model of a call that was over."""
+    engine.set_num_threads(8)
+    original = make_model(CONFIGS["llama"])
+    for _ in range(20):
+        model = pack(original, library, "float32")
+        score(model, (model.make_cache(16), [1, 2], 0, 2))
+        del model
+
+
+def test_threads_end_and_begin_again(packed_of):
+    model = packed_of("gpt_neo", "int8")
+    ids = random_ids(model, 30)
+    alone = feed(model, ids, always(1))
+    tasks = Path("/proc/self/task")
+    before = len(list(tasks.iterdir())) if tasks.is_dir() else 0
+    for i in range(40):
+        engine.set_num_threads(1 + i % 8)
+        assert same_bits(feed(model, ids, always(1 + i)), alone)
+    engine.set_num_threads(1)
+    assert not tasks.is_dir() or len(list(tasks.iterdir())) == before
+    with pytest.raises(ValueError, match="1 thread or more"):
+        engine.set_num_threads(-1)
+
+
+def test_calls_of_several_python_threads_do_not_meet(packed_of):
+    models = [packed_of("llama", "int8"), packed_of("qwen3", "float32")] * 2
+    alone = [feed(model, random_ids(model, 60, i), always(1)) for i, model in enumerate(models)]
+    engine.set_num_threads(2)
+    found: dict[int, torch.Tensor] = {}
+
+    def run(i: int) -> None:
+        found[i] = feed(models[i], random_ids(models[i], 60, i), always(3))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same_bits(found[i], alone[i]) for i in range(4))
+
+
+def test_a_fork_has_threads_of_its_own(packed_of):
+    """A child has the parent's memory, and none of its threads."""
+    model = packed_of("qwen2", "int8")
+    ids = random_ids(model, 40)
+    engine.set_num_threads(3)
+    alone = feed(model, ids, always(4))
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def child() -> None:
+        send.send(feed(model, ids, always(7)).numpy().tobytes())
+
+    process = context.Process(target=child)
+    process.start()
+    assert receive.poll(60)
+    assert receive.recv() == alone.numpy().tobytes()
+    process.join(60)
+    assert process.exitcode == 0
+    assert same_bits(feed(model, ids, always(5)), alone)
+
+
+def test_subnormal_numbers_do_not_depend_on_the_caller(library):
+    """A caller that flushes them to zero had other bits than the threads of its pool."""
+    original = make_model(CONFIGS["llama"])
+    for name, weight in original.named_parameters():
+        if "v_proj" in name or "up_proj" in name:
+            weight.data.mul_(1e-38)
+    original.model.embed_tokens.weight.data.mul_(1e-38)
+    model = pack(original, library, "float32")
+    ids = random_ids(model, 40)
+    usual = feed(model, ids, always(5))
+    assert torch.set_flush_denormal(True)
+    try:
+        assert same_bits(feed(model, ids, always(5)), usual)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.slow
+def test_other_processes_do_not_hold_up_a_step(library):
+    """Beside as many busy processes as cores a step is at most 3 times as slow as alone."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        num_hidden_layers=30,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    model = pack(make_model(config), library, "int8")
+    cache = model.make_cache(64)
+    engine.set_num_threads(engine.num_cores())
+
+    def median_seconds() -> float:
+        taken = []
+        for _ in range(50):
+            start = time.perf_counter()
+            score(model, (cache, [1], 0, 1))
+            taken.append(time.perf_counter() - start)
+        return float(np.median(taken))
+
+    median_seconds()
+    alone = median_seconds()
+    spinning = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(spinning) for _ in range(engine.num_cores())]
+    try:
+        time.sleep(1)
+        beside = median_seconds()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    print(f"alone {1e3 * alone:.1f} ms, beside others {1e3 * beside:.1f} ms")
+    assert beside < 3 * alone
