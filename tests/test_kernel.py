@@ -534,7 +534,11 @@ def test_subnormal_numbers_do_not_depend_on_the_caller(library):
 
 @pytest.mark.slow
 def test_other_processes_do_not_hold_up_a_step(library):
-    """Beside as many busy processes as cores a step is at most 3 times as slow as alone."""
+    """Beside as many busy processes as cores a step is at most 3 times as slow as alone.
+
+    Where still others have the cores, it is at least hardly slower than on one thread, which
+    waits for none.
+    """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -565,9 +569,12 @@ def test_other_processes_do_not_hold_up_a_step(library):
     try:
         time.sleep(1)
         beside = median_seconds()
+        engine.set_num_threads(1)
+        single = median_seconds()
     finally:
         for process in busy:
             process.kill()
             process.wait()
-    print(f"alone {1e3 * alone:.1f} ms, beside others {1e3 * beside:.1f} ms")
-    assert beside < 3 * alone
+    found = [round(1e3 * seconds, 1) for seconds in (alone, beside, single)]
+    print("alone {} ms, beside others {} ms, there on one thread {} ms".format(*found))
+    assert beside < max(3 * alone, 1.3 * single)

@@ -101,7 +101,7 @@ def test_every_processors_build_gives_the_same_bits(native_logits, tmp_path_fact
 
 def check(command: list[str], program: Path, runner: tuple[str, ...] = ()) -> str:
     """Compile kernel_check.c and run it: what it prints."""
-    flags = [flag for flag in FLAGS if flag not in command]
+    flags = [flag for flag in FLAGS if flag[:2] != "-O" or "-O1" not in command]
     run = [*command, *flags, f"-I{SOURCES[1].parent}", *map(str, SOURCES)]
     made = subprocess.run(
         [*run, "-o", str(program), "-lpthread", "-lm"], capture_output=True, text=True
@@ -135,14 +135,14 @@ def test_neon_gives_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["-march=native", "-march=haswell", "-march=native -DPLAIN_C"])
+@pytest.mark.parametrize("flags", ["-march=native", "-march=haswell"])
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(tmp_path, sanitizer, flags):
     if not shutil.which("gcc"):
         pytest.skip("needs gcc")
     if sanitizer == "thread" and flags != "-march=native":
         pytest.skip("threads are the same in all builds")
-    command = ["gcc", *flags.split(), "-g", f"-fsanitize={sanitizer}"]
+    command = ["gcc", *flags.split(), "-g", "-O1", f"-fsanitize={sanitizer}"]
     check([*command, "-fno-sanitize-recover=undefined"], tmp_path / "checked")
 
 
