@@ -407,6 +407,7 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
       if (g + odd >= inputs / GROUP) break;
       const uint8_t *numbers = p;
       if (format == INT8 || format == Q8_0) {
+        for (int i = 0; i < 512; i += 64) _mm_prefetch((const char *)p + 4096 + i, _MM_HINT_T0);
         p += 512;
       } else {
         for (int q = 0; q < 4; q++, p += 64) {
