@@ -38,6 +38,7 @@ def config(tmp_path_factory, model_folders) -> Path:
         "speculation": {"k": 4},
         "decoding": {"max_new_tokens": 12},
         "humaneval": {"prompt_style": "completion", "stop_strings": ["\ndef"]},
+        "run": {"methods": METHODS},
     }
     folder = tmp_path_factory.mktemp("config")
     return write_config(folder, "demo", "llama", model_folders, blocks)

@@ -33,10 +33,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError
 from specsampling.models.gguf_model import ARCHITECTURES, gguf_model
 from specsampling.models.gguf_tokenizer import PRE_TOKENIZERS
+from specsampling.models.kernel_model import KernelModel
 from specsampling.models.load import load_pair
 from specsampling.models.source import read_model, read_tokenizer
 
@@ -137,6 +139,8 @@ def llama_folder(tmp_path, tokenizer) -> Path:
 
 def logits(model: Any) -> torch.Tensor:
     tokens = torch.randint(VOCAB_SIZE, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+    if isinstance(model, KernelModel):
+        return Session(model, tokens.shape[1]).score(tokens[0].tolist(), last=tokens.shape[1])
     with torch.inference_mode():
         return model(input_ids=tokens).logits[0]
 
