@@ -673,6 +673,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hosts: list[Host] = []
     try:
         for name, find in finders(config, options).items():
+            if any(part in name for part in options.skip):
+                continue
             print(f"starting {name} ...", flush=True)
             hosts.append(Host(name, find, options))
         decoders = {

@@ -28,7 +28,7 @@ from kernel_models import (
     same_bits,
 )
 
-from specsampling.kernel import build, engine
+from specsampling.kernel import build, engine, weights
 from specsampling.kernel.build import FLAGS, KernelError
 from specsampling.kernel.checking import BLOCKS
 
@@ -198,7 +198,7 @@ def test_weights_of_a_gguf_file_are_those_it_defines(library, format):
         data[..., :size] = scales[..., :size]
     data = data.reshape(outputs, -1)
     expected = gguf.dequantize(data, kind)
-    packed = engine.Packer(library, 2).blocks(data, format, inputs)
+    packed = weights.Packer(library, 2).blocks(data, format, inputs)
     found = weights_of(library, packed, outputs, inputs)
     # A minimum and a scale are rounded apart from each other, so what they cancel to is not exact.
     has_minimum = format in ("Q4_1", "Q4_K")
@@ -209,7 +209,7 @@ def test_weights_of_a_gguf_file_are_those_it_defines(library, format):
 @pytest.mark.parametrize("format", BLOCKS)
 def test_gguf_data_of_another_length_is_an_error(library, format):
     numbers, num_bytes = BLOCKS[format]
-    packer = engine.Packer(library, 1)
+    packer = weights.Packer(library, 1)
     for width, inputs in (
         (num_bytes - 1, numbers),
         (num_bytes, 2 * numbers),
@@ -227,7 +227,7 @@ def test_gguf_data_of_another_length_is_an_error(library, format):
 def test_plain_formats_round_as_they_say(library, dtype):
     torch.manual_seed(0)
     weight = torch.randn(37, 64).mul_(torch.logspace(-6, 3, 37)[:, None]).to(dtype)
-    packer = engine.Packer(library, 2)
+    packer = weights.Packer(library, 2)
     float32 = weight.float()
     largest = float32.abs().amax(1, keepdim=True)
     expected = {
@@ -248,7 +248,7 @@ def test_4_bit_weights_have_the_best_of_19_scales(library):
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((32, 64)).astype(np.float32)
     found = weights_of(
-        library, engine.Packer(library, 1).plain(torch.from_numpy(weight), "Q4_0"), 32, 64
+        library, weights.Packer(library, 1).plain(torch.from_numpy(weight), "Q4_0"), 32, 64
     )
     groups = weight.reshape(32, 2, 32).astype(np.float64)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
@@ -272,7 +272,7 @@ def test_weights_next_to_nothing_are_packed(library, format):
     """Subnormal weights beside zeros became nan in 4 bit: 8 over the largest was infinite."""
     weight = torch.zeros(16, 64)
     weight[0, 3], weight[1, 40], weight[2, :] = 1e-45, -1e-39, 1e-37
-    packed = engine.Packer(library, 1).plain(weight, format)
+    packed = weights.Packer(library, 1).plain(weight, format)
     found = weights_of(library, packed, 16, 64)
     assert np.isfinite(found).all() and np.abs(found).max() <= 1.01e-37
 
