@@ -80,7 +80,7 @@ from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, Source
-from specsampling.results.runfile import RunFile, check_output
+from specsampling.results.runfile import RunFile, check_fresh, check_output
 from specsampling.results.tables import aligned, shared_rows
 
 if TYPE_CHECKING:
@@ -668,7 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_task(config, "humaneval")
     _, options.now = begun(options.output, options.fresh)  # the contenders' processes need it
     meta = meta_of(config, options.now)
-    check_output(options.output, meta)
+    check_fresh(options.output) if options.fresh else check_output(options.output, meta)
     prompts = prompts_of(config, options.now)
     hosts: list[Host] = []
     try:
