@@ -77,7 +77,7 @@ def texts_of(model: str) -> list[list[int]]:
 
 
 def log_probs(model: KernelModel, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Of each text, [n, V] log-probabilities of the next token."""
+    """Scores each text: [n, V] log-probabilities of the next token."""
     return [Session(model, len(text)).score(text, last=len(text)).log_softmax(-1) for text in texts]
 
 

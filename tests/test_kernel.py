@@ -456,10 +456,12 @@ def test_models_may_go_while_threads_are_late(library):
     """Late threads looked at the model of a call that was over."""
     engine.set_num_threads(8)
     original = make_model(CONFIGS["llama"])
+    rows = []
     for _ in range(20):
         model = pack(original, library, "float32")
-        score(model, (model.make_cache(16), [1, 2], 0, 2))
+        rows.append(score(model, (model.make_cache(16), [1, 2], 0, 2)))
         del model
+    assert all(same_bits(found, rows[0]) for found in rows)
 
 
 def test_threads_end_and_begin_again(packed_of):

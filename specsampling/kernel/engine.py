@@ -305,7 +305,7 @@ def num_threads() -> int:
 
 
 def num_cores() -> int:
-    """Of those that this process may use."""
+    """Counts the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -28,9 +28,13 @@ static float float_of(const void *source, int format, size_t at) {
 
 /* To the nearest number of 16 bits, ties to even. */
 static uint16_t half_bits(float value) {
-  _Float16 half = (_Float16)value;
-  uint16_t bits;
-  return memcpy(&bits, &half, 2), bits;
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size >= 0x47800000) return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
+  if (size < 0x38800000) return (uint16_t)(sign | (uint32_t)nearbyintf(fabsf(value) * 0x1p24f));
+  size += 0xfff + (size >> 13 & 1);
+  return (uint16_t)(sign | (size - 0x38000000) >> 13);
 }
 
 static uint16_t bfloat16_bits(float value) {

@@ -165,11 +165,14 @@ def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
         quantization: by the CPU kernel, which must know the model then.
 
     Raises:
-        KernelError: it does not.
+        ModelError: it does not.
     """
     is_kernels = model.device.type == "cpu" and not why_not(model) and not why_no_kernel()
     if is_kernels or quantization != "none":
-        return to_kernel(model, quantization)
+        try:
+            return to_kernel(model, quantization)
+        except KernelError as error:
+            raise ModelError(_no_kernel("the model", quantization, str(error))) from error
     group_heads(model)
     return model
 

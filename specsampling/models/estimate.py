@@ -193,7 +193,7 @@ def _read_bytes(model: PreTrainedModel) -> int:
 
 
 def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device) -> int:
-    """Of the weights once loaded; see `kernel_model.py` for the CPU, bitsandbytes for nf4."""
+    """Bytes of the weights once loaded; see `kernel_model.py` for the CPU, bitsandbytes for nf4."""
     head = model.get_output_embeddings()
     packs = is_kernels(model, quantization, device)
     total, seen = 0, set()
@@ -222,7 +222,7 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
 
 
 def cache_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int = 0) -> int:
-    """Of keys and values, over the whole capacity of each text.
+    """Bytes of keys and values, over the whole capacity of each text.
 
     Args:
         computes_in: bytes of one of their numbers; 0 for as many as a weight has.

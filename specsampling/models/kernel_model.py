@@ -20,6 +20,7 @@ from specsampling.kernel.build import KernelError
 from specsampling.method.batch import ask
 from specsampling.models.cache import cache_folder
 from specsampling.models.distilled import TrimmedHead
+from specsampling.models.errors import ModelError
 from specsampling.models.gguf_file import GgufFile
 from specsampling.models.gguf_model import tensor_of
 from specsampling.models.packing import Pack, pack_model, why_not
@@ -107,14 +108,25 @@ class KernelForward:
         return ask(self._model, engine.Request(self._cache, ids, start, last))
 
 
-@cache
 def kernel_library() -> Any:
-    """The compiled kernel, looked for once.
+    """The compiled kernel.
 
     Raises:
         KernelError: in one line, why there is none here.
     """
-    return engine.library(cache_folder() / "kernel")
+    library, problem = _look_for_kernel()
+    if problem:
+        raise KernelError(problem)
+    return library
+
+
+@cache
+def _look_for_kernel() -> tuple[Any, str]:
+    """The compiled kernel, or why there is none; looked for once in a process."""
+    try:
+        return engine.library(cache_folder() / "kernel"), ""
+    except (KernelError, ModelError) as error:  # also a user without a folder for it
+        return None, str(error)
 
 
 def why_no_kernel() -> str:
