@@ -201,6 +201,29 @@ def test_the_loaded_model_is_the_folders_too(name, tmp_path, tokenizer):
     assert (logits(one) - logits(other)).norm() < 1e-5 * logits(one).norm()
 
 
+WIDE_HEADS = SIZES | {"head_dim": 32}  # whole groups of 32 inputs, as real models have
+KERNELS = {
+    "llama": LlamaConfig(**WIDE_HEADS),
+    "llama, tied": LlamaConfig(**WIDE_HEADS, tie_word_embeddings=True),
+    "llama, biases": LlamaConfig(**WIDE_HEADS, attention_bias=True),
+    "qwen2": Qwen2Config(**SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_decodes_a_files_blocks_as_they_stand(name, kind, tmp_path, tokenizer, caplog):
+    """The converter reorders rows of queries and keys, and the blocks must be put back too."""
+    folder = make_folder(KERNELS[name], tmp_path / "folder", tokenizer)
+    quantization = gguf.GGMLQuantizationType[kind]
+    path = write_gguf(folder, tmp_path / "model.gguf", quantization=quantization)
+    model = load_model(str(path), torch.float32, CPU)
+    assert isinstance(model, KernelModel) and not caplog.records
+    assert {packed.format for packed in model.engine.linears} == {kind}
+    expected = logits(read_model(str(path), dtype=torch.float32))
+    assert (logits(model) - expected).norm() < 0.05 * expected.norm()  # inputs are of 8 bit
+
+
 def own(key: str, value: Any) -> Any:
     """Adds a key of the architecture."""
 
