@@ -92,6 +92,18 @@ def all_threads():
 
 
 @pytest.fixture(scope="session")
+def kernel_folder(tmp_path_factory) -> Path:
+    """Where these tests' own kernel is compiled."""
+    return tmp_path_factory.mktemp("kernel")
+
+
+@pytest.fixture(scope="session")
+def library(kernel_folder):
+    """The CPU kernel, compiled for this processor."""
+    return engine.library(kernel_folder)
+
+
+@pytest.fixture(scope="session")
 def model_of():
     """make_model, each model made once."""
     made: dict[tuple, PreTrainedModel] = {}

@@ -32,16 +32,6 @@ from specsampling.kernel import engine, weights
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("kernel")
-
-
-@pytest.fixture(scope="module")
-def library(folder):
-    return engine.library(folder)
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """Calls on one thread, unless a test asks for more."""

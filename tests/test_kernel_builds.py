@@ -38,16 +38,6 @@ NEON = ["-march=armv8.2-a+dotprod", "-static"]
 DEFAULT = ("AVX2", "plain C")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("kernel")
-
-
-@pytest.fixture(scope="module")
-def library(folder):
-    return engine.library(folder)
-
-
 @pytest.fixture(autouse=True)
 def two_threads():
     engine.set_num_threads(2)
@@ -57,7 +47,7 @@ def two_threads():
 
 @pytest.fixture(scope="module")
 def native_logits(library):
-    """Of each format, and of each architecture, on this processor's own build."""
+    """Logits of each format and each architecture, by this processor's own build."""
     return logits_of(library)
 
 
@@ -322,10 +312,10 @@ def test_a_library_that_was_cut_off_is_made_anew(tmp_path):
             assert len(made.read_bytes()) == len(content)
 
 
-def test_a_build_is_made_once(folder, library):
-    (whole,) = folder.glob("step-*.so")
+def test_a_build_is_made_once(kernel_folder, library):
+    (whole,) = kernel_folder.glob("step-*.so")
     before = whole.stat().st_mtime_ns
-    assert build.build(folder) == whole
+    assert build.build(kernel_folder) == whole
     assert whole.stat().st_mtime_ns == before
 
 

@@ -1,4 +1,4 @@
-"""Which models have a step of tensors alone, and what `decoding.compile` makes of them here."""
+"""Some models have a step of tensors alone; `decoding.compile` says what it makes of them."""
 
 import pytest
 from conftest import make_model

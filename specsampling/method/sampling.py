@@ -130,7 +130,7 @@ def _first_maxima(logits: Tensor) -> tuple[list[float], list[int]]:
 
 
 def _nuclei(probs: Tensor, top_p: float, floors: Sequence[float] = FLOORS) -> list[Distribution]:
-    """Of each row the smallest set of tokens whose mass reaches `top_p`; [n, V] float32 -> n.
+    """Find in each row the smallest set of tokens whose mass reaches `top_p`; [n, V] float32 -> n.
 
     Ordering all V tokens would take longer than all else in a cycle. The tokens above a floor
     contain the nucleus if their own mass reaches `top_p`. Of equally probable tokens the first

@@ -120,6 +120,9 @@ def load_pair(
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
+    Where both are the CPU kernel's, PyTorch computes on one thread from then on: its threads would
+    wait on the cores that the kernel's need.
+
     Args:
         target: a model's spec.
         draft: a model's spec, `target-layers:N` (the target's first N layers), `ngram`, or
