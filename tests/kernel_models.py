@@ -138,8 +138,7 @@ def pack(
 
 def score(model: engine.Model, *requests: tuple) -> list[torch.Tensor]:
     """Logits of requests: (cache, ids, where they start, how many are scored)."""
-    run = model.run if hasattr(model, "run") else model.score
-    return run([engine.Request(*request) for request in requests])
+    return model.run([engine.Request(*request) for request in requests])
 
 
 def feed(

@@ -449,7 +449,7 @@ def test_models_may_go_while_threads_are_late(library):
     rows = []
     for _ in range(20):
         model = pack(original, library, "float32")
-        rows.append(score(model, (model.make_cache(16), [1, 2], 0, 2)))
+        rows += score(model, (model.make_cache(16), [1, 2], 0, 2))
         del model
     assert all(same_bits(found, rows[0]) for found in rows)
 
