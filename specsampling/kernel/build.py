@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SOURCES = ("step.c", "pack.c")
-HEADERS = ("vectors.h",)
+HEADERS = ("vectors.h", "linear.h")
 # Contracted products would round otherwise in one copy of a loop than in another.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 NATIVE = ("-march=native",)

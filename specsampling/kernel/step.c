@@ -21,40 +21,20 @@
    Knows nothing of files, texts or sampling. specsampling/kernel/engine.py calls it. */
 
 #define _GNU_SOURCE
-#include "vectors.h"
+#include "linear.h"
 
 #include <fenv.h>
 #include <float.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <time.h>
-#if defined(__AMX_INT8__) && defined(__linux__) && !defined(PLAIN_C)
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define HAS_AMX 0
-#endif
 
-enum { GROUP = 32, LANES = 16, MOST_ROWS = 64, SPARE_ROWS = 16, MOST_HEAD_DIM = 256 };
+enum { MOST_ROWS = 64, MOST_HEAD_DIM = 256 };
 enum { MOST_LAYERS = 512, PHASES = 7 /* of a layer */ };
 
 /* --- what a model is; engine.py has the same structures ------------------------------ */
-
-typedef enum { FLOAT32, FLOAT16, BFLOAT16, INT8, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K } Format;
-
-/* y = W x + b. Numbers lie in blocks of 16 outputs, one group of inputs after the other.
-   `scales` and `parts` are in the same order: see `scale_of`. */
-typedef struct {
-  const uint8_t *numbers;
-  const void *scales;
-  const uint8_t *parts;
-  const float *bias; /* or NULL */
-  int32_t outputs, inputs, format; /* multiples of 16 and of 32, padded with zeros */
-} Linear;
 
 typedef struct {
   Linear query, key, value, output, gate, up, down; /* without a gate: an MLP of two layers */
@@ -95,15 +75,6 @@ typedef struct {
 /* Chunks that were taken, and that are done; above 24 bits the call that they belong to. */
 enum { CHUNK_BITS = 24 };
 typedef struct { _Atomic uint64_t taken, done; } Phase;
-
-/* Inputs of a linear layer for each row: floats, and whole numbers in groups with a scale. */
-typedef struct {
-  float *floats;   /* [rows, width] */
-  int8_t *numbers; /* [rows, width] */
-  float *scales;   /* [rows, width / 32] */
-  int32_t *sums;   /* [rows, width / 16], of the numbers */
-  int width;
-} Inputs;
 
 typedef struct { int row, num_rows; } Run; /* rows of one text, one position after the other */
 
@@ -152,10 +123,6 @@ struct Pool {
   Inputs normed, seen, inner;
   int room[3]; /* the widest inputs that there is room for */
 };
-
-#if HAS_AMX
-static bool has_tiles; /* the system may keep them from a process */
-#endif
 
 static double microseconds(void) {
   struct timespec now;
@@ -237,276 +204,24 @@ static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
   }
 }
 
-/* --- inputs and linear layers ----------------------------------------------------------- */
+/* --- inputs of linear layers, and chunks of their outputs ----------------------------------------------------------- */
 
 /* Put 32 values, a row's inputs `at` and on: as they are, and as x = scale * whole number. A
    value that is no finite number makes the scale nan. Values that are all next to nothing become
    zeros, for 127 over the largest would be infinite. */
 INLINE void put_group(const Call *call, Inputs *in, int row, int at, V a, V b) {
-  size_t place = (size_t)row * in->width + at;
+  size_t group = (size_t)(at / GROUP) * in->stride + row, place = group * GROUP;
   if (call->as_floats) vstore(in->floats + place, a), vstore(in->floats + place + LANES, b);
   if (!call->as_numbers) return;
   float largest = vmagnitude(a, b);
   bool is_finite = largest <= FLT_MAX;
   if (!is_finite) a = b = vset(0.0f);
   V inverse = vset(is_finite && largest > 0x1p-100f ? 127.0f / largest : 0.0f);
-  in->scales[place / GROUP] = is_finite ? largest / 127.0f : NAN;
-  int32_t *sums = in->sums + place / LANES;
-  sums[0] = vput_bytes(in->numbers + place, vround(vmul(a, inverse)));
-  sums[1] = vput_bytes(in->numbers + place + LANES, vround(vmul(b, inverse)));
-}
-
-INLINE int32_t four_of(const int8_t *numbers) {
-  int32_t four;
-  memcpy(&four, numbers, 4);
-  return four;
-}
-
-/* The scales of 16 outputs in group g of inputs, and what is subtracted once per input
-   (Q4_1 adds a minimum, Q4_K subtracts one). Formats are those of GGUF files, whose scales stay
-   as they are published: products of two of them are exact in float32. */
-INLINE V scale_of(const Linear *w, int format, size_t block, int g, V *low) {
-  size_t group = block * (w->inputs / GROUP) + g, whole = block * (w->inputs / 256) + g / 8;
-  const uint16_t *halves = w->scales;
-  switch (format) {
-    case Q4_1:
-      *low = vhalf(halves + group * 32 + 16);
-      return vhalf(halves + group * 32);
-    case Q4_K:
-      *low = vmul(vhalf(halves + whole * 32 + 16), vbytes(w->parts + group * 32 + 16));
-      *low = vsub(vset(0.0f), *low);
-      return vmul(vhalf(halves + whole * 32), vbytes(w->parts + group * 32));
-    default: return vhalf(halves + group * 16);
-  }
-}
-
-/* 16 outputs of a few rows: y[row] = sum over groups of scale * (sum of products).
-   `format` and N are constants of each copy, so that only one way remains in it. */
-INLINE void tile(const Linear *w, const int format, const int N, size_t block, const Inputs *in,
-                 int row, V *found) {
-  const int inputs = w->inputs, width = in->width; /* copies, which no store can change */
-  V y[TILE];
-  for (int r = 0; r < N; r++) y[r] = vset(0.0f);
-  if (format == FLOAT32 || format == FLOAT16 || format == BFLOAT16) {
-    V odd[TILE];
-    for (int r = 0; r < N; r++) odd[r] = vset(0.0f);
-    const float *x = in->floats + (size_t)row * width;
-    const uint8_t *p = w->numbers + block * LANES * inputs * (format == FLOAT32 ? 4 : 2);
-    for (int i = 0; i < inputs; i += 2) {
-      V one, other;
-      if (format == BFLOAT16) {
-        __builtin_prefetch(p + 2048);
-        vpairs(p, &one, &other), p += 64;
-      } else if (format == FLOAT16) {
-        __builtin_prefetch(p + 2048);
-        one = vhalf((const uint16_t *)p), other = vhalf((const uint16_t *)p + LANES), p += 64;
-      } else {
-        one = vload((const float *)p), other = vload((const float *)p + LANES), p += 128;
-      }
-      for (int r = 0; r < N; r++) {
-        y[r] = vfma(vset(x[(size_t)r * width + i]), one, y[r]);
-        odd[r] = vfma(vset(x[(size_t)r * width + i + 1]), other, odd[r]);
-      }
-    }
-    for (int r = 0; r < N; r++) found[r] = vadd(y[r], odd[r]);
-    return;
-  }
-  const int8_t *x = in->numbers + (size_t)row * width;
-  const float *scales = in->scales + (size_t)row * (width / GROUP);
-  const int32_t *sums = in->sums + (size_t)row * (width / LANES);
-  const int num_scales = width / GROUP, num_sums = width / LANES;
-  const bool is_4_bit = format == Q4_0 || format == Q4_1 || format == Q4_K;
-  const uint8_t *p = w->numbers + block * LANES * (is_4_bit ? inputs / 2 : inputs);
-  for (int g = 0; g < inputs / GROUP; g++, x += GROUP) {
-    Z sum[TILE], second[TILE];
-    for (int r = 0; r < N; r++) {
-      int32_t lower = sums[r * num_sums + 2 * g], upper = sums[r * num_sums + 2 * g + 1];
-      if (format == Q4_0) sum[r] = zset(-8 * (lower + upper));
-      else if (is_4_bit) sum[r] = zset(0);
-      else if (format == Q6_K) sum[r] = zset(-32 * lower), second[r] = zset(-32 * upper);
-      else sum[r] = dot_start(lower + upper);
-    }
-    for (int q = 0; q < GROUP / 4; q++) {
-      if (is_4_bit) {
-        W both = wload(p), low = wlow(both), high = whigh(both);
-        for (int r = 0; r < N; r++) {
-          const int8_t *four = x + (size_t)r * width + 4 * q;
-          sum[r] = dot_small(sum[r], low, four_of(four));
-          sum[r] = dot_small(sum[r], high, four_of(four + 4));
-        }
-        q++;
-      } else if (format == Q6_K) {
-        W numbers = wload(p);
-        Z *half = q < 4 ? sum : second;
-        for (int r = 0; r < N; r++)
-          half[r] = dot_small(half[r], numbers, four_of(x + (size_t)r * width + 4 * q));
-      } else {
-        W numbers = wsigned(wload(p));
-        for (int r = 0; r < N; r++)
-          sum[r] = dot_signed(sum[r], numbers, four_of(x + (size_t)r * width + 4 * q));
-      }
-      p += 64;
-    }
-    V low = vset(0.0f), scale = vset(1.0f), scale2 = scale;
-    if (format == Q6_K) {
-      size_t group = block * (inputs / LANES) + 2 * g;
-      V whole = vhalf((const uint16_t *)w->scales + (block * (inputs / 256) + g / 8) * LANES);
-      scale = vmul(whole, vsigned_bytes((const int8_t *)w->parts + group * LANES));
-      scale2 = vmul(whole, vsigned_bytes((const int8_t *)w->parts + (group + 1) * LANES));
-    } else if (format != INT8) {
-      scale = scale_of(w, format, block, g, &low);
-    }
-    for (int r = 0; r < N; r++) {
-      V factor = vset(scales[r * num_scales + g]);
-      if (format == INT8) {
-        y[r] = vfma(vfrom(sum[r]), factor, y[r]);
-        continue;
-      }
-      y[r] = vfma(vfrom(sum[r]), vmul(scale, factor), y[r]);
-      if (format == Q6_K) y[r] = vfma(vfrom(second[r]), vmul(scale2, factor), y[r]);
-      if (format == Q4_1 || format == Q4_K) {
-        int32_t both = sums[r * num_sums + 2 * g] + sums[r * num_sums + 2 * g + 1];
-        y[r] = vfma(low, vset(scales[r * num_scales + g] * (float)both), y[r]);
-      }
-    }
-  }
-  V scale = format == INT8 ? vload((const float *)w->scales + block * LANES) : vset(1.0f);
-  for (int r = 0; r < N; r++) found[r] = format == INT8 ? vmul(y[r], scale) : y[r];
-}
-
-#if HAS_AMX
-/* Tiles of AMX: 16 rows of 32 inputs, times 32 inputs of 16 outputs, as whole numbers. */
-typedef struct __attribute__((packed)) {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-} TileShapes;
-
-/* Sums, inputs and weights, each twice. A table: GCC 12 drops stores into one on the stack. */
-static const TileShapes SHAPES = {
-    .palette = 1,
-    .bytes = {[0] = 64, [1] = 64, [4] = GROUP, [5] = 64, [6] = GROUP, [7] = 64},
-    .rows = {[0] = 16, [1] = 16, [4] = 16, [5] = 8, [6] = 16, [7] = 8},
-};
-
-/* As `tile`, for 16 rows and formats of whole numbers. The sums are the same integers, and what
-   becomes of them is the same, so the bits are. */
-INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inputs *in, int row,
-                     V *products) {
-  const int inputs = w->inputs, width = in->width, num_scales = width / GROUP;
-  V y[16];
-  const int8_t *x = in->numbers + (size_t)row * width;
-  const float *scales = in->scales + (size_t)row * num_scales;
-  const int32_t *sums = in->sums + (size_t)row * (width / LANES);
-  const uint8_t *p = w->numbers + block * LANES * (format == INT8 || format == Q8_0 ? inputs : inputs / 2);
-  static __thread int32_t found[2][16 * 16] __attribute__((aligned(64)));
-  static __thread uint8_t unpacked[2][8 * 64] __attribute__((aligned(64)));
-  for (int r = 0; r < 16; r++) y[r] = vset(0.0f);
-  for (int g = 0; g < inputs / GROUP; g += 2) {
-    for (int odd = 0; odd < 2; odd++) {
-      if (g + odd >= inputs / GROUP) break;
-      const uint8_t *numbers = p;
-      if (format == INT8 || format == Q8_0) {
-        for (int i = 0; i < 512; i += 64) _mm_prefetch((const char *)p + 4096 + i, _MM_HINT_T0);
-        p += 512;
-      } else {
-        for (int q = 0; q < 4; q++, p += 64) {
-          W both = wload(p);
-          _mm512_store_si512(unpacked[odd] + 128 * q, wlow(both));
-          _mm512_store_si512(unpacked[odd] + 128 * q + 64, whigh(both));
-        }
-        numbers = unpacked[odd];
-      }
-      if (odd) {
-        _tile_zero(1);
-        _tile_loadd(7, numbers, 64);
-        _tile_loadd(6, x + (g + 1) * GROUP, width);
-        _tile_dpbssd(1, 6, 7);
-        _tile_stored(1, found[1], 64);
-      } else {
-        _tile_zero(0);
-        _tile_loadd(5, numbers, 64);
-        _tile_loadd(4, x + g * GROUP, width);
-        _tile_dpbssd(0, 4, 5);
-        _tile_stored(0, found[0], 64);
-      }
-    }
-    for (int odd = 0; odd < 2 && g + odd < inputs / GROUP; odd++) {
-      V low = vset(0.0f), scale = low;
-      if (format != INT8) scale = scale_of(w, format, block, g + odd, &low);
-      for (int r = 0; r < 16; r++) {
-        const int32_t *both = sums + r * (width / LANES) + 2 * (g + odd);
-        V factor = vset(scales[r * num_scales + g + odd]);
-        Z sum = zload(found[odd] + 16 * r);
-        if (format == Q4_0) sum = _mm512_sub_epi32(sum, zset(8 * (both[0] + both[1])));
-        if (format == INT8) {
-          y[r] = vfma(vfrom(sum), factor, y[r]);
-          continue;
-        }
-        y[r] = vfma(vfrom(sum), vmul(scale, factor), y[r]);
-        if (format == Q4_1 || format == Q4_K)
-          y[r] = vfma(low, vset(scales[r * num_scales + g + odd] * (float)(both[0] + both[1])), y[r]);
-      }
-    }
-  }
-  V scale = format == INT8 ? vload((const float *)w->scales + block * LANES) : vset(1.0f);
-  for (int r = 0; r < 16; r++) products[r] = format == INT8 ? vmul(y[r], scale) : y[r];
-}
-
-#endif
-
-/* 16 outputs of rows `row` and on; how many rows were computed. Rows behind the last are there
-   (SPARE_ROWS), and what is computed of them is not looked at. */
-#define OF_FORMAT(f)                                              \
-  case f:                                                         \
-    if (left == 1) tile(w, f, 1, block, in, row, y);              \
-    else if (TILE == 2 || left == 2) tile(w, f, 2, block, in, row, y); \
-    else if (left <= 4) tile(w, f, TILE / 2, block, in, row, y);  \
-    else tile(w, f, TILE, block, in, row, y);                     \
-    break
-#define OF_FORMAT_AMX(f)                                                     \
-  case f:                                                                    \
-    if (left > TILE) return amx_tile(w, f, block, in, row, y), 16;           \
-    break
-
-static int some_rows(const Linear *w, size_t block, const Inputs *in, int row, int left, V *y) {
-#if HAS_AMX
-  if (has_tiles) switch (w->format) {
-    OF_FORMAT_AMX(INT8);
-    OF_FORMAT_AMX(Q8_0);
-    OF_FORMAT_AMX(Q4_0);
-    OF_FORMAT_AMX(Q4_1);
-    OF_FORMAT_AMX(Q4_K);
-  }
-#endif
-  switch (w->format) {
-    OF_FORMAT(FLOAT32);
-    OF_FORMAT(FLOAT16);
-    OF_FORMAT(BFLOAT16);
-    OF_FORMAT(INT8);
-    OF_FORMAT(Q8_0);
-    OF_FORMAT(Q4_0);
-    OF_FORMAT(Q4_1);
-    OF_FORMAT(Q4_K);
-    OF_FORMAT(Q6_K);
-  }
-  return left == 1 ? 1 : TILE;
-}
-
-/* y[row] = W x[row] + b for 16 outputs, y's rows `stride` apart; added to what is there, if so. */
-static void linear(const Linear *w, int block, const Inputs *in, int num_rows, float *y,
-                   size_t stride, bool adds) {
-  V found[16];
-  V bias = w->bias ? vload(w->bias + (size_t)block * LANES) : vset(0.0f);
-  for (int row = 0; row < num_rows;) {
-    int num = some_rows(w, (size_t)block, in, row, num_rows - row, found);
-    for (int r = 0; r < num && row + r < num_rows; r++) {
-      float *to = y + (size_t)(row + r) * stride;
-      V value = w->bias ? vadd(found[r], bias) : found[r];
-      vstore(to, adds ? vadd(vload(to), value) : value);
-    }
-    row += num;
-  }
+  float scale = is_finite ? largest / 127.0f : NAN;
+  int32_t half = vput_bytes(in->numbers + place, vround(vmul(a, inverse)));
+  int32_t sum = half + vput_bytes(in->numbers + place + LANES, vround(vmul(b, inverse)));
+  in->scales[group] = scale, in->shifts[group] = scale * (float)sum;
+  in->minus[group] = -sum, in->halves[group] = -half;
 }
 
 /* How many blocks of 16 outputs are a chunk: some 32 KB, and a few chunks for each thread. */
@@ -976,20 +691,29 @@ static void *numbers(size_t count, size_t size) {
   return made;
 }
 
-static bool make_inputs(Inputs *in, int width, int *room) {
-  in->width = width;
-  if (width <= *room) return true;
-  size_t all = (size_t)(MOST_ROWS + SPARE_ROWS) * (size_t)width;
-  free(in->floats), free(in->numbers), free(in->scales), free(in->sums);
-  *in = (Inputs){numbers(all, 4), numbers(all, 1), numbers(all / GROUP, 4), numbers(all / LANES, 4), width};
-  bool is_made = in->floats && in->numbers && in->scales && in->sums;
-  *room = is_made ? width : 0;
-  return is_made;
+static void free_inputs(Inputs *in) {
+  free(in->floats), free(in->numbers), free(in->scales), free(in->minus), free(in->halves), free(in->shifts);
 }
 
-/* Room for a model's rows, and for the scores of the longest text. No thread is in a chunk. */
-static bool make_room(Pool *pool, const Model *m, int longest) {
-  int seen = m->heads * m->head_padded, rows = MOST_ROWS + SPARE_ROWS;
+static bool make_inputs(Inputs *in, int width, int num_rows, int *room) {
+  if (width > *room) {
+    size_t all = (size_t)MOST_ROWS * (size_t)width, groups = all / GROUP;
+    free_inputs(in);
+    *in = (Inputs){.floats = numbers(all, 4), .numbers = numbers(all, 1)};
+    in->scales = numbers(groups, 4), in->minus = numbers(groups, 4);
+    in->halves = numbers(groups, 4), in->shifts = numbers(groups, 4);
+    bool is_made = in->floats && in->numbers && in->scales && in->minus && in->halves && in->shifts;
+    *room = is_made ? width : 0;
+    if (!is_made) return false;
+  }
+  in->stride = 1;
+  while (in->stride < num_rows) in->stride += in->stride < LANES ? in->stride : LANES;
+  return true;
+}
+
+/* Room for a call's rows, and for the scores of the longest text. No thread is in a chunk. */
+static bool make_room(Pool *pool, const Model *m, int num_rows, int longest) {
+  int seen = m->heads * m->head_padded, rows = MOST_ROWS;
   bool is_made = true;
   if (m->hidden_padded > pool->room[0]) {
     free(pool->hidden);
@@ -999,9 +723,9 @@ static bool make_room(Pool *pool, const Model *m, int longest) {
     free(pool->queries);
     is_made = (pool->queries = numbers((size_t)rows * (size_t)seen, 4)) && is_made;
   }
-  is_made = make_inputs(&pool->normed, m->hidden_padded, pool->room) && is_made;
-  is_made = make_inputs(&pool->seen, seen, pool->room + 1) && is_made;
-  is_made = make_inputs(&pool->inner, m->inner, pool->room + 2) && is_made;
+  is_made = make_inputs(&pool->normed, m->hidden_padded, num_rows, pool->room) && is_made;
+  is_made = make_inputs(&pool->seen, seen, num_rows, pool->room + 1) && is_made;
+  is_made = make_inputs(&pool->inner, m->inner, num_rows, pool->room + 2) && is_made;
   if (!is_made) memset(pool->room, 0, sizeof pool->room);
   if (!is_made || longest <= pool->longest) return is_made;
   int width = (longest + 1023) / 1024 * 1024;
@@ -1025,9 +749,7 @@ void close_pool(Pool *pool) {
   pthread_mutex_unlock(&pool->mutex);
   for (int i = 1; i < pool->num_workers; i++) pthread_join(pool->workers[i].thread, NULL);
   for (int i = 0; i < pool->num_workers; i++) free(pool->workers[i].scores);
-  Inputs *all[] = {&pool->normed, &pool->seen, &pool->inner};
-  for (int i = 0; i < 3; i++)
-    free(all[i]->floats), free(all[i]->numbers), free(all[i]->scales), free(all[i]->sums);
+  free_inputs(&pool->normed), free_inputs(&pool->seen), free_inputs(&pool->inner);
   free(pool->hidden), free(pool->queries), free(pool->workers), free(pool);
 }
 
@@ -1073,7 +795,7 @@ int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
     if (row->token < 0 || row->token >= model->vocabulary) return -3;
     if (row->position + 16 > longest) longest = row->position + 16;
   }
-  if (!make_room(pool, model, longest)) return -4;
+  if (!make_room(pool, model, num_rows, longest)) return -4;
   memset(call, 0, sizeof *call);
   call->model = model, call->rows = rows, call->num_rows = num_rows;
   for (int i = 0; i < num_rows; i++) {

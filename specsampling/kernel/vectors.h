@@ -7,7 +7,7 @@
 
    dot_signed adds w . x for signed bytes w, in 16 outputs: four products each. Processors with
    VNNI multiply unsigned by signed bytes. There w + 128 is multiplied, and dot_start begins with
-   -128 times the sum of x. dot_small does the same for bytes w below 64, which need no shift. */
+   -128 times the sum of x, where minus is that sum with its sign turned. dot_small does the same for bytes w below 64, which need no shift. */
 
 #include <math.h>
 #include <stdint.h>
@@ -60,6 +60,8 @@ INLINE int32_t vput_bytes(int8_t *p, V whole) {
 }
 INLINE V vfrom(Z a) { return _mm512_cvtepi32_ps(a); }
 INLINE Z zset(int32_t a) { return _mm512_set1_epi32(a); }
+INLINE Z zscaled(const int32_t *p, int power) { return _mm512_slli_epi32(zset(*p), power); } /* 2^power * p */
+INLINE Z zsub(Z a, Z b) { return _mm512_sub_epi32(a, b); }
 INLINE Z zload(const int32_t *p) { return _mm512_loadu_si512(p); }
 INLINE W wload(const uint8_t *p) {
   _mm_prefetch((const char *)p + 2048, _MM_HINT_T0);
@@ -68,7 +70,7 @@ INLINE W wload(const uint8_t *p) {
 INLINE W wlow(W a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE W whigh(W a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE W wsigned(W a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
-INLINE Z dot_start(int32_t sum) { return zset(-128 * sum); }
+INLINE Z dot_start(const int32_t *minus) { return zscaled(minus, 7); }
 INLINE Z dot_small(Z acc, W w, int32_t x) { return _mm512_dpbusd_epi32(acc, w, zset(x)); }
 INLINE Z dot_signed(Z acc, W w, int32_t x) { return dot_small(acc, w, x); }
 
@@ -140,6 +142,8 @@ INLINE int32_t vput_bytes(int8_t *p, V whole) {
 }
 INLINE V vfrom(Z a) { return BOTH(V, _mm256_cvtepi32_ps); }
 INLINE Z zset(int32_t a) { return (Z){_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+INLINE Z zscaled(const int32_t *p, int power) { return zset(*p * (1 << power)); }
+INLINE Z zsub(Z a, Z b) { return BOTH2(Z, _mm256_sub_epi32); }
 INLINE W wlow(W a) {
   __m256i m = _mm256_set1_epi8(15);
   return (W){_mm256_and_si256(a.a, m), _mm256_and_si256(a.b, m)};
@@ -152,7 +156,7 @@ INLINE W wsigned(W a) {
   __m256i m = _mm256_set1_epi8((char)0x80);
   return (W){_mm256_xor_si256(a.a, m), _mm256_xor_si256(a.b, m)};
 }
-INLINE Z dot_start(int32_t sum) { return zset(-128 * sum); }
+INLINE Z dot_start(const int32_t *minus) { return zscaled(minus, 7); }
 INLINE Z dot_small(Z acc, W w, int32_t x) {
   __m256i v = _mm256_set1_epi32(x);
   return (Z){_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
@@ -166,7 +170,7 @@ INLINE __m256i pairs_of(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 INLINE W wsigned(W a) { return a; }
-INLINE Z dot_start(int32_t sum) { return (void)sum, zset(0); }
+INLINE Z dot_start(const int32_t *minus) { return (void)minus, zset(0); }
 INLINE Z dot_small(Z acc, W w, int32_t x) {
   __m256i v = _mm256_set1_epi32(x);
   return (Z){pairs_of(acc.a, w.a, v), pairs_of(acc.b, w.b, v)};
@@ -231,11 +235,13 @@ INLINE int32_t vput_bytes(int8_t *p, V whole) {
   return sum;
 }
 INLINE Z zset(int32_t a) { EACH(Z, vdupq_n_s32(a)); }
+INLINE Z zscaled(const int32_t *p, int power) { return zset(*p * (1 << power)); }
+INLINE Z zsub(Z a, Z b) { EACH(Z, vsubq_s32(a.v[i], b.v[i])); }
 INLINE W wload(const uint8_t *p) { EACH(W, vld1q_u8(p + 16 * i)); }
 INLINE W wlow(W a) { EACH(W, vandq_u8(a.v[i], vdupq_n_u8(15))); }
 INLINE W whigh(W a) { EACH(W, vshrq_n_u8(a.v[i], 4)); }
 INLINE W wsigned(W a) { return a; }
-INLINE Z dot_start(int32_t sum) { return (void)sum, zset(0); }
+INLINE Z dot_start(const int32_t *minus) { return (void)minus, zset(0); }
 INLINE Z dot_signed(Z acc, W w, int32_t x) {
   int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(x));
   EACH(Z, vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), v));
@@ -290,11 +296,13 @@ INLINE int32_t vput_bytes(int8_t *p, V whole) {
   return sum;
 }
 INLINE Z zset(int32_t a) { EACH(Z, a); }
+INLINE Z zscaled(const int32_t *p, int power) { return zset(*p * (1 << power)); }
+INLINE Z zsub(Z a, Z b) { EACH(Z, a.v[i] - b.v[i]); }
 INLINE W wload(const uint8_t *p) { W y; memcpy(y.v, p, 64); return y; }
 INLINE W wlow(W a) { W y; for (int i = 0; i < 64; i++) y.v[i] = a.v[i] & 15; return y; }
 INLINE W whigh(W a) { W y; for (int i = 0; i < 64; i++) y.v[i] = a.v[i] >> 4; return y; }
 INLINE W wsigned(W a) { return a; }
-INLINE Z dot_start(int32_t sum) { return (void)sum, zset(0); }
+INLINE Z dot_start(const int32_t *minus) { return (void)minus, zset(0); }
 INLINE Z dot_signed(Z acc, W w, int32_t x) {
   int8_t in[4];
   memcpy(in, &x, 4);

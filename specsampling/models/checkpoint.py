@@ -30,7 +30,12 @@ from specsampling.models.errors import (
     way_out_of,
 )
 from specsampling.models.estimate import Planned, outline_of, weight_bytes
-from specsampling.models.exactness import Proof, prove_decoding, require_decodable
+from specsampling.models.exactness import (
+    Proof,
+    prove_decoding,
+    prove_without_cache,
+    require_decodable,
+)
 from specsampling.models.folder import SAFE_WEIGHTS
 from specsampling.models.gguf_file import open_gguf
 from specsampling.models.kernel_model import KernelModel, to_kernel, why_no_kernel
@@ -88,7 +93,7 @@ def load_model(
     model = _read(spec, dtype, device, "none" if is_kernels else quantization, device_map)
     with _one_line(spec):
         with one_thread() if is_kernels else contextlib.nullcontext():
-            proof = require_decodable(model, spec)
+            proof = prove_without_cache(model, spec)
         if is_kernels and compile != "off":
             made, problem = _into_kernel(model, proof, spec, quantization)
             if made is not None:
@@ -99,6 +104,7 @@ def load_model(
             model = _read(spec, dtype, device, "none")
         elif is_kernels and quantization != "none":
             raise ModelError(_no_kernel(spec, quantization, "decoding.compile is off"))
+        require_decodable(model, spec, proof)
         if quantization != "none" or device_map is not None:
             return model
         problem = _try_grouped(model, proof)

@@ -108,18 +108,15 @@ class ExactnessCheck:
         )
 
 
-def require_decodable(model: PreTrainedModel, name: str) -> Proof:
-    """Refuse a model whose cache cannot be rolled back.
+def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
+    """What a model says, for `Proof.difference` with the same model under a cache, or made fast.
 
     Args:
         model: as it was loaded.
         name: what the user calls it.
 
-    Returns:
-        What it says, for `Proof.difference` with the same model made fast.
-
     Raises:
-        ModelError: in one line, why not.
+        ModelError: in one line, why it cannot be decoded.
     """
     refusal = f"cannot decode with {name}: {model.config.model_type} models"
     with _one_line(*_blame(model, name, f"{refusal} fail here")):
@@ -135,6 +132,25 @@ def require_decodable(model: PreTrainedModel, name: str) -> Proof:
             f"cannot decode with {name}: its logits are not finite in "
             f"{str(model.dtype).removeprefix('torch.')}; {way_out}"
         )
+    return truth
+
+
+def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = None) -> Proof:
+    """Refuse a model whose cache cannot be rolled back.
+
+    Args:
+        model: as it was loaded.
+        name: what the user calls it.
+        truth: what it says without a cache, if that is known.
+
+    Returns:
+        What it says without a cache.
+
+    Raises:
+        ModelError: in one line, why not.
+    """
+    truth = truth or prove_without_cache(model, name)
+    refusal = f"cannot decode with {name}: {model.config.model_type} models"
     with _one_line(f"{refusal} do not take a preallocated cache", ANOTHER):
         error = prove_decoding(model).difference(truth)
     if not error < truth.tolerance:

@@ -21,6 +21,21 @@ WAY_OUT = "choose the model's folder or hub id instead, or a file that was conve
 OTHER_PARTS = ("adapter", "clip", "control_vector")
 
 
+class Reader(gguf.GGUFReader):
+    """The package's, over a plain array: each of a vocabulary's 300,000 pieces of a memmap would
+    cost ten times as much.
+    """
+
+    @property
+    def data(self) -> Any:
+        """The whole file."""
+        return self._plain
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._plain = np.asarray(mapped)
+
+
 class GgufFile:
     """A GGUF file's header and tensors.
 
@@ -39,7 +54,7 @@ class GgufFile:
         """
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise ModelError(
                 f"cannot load {path}: it is cut off, or no GGUF file ({error}); download it again"

@@ -12,7 +12,7 @@ Sources: llama.cpp's converter (`conversion/base.py`, `llama.py`, `qwen.py`, `gp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -374,20 +374,25 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
     return state
 
 
-def tensor_of(file: GgufFile, model: PreTrainedModel, layer: str) -> tuple[Any, Tensor]:
-    """A linear layer's tensor in a file, by the layer's name in the model.
+def tensors_of(file: GgufFile, model: PreTrainedModel) -> Callable[[str], tuple[Any, Tensor]]:
+    """Finds a linear layer's tensor in a file, by the layer's name in the model.
 
     Returns:
-        The tensor as the `gguf` package reads it, and which of its rows is each of the layer's.
+        Of a name, the tensor as the `gguf` package reads it, and which of its rows is each of the
+        layer's.
     """
-    theirs = f"{layer}.weight"
     by_name = {theirs: ours for ours, theirs in _names(file, model).items()}
-    tensor = file.tensors[by_name.get(theirs, EMBEDDING)]  # a tied head has no name
-    rows = torch.arange(int(tensor.shape[-1]))
-    heads = _heads(model.config, theirs)
-    if ARCHITECTURES[file.architecture].interleaves and heads:
-        rows = _undo_interleaving(rows[:, None], heads)[:, 0]
-    return tensor, rows
+
+    def find(layer: str) -> tuple[Any, Tensor]:
+        theirs = f"{layer}.weight"
+        tensor = file.tensors[by_name.get(theirs, EMBEDDING)]  # a tied head has no name
+        rows = torch.arange(int(tensor.shape[-1]))
+        heads = _heads(model.config, theirs)
+        if ARCHITECTURES[file.architecture].interleaves and heads:
+            rows = _undo_interleaving(rows[:, None], heads)[:, 0]
+        return tensor, rows
+
+    return find
 
 
 def _names(file: GgufFile, model: PreTrainedModel) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from specsampling.models.cache import cache_folder
 from specsampling.models.distilled import TrimmedHead
 from specsampling.models.errors import ModelError
 from specsampling.models.gguf_file import GgufFile
-from specsampling.models.gguf_model import tensor_of
+from specsampling.models.gguf_model import tensors_of
 from specsampling.models.packing import Pack, pack_model, why_not
 
 FORMATS = {
@@ -167,7 +168,7 @@ def to_kernel(
     pack: Pack = partial(_pack, packer, quantization, model.dtype)
     if file is not None and quantization != "int8":
         kinds = FOUR_BIT if quantization == "int4" else tuple(weights.SCALES)
-        pack = partial(_pack_tensor, packer, file, model, kinds, pack)
+        pack = partial(_pack_tensor, packer, tensors_of(file, model), kinds, pack)
     dtype = model.dtype
     made = pack_model(
         model,
@@ -199,8 +200,7 @@ def _pack(
 
 def _pack_tensor(
     packer: weights.Packer,
-    file: GgufFile,
-    model: PreTrainedModel,
+    find: Callable[[str], tuple[Any, Tensor]],
     kinds: tuple[str, ...],
     otherwise: Pack,
     name: str,
@@ -209,7 +209,7 @@ def _pack_tensor(
     columns: Tensor | None = None,
 ) -> weights.Packed:
     """A layer as its GGUF file has it, if the type of its blocks is one of some kinds."""
-    tensor, order = tensor_of(file, model, name)
+    tensor, order = find(name)
     kind = tensor.tensor_type.name
     if kind not in kinds or rows is not None or columns is not None:
         return otherwise(name, linear, rows, columns)
