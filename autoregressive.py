@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
-
 from specsampling.method.decode import decode_text
 from specsampling.method.evidence import Evidence
 from specsampling.method.forward import Model
-from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits, sample
+from specsampling.method.sampling import GREEDY, Sampling, Source, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
 
@@ -25,7 +23,7 @@ def autoregressive(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     width: int | None = None,
     eos_ids: Collection[int] = (),
     is_stop: StopCheck | None = None,
@@ -37,7 +35,7 @@ def autoregressive(
         prompt: token ids, at least one.
         max_new_tokens: exact limit on the new tokens.
         sampling: temperature, top-k and top-p; greedy by default.
-        generator: source of randomness, on the model's device.
+        generator: source of randomness, on the model's device, or `Noise`.
         width: rows of every call (see `Session`); None for one row, the fastest.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.
@@ -58,7 +56,7 @@ def autoregressive(
     def cycle() -> None:
         logits = session.score(text.tokens, last=1)
         target_probs = probs_from_logits(logits, sampling)  # one
-        token = sample(target_probs[0], generator)
+        token = sample(target_probs[0], generator, len(text.tokens))
         evidence.add([token], logits, target_probs)
         text.extend([token])
 

@@ -19,16 +19,15 @@ if __name__ == "__main__":
 
 from collections.abc import Collection, Sequence
 
-import torch
-
 from specsampling.method.decode import Cycle, decode_text
 from specsampling.method.drafts import Draft, DraftTerms
 from specsampling.method.evidence import Evidence
 from specsampling.method.forward import Model
-from specsampling.method.sampling import GREEDY, Sampling, probs_from_logits
+from specsampling.method.noise import Noise
+from specsampling.method.sampling import GREEDY, Sampling, Source, probs_from_logits
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
-from specsampling.method.verify import Verifier, verify
+from specsampling.method.verify import Verifier, verify, verify_coupled
 
 
 def speculative(
@@ -39,7 +38,7 @@ def speculative(
     k: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     width: int | None = None,
     verifier: Verifier = verify,
     eos_ids: Collection[int] = (),
@@ -57,15 +56,18 @@ def speculative(
         k: draft tokens per cycle, at least 1.
         max_new_tokens: exact limit on the new tokens.
         sampling: temperature, top-k and top-p of both models; greedy by default.
-        generator: source of randomness, on the model's device.
+        generator: source of randomness, on the model's device; `Noise` for `verify_coupled`.
         width: rows of every target call, above k (see `Session`); None for as many as needed.
-        verifier: the rejection rule: `verify`, or `verify_block`.
+        verifier: the rule: `verify`, `verify_block` or `verify_coupled`.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.
 
     Raises:
-        ValueError: k or width out of range, or the prompt is empty or leaves no room.
+        ValueError: k or width out of range, noise with another rule than `verify_coupled` or the
+            other way round, or the prompt is empty or leaves no room.
     """
+    if isinstance(generator, Noise) != (verifier is verify_coupled):
+        raise ValueError("verify_coupled needs Noise; the other rules a torch.Generator or None")
     if k < 1 or (width is not None and width <= k):
         raise ValueError(f"k must be >= 1 and below the width (got k {k}, width {width})")
     text = Text(
@@ -83,7 +85,7 @@ def speculative(
         draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.room - 1))
         logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
         target_probs = probs_from_logits(logits, sampling)  # k + 1 of them
-        verdict = verifier(target_probs, draft_probs, draft_tokens, generator)
+        verdict = verifier(target_probs, draft_probs, draft_tokens, generator, len(text.tokens))
         new_tokens = [*draft_tokens[: verdict.num_accepted], verdict.token]
         evidence.add(new_tokens, logits, target_probs, draft_probs)
         text.extend(new_tokens)

@@ -112,7 +112,7 @@ def decoded_texts(monkeypatch):
     monkeypatch.setattr("specsampling.method.adaptive.time", clock)
     monkeypatch.setattr("specsampling.method.session.time", clock)
 
-    def sample(probs, generator):
+    def sample(probs, generator, position=0):
         return turn["decide"](probs.dense(VOCAB).tolist())
 
     monkeypatch.setattr(drafts_module, "sample", sample)
@@ -120,7 +120,7 @@ def decoded_texts(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.tensor(turn["uniforms"]))
 
     def decoded(target, make_draft, name: str, num: int, **options) -> dict:
-        def verifier(target_probs, draft_probs, drafted, generator):
+        def verifier(target_probs, draft_probs, drafted, generator, position):
             sides = [
                 ((threshold / 2, (threshold + 1) / 2), [threshold, 1 - threshold])
                 for threshold in THRESHOLDS[name](dense(target_probs), dense(draft_probs), drafted)

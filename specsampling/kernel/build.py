@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-SOURCES = ("step.c", "pack.c")
+SOURCES = ("step.c", "pack.c", "race.c")
 HEADERS = ("vectors.h", "linear.h")
 # Contracted products would round otherwise in one copy of a loop than in another.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

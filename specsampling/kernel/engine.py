@@ -92,7 +92,34 @@ def library(folder: Path) -> ctypes.CDLL:
         *(pointer, pointer, pointer),
     ]
     found.pack_blocks.restype = None
+    found.race.argtypes = [pointer, ctypes.c_uint64, pointer, pointer, ctypes.c_int64]
+    found.race.restype = ctypes.c_int64
     return found
+
+
+def race(
+    library: ctypes.CDLL,
+    key: tuple[int, int],
+    position: int,
+    tokens: np.ndarray | None,
+    probs: np.ndarray,
+) -> int:
+    """The winner of an exponential race, from a key of two words and a position; see `race.c`.
+
+    Args:
+        library: the compiled C files.
+        key: two words of 32 bits.
+        position: in the text.
+        tokens: [n] ids, ascending; None for 0 to n - 1.
+        probs: [n], none of them NaN, one of them above 0.
+    """
+    words, masses = np.array(key, np.uint32), np.ascontiguousarray(probs, np.float64)
+    ids = None if tokens is None else np.ascontiguousarray(tokens, np.uint32)
+    address = None if ids is None else ids.ctypes.data
+    winner: int = library.race(
+        words.ctypes.data, position, address, masses.ctypes.data, len(masses)
+    )
+    return winner
 
 
 @dataclass(frozen=True)

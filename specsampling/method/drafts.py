@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
 from specsampling.method.forward import RUNNER, Model, is_exact
-from specsampling.method.sampling import Sampling, probs_from_logits, sample
+from specsampling.method.sampling import Sampling, Source, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 
 
@@ -57,14 +57,14 @@ class DraftTerms:
         vocab_size: width of the target's logits; a draft proposes no token beyond it.
         device: where the target lies.
         sampling: the warp, the target's own.
-        generator: source of all randomness, on the device.
+        source: where all randomness comes from.
     """
 
     capacity: int
     vocab_size: int
     device: torch.device
     sampling: Sampling
-    generator: torch.Generator | None
+    source: Source
 
     @classmethod
     def of(
@@ -72,9 +72,9 @@ class DraftTerms:
         target: Model,
         capacity: int,
         sampling: Sampling,
-        generator: torch.Generator | None,
+        source: Source,
     ) -> DraftTerms:
-        return cls(capacity, num_logits(target), target.device, sampling, generator)
+        return cls(capacity, num_logits(target), target.device, sampling, source)
 
 
 class Draft(Protocol):
@@ -138,7 +138,7 @@ class ModelProposer:
             logits = logits[:, : terms.vocab_size]
             (probs,) = probs_from_logits(logits, terms.sampling)
             try:
-                sequence.append(sample(probs, terms.generator))
+                sequence.append(sample(probs, terms.source, len(sequence)))
             except NonFiniteError:
                 raise NonFiniteError("draft") from None
             draft_probs.append(probs)

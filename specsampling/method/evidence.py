@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specsampling.method.distribution import Distribution, Few, Full
-from specsampling.method.sampling import Sampling
+from specsampling.method.sampling import Sampling, Source
 
 TIE_BREAK = 1e-6  # per probability: orders what has one ratio, and hardly anything else
 IMPOSSIBLE = -1.0  # the transform of a token that the target cannot emit
@@ -30,12 +30,12 @@ class Evidence:
         gaps: when greedy; see `gap`.
     """
 
-    def __init__(self, sampling: Sampling, generator: torch.Generator | None):
+    def __init__(self, sampling: Sampling, source: Source):
         self.transforms: list[float] = []
         self.gaps: list[float] = []
         self._is_greedy = sampling.is_greedy
         # A stream of its own: the texts are the same whether or not somebody looks on.
-        self._random = random.Random(generator.initial_seed() if generator else 0)
+        self._random = random.Random(source.initial_seed() if source else 0)
 
     def add(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specsampling.method.distribution import Distribution, Few, Full
+from specsampling.method.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -184,15 +185,27 @@ def uniforms(num: int, generator: torch.Generator | None) -> list[float]:
     return torch.rand(num, generator=generator, device=_device(generator)).tolist()
 
 
-def sample(probs: Distribution, generator: torch.Generator | None) -> int:
-    """Draw one token id from a distribution, by inversion.
+Source = torch.Generator | Noise | None
+"""Where randomness comes from: drawn in sequence, or belonging to positions and tokens."""
+
+
+def sample(probs: Distribution, source: Source, position: int = 0) -> int:
+    """Draw one token id from a distribution.
+
+    Args:
+        probs: the distribution.
+        source: a generator, from which a token is drawn by inversion; or noise, whose race at the
+            position has a winner.
+        position: where the token will stand in its text.
 
     Raises:
         NonFiniteError: the distribution holds NaN.
     """
-    device = _device(generator)
+    if isinstance(source, Noise):
+        return source.winner(probs, position)
+    device = _device(source)
     precise = torch.float32 if device.type == "mps" else torch.float64  # mps has no other
-    uniform = torch.rand((), generator=generator, dtype=precise, device=device)
+    uniform = torch.rand((), generator=source, dtype=precise, device=device)
     return probs.token_at(1 - float(uniform))
 
 

@@ -1,19 +1,21 @@
-"""Accept, correct, bonus: the rejection rules that keep the target's distribution.
+"""Accept, correct, bonus: the rules that keep the target's distribution.
 
-Two rules for one cycle: token by token (`verify`), and the block as a whole (`verify_block`).
-They know only distributions: no tokenizer, no model, no cache. Greedy decoding and n-gram
-drafts need no code of their own here, their distributions are sure of one token.
+Three rules for one cycle: token by token (`verify`), the block as a whole (`verify_block`), and
+equality under noise that target and draft share (`verify_coupled`). They know only distributions:
+no tokenizer, no model, no cache. Greedy decoding and n-gram drafts need no code of their own here,
+their distributions are sure of one token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from specsampling.method.distribution import Distribution, NonFiniteError
+from specsampling.method.noise import Noise
 from specsampling.method.sampling import sample, uniforms
 
 
@@ -29,6 +31,7 @@ def verify(
     draft_probs: Sequence[Distribution],
     draft_tokens: Sequence[int],
     generator: torch.Generator | None,
+    position: int = 0,
 ) -> Verdict:
     """One cycle of modified rejection sampling (Chen et al. 2023, Algorithm 2).
 
@@ -42,6 +45,7 @@ def verify(
         draft_probs: k of them; number i is what draft token i was sampled from.
         draft_tokens: k token ids.
         generator: source of all randomness.
+        position: unused; `verify_coupled` needs it.
     """
     k = len(draft_tokens)
     for i, uniform in enumerate(uniforms(k, generator)):
@@ -57,6 +61,7 @@ def verify_block(
     draft_probs: Sequence[Distribution],
     draft_tokens: Sequence[int],
     generator: torch.Generator | None,
+    position: int = 0,
 ) -> Verdict:
     """One cycle of block verification (Sun et al. 2025, arXiv 2403.10444, Algorithm 2).
 
@@ -90,11 +95,38 @@ def verify_block(
     return Verdict(num_accepted, sample(correction, generator))
 
 
+def verify_coupled(
+    target_probs: Sequence[Distribution],
+    draft_probs: Sequence[Distribution],
+    draft_tokens: Sequence[int],
+    noise: Noise,
+    position: int,
+) -> Verdict:
+    """One cycle of drafter-invariant sampling (Daliri et al. 2024, arXiv 2408.07978, section 3).
+
+    The token of a position is the winner of an exponential race, argmin E(v) / target(v) over the
+    tokens v. A draft runs the same race, with the same E and its own distribution. Its tokens are
+    accepted as far as they equal the target's winners, and the first that does not is replaced by
+    the winner. So the text is the one that the target writes alone. Arguments and result as
+    `verify`'s, but for two.
+
+    Args:
+        noise: what gives E, in the target as in the draft.
+        position: where the first draft token stands in the text.
+    """
+    k = len(draft_tokens)
+    for i, drafted in enumerate(draft_tokens):
+        token = sample(target_probs[i], noise, position + i)
+        if token != drafted:
+            return Verdict(i, token)
+    return Verdict(k, sample(target_probs[k], noise, position + k))
+
+
 Verifier = Callable[
-    [Sequence[Distribution], Sequence[Distribution], Sequence[int], "torch.Generator | None"],
-    Verdict,
+    [Sequence[Distribution], Sequence[Distribution], Sequence[int], Any, int], Verdict
 ]
-VERIFIERS: Mapping[str, Verifier] = {"token": verify, "block": verify_block}
+VERIFIERS: Mapping[str, Verifier] = {"token": verify, "block": verify_block}  # by rejection
+RULES: Mapping[str, Verifier] = {**VERIFIERS, "coupled": verify_coupled}
 
 
 def next_weight(weight: float, target: Distribution, draft: Distribution, token: int) -> float:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from specsampling.kernel import engine, weights
 from specsampling.kernel.build import KernelError
 from specsampling.method.batch import ask
+from specsampling.method.noise import Race, race
 from specsampling.models.cache import cache_folder
 from specsampling.models.distilled import TrimmedHead
 from specsampling.models.errors import ModelError
@@ -128,6 +129,11 @@ def _look_for_kernel() -> tuple[Any, str]:
         return engine.library(cache_folder() / "kernel"), ""
     except (KernelError, ModelError) as error:  # also a user without a folder for it
         return None, str(error)
+
+
+def fastest_race() -> Race:
+    """The compiled race where there is a kernel, else NumPy's: both have the same winners."""
+    return race if why_no_kernel() else partial(engine.race, kernel_library())
 
 
 def why_no_kernel() -> str:

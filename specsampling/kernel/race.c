@@ -1,0 +1,52 @@
+/* The winner of an exponential race over a vocabulary: specsampling/method/noise.py says what that
+   is, and gives the same winners without this file. Philox4x32-10 is of Salmon et al. 2011. */
+
+#include <math.h>
+#include <stdint.h>
+
+enum { AT_ONCE = 256, ROUNDS = 10 };
+
+/* The first two words that Philox makes of (token, position), for tokens one after the other. */
+static void philox(const uint32_t *key, uint64_t position, const uint32_t *tokens, int num,
+                   uint32_t *first, uint32_t *second) {
+  for (int i = 0; i < num; i++) {
+    uint32_t a = tokens[i], b = (uint32_t)position, c = (uint32_t)(position >> 32), d = 0;
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+      uint64_t left = (uint64_t)0xD2511F53u * a, right = (uint64_t)0xCD9E8D57u * c;
+      a = (uint32_t)(right >> 32) ^ b ^ (key[0] + round * 0x9E3779B9u), b = (uint32_t)right;
+      c = (uint32_t)(left >> 32) ^ d ^ (key[1] + round * 0xBB67AE85u), d = (uint32_t)left;
+    }
+    first[i] = a, second[i] = b;
+  }
+}
+
+/* An odd multiple of 2^-53. */
+static double uniform(uint32_t first, uint32_t second) {
+  return (double)((uint64_t)(first >> 6) << 27 | (uint64_t)(second >> 6) << 1 | 1) * 0x1p-53;
+}
+
+/* The token with the smallest -log(1 - u) / p; of two with the same time, the lower id.
+
+   tokens: n ids, ascending; NULL for 0 to n - 1. probs: n of them, of which one is above 0. The most
+   probable token's time is a bound. No token with u > bound * p wins, since -log(1 - u) >= u. */
+int64_t race(const uint32_t *key, uint64_t position, const uint32_t *tokens, const double *probs, int64_t n) {
+  uint32_t ids[AT_ONCE], first[AT_ONCE], second[AT_ONCE];
+  int64_t top = 0, winner = -1;
+  for (int64_t i = 1; i < n; i++) top = probs[i] > probs[top] ? i : top;
+  ids[0] = tokens ? tokens[top] : (uint32_t)top;
+  philox(key, position, ids, 1, first, second);
+  double bound = -log1p(-uniform(first[0], second[0])) / probs[top], best = INFINITY;
+  for (int64_t start = 0; start < n; start += AT_ONCE) {
+    int num = n - start < AT_ONCE ? (int)(n - start) : AT_ONCE;
+    for (int i = 0; i < num; i++) ids[i] = tokens ? tokens[start + i] : (uint32_t)(start + i);
+    philox(key, position, ids, num, first, second);
+    for (int i = 0; i < num; i++) {
+      double u = uniform(first[i], second[i]), p = probs[start + i];
+      if (!(p > 0 && u <= bound * p)) continue;
+      double time = -log1p(-u) / p;
+      if (time < best) best = time, winner = ids[i];
+      if (time < bound) bound = time;
+    }
+  }
+  return winner;
+}
