@@ -52,6 +52,18 @@ def at_most(maximum: int, why: str) -> Rule:
     return Rule(f" <= {maximum}", lambda value: value <= maximum, why)
 
 
+def within(minimum: int, maximum: int, why: str, way_out: str = "") -> tuple[Rule, Rule]:
+    """Return the rules of both bounds; `why` nobody needs more than the maximum."""
+    reason = f"{why}; {way_out}" if way_out else why
+    return at_least(minimum, way_out), at_most(maximum, reason)
+
+
+def rules_of(hint: Any) -> list[Rule]:
+    """Return the rules of an `Annotated` hint."""
+    found = get_args(hint)[1:]
+    return [rule for item in found for rule in ([item] if isinstance(item, Rule) else item)]
+
+
 def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any:
     """Make an instance of a config dataclass from its block and from the `given` fields."""
     schema = {item.name: item for item in fields(cls) if item.name not in given}
@@ -91,7 +103,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         converted = _convert(args[0], value, path)
-        for rule in args[1:]:
+        for rule in rules_of(hint):
             if not rule.check(converted):
                 raise rule.misfit(converted)
         return converted
@@ -142,7 +154,8 @@ def _words(hint: Any, broken: Rule | None = None) -> str:
     """Say a type hint in words: `null or an integer >= 1`. Of several rules say `broken`."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
-        rule = broken if broken and broken in args[1:] else args[1]
+        rules = rules_of(hint)
+        rule = broken if broken and broken in rules else rules[0]
         return f"{_words(args[0], broken)}{rule.words}"
     if type(None) in args:
         return f"null or {_words(args[0], broken)}"

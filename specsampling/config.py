@@ -24,6 +24,7 @@ from specsampling.checking import (
     nearest,
     shown,
     shown_name,
+    within,
 )
 from specsampling.strict_yaml import YamlError, parse_yaml
 
@@ -40,7 +41,6 @@ _NOT_HASHED = {
 }
 
 _DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
-
 _OURS = re.compile(r"(ngram\+)?(embedded:|target-layers:)|ngram(\+|$)", re.IGNORECASE)
 _SMALL = " with ngram, target-layers: and embedded: in small letters"
 Text = Annotated[str, Rule(" that is not empty", len)]
@@ -58,14 +58,7 @@ Device = Annotated[
     ),
 ]
 K = Annotated[int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED]
-Limit = Annotated[
-    int,
-    at_least(1, "null runs every example"),
-    at_most(1_000_000_000, "no data set is larger; null runs every example"),
-]
-Ngram = Annotated[
-    int, at_least(1), at_most(64, "every length is looked up, and longer ones hardly ever repeat")
-]
+Ngram = Annotated[int, within(1, 64, "each length is looked up, and long ones hardly ever repeat")]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
@@ -114,12 +107,10 @@ class SpeculationConfig:
 class DecodingConfig:
     """Where decoding ends, and how a decode call is made. A `width` of 0 is chosen from k."""
 
-    max_new_tokens: Annotated[int, at_least(1), at_most(10_000_000, "no model's context is longer")]
+    max_new_tokens: Annotated[int, within(1, 10_000_000, "no model's context is longer")]
     bit_exact: bool
     width: Annotated[
-        int,
-        at_least(0, "0 chooses it from speculation.k"),
-        at_most(2048, "every call computes so many rows; 0 chooses it from speculation.k"),
+        int, within(0, 2048, "every call computes so many rows", "0 chooses it from speculation.k")
     ]
     compile: Compile = "off"
 
@@ -129,20 +120,12 @@ class SamplingConfig:
     """The warp of both models. A temperature of 0 is greedy, and a top_k of 0 is off."""
 
     temperature: Annotated[
-        float,
-        at_least(0, "0 decodes greedily"),
-        at_most(1000, "there every token is as probable as any other already"),
+        float, within(0, 1000, "all tokens are as probable there", "0 decodes greedily")
     ]
-    top_k: Annotated[
-        int,
-        at_least(0, "0 keeps every token"),
-        at_most(10_000_000, "no vocabulary is larger; 0 keeps every token"),
-    ]
+    top_k: Annotated[int, within(0, 10_000_000, "no vocabulary is larger", "0 keeps every token")]
     top_p: Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
-    seed: Annotated[int, at_least(0), at_most(2**63 - 1, "a seed has 63 bits")]
-    num_samples: Annotated[
-        int, at_least(1), at_most(10_000, "every one of them is decoded for every example")
-    ]
+    seed: Annotated[int, within(0, 2**63 - 1, "a seed has 63 bits")]
+    num_samples: Annotated[int, within(1, 10_000, "each of them is decoded for every example")]
 
 
 @dataclass(frozen=True)
@@ -153,19 +136,16 @@ class RunConfig:
         tuple[Method, ...],
         Rule(", at least one, none twice", lambda names: 0 < len(names) == len(set(names))),
     ]
-    limit: Limit | None
-    warmup: Annotated[
-        int, at_least(0), at_most(1000, "every one of them is decoded and thrown away")
-    ]
+    limit: (
+        Annotated[int, within(1, 1_000_000_000, "no data set is larger", "null runs every example")]
+        | None
+    )
+    warmup: Annotated[int, within(0, 1000, "each of them is decoded and thrown away")]
     threads: Annotated[
-        int,
-        at_least(0, "0 leaves the number to torch"),
-        at_most(1024, "more than a machine's cores only wait; 0 leaves the number to torch"),
+        int, within(0, 1024, "threads beyond the cores only wait", "0 leaves the number to torch")
     ]
     batch_size: Annotated[
-        int,
-        at_least(1, "1 decodes one text after the other"),
-        at_most(1024, "each has a part of the cache of its own"),
+        int, within(1, 1024, "each has its own cache", "1 decodes one text after the other")
     ] = 1
 
 
@@ -181,9 +161,7 @@ class HumanEvalConfig:
         at_most(86_400, "a day; one program that hangs would stop all scoring for so long"),
     ]
     memory_mb: Annotated[
-        int,
-        at_least(64, "a Python process needs that to start"),
-        at_most(1_048_576, "a tebibyte, which is no limit any more"),
+        int, within(64, 1_048_576, "a Python process needs 64 to start, and more is no limit")
     ]
     allow_weak_sandbox: bool = False
 
@@ -198,9 +176,7 @@ class XSumConfig:
     prompt_template: Annotated[
         str, Rule(" that holds {document}", lambda text: "{document}" in text)
     ]
-    num_shots: Annotated[
-        int, at_least(0), at_most(1000, "every one of them stands in every prompt")
-    ]
+    num_shots: Annotated[int, within(0, 1000, "each of them stands in every prompt")]
     stop_strings: tuple[Text, ...]
 
 
@@ -235,7 +211,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the rules between fields; a ConfigError names the broken one."""
-        speculation, decoding = self.speculation, self.decoding
+        speculation, decoding, models = self.speculation, self.decoding, self.models
         if speculation.ngram_min > speculation.ngram_max:
             raise ConfigError(
                 f"speculation.ngram_min must be <= speculation.ngram_max, here "
@@ -264,7 +240,6 @@ class Config:
                     f"run.methods must be methods of K 1 to speculation.k, here {self.largest_k} "
                     f"(got {shown(method)}); choose such a K, or raise speculation.k"
                 )
-        models = self.models
         draft = models.draft.removeprefix("ngram+")
         has_model_draft = draft != "ngram" and not draft.startswith("target-layers:")
         if models.draft_quantization != "none" and not has_model_draft:
@@ -316,8 +291,7 @@ def load_config(
             above = ".".join(map(shown_name, parents[:depth]))
             block = checked(dict, block.setdefault(parent, {}), above)
         block[key] = value
-    config: Config = build(Config, blocks, profile=name)
-    return config
+    return build(Config, blocks, profile=name)
 
 
 def require_task(config: Config, task: Literal["humaneval", "xsum"]) -> Any:
@@ -332,8 +306,7 @@ def require_task(config: Config, task: Literal["humaneval", "xsum"]) -> Any:
 
 def config_as_dict(config: Config) -> dict[str, Any]:
     """Return the configuration in dicts, lists and scalars, as JSON holds it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+    return json.loads(json.dumps(asdict(config)))
 
 
 def config_hash(config: Config) -> str:
@@ -350,18 +323,11 @@ def config_hash(config: Config) -> str:
 
 @dataclass(frozen=True)
 class MethodParts:
-    """The parts of a method's name. A part that is not named is the profile's.
-
-    Attributes:
-        draft: the draft's spec; "" for the profile's draft.
-        k: how many tokens are drafted in a cycle; the most if `is_adaptive`.
-        is_adaptive: whether k is found while decoding.
-        verifier: the acceptance rule.
-    """
+    """The parts of a method's name; `draft` is "" and the others are the profile's if not named."""
 
     draft: str
     k: int
-    is_adaptive: bool
+    is_adaptive: bool  # then k is the most that a cycle drafts
     verifier: VerifierName
 
 
@@ -400,8 +366,7 @@ def read_blocks(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"config must be a YAML file (got {path}: {problem}); name it with --config"
         ) from None
-    blocks: dict[str, Any] = checked(dict, _parse(text, str(path)), str(path))
-    return blocks
+    return checked(dict, _parse(text, str(path)), str(path))
 
 
 def _parse(text: str, source: str) -> Any:
