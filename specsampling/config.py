@@ -161,7 +161,7 @@ class HumanEvalConfig:
         at_most(86_400, "a day; one program that hangs would stop all scoring for so long"),
     ]
     memory_mb: Annotated[
-        int, within(64, 1_048_576, "a Python process needs 64 to start, and more is no limit")
+        int, within(64, 1_048_576, "a tebibyte is no limit", "a Python process needs 64 to start")
     ]
     allow_weak_sandbox: bool = False
 

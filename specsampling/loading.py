@@ -1,6 +1,7 @@
 """From a configuration to models that are ready to decode: loaded, compiled, checked.
 
-The functions import torch themselves, so that a mistake in a configuration is told at once.
+The functions import torch themselves, so that a mistake in a configuration is told at once. Their
+`config` is the run's. Their `longest` is the most tokens that a text has, prompt included.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,30 +41,24 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
     """Read what a run needs to know before it loads: configurations and tokenizers.
 
     Returns:
-        A pair without weights, which encodes prompts and knows the target's context, and the models
-            as they will be loaded, the target first.
+        A pair without weights, which encodes prompts, and the models as they will be loaded, the
+            target first.
 
     Raises:
         ModelError: a model or its tokenizer is missing or does not fit.
     """
     from specsampling.method.drafts import NgramDraft
+    from specsampling.models import load
     from specsampling.models.checkpoint import plan_model
-    from specsampling.models.load import (
-        Pair,
-        check_tokenizers,
-        draft_spec,
-        resolve_device,
-        resolve_dtype,
-    )
 
     models = config.models
     named = [models.draft, *drafts_named(config)]
-    specs = dict.fromkeys(spec for name in named if (spec := draft_spec(name)))
-    dtype = resolve_dtype(models.dtype, resolve_device(models.device))
-    tokenizer = check_tokenizers(models.target, list(specs), models.tokenizer)
+    specs = dict.fromkeys(spec for name in named if (spec := load.draft_spec(name)))
+    dtype = load.resolve_dtype(models.dtype, load.resolve_device(models.device))
+    tokenizer = load.check_tokenizers(models.target, list(specs), models.tokenizer)
     target = plan_model(models.target, dtype, models.target_quantization)
     drafts = [plan_model(spec, dtype, models.draft_quantization) for spec in specs]
-    return Pair(target.outline, NgramDraft(), tokenizer, frozenset()), [target, *drafts]
+    return load.Pair(target.outline, NgramDraft(), tokenizer, frozenset()), [target, *drafts]
 
 
 def drafts_named(config: Config) -> list[str]:
@@ -72,11 +68,7 @@ def drafts_named(config: Config) -> list[str]:
 
 
 def digest_files(config: Config, examples: Sequence[Example]) -> dict[str, str]:
-    """Return hashes that tell a run's models and data from others of the same names.
-
-    Raises:
-        ModelError: a model's files are missing.
-    """
+    """Return hashes that tell a run's models and data from others of the same names."""
     from specsampling.models.checkpoint import digest_model
     from specsampling.models.load import draft_spec
 
@@ -96,7 +88,7 @@ def settle_memory(
 
     Args:
         config: the run's.
-        models: the run's, the target first.
+        models: what `outline_models` returns.
         num_prompt_tokens: the length of the longest prompt.
         num_sharing: how many processes take as much of this machine.
 
@@ -142,11 +134,7 @@ def settle_memory(
 
 
 def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
-    """Load the target and the draft of a configuration, and print what became of `auto`.
-
-    Args:
-        config: the run's.
-        device_map: where each part of the target goes; see `settle_memory`.
+    """Load the target and its draft, and print what became of `auto`.
 
     Raises:
         ConfigError: a size does not fit the target's context, or there are too many threads.
@@ -168,17 +156,7 @@ def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | N
         set_num_threads(threads)
     models = config.models
     say(f"Loading {models.target} with draft {models.draft} ...")
-    pair = load_pair(
-        models.target,
-        models.draft,
-        tokenizer=models.tokenizer,
-        dtype=models.dtype,
-        device=models.device,
-        target_quantization=models.target_quantization,
-        draft_quantization=models.draft_quantization,
-        device_map=device_map,
-        **_draft_options(config),
-    )
+    pair = load_pair(**asdict(models), device_map=device_map, **_draft_options(config))
     device = pair.target.device
     say(f"  {device_name(device)} ({device}), {precision(config, device)}")
     _check_context(config, pair.target)
@@ -236,14 +214,8 @@ def load_drafts(config: Config, pair: Pair) -> Drafts:
 def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
     """Return what `decoding.compile: auto` means in a run, and if that is "off" the reason.
 
-    A run goes on as it began. On a GPU, the calls of several texts at once are not captured.
-
-    Args:
-        config: the run's.
-        there: what an earlier process left of the run.
-
-    Raises:
-        ConfigError: the run asks for captured calls of several texts.
+    A run goes on as it began: `there` is what an earlier process left of it. On a GPU, the calls of
+    several texts at once are not captured, and a ConfigError refuses `on`.
     """
     from specsampling.models.load import resolve_device
 
@@ -264,12 +236,6 @@ def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
 def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool:
     """Capture the models' decode calls on a GPU, and print what became of each.
 
-    Args:
-        config: the run's.
-        pair: its target is captured.
-        drafts: their models are captured.
-        longest: the most tokens of a text, prompt included.
-
     Returns:
         Whether the target's calls are static now.
     """
@@ -285,11 +251,7 @@ def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool
 
 
 def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None:
-    """Make the models ready for `run.batch_size` texts at once; see `make_steps`.
-
-    Raises:
-        ModelError: a model cannot decode several texts.
-    """
+    """Make the models ready for `run.batch_size` texts at once; a ModelError if one cannot be."""
     from transformers import PreTrainedModel
 
     from specsampling.method.batch import install
@@ -322,22 +284,15 @@ def _models_by_name(config: Config, pair: Pair, drafts: Drafts) -> dict[str, Mod
 
 
 def self_check(config: Config, pair: Pair, longest: int) -> str:
-    """Return whether decoding is bit-exact on the loaded target, in words that are printed too.
-
-    Args:
-        config: the run's.
-        pair: the loaded models.
-        longest: the most tokens of a text, prompt included.
-    """
+    """Return whether decoding is bit-exact on the loaded target, in words that are printed too."""
     from specsampling.method.forward import is_exact
     from specsampling.models.exactness import check_exactness
 
-    width = config.call_width
-    check = check_exactness(pair.target, width, capacity=longest)
+    check = check_exactness(pair.target, config.call_width, capacity=longest)
     verdict = "not asked for (decoding.bit_exact: false)"
     if is_exact(pair.target):
         verdict = f"{check}, at any width"
     elif config.decoding.bit_exact:
-        verdict = f"{check}, at width {width}"
+        verdict = f"{check}, at width {config.width}"
     say(f"  bit-exact decoding: {verdict}")
     return verdict
