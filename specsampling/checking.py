@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -21,27 +21,25 @@ class ConfigError(ValueError):
     """A mistake in the configuration, in one line: field, rule, value, way out."""
 
 
-class Rule(NamedTuple):
-    """A condition on a value beyond its type.
+def mistake(field: str, rule: str, got: object, way_out: str = "") -> ConfigError:
+    """Return the error of a field; `got` is its value as the file has it."""
+    return ConfigError(f"{field} must be {rule} (got {got}){f'; {way_out}' if way_out else ''}")
 
-    Attributes:
-        words: the rule in words, which follow the type's.
-        check: the rule as a test.
-        way_out: what may help if the rule is broken.
-        is_word: whether capitals and blanks around the value are a slip that the error may mend.
-    """
+
+class Rule(NamedTuple):
+    """A condition on a value beyond its type: in words that follow the type's, and as a test."""
 
     words: str
     check: Callable[[Any], object]
-    way_out: str = ""
-    is_word: bool = False
+    way_out: str = ""  # what may help if the rule is broken
+    is_word: bool = False  # capitals, and blanks around the value, are a slip
 
-    def misfit(self, value: Any) -> _Misfit:
-        """Return what is wrong with a value that breaks the rule."""
+    def way_out_for(self, value: Any) -> str:
+        """Return the way out for a value that breaks the rule."""
         is_path = not self.is_word or set(value) & set("/\\")  # a path's capitals are its own
         if not is_path and self.check(mended := value.strip().lower()):
-            return _Misfit(f"did you mean {mended}?", self)
-        return _Misfit(self.way_out, self)
+            return f"did you mean {mended}?"
+        return self.way_out
 
 
 def at_least(minimum: int, way_out: str = "") -> Rule:
@@ -53,9 +51,8 @@ def at_most(maximum: int, why: str) -> Rule:
 
 
 def within(minimum: int, maximum: int, why: str, way_out: str = "") -> tuple[Rule, Rule]:
-    """Return the rules of both bounds; `why` nobody needs more than the maximum."""
-    reason = f"{why}; {way_out}" if way_out else why
-    return at_least(minimum, way_out), at_most(maximum, reason)
+    """Return the rules of both bounds. `why` says why nobody needs more than the maximum."""
+    return at_least(minimum, way_out), at_most(maximum, f"{why}; {way_out}" if way_out else why)
 
 
 def rules_of(hint: Any) -> list[Rule]:
@@ -80,12 +77,12 @@ def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any
     return cls(**given)
 
 
+@dataclass
 class _Misfit(Exception):
     """A value does not fit its type hint; `rule` is the rule that it breaks, if it breaks one."""
 
-    def __init__(self, way_out: str, rule: Rule | None = None):
-        self.way_out = way_out
-        self.rule = rule
+    way_out: str
+    rule: Rule | None = None
 
 
 def checked(hint: Any, value: Any, path: str) -> Any:
@@ -93,9 +90,7 @@ def checked(hint: Any, value: Any, path: str) -> Any:
     try:
         return _convert(hint, value, path)
     except _Misfit as misfit:
-        way_out = f"; {misfit.way_out}" if misfit.way_out else ""
-        rule = f"{path} must be {_words(hint, misfit.rule)} (got {shown(value)})"
-        raise ConfigError(rule + way_out) from None
+        raise mistake(path, _words(hint, misfit.rule), shown(value), misfit.way_out) from None
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -105,7 +100,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         converted = _convert(args[0], value, path)
         for rule in rules_of(hint):
             if not rule.check(converted):
-                raise rule.misfit(converted)
+                raise _Misfit(rule.way_out_for(converted), rule)
         return converted
     if value is None and type(None) in args:
         return None
@@ -129,25 +124,23 @@ def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
 
     If it fits none, a broken rule is told first, then the word that was meant, then all ways out.
     """
-    ways_out: list[str] = []
-    words: list[str] = []
-    broken: _Misfit | None = None
+    misfits = []
     for hint in hints:
         try:
             return _convert(hint, value, path)
         except _Misfit as misfit:
-            broken = broken or (misfit if misfit.rule else None)
-            allowed = _allowed(hint)
-            words += allowed
-            ways_out += [] if allowed else [misfit.way_out]
-    raise broken or _Misfit(nearest(str(value), words) or ", or ".join([*ways_out, *words]))
+            misfits.append(misfit)
+    words = [word for hint in hints for word in _allowed(hint)]
+    ways_out = [misfit.way_out for hint, misfit in zip(hints, misfits) if not _allowed(hint)]
+    way_out = nearest(str(value), words) or ", or ".join([*ways_out, *words])
+    raise next((misfit for misfit in misfits if misfit.rule), _Misfit(way_out))
 
 
 def _allowed(hint: Any) -> Sequence[str]:
     """Return the words that a hint lets stand for themselves."""
-    return (
-        ("null",) if hint is type(None) else get_args(hint) if get_origin(hint) is Literal else ()
-    )
+    if hint is type(None):
+        return ("null",)
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _words(hint: Any, broken: Rule | None = None) -> str:

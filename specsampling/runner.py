@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from specsampling.method.batch import decode_together
 from specsampling.method.session import context_limit
-from specsampling.method.text import Generation, PromptError, StopCheck
+from specsampling.method.text import Generation, PromptError
 from specsampling.models.errors import is_out_of_memory, reason
 from specsampling.models.load import Pair
 from specsampling.models.memory import release_memory
@@ -35,12 +35,8 @@ MEMORY_WAYS_OUT = (
 BLOCK = 4  # pairs decoded by a method in its turn, for each place of a batch
 
 
-class Decode(Protocol):
-    """A method: decodes one prompt, given its randomness and its stop check."""
-
-    def __call__(
-        self, prompt: Sequence[int], *, generator: torch.Generator, is_stop: StopCheck | None
-    ) -> Generation: ...
+# A method: decodes one prompt, given its `generator` and its stop check `is_stop`.
+Decode = Callable[..., Generation]
 
 
 def encode_prompts(
@@ -48,11 +44,8 @@ def encode_prompts(
 ) -> list[tuple[Example, Prompt]]:
     """Return the first `limit` examples with their prompts.
 
-    A task that can cut a prompt cuts it so that `max_new_tokens` fit into the target's context.
-
-    Raises:
-        PromptError: a prompt leaves no room in the target's context, or has ids that the target
-            does not know.
+    A task that can cut a prompt cuts it so that `max_new_tokens` fit into the target's context. A
+    PromptError says which prompt does not fit, or has ids that the target does not know.
     """
     context = context_limit(pair.target)
     if max_new_tokens >= context:
@@ -111,8 +104,7 @@ def all_jobs(
 ) -> list[Job]:
     """Return a run's rows to be made, in their order.
 
-    The order of the methods rotates from example to example, so that a machine that slows down
-    slows all methods.
+    The methods' order rotates from example to example, so that a slower machine slows them all.
     """
     names = list(methods)
     return [
@@ -138,8 +130,7 @@ def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
 def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
     """Yield jobs that are decoded together: one method's, over a block of pairs.
 
-    The methods take turns from block to block. A block has more pairs than a batch has places,
-    since some texts end early.
+    A block has more pairs than a batch has places, since some texts end early.
     """
     pairs, size = _grouped(jobs, Job.pair), BLOCK * batch_size
     for start in range(0, len(pairs), size):
@@ -165,16 +156,13 @@ def run(
     the run goes on.
 
     Args:
-        pair: the loaded models.
-        task: stop strings and completions.
-        prompts: the examples and their prompts.
+        pair, task, prompts: what is decoded, and by which models.
         methods: the decoders by name, in the order of the table.
         run_file: where rows go.
         seed: the whole run's; see `sample_seed`.
         num_samples: texts per example and method.
         warmup: how many examples every method decodes first; those texts are thrown away.
-        batch_size: how many texts are decoded at once. The texts then share each moment's seconds
-            in equal parts.
+        batch_size: how many texts are decoded at once, sharing each moment's seconds equally.
         ranks: this process among several; None for the only one.
 
     Raises:
@@ -201,9 +189,9 @@ def run(
             run_file.append(row)
             progress.add(row)
             bar.set_postfix_str(str(progress), refresh=False)
-            bar.update(num_there + ranks.count_row() - bar.n if ranks else 1)
+            bar.update(num_there + ranks.count_rows(1) - bar.n if ranks else 1)
         if ranks:  # the others' rows still to come
-            ranks.meet(lambda: bar.update(num_there + ranks.num_rows() - bar.n))
+            ranks.meet(lambda: bar.update(num_there + ranks.count_rows() - bar.n))
 
 
 def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int, job: Job) -> Row:
@@ -219,7 +207,7 @@ def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int,
         if not is_out_of_memory(problem):
             raise
         error = f"{OUT_OF_MEMORY} ({reason(problem)}); {MEMORY_WAYS_OUT}"
-    if error:  # after the exception, which held what the decoder held
+    if error:  # here the exception no longer holds what the decoder held
         release_memory()
         generation = Generation([], "error", error=error)
     has_end = generation.finish_reason == "eos"  # the end need not be a special token

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import yaml
@@ -110,7 +111,7 @@ class _Builder:
 
     def _content(self, event: Any, depth: int) -> Any:
         if isinstance(event, yaml.SequenceStartEvent):
-            return [self._value(item, depth) for item in iter(self._next_or_end, None)]
+            return [self._value(item, depth) for item in self._items()]
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(depth)
         if odd := _NO_TEXT.search(event.value):
@@ -122,13 +123,13 @@ class _Builder:
         except YamlError as error:
             _fail(event, str(error))
 
-    def _next_or_end(self) -> Any:
-        event = next(self._events)
-        return None if isinstance(event, yaml.CollectionEndEvent) else event
+    def _items(self) -> Iterator[Any]:
+        while not isinstance(event := next(self._events), yaml.CollectionEndEvent):
+            yield event
 
     def _mapping(self, depth: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for event in iter(self._next_or_end, None):
+        for event in self._items():
             name = event.value if isinstance(event, yaml.ScalarEvent) else ""
             if name == "<<" and event.style is None:
                 _fail(event, "the merge key << is not read; write the keys out")
