@@ -120,7 +120,7 @@ class SamplingConfig:
     """The warp of both models. A temperature of 0 is greedy, and a top_k of 0 is off."""
 
     temperature: Annotated[
-        float, within(0, 1000, "all tokens are as probable there", "0 decodes greedily")
+        float, within(0, 1000, "all tokens are equally probable there", "0 decodes greedily")
     ]
     top_k: Annotated[int, within(0, 10_000_000, "no vocabulary is larger", "0 keeps every token")]
     top_p: Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
@@ -145,7 +145,8 @@ class RunConfig:
         int, within(0, 1024, "threads beyond the cores only wait", "0 leaves the number to torch")
     ]
     batch_size: Annotated[
-        int, within(1, 1024, "each has its own cache", "1 decodes one text after the other")
+        int,
+        within(1, 1024, "each has its own part of the cache", "1 decodes one text after the other"),
     ] = 1
 
 
