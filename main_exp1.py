@@ -25,12 +25,7 @@ from statistics import fmean
 from typing import Any
 
 from specsampling.config import require_task
-from specsampling.console import (
-    exit_code,
-    print_scores,
-    read_experiment,
-    run_experiment,
-)
+from specsampling.console import exit_code, print_scores, read_experiment, run_experiment
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import ROUGE_NAMES
 from specsampling.results.records import RecordsError, is_run
@@ -52,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score_samples(path: Path) -> list[RougeScore]:
-    """ROUGE of every prediction in a file; one score per line, in order.
+    """Return the ROUGE of every prediction in a file, in order.
 
-    Ours hold the prediction in `completion`, other files in `prediction` or `completion`.
+    Our files hold the prediction in `completion`, others in `prediction` or `completion`.
     """
     samples = read_objects(path, {"reference": str})
     if not samples:
@@ -89,7 +84,7 @@ def score_samples(path: Path) -> list[RougeScore]:
 
 
 def summarise(scores: Sequence[RougeScore]) -> dict[str, Any]:
-    """Mean ROUGE over one method's samples, and the number of examples behind it."""
+    """Return the mean ROUGE of one method's samples, and the number of examples behind it."""
     return {
         **{name: fmean(score[name] for score in scores) for name in ROUGE_NAMES},
         "num_examples": len({score["example_id"] for score in scores}),
@@ -97,7 +92,7 @@ def summarise(scores: Sequence[RougeScore]) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """A `summarise` in one line."""
+    """Say a summary in one line."""
     rouge = ", ".join(f"{name} {summary[name]:.4f}" for name in ROUGE_NAMES)
     return f"{rouge} over {summary['num_examples']} examples"
 

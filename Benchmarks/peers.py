@@ -149,7 +149,7 @@ def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
     pair = load_configured_pair(config)
     drafts = load_drafts(config, pair)
     longest = max(len(ids) for ids in prompts_of(config, options.now).values())
-    make_steps(config, options.compile, pair, drafts, longest)
+    make_steps(config, pair, drafts, longest + config.decoding.max_new_tokens)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     yield (
         family,

@@ -1,8 +1,7 @@
 """Plain values -> dataclasses whose field types say what may stand there.
 
 A type hint is the rule: `int`, `float | None`, `Literal[...]`, `tuple[str, ...]`, and `Annotated`
-with any number of `Rule`s, in words and in code. The checks and the error messages follow from
-these. Knows nothing of what is configured.
+with any number of `Rule`s. The checks and the error messages follow from the hints.
 """
 
 from __future__ import annotations
@@ -10,19 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 MAX_SHOWN = 80  # characters of a value or a name in an error
 
@@ -31,27 +21,25 @@ class ConfigError(ValueError):
     """A mistake in the configuration, in one line: field, rule, value, way out."""
 
 
-class Rule(NamedTuple):
-    """What a value must hold beyond its type: in words that follow the type's, and as a test.
+def mistake(field: str, rule: str, got: object, way_out: str = "") -> ConfigError:
+    """Return the error of a field; `got` is its value as the file has it."""
+    return ConfigError(f"{field} must be {rule} (got {got}){f'; {way_out}' if way_out else ''}")
 
-    Attributes:
-        words: the rule, in words.
-        check: the rule, as a test.
-        way_out: what may help where it is broken.
-        is_word: whether a value may be a word of ours in capitals, or with blanks around it.
-    """
+
+class Rule(NamedTuple):
+    """A condition on a value beyond its type: in words that follow the type's, and as a test."""
 
     words: str
     check: Callable[[Any], object]
-    way_out: str = ""
-    is_word: bool = False
+    way_out: str = ""  # what may help if the rule is broken
+    is_word: bool = False  # capitals, and blanks around the value, are a slip
 
-    def misfit(self, value: Any) -> _Misfit:
-        """What is wrong with a value that breaks the rule."""
-        is_path = not self.is_word or set(value) & set("/\\")  # its capitals are its own
+    def way_out_for(self, value: Any) -> str:
+        """Return the way out for a value that breaks the rule."""
+        is_path = not self.is_word or set(value) & set("/\\")  # a path's capitals are its own
         if not is_path and self.check(mended := value.strip().lower()):
-            return _Misfit(f"did you mean {mended}?", self)
-        return _Misfit(self.way_out, self)
+            return f"did you mean {mended}?"
+        return self.way_out
 
 
 def at_least(minimum: int, way_out: str = "") -> Rule:
@@ -62,8 +50,19 @@ def at_most(maximum: int, why: str) -> Rule:
     return Rule(f" <= {maximum}", lambda value: value <= maximum, why)
 
 
+def within(minimum: int, maximum: int, why: str, way_out: str = "") -> tuple[Rule, Rule]:
+    """Return the rules of both bounds. `why` says why nobody needs more than the maximum."""
+    return at_least(minimum, way_out), at_most(maximum, f"{why}; {way_out}" if way_out else why)
+
+
+def rules_of(hint: Any) -> list[Rule]:
+    """Return the rules of an `Annotated` hint."""
+    found = get_args(hint)[1:]
+    return [rule for item in found for rule in ([item] if isinstance(item, Rule) else item)]
+
+
 def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any:
-    """An instance of a config dataclass from its block; `given` fields come from elsewhere."""
+    """Make an instance of a config dataclass from its block and from the `given` fields."""
     schema = {item.name: item for item in fields(cls) if item.name not in given}
     hints = get_type_hints(cls, include_extras=True)
     for key in values:
@@ -78,31 +77,30 @@ def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any
     return cls(**given)
 
 
+@dataclass
 class _Misfit(Exception):
-    """A value does not fit its type hint: the way out, where there is one, and the rule."""
+    """A value does not fit its type hint; `rule` is the rule that it breaks, if it breaks one."""
 
-    def __init__(self, way_out: str, rule: Rule | None = None):
-        self.way_out = way_out
-        self.rule = rule
+    way_out: str
+    rule: Rule | None = None
 
 
 def checked(hint: Any, value: Any, path: str) -> Any:
+    """Return the value as the type hint holds it; a ConfigError names `path` if it does not fit."""
     try:
         return _convert(hint, value, path)
     except _Misfit as misfit:
-        way_out = f"; {misfit.way_out}" if misfit.way_out else ""
-        rule = f"{path} must be {_words(hint, misfit.rule)} (got {shown(value)})"
-        raise ConfigError(rule + way_out) from None
+        raise mistake(path, _words(hint, misfit.rule), shown(value), misfit.way_out) from None
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the type hint holds it: lists become tuples, an int may stand for a float."""
+    """Lists become tuples, and an integer may stand for a float; a `_Misfit` if nothing fits."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         converted = _convert(args[0], value, path)
-        for rule in args[1:]:
+        for rule in rules_of(hint):
             if not rule.check(converted):
-                raise rule.misfit(converted)
+                raise _Misfit(rule.way_out_for(converted), rule)
         return converted
     if value is None and type(None) in args:
         return None
@@ -118,14 +116,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if kind in (str, int, bool, dict) and type(value) is kind:  # isinstance: True were an int
         return value
-    words = _allowed_words(hint)
-    raise _Misfit(nearest(str(value), words) if words else _TYPES[kind][1])
+    raise _Misfit(_TYPES[kind][1] if kind in _TYPES else nearest(str(value), _allowed(hint)))
 
 
 def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
-    """`value` as the first of the hints that it fits.
+    """Return `value` as the first of the hints that it fits.
 
-    Where it fits none, a broken rule is told first, then the word that was meant, then all ways.
+    If it fits none, a broken rule is told first, then the word that was meant, then all ways out.
     """
     misfits = []
     for hint in hints:
@@ -133,32 +130,25 @@ def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
             return _convert(hint, value, path)
         except _Misfit as misfit:
             misfits.append(misfit)
-    for found in misfits:
-        if found.rule is not None:
-            raise found
-    words = [word for hint in hints for word in _allowed_words(hint)]
-    ways_out = [_TYPES[kind][1] for hint in hints if (kind := _plain_kind(hint)) in _TYPES]
-    raise _Misfit(nearest(str(value), words) or ", or ".join([*ways_out, *words]))
+    words = [word for hint in hints for word in _allowed(hint)]
+    ways_out = [misfit.way_out for hint, misfit in zip(hints, misfits) if not _allowed(hint)]
+    way_out = nearest(str(value), words) or ", or ".join([*ways_out, *words])
+    raise next((misfit for misfit in misfits if misfit.rule), _Misfit(way_out))
 
 
-def _plain_kind(hint: Any) -> Any:
-    """A hint's kind without its rules."""
-    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return get_origin(plain) or plain
-
-
-def _allowed_words(hint: Any) -> Sequence[str]:
-    """The words that a hint lets stand for themselves."""
+def _allowed(hint: Any) -> Sequence[str]:
+    """Return the words that a hint lets stand for themselves."""
     if hint is type(None):
         return ("null",)
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _words(hint: Any, broken: Rule | None = None) -> str:
-    """A type hint in words: `null or an integer >= 1`; of several rules the first or the broken."""
+    """Say a type hint in words: `null or an integer >= 1`. Of several rules say `broken`."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
-        rule = broken if broken and broken in args[1:] else args[1]
+        rules = rules_of(hint)
+        rule = broken if broken and broken in rules else rules[0]
         return f"{_words(args[0], broken)}{rule.words}"
     if type(None) in args:
         return f"null or {_words(args[0], broken)}"
@@ -171,7 +161,7 @@ def _words(hint: Any, broken: Rule | None = None) -> str:
     return _TYPES[dict if is_dataclass(kind) else kind][0]
 
 
-_TYPES = {  # the type in words, and what may help where something else is given
+_TYPES = {  # the type in words, and what may help if something else is given
     str: ("a string", "text in quotes is always a string"),
     int: ("an integer", "write digits 0 to 9 only, without quotes"),
     float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
@@ -182,25 +172,21 @@ _TYPES = {  # the type in words, and what may help where something else is given
 
 
 def nearest(word: str, known: Iterable[str], path: str = "") -> str:
-    """A question for the one of `known` that was meant, in any case; empty when none is near."""
+    """Ask for the one of `known` that was meant, in any case; "" if none is near."""
     spellings = {name.casefold(): name for name in known}
     near = get_close_matches(word[:MAX_SHOWN].strip().casefold(), spellings, n=1)
     return "".join(f"did you mean {path}{shown_name(spellings[name])}?" for name in near)
 
 
-def shown_name(key: str) -> str:
-    """A key on one line, cut where it grows long."""
-    text = json.dumps(key, ensure_ascii=False)[1:-1]
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
-
-
-def shown_names(keys: Iterable[str], most: int = 10) -> str:
-    """The first few of several keys."""
-    names = [shown_name(key) for key in keys]
-    return ", ".join(names[:most] + ["..."] * (len(names) > most))
-
-
 def shown(value: Any) -> str:
-    """A value as the file would have it, on one line, cut where it grows long."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    """Return a value as the file would have it, on one line, cut if it is long."""
+    return _cut(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def shown_name(key: str) -> str:
+    """Return a key without quotes, on one line, cut if it is long."""
+    return _cut(json.dumps(key, ensure_ascii=False)[1:-1])
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

@@ -1,9 +1,7 @@
 """What to run: `config.yaml`, read strictly into frozen dataclasses.
 
-The dataclasses are the schema: a field's type says what may stand there, and a
-`Rule` in it narrows the values, in words and in code. Reading, checking and the
-error messages all follow from these. Knows nothing of models, tasks or devices:
-it checks how a value looks, not whether a model or a GPU is there.
+The dataclasses are the schema: a field's type says what may stand there, and its `Rule`s narrow the
+values. This module checks how a value looks, not whether a model or a GPU is there.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Annotated, Any, Literal
 
 from specsampling.checking import (
     ConfigError,
@@ -23,17 +21,19 @@ from specsampling.checking import (
     at_most,
     build,
     checked,
+    mistake,
     nearest,
     shown,
     shown_name,
-    shown_names,
+    within,
 )
 from specsampling.strict_yaml import YamlError, parse_yaml
 
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
 MAX_FILE_BYTES = 200_000  # some hundred profiles; far more than that is another kind of file
+MAX_NAMES = 10  # profiles that an error lists
 
-# What chooses which rows are made, or limits their scoring, but changes no row.
+# These choose which rows are made or limit their scoring. They change no row.
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
     "decoding": ("compile",),  # what it came to is the meta's `steps`
@@ -41,9 +41,8 @@ _NOT_HASHED = {
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
 
-
+_BY_K = "0 chooses it from speculation.k"
 _DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
-
 _OURS = re.compile(r"(ngram\+)?(embedded:|target-layers:)|ngram(\+|$)", re.IGNORECASE)
 _SMALL = " with ngram, target-layers: and embedded: in small letters"
 Text = Annotated[str, Rule(" that is not empty", len)]
@@ -60,9 +59,8 @@ Device = Annotated[
         is_word=True,
     ),
 ]
-Ngram = Annotated[
-    int, at_least(1), at_most(64, "every length is looked up, and longer ones hardly ever repeat")
-]
+K = Annotated[int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED]
+Ngram = Annotated[int, within(1, 64, "each length is looked up, and long ones hardly ever repeat")]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
@@ -84,7 +82,7 @@ PromptStyle = Literal["completion", "chat"]
 
 @dataclass(frozen=True)
 class ModelsConfig:
-    """Which two models, and in which precision. `tokenizer` None is the target's own."""
+    """The two models and their precision. If `tokenizer` is None, it is the target's own."""
 
     target: Spec
     draft: Spec
@@ -97,14 +95,9 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. `ngram_*` matter to lookups only, `m*` to models with a fixed k."""
+    """How much is drafted. `ngram_*` concern lookups, and `m*` models with a fixed k."""
 
-    k: (
-        Annotated[
-            int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED
-        ]
-        | Literal["auto"]
-    )
+    k: K | Literal["auto"]
     model_k: Annotated[int, at_least(1, "null is as many as k"), _DRAFTED] | None
     min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Ngram
@@ -114,67 +107,46 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """Where decoding ends, and how a decode call is made. `width` 0 is chosen from k."""
+    """Where decoding ends, and how a decode call is made. A `width` of 0 is chosen from k."""
 
-    max_new_tokens: Annotated[int, at_least(1), at_most(10_000_000, "no model's context is longer")]
+    max_new_tokens: Annotated[int, within(1, 10_000_000, "no model's context is longer")]
     bit_exact: bool
-    width: Annotated[
-        int,
-        at_least(0, "0 chooses it from speculation.k"),
-        at_most(2048, "every call computes so many rows; 0 chooses it from speculation.k"),
-    ]
+    width: Annotated[int, within(0, 2048, "every call computes so many rows", _BY_K)]
     compile: Compile = "off"
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The warp, the same for both models. Temperature 0 is greedy, top_k 0 is off."""
+    """The warp of both models. A temperature of 0 is greedy, and a top_k of 0 is off."""
 
     temperature: Annotated[
-        float,
-        at_least(0, "0 decodes greedily"),
-        at_most(1000, "there every token is as probable as any other already"),
+        float, within(0, 1000, "all tokens are equally probable there", "0 decodes greedily")
     ]
-    top_k: Annotated[
-        int,
-        at_least(0, "0 keeps every token"),
-        at_most(10_000_000, "no vocabulary is larger; 0 keeps every token"),
-    ]
+    top_k: Annotated[int, within(0, 10_000_000, "no vocabulary is larger", "0 keeps every token")]
     top_p: Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
-    seed: Annotated[int, at_least(0), at_most(2**63 - 1, "a seed has 63 bits")]
-    num_samples: Annotated[
-        int, at_least(1), at_most(10_000, "every one of them is decoded for every example")
-    ]
+    seed: Annotated[int, within(0, 2**63 - 1, "a seed has 63 bits")]
+    num_samples: Annotated[int, within(1, 10_000, "each of them is decoded for every example")]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Which rows to make. `limit` None is every example, `threads` 0 is torch's choice."""
+    """The rows to make. A `limit` of None is every example; torch chooses if `threads` is 0."""
 
     methods: Annotated[
         tuple[Method, ...],
         Rule(", at least one, none twice", lambda names: 0 < len(names) == len(set(names))),
     ]
     limit: (
-        Annotated[
-            int,
-            at_least(1, "null runs every example"),
-            at_most(1_000_000_000, "no data set is larger; null runs every example"),
-        ]
+        Annotated[int, within(1, 1_000_000_000, "no data set is larger", "null runs every example")]
         | None
     )
-    warmup: Annotated[
-        int, at_least(0), at_most(1000, "every one of them is decoded and thrown away")
-    ]
+    warmup: Annotated[int, within(0, 1000, "each of them is decoded and thrown away")]
     threads: Annotated[
-        int,
-        at_least(0, "0 leaves the number to torch"),
-        at_most(1024, "more than a machine's cores only wait; 0 leaves the number to torch"),
+        int, within(0, 1024, "threads beyond the cores only wait", "0 leaves the number to torch")
     ]
     batch_size: Annotated[
         int,
-        at_least(1, "1 decodes one text after the other"),
-        at_most(1024, "each has a part of the cache of its own"),
+        within(1, 1024, "each has its own part of the cache", "1 decodes one text after the other"),
     ] = 1
 
 
@@ -190,9 +162,7 @@ class HumanEvalConfig:
         at_most(86_400, "a day; one program that hangs would stop all scoring for so long"),
     ]
     memory_mb: Annotated[
-        int,
-        at_least(64, "a Python process needs that to start"),
-        at_most(1_048_576, "a tebibyte, which is no limit any more"),
+        int, within(64, 1_048_576, "a tebibyte is no limit", "a Python process needs 64 to start")
     ]
     allow_weak_sandbox: bool = False
 
@@ -207,15 +177,13 @@ class XSumConfig:
     prompt_template: Annotated[
         str, Rule(" that holds {document}", lambda text: "{document}" in text)
     ]
-    num_shots: Annotated[
-        int, at_least(0), at_most(1000, "every one of them stands in every prompt")
-    ]
+    num_shots: Annotated[int, within(0, 1000, "each of them stands in every prompt")]
     stop_strings: tuple[Text, ...]
 
 
 @dataclass(frozen=True)
 class Config:
-    """One profile in full, with a block for each task it is for."""
+    """One complete profile, with a block for each task that it is for."""
 
     profile: str
     models: ModelsConfig
@@ -228,60 +196,50 @@ class Config:
 
     @property
     def width(self) -> int:
-        """Tokens in a decode call, padding included; from k: the next multiple of 8 above it."""
-        k = self.speculation.k
-        needed = WIDTH_STEP if k == "auto" else (k // WIDTH_STEP + 1) * WIDTH_STEP
-        return self.decoding.width or needed
+        """Rows of a padded decode call: the configured ones, or the next multiple of 8 above k."""
+        k = 0 if self.speculation.k == "auto" else self.speculation.k
+        return self.decoding.width or (k // WIDTH_STEP + 1) * WIDTH_STEP
+
+    @property
+    def call_width(self) -> int | None:
+        """Rows of every decode call; None for as many as there are new tokens."""
+        return self.width if self.decoding.bit_exact else self.decoding.width or None
 
     @property
     def largest_k(self) -> int:
-        """Tokens drafted per cycle at most; where k is found while decoding, all that fit."""
+        """The most tokens drafted in a cycle: k, or all that fit if k is auto."""
         return self.width - 1 if self.speculation.k == "auto" else self.speculation.k
 
     def __post_init__(self) -> None:
-        """Hold the rules between fields; a ConfigError names the one that is broken."""
-        speculation, decoding = self.speculation, self.decoding
-        if speculation.ngram_min > speculation.ngram_max:
-            raise ConfigError(
-                f"speculation.ngram_min must be <= speculation.ngram_max, here "
-                f"{speculation.ngram_max} (got {speculation.ngram_min}); lower the one or raise "
-                "the other"
-            )
+        """Check the rules between fields; a ConfigError names the broken one."""
+        ngrams, decoding, models = self.speculation, self.decoding, self.models
+        if ngrams.ngram_min > ngrams.ngram_max:
+            rule = f"<= speculation.ngram_max, here {ngrams.ngram_max}"
+            way_out = "lower the one or raise the other"
+            raise mistake("speculation.ngram_min", rule, ngrams.ngram_min, way_out)
         if 0 < decoding.width <= max(1, self.largest_k):
-            raise ConfigError(
-                f"decoding.width must be 0 or >= speculation.k + 1, here {self.largest_k + 1} "
-                f"(got {decoding.width}); 0 chooses it from speculation.k"
-            )
+            rule = f"0 or >= speculation.k + 1, here {self.largest_k + 1}"
+            raise mistake("decoding.width", rule, decoding.width, _BY_K)
         if decoding.bit_exact and decoding.width % WIDTH_STEP:
-            raise ConfigError(
-                f"decoding.width must be a multiple of {WIDTH_STEP} for decoding.bit_exact: true "
-                f"(got {decoding.width}); 0 chooses it from speculation.k"
-            )
+            rule = f"a multiple of {WIDTH_STEP} for decoding.bit_exact: true"
+            raise mistake("decoding.width", rule, decoding.width, _BY_K)
         if "reference" in self.run.methods and not decoding.bit_exact:
-            raise ConfigError(
-                "decoding.bit_exact must be true for the method reference (got false); "
-                "set it, or take reference out of run.methods"
-            )
+            way_out = "set it, or take reference out of run.methods"
+            raise mistake("decoding.bit_exact", "true for the method reference", "false", way_out)
         for method in self.run.methods:
-            k = method_parts(method, self).k
-            if not 1 <= k <= self.largest_k:
-                raise ConfigError(
-                    f"run.methods must be methods of K 1 to speculation.k, here {self.largest_k} "
-                    f"(got {shown(method)}); choose such a K, or raise speculation.k"
-                )
-        models = self.models
-        draft = models.draft.removeprefix("ngram+")
-        has_model_draft = draft != "ngram" and not draft.startswith("target-layers:")
-        if models.draft_quantization != "none" and not has_model_draft:
-            raise ConfigError(
-                f"models.draft_quantization must be none for the draft {models.draft}, which has "
-                f"no weights of its own (got {models.draft_quantization}); set it to none"
-            )
+            if not 1 <= method_parts(method, self).k <= self.largest_k:
+                rule = f"methods of K 1 to speculation.k, here {self.largest_k}"
+                way_out = "choose such a K, or raise speculation.k"
+                raise mistake("run.methods", rule, shown(method), way_out)
+        draft, precision = models.draft.removeprefix("ngram+"), models.draft_quantization
+        has_weights = draft != "ngram" and not draft.startswith("target-layers:")
+        if precision != "none" and not has_weights:
+            rule = f"none for the draft {models.draft}, which has no weights of its own"
+            raise mistake("models.draft_quantization", rule, precision, "set it to none")
         if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
-            raise ConfigError(
-                "humaneval.stop_strings must be [] for humaneval.prompt_style: chat, where the "
-                f"code itself holds them (got {shown(self.humaneval.stop_strings)}); set it to []"
-            )
+            rule = "[] for humaneval.prompt_style: chat, where the code itself holds them"
+            got = shown(self.humaneval.stop_strings)
+            raise mistake("humaneval.stop_strings", rule, got, "set it to []")
         if self.humaneval is None and self.xsum is None:
             raise ConfigError(
                 f"profile {self.profile} must hold a humaneval or an xsum block (got neither); "
@@ -295,13 +253,13 @@ def load_config(
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> Config:
-    """One profile of a configuration file.
+    """Read one profile of a configuration file.
 
     Args:
         path: a YAML file: `default: NAME` and `profiles: {NAME: {block: {key: value}}}`.
         profile: its name; None takes the file's default.
         overrides: `key.path=value` each, the value in YAML; the last one wins.
-        values: by `key.path`, as they are; they win over the overrides.
+        values: plain values by `key.path`; they win over the overrides.
 
     Raises:
         ConfigError: the file, the profile, a key, a value or an override is wrong.
@@ -310,75 +268,63 @@ def load_config(
     name = file.default if profile is None else profile
     if name not in file.profiles:
         way_out = nearest(name, file.profiles) or "name it with --profile"
-        known = shown_names(file.profiles)
-        raise ConfigError(f"profile must be one of: {known} (got {shown(name)}); {way_out}")
+        names = [shown_name(key) for key in file.profiles]
+        known = ", ".join(names[:MAX_NAMES] + ["..."] * (len(names) > MAX_NAMES))
+        raise mistake("profile", f"one of: {known}", shown(name), way_out)
     blocks = checked(dict, file.profiles[name], f"profiles.{shown_name(name)}")
-    for assignment in overrides:
-        field, value = _parse_override(assignment)
-        _put(blocks, field, value)
-    for field, value in (values or {}).items():
-        _put(blocks, field, value)
-    config: Config = build(Config, blocks, profile=name)
-    return config
+    for field, value in [*map(_parse_override, overrides), *(values or {}).items()]:
+        *parents, key = field.split(".")
+        block = blocks
+        for depth, parent in enumerate(parents, start=1):
+            above = ".".join(map(shown_name, parents[:depth]))
+            block = checked(dict, block.setdefault(parent, {}), above)
+        block[key] = value
+    return build(Config, blocks, profile=name)
 
 
-@overload
-def require_task(config: Config, task: Literal["humaneval"]) -> HumanEvalConfig: ...
-@overload
-def require_task(config: Config, task: Literal["xsum"]) -> XSumConfig: ...
-def require_task(config: Config, task: str) -> HumanEvalConfig | XSumConfig:
-    """The task's block; a ConfigError if the profile is not for this task."""
-    block: HumanEvalConfig | XSumConfig | None = getattr(config, task)
-    if block is None:
-        raise ConfigError(
-            f"{task} must be a block of profile {config.profile} for this experiment (got none); "
-            "choose another profile with --profile, or add the block"
-        )
+def require_task(config: Config, task: Literal["humaneval", "xsum"]) -> Any:
+    """Return the task's block; a ConfigError if the profile is not for this task."""
+    if (block := getattr(config, task)) is None:
+        rule = f"a block of profile {config.profile} for this experiment"
+        way_out = "choose another profile with --profile, or add the block"
+        raise mistake(task, rule, "none", way_out)
     return block
 
 
 def config_as_dict(config: Config) -> dict[str, Any]:
-    """The configuration in dicts, lists and scalars, the same once read back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+    """Return the configuration in dicts, lists and scalars, as JSON holds it."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def config_hash(config: Config) -> str:
-    """16 hex digits of SHA-256 over every value that can change a row."""
+    """Return 16 hex digits of SHA-256 over every value that can change a row."""
     values = config_as_dict(config)
     del values["profile"]
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
-    for block, key, was in (
-        ("speculation", "verifier", "token"),
-        ("run", "batch_size", 1),
-    ):
-        if values[block][key] == was:
-            del values[block][key]  # as in runs from before it was there
+    for block, key, default in (("speculation", "verifier", "token"), ("run", "batch_size", 1)):
+        if values[block][key] == default:
+            del values[block][key]  # runs without this field have the same hash
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# Reading: a file and options -> plain values; `checking` makes the dataclasses of these.
 
 
 @dataclass(frozen=True)
 class MethodParts:
-    """A method's name taken apart: `draft` "" is the profile's, the others are, where not named."""
+    """The parts of a method's name; `draft` is "" and the others are the profile's if not named."""
 
     draft: str
     k: int
-    is_adaptive: bool  # k is the most
+    is_adaptive: bool  # then k is the most that a cycle drafts
     verifier: VerifierName
 
 
 def method_parts(method: str, config: Config) -> MethodParts:
-    """Of `speculative:DRAFT@K@RULE`; a baseline has what the profile has, and uses none of it."""
+    """Take `speculative:DRAFT@K@RULE` apart. A baseline has the profile's parts and uses none."""
     found: Any = SPECULATIVE.fullmatch(method)
     draft, k, rule = found.group("draft", "k", "rule") if found else (None, None, None)
     k = k or config.speculation.k
-    is_adaptive = k == "auto"
-    largest = config.largest_k if is_adaptive else int(k)
-    return MethodParts(draft or "", largest, is_adaptive, rule or config.speculation.verifier)
+    largest = config.largest_k if k == "auto" else int(k)
+    return MethodParts(draft or "", largest, k == "auto", rule or config.speculation.verifier)
 
 
 @dataclass(frozen=True)
@@ -388,16 +334,11 @@ class _File:
 
 
 def read_blocks(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, unchecked.
+    """Return the keys and values of a YAML file, unchecked.
 
     Raises:
-        ConfigError: there is no such file, it is none that can be read to its end, or no YAML.
+        ConfigError: the file is missing, too large, or no YAML in UTF-8.
     """
-    blocks: dict[str, Any] = checked(dict, _parse(_read(path), str(path)), str(path))
-    return blocks
-
-
-def _read(path: str | Path) -> str:
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise OSError(0, "not a file")  # a pipe would be waited for, a device never ends
@@ -405,40 +346,28 @@ def _read(path: str | Path) -> str:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise OSError(0, f"larger than {MAX_FILE_BYTES} bytes")
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except (OSError, ValueError) as error:
         is_binary = isinstance(error, UnicodeDecodeError)
         problem = "not UTF-8 text" if is_binary else getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"config must be a YAML file (got {path}: {problem}); name it with --config"
-        ) from None
+        got = f"{path}: {problem}"
+        raise mistake("config", "a YAML file", got, "name it with --config") from None
+    return checked(dict, _parse(text, str(path)), str(path))
 
 
 def _parse(text: str, source: str) -> Any:
     try:
         return parse_yaml(text)
     except YamlError as error:
-        raise ConfigError(
-            f"{source} must be valid YAML (got {error}); "
-            "mend it, or put a text with special characters in quotes"
-        ) from None
+        way_out = "mend it, or put a text with special characters in quotes"
+        raise mistake(source, "valid YAML", error, way_out) from None
 
 
 def _parse_override(assignment: str) -> tuple[str, Any]:
-    """Field and value of one `key.path=value`; nothing behind the `=` is an empty text."""
+    """Split `key.path=value` into field and value; an empty text stands for itself."""
     path, equals, text = assignment.partition("=")
     if not equals or not all(key.strip() for key in path.split(".")):
-        raise ConfigError(
-            f"--set must be key.path=value (got {shown(assignment)}); as in --set speculation.k=4"
-        )
+        way_out = "as in --set speculation.k=4"
+        raise mistake("--set", "key.path=value", shown(assignment), way_out)
     field = path.strip()
     return field, _parse(text, f"--set {shown_name(field)}") if text.strip() else ""
-
-
-def _put(blocks: dict[str, Any], field: str, value: Any) -> None:
-    """Put one value into `blocks`; `build` then checks the key and the value."""
-    *parents, key = field.split(".")
-    for depth, parent in enumerate(parents, start=1):
-        path = ".".join(map(shown_name, parents[:depth]))
-        blocks = checked(dict, blocks.setdefault(parent, {}), path)
-    blocks[key] = value

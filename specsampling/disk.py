@@ -1,7 +1,4 @@
-"""What lies on a disk: is it the file itself, is it the same one as before, is it there for good?
-
-Knows nothing of what the files hold.
-"""
+"""What lies on a disk: is it the file itself, is it the same as before, is it there for good?"""
 
 from __future__ import annotations
 
@@ -22,20 +19,19 @@ MOST_HEADER_BYTES = 16 << 20
 
 
 def pointer_problem(path: Path) -> str:
-    """What is wrong with a pointer of Git LFS in place of a file; "" for a file.
+    """Say what is wrong with a pointer of Git LFS in place of a file; "" for a file.
 
-    A clone without git-lfs leaves such a text where each large file should be.
+    A clone without git-lfs has such a text in place of each large file.
     """
     if not path.is_file() or path.stat().st_size > MOST_POINTER_BYTES:
         return ""
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) != POINTER:
-            return ""
+    if not path.read_bytes().startswith(POINTER):
+        return ""
     return f"{path} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
 
 
 def sha256_of(path: Path) -> str:
-    """A file's hash, in hexadecimal digits."""
+    """Return a file's hash in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -44,10 +40,10 @@ def sha256_of(path: Path) -> str:
 
 
 def sampled_sha256(paths: Iterable[Path]) -> str:
-    """One hash of several files: names, sizes, small files whole, of large ones parts.
+    """Return one hash of several files: names, sizes, small files whole, and parts of large files.
 
-    The parts are evenly spaced blocks and, of a safetensors file, its header and the beginning of
-    each tensor. To read all of a large checkpoint would take longer than to load it.
+    The parts are evenly spaced. A safetensors file adds its header and each tensor's beginning.
+    To read all of a large checkpoint would take longer than to load it.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -69,7 +65,7 @@ def sampled_sha256(paths: Iterable[Path]) -> str:
 
 
 def _safetensors_header(file: BinaryIO) -> tuple[bytes, set[int]]:
-    """A file's header and where its tensors begin; nothing where it is none."""
+    """Return a file's header, and where its tensors begin if the header can be read."""
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     header = file.read(min(length, MOST_HEADER_BYTES))
     try:
@@ -81,7 +77,7 @@ def _safetensors_header(file: BinaryIO) -> tuple[bytes, set[int]]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk, where the system can say so."""
+    """Wait until a file or a folder's list is on the disk, if the system can say so."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,9 +1,8 @@
 """A script's edge: signals, streams, one line for a mistake, exit codes.
 
-A script calls `catch_signals` before its imports, which take seconds, `check_address_space` before
-those of torch, and ends with `exit_code`.
-Imports next to nothing, not even `typing`, for a signal may come while it does, and nothing of
-ours before something went wrong.
+A script calls `catch_signals` before its imports, which take seconds, then `check_address_space`,
+and ends with `exit_code`. This module imports next to nothing, since a signal may come while it
+does, and nothing of the package before something went wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 
 MISTAKE = 2
+# The package's errors that are a user's mistakes; all others are bugs.
+MISTAKES = "ConfigError ModelError PromptError RanksError RecordsError SandboxError TaskError"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell has it
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ended
 PATIENCE_SECONDS = 2  # an impatient second Ctrl-C must not tear the tidying up of the first
@@ -25,9 +26,7 @@ DECODING_BYTES = 1_650_000_000
 LIGHT_BYTES = 500_000_000  # without torch and transformers
 THREAD_BYTES = 64_000_000
 STOPPED = "stopped; finished rows are kept, and the same command goes on"
-
-
-# What launchers of several processes set in each: how many there are, and which one it is.
+# The variables in which launchers tell each process how many there are, and which one it is.
 LAUNCHED = {
     "WORLD_SIZE": "RANK",
     "PMI_SIZE": "PMI_RANK",
@@ -39,14 +38,11 @@ MOST_DIGITS = 9
 
 
 def launched_by() -> tuple[str, str] | None:
-    """The variables that say which process this is, and of how many; None for the only one.
+    """Return the variables of this process's rank and of the number of ranks; None if it is alone.
 
-    Both must be numbers: a size alone, or a rank that is no number, launches nothing.
-
-    Of SLURM, an `srun` of several tasks is a launch, and it alone sets SLURM_STEP_NUM_TASKS above
-    1. A batch script and a shell of `salloc` are one process, however many tasks SLURM_NTASKS
-    reserves for them. So is a shell of `srun --pty`, which SLURM_PTY_PORT tells: its first task
-    has the terminal, and the others end at once.
+    Both must be numbers. Under SLURM, only an `srun` of several tasks is a launch: batch scripts
+    and `salloc` shells do not set SLURM_STEP_NUM_TASKS above 1. A shell of `srun --pty`, which sets
+    SLURM_PTY_PORT, is one process too, since its other tasks end at once.
     """
     for size, index in LAUNCHED.items():
         if index == "SLURM_PROCID" and "SLURM_PTY_PORT" in os.environ:
@@ -61,37 +57,36 @@ def _is_number(text: str) -> bool:
 
 
 def rank() -> int:
-    """Of this process among those of one run; 0 is the only one, or the one who speaks."""
+    """Return this process's rank. Rank 0 is the only process, or the one that speaks."""
     variables = launched_by()
     return int(os.environ[variables[0]]) if variables else 0
 
 
 class Stopped(BaseException):
-    """A signal asked the script to end. No mistake, so that nobody handles it as one."""
+    """A signal asked the script to end. It is no Exception, so that nobody handles it as one."""
 
 
 class _Signals:
-    """What became of the signals so far.
+    """The signal handler. `code` is the exit code that a signal asked for.
 
-    Attributes:
-        code: the exit code that a signal asked for; None before one came.
-        may_raise: whether a script runs that has things to tidy up, and `exit_code` around it.
+    `may_raise` says whether a script runs that has things to tidy up, and `exit_code` around it.
     """
 
-    def __init__(self) -> None:
-        self.code: int | None = None
-        self.may_raise = False
-        self._since = 0.0
+    code: int | None = None
+    may_raise = False
+    since = 0.0
 
     def __call__(self, number: int, frame: object) -> None:
         code = CODES[signal.Signals(number)]
-        if not self.may_raise:  # importing, or at the very end: nothing is open
-            _leave(code)
-        if self.code is None:
-            self.code, self._since = code, time.monotonic()
+        if self.may_raise and self.code is None:
+            self.code, self.since = code, time.monotonic()
             raise Stopped
-        if time.monotonic() - self._since > PATIENCE_SECONDS:
-            _leave(code)
+        # Nothing is open while importing and at the very end.
+        if not self.may_raise or time.monotonic() - self.since > PATIENCE_SECONDS:
+            try:  # an exception would run through anyone's code
+                os.write(2, f"{STOPPED}\n".encode())
+            finally:
+                os._exit(code)
 
 
 _signals = _Signals()
@@ -117,37 +112,25 @@ def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     except ImportError:  # Windows has no such limit
         return
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    needed, threads = DECODING_BYTES, _num_threads()
-    for argument in sys.argv[1:]:
-        if argument.startswith(("--score", "--help", "-h")):
-            needed = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
-    fewer = ", or set OMP_NUM_THREADS=1" if limit >= needed + THREAD_BYTES else ""
-    needed += threads * THREAD_BYTES
     if limit == resource.RLIM_INFINITY:
         return
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own reserves a gigabyte
-    if limit >= needed:
-        return
-    _say(
-        f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the libraries "
-        f"and {threads} threads (got {limit / 1e9:.1f} GB); raise it{fewer}"
-    )
-    raise SystemExit(MISTAKE)
-
-
-def _num_threads() -> int:
-    """How many threads the libraries start, for each processor core or as they are told."""
+    alone = DECODING_BYTES
+    for argument in sys.argv[1:]:
+        if argument.startswith(("--score", "--help", "-h")):
+            alone = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
     told = os.environ.get("OMP_NUM_THREADS", "")
-    if _is_number(told) and int(told):
-        return int(told)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ignore_signals() -> None:
-    """While the interpreter ends after a first signal, a second one has nothing to add."""
-    for number in CODES:
-        if signal.getsignal(number) is _signals:
-            signal.signal(number, signal.SIG_IGN)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    threads = int(told) if _is_number(told) and int(told) else num_cores
+    needed = alone + threads * THREAD_BYTES
+    if limit < needed:
+        fewer = ", or set OMP_NUM_THREADS=1" if limit >= alone + THREAD_BYTES else ""
+        _say(
+            f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the "
+            f"libraries and {threads} threads (got {limit / 1e9:.1f} GB); raise it{fewer}"
+        )
+        raise SystemExit(MISTAKE)
 
 
 def exit_code(
@@ -166,44 +149,48 @@ def exit_code(
         _give_up_output()
         raise
     except BaseException as error:
-        if _signals.code is not None:  # a library may have made another error of it
-            _say(STOPPED)
-            _ignore_signals()
-            return _signals.code
-        return _code_of(error)
+        if _signals.code is None:
+            return _code_of(error)
+        _say(STOPPED)  # a library may have made another error of it
+        for number in CODES:  # a second signal has nothing to add while the interpreter ends
+            if signal.getsignal(number) is _signals:
+                signal.signal(number, signal.SIG_IGN)
+        return _signals.code
     finally:
         _signals.may_raise = False
 
 
 def _code_of(error: BaseException) -> int:
-    """Say what went wrong, if it is no bug of ours, and how the process ends."""
+    """Say what went wrong, and return the exit code; raise the error again if it is a bug."""
     if isinstance(error, KeyboardInterrupt):
         _say(STOPPED)
         return CODES[signal.SIGINT]
     if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
         _give_up_output()
         return BROKEN_PIPE
-    is_ours = type(error).__module__.startswith("specsampling.")  # raised from memory, maybe
-    if not is_ours and (line := _of_memory(error)):
-        _say(line)
-    elif isinstance(error, _mistakes()):
-        if not (rank() and type(error).__name__ == "ConfigError"):  # every rank reads the same
-            _say(f"error: {error}")
-    elif isinstance(error, OSError):
+    name = type(error).__name__
+    if type(error).__module__.startswith("specsampling."):  # raised from memory, maybe
+        line = f"error: {error}" if name in MISTAKES.split() else ""
+        if rank() and name == "ConfigError":  # every rank reads the same
+            return MISTAKE
+    else:
+        line = _of_memory(error)
+    if not line and isinstance(error, OSError):
         _give_up_output()
-        _say(
+        line = (
             f"error: the system refused something ({error}); check the paths, your rights to "
             "them, and the space on the disk"
         )
-    else:
+    if not line:
         if rank():
             sys.stderr = sys.__stderr__  # a bug is told on every rank
         raise error
+    _say(line)
     return MISTAKE
 
 
 def _of_memory(error: BaseException) -> str:
-    """What to say of an error if memory is its cause; imports little, for there is little."""
+    """Return what to say of an error if memory is its cause. Little is imported into little."""
     from specsampling.models.errors import is_out_of_memory, reason
 
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
@@ -219,50 +206,23 @@ def _of_memory(error: BaseException) -> str:
     )
 
 
-def _mistakes() -> tuple[type[Exception], ...]:
-    from specsampling.checking import ConfigError
-    from specsampling.method.text import PromptError
-    from specsampling.models.errors import ModelError
-    from specsampling.ranks import RanksError
-    from specsampling.results.records import RecordsError
-    from specsampling.tasks.sandbox import SandboxError
-    from specsampling.tasks.task import TaskError
-
-    return (
-        ConfigError,
-        ModelError,
-        PromptError,
-        RanksError,
-        RecordsError,
-        SandboxError,
-        TaskError,
-    )
-
-
 def one_line(text: str) -> str:
-    """A text for the terminal: one line, no control characters, cut where it grows long."""
+    """Return a text for the terminal: one line, no control characters, cut if it is long."""
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 3]}..."
 
 
 def _say(message: str) -> None:
-    """A line on stderr, if anybody is there to read it."""
+    """Print a line on stderr, if anybody is there to read it."""
     from contextlib import suppress
 
+    stream = sys.stderr
     if rank():
         if message == STOPPED:
             return  # rank 0 says it
-        message = f"rank {rank()}: {message}"
+        message, stream = f"rank {rank()}: {message}", sys.__stderr__
     with suppress(OSError, ValueError):
-        print(one_line(message), file=sys.__stderr__ if rank() else sys.stderr, flush=True)
-
-
-def _leave(code: int) -> None:
-    """End at once: a handler cannot know whose code an exception would run through."""
-    try:
-        os.write(2, f"{STOPPED}\n".encode())
-    finally:
-        os._exit(code)
+        print(one_line(message), file=stream, flush=True)
 
 
 def _mend_streams() -> None:

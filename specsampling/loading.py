@@ -1,6 +1,7 @@
 """From a configuration to models that are ready to decode: loaded, compiled, checked.
 
-Torch is imported only once a configuration has been read, so that a mistake in it is told at once.
+The functions import torch themselves, so that a mistake in a configuration is told at once. Their
+`config` is the run's. Their `longest` is the most tokens that a text has, prompt included.
 """
 
 from __future__ import annotations
@@ -9,116 +10,91 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, ConfigError, MethodParts, method_parts
+from specsampling.config import Compile, Config, ConfigError, method_parts, mistake
 from specsampling.provenance import device_name, precision
 
 if TYPE_CHECKING:
     from specsampling.method.drafts import Draft
+    from specsampling.method.forward import Model
     from specsampling.models.estimate import Planned
     from specsampling.models.load import Pair
     from specsampling.results.records import Run
     from specsampling.tasks.task import Example
 
+    # By the draft's name, "" for the pair's own, and whether k is found while decoding.
+    Drafts = dict[tuple[str, bool], Draft]
+
 THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
 
 
-@dataclass(frozen=True)
-class Outlines:
-    """A run's models before they are loaded: shapes without weights.
-
-    Attributes:
-        pair: encodes prompts, and knows the target's context; nobody drafts.
-        target: as it will be loaded.
-        drafts: the models that will draft.
-    """
-
-    pair: Pair
-    target: Planned
-    drafts: list[Planned]
+def say(*words: object) -> None:
+    """Print a line on stderr."""
+    print(*words, file=sys.stderr, flush=True)
 
 
-def outline_models(config: Config) -> Outlines:
-    """From configurations and tokenizers alone, what a run needs to know before it loads.
+def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
+    """Read what a run needs to know before it loads: configurations and tokenizers.
+
+    Returns:
+        A pair without weights, which encodes prompts, and the models as they will be loaded, the
+            target first.
 
     Raises:
-        ModelError: in one line, what cannot be had.
+        ModelError: a model or its tokenizer is missing or does not fit.
     """
     from specsampling.method.drafts import NgramDraft
+    from specsampling.models import load
     from specsampling.models.checkpoint import plan_model
-    from specsampling.models.load import (
-        Pair,
-        check_tokenizers,
-        draft_spec,
-        resolve_device,
-        resolve_dtype,
-    )
 
     models = config.models
-    named = dict.fromkeys([models.draft, *(parts.draft for parts in drafts_named(config))])
-    specs = dict.fromkeys(spec for name in named if name and (spec := draft_spec(name)))
-    dtype = resolve_dtype(models.dtype, resolve_device(models.device))
-    tokenizer = check_tokenizers(models.target, list(specs), models.tokenizer)
+    named = [models.draft, *drafts_named(config)]
+    specs = dict.fromkeys(spec for name in named if (spec := load.draft_spec(name)))
+    dtype = load.resolve_dtype(models.dtype, load.resolve_device(models.device))
+    tokenizer = load.check_tokenizers(models.target, list(specs), models.tokenizer)
     target = plan_model(models.target, dtype, models.target_quantization)
     drafts = [plan_model(spec, dtype, models.draft_quantization) for spec in specs]
-    return Outlines(Pair(target.outline, NgramDraft(), tokenizer, frozenset()), target, drafts)
+    return load.Pair(target.outline, NgramDraft(), tokenizer, frozenset()), [target, *drafts]
+
+
+def drafts_named(config: Config) -> list[str]:
+    """Return the drafts that the methods name, each once."""
+    drafts = [method_parts(method, config).draft for method in config.run.methods]
+    return [draft for draft in dict.fromkeys(drafts) if draft]
 
 
 def digest_files(config: Config, examples: Sequence[Example]) -> dict[str, str]:
-    """What tells a run's models and data from others under the same names, by those names.
-
-    Args:
-        config: of the run.
-        examples: all of the task's.
-
-    Raises:
-        ModelError: a model's files cannot be had.
-    """
+    """Return hashes that tell a run's models and data from others of the same names."""
     from specsampling.models.checkpoint import digest_model
     from specsampling.models.load import draft_spec
 
     models = config.models
     specs = {"models.target": models.target, "models.draft": draft_spec(models.draft)}
-    if models.tokenizer:
-        specs["models.tokenizer"] = models.tokenizer
-    for parts in drafts_named(config):
-        if parts.draft:
-            specs[f"draft {parts.draft}"] = draft_spec(parts.draft)
+    specs["models.tokenizer"] = models.tokenizer or ""
+    specs |= {f"draft {draft}": draft_spec(draft) for draft in drafts_named(config)}
     digests = {name: digest_model(spec) for name, spec in specs.items() if spec}
     texts = json.dumps([(example.id, example.text, example.reference) for example in examples])
     return digests | {"data": hashlib.sha256(texts.encode()).hexdigest()[:16]}
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What is known of a run's memory before it is spent.
-
-    Attributes:
-        device_map: where each part of the target goes, if it is laid over several GPUs.
-        peak: expected, in words; "" where it is not estimated.
-    """
-
-    device_map: dict[str, int | str] | None = None
-    peak: str = ""
-
-
 def settle_memory(
-    config: Config, outlines: Outlines, prompt_lengths: Collection[int], num_sharing: int = 1
-) -> MemoryPlan:
-    """Hold what a run will take against the memory that is free, and say both.
+    config: Config, models: Sequence[Planned], num_prompt_tokens: int, num_sharing: int = 1
+) -> tuple[dict[str, int | str] | None, str]:
+    """Compare what a run will take with the memory that is free, and print both.
 
-    Args:
-        config: of the run.
-        outlines: its models.
-        prompt_lengths: of all prompts to come, in tokens.
-        num_sharing: processes that take as much of this machine.
+    `models` are those of `outline_models`, and the longest prompt has `num_prompt_tokens`. As many
+    processes as `num_sharing` take the same part of this machine.
+
+    Returns:
+        Where each part of the target goes, if several GPUs share it, and the expected peak in
+            words, if it is estimated.
 
     Raises:
-        ModelError: it does not fit, in one line, with what would.
+        ModelError: the models do not fit; the line says what would.
     """
     import torch
 
@@ -128,26 +104,21 @@ def settle_memory(
     from specsampling.models.memory import free_bytes, gigabytes, limit_way_out, resident_bytes
     from specsampling.models.split import SPLIT, split_target
 
-    say = partial(print, file=sys.stderr, flush=True)
-    models = [outlines.target, *outlines.drafts]
     if any(hasattr(model.outline.config, "quantization_config") for model in models):
         say("  memory: not estimated, a checkpoint is quantised already")
-        return MemoryPlan()
-    width = call_width(config) or config.width
-    prompt = max(prompt_lengths)
-    longest = prompt + config.decoding.max_new_tokens
-    num_texts = config.run.batch_size
-    lengths = Lengths(longest, prompt, width, num_texts)
+        return None, ""
+    target, *drafts = models
+    longest = num_prompt_tokens + config.decoding.max_new_tokens
+    lengths = Lengths(longest, num_prompt_tokens, config.width, config.run.batch_size)
     device = resolve_device(config.models.device)
-    need = need_of(outlines.target, outlines.drafts, device, lengths)
+    need = need_of(target, drafts, device, lengths)
     if config.models.device.startswith(SPLIT):
         gpus = {i: free_bytes(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
-        places = split_target(outlines.target, outlines.drafts, lengths, gpus, config.models.device)
-        return MemoryPlan(places)
-    free = free_bytes(device) if device.type == "cuda" else free_bytes(device) // num_sharing
+        return split_target(target, drafts, lengths, gpus, config.models.device), ""
+    free = free_bytes(device) // (1 if device.type == "cuda" else num_sharing)
     say(f"  memory: {need}, of {gigabytes(free)} free")
     if need.least > free:
-        fitting = ways_out(outlines.target, outlines.drafts, device, lengths, free)
+        fitting = ways_out(target, drafts, device, lengths, free)
         raise ModelError(
             f"the models need {need}, and {device} has {gigabytes(free)} free; "
             f"choose {', or '.join(fitting) or 'smaller models'}{limit_way_out()}"
@@ -155,77 +126,49 @@ def settle_memory(
     if need.total > free:
         say("  memory: loading will be slow, the checkpoint does not fit beside what is made of it")
     if device.type == "cpu":
-        return MemoryPlan(peak=gigabytes(resident_bytes() + need.total))
-    return MemoryPlan(peak=f"{gigabytes(need.total)} of {device}")
+        return None, gigabytes(resident_bytes() + need.total)
+    return None, f"{gigabytes(need.total)} of {device}"
 
 
-def load_configured_pair(
-    config: Config,
-    device_map: Mapping[str, int | str] | None = None,
-    mode: Compile | None = None,
-) -> Pair:
-    """Load the models that a configuration names, and say what became of `auto`.
+def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
+    """Load the target and its draft, and print what became of `auto`.
 
-    Args:
-        config: of the run.
-        device_map: see `MemoryPlan`.
-        mode: what `settle_steps` says; None takes the configuration's.
+    Raises:
+        ConfigError: a size does not fit the target's context, or there are too many threads.
+        ModelError: a model cannot be loaded.
     """
     import torch
 
     from specsampling.kernel.engine import set_num_threads
-    from specsampling.models.load import check_tokenizers, load_pair
+    from specsampling.models.load import load_pair
 
-    _check_threads(config.run.threads)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-        set_num_threads(config.run.threads)
+    threads, most = config.run.threads, THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads > most:
+        rule = f"<= {most} here, {THREADS_PER_CORE} for each processor core"
+        raise mistake("run.threads", rule, threads, "0 leaves the number to torch")
+    if threads:
+        torch.set_num_threads(threads)
+        set_num_threads(threads)
     models = config.models
-    others = list({parts.draft: None for parts in drafts_named(config) if parts.draft})
-    if others:
-        check_tokenizers(models.target, others, models.tokenizer)
-    print(f"Loading {models.target} with draft {models.draft} ...", file=sys.stderr, flush=True)
-    pair = load_pair(
-        models.target,
-        models.draft,
-        tokenizer=models.tokenizer,
-        dtype=models.dtype,
-        device=models.device,
-        target_quantization=models.target_quantization,
-        draft_quantization=models.draft_quantization,
-        device_map=device_map,
-        compile=mode or config.decoding.compile,
-        **_draft_options(config),
-    )
+    say(f"Loading {models.target} with draft {models.draft} ...")
+    pair = load_pair(**asdict(models), device_map=device_map, **_draft_options(config))
     device = pair.target.device
-    print(f"  {device_name(device)} ({device}), {precision(config, device)}", file=sys.stderr)
-    _check_context(config, pair)
+    say(f"  {device_name(device)} ({device}), {precision(config, device)}")
+    _check_context(config, pair.target)
     return pair
 
 
-def _check_threads(threads: int) -> None:
-    most = THREADS_PER_CORE * (os.cpu_count() or 1)
-    if threads > most:
-        raise ConfigError(
-            f"run.threads must be <= {most} here, {THREADS_PER_CORE} for each processor core "
-            f"(got {threads}); 0 leaves the number to torch"
-        )
-
-
-def _check_context(config: Config, pair: Pair) -> None:
-    """Hold the sizes of a call and of an answer to what the loaded target can look at."""
+def _check_context(config: Config, target: Model) -> None:
+    """Check that a call and an answer fit what the loaded target can look at."""
     from specsampling.method.session import context_limit
 
-    context = context_limit(pair.target)
-    sizes = {
-        "decoding.max_new_tokens": config.decoding.max_new_tokens + 1,  # a prompt has one or more
-        "speculation.k": 0 if config.speculation.k == "auto" else config.largest_k + 1,
-        "decoding.width": call_width(config) or 0,
-    }
-    for field, size in sizes.items():
+    context, k, decoding = context_limit(target), config.speculation.k, config.decoding
+    for field, value, size in (
+        ("decoding.max_new_tokens", decoding.max_new_tokens, decoding.max_new_tokens + 1),
+        ("speculation.k", k, 0 if k == "auto" else k + 1),
+        ("decoding.width", decoding.width, config.call_width or 0),
+    ):
         if size > context:
-            block, _, key = field.partition(".")
-            value = getattr(getattr(config, block), key)
             raise ConfigError(
                 f"{field} must fit the target's context of {context} tokens (got {value}); "
                 "lower it, or choose a model with a longer context"
@@ -234,123 +177,83 @@ def _check_context(config: Config, pair: Pair) -> None:
 
 def _draft_options(config: Config) -> dict[str, Any]:
     names = ("ngram_max", "ngram_min", "model_k", "min_confidence")
-    return {name: getattr(config.speculation, name) for name in names}
+    options = {name: getattr(config.speculation, name) for name in names}
+    return options | {"compile": config.decoding.compile}
 
 
-def drafts_named(config: Config) -> list[MethodParts]:
-    """Of the methods; the draft "" is the pair's own."""
-    return [method_parts(method, config) for method in config.run.methods]
-
-
-def load_drafts(
-    config: Config, pair: Pair, mode: Compile | None = None
-) -> dict[tuple[str, bool], Draft]:
-    """The methods' drafts, by name ("" is the pair's own) and whether k is found while decoding."""
+def load_drafts(config: Config, pair: Pair) -> Drafts:
+    """Load the drafts of the methods; the pair's own is there already."""
     from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.models.load import draft_models, load_draft, resolve_dtype
 
-    fixed = {"": pair.draft}
-    loaded = draft_models(config.models.draft, pair.draft)
-    for spec in (parts.draft for parts in drafts_named(config)):
-        if spec in fixed:
-            continue
-        print(f"Loading the draft {spec} ...", file=sys.stderr, flush=True)
-        fixed[spec] = load_draft(
+    models = config.models
+    drafts: Drafts = {("", False): pair.draft}
+    loaded = draft_models(models.draft, pair.draft)
+    for spec in drafts_named(config):
+        say(f"Loading the draft {spec} ...")
+        drafts[spec, False] = load_draft(
             spec,
             pair.target,
-            resolve_dtype(config.models.dtype, pair.target.device),
-            quantization=config.models.draft_quantization,
-            **_draft_options(config),
-            compile=mode or config.decoding.compile,
+            resolve_dtype(models.dtype, pair.target.device),
+            quantization=models.draft_quantization,
             loaded=loaded,
+            **_draft_options(config),
         )
-        loaded |= draft_models(spec, fixed[spec])
-    drafts: dict[tuple[str, bool], Draft] = {(spec, False): draft for spec, draft in fixed.items()}
-    for parts in drafts_named(config):
+        loaded |= draft_models(spec, drafts[spec, False])
+    for parts in (method_parts(method, config) for method in config.run.methods):
         if parts.is_adaptive:
-            drafts[parts.draft, True] = AdaptiveDraft.of(fixed[parts.draft])
+            drafts[parts.draft, True] = AdaptiveDraft.of(drafts[parts.draft, False])
     return drafts
 
 
 def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
-    """What `decoding.compile: auto` comes to in a run, and why in words where that is "off".
+    """Return what `decoding.compile: auto` means in a run, and if that is "off" the reason.
 
-    What was begun one way goes on so. On a GPU several texts at once are not captured.
-
-    Args:
-        config: of the run.
-        there: what an earlier process left of it.
-
-    Raises:
-        ConfigError: the run asks for both.
+    A run goes on as it began: `there` is what an earlier process left of it. On a GPU, the calls of
+    several texts at once are not captured, and a ConfigError refuses `on`.
     """
     from specsampling.models.load import resolve_device
 
     mode, size = config.decoding.compile, config.run.batch_size
     is_gpus_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
     if is_gpus_batch and mode == "on":
-        raise ConfigError(
-            f"run.batch_size must be 1 for decoding.compile: on, but on a CPU (got {size}); set "
-            "one of the two, or compile: auto"
-        )
-    if mode != "auto":
-        return mode, "decoding.compile: off"
-    if is_gpus_batch:
+        way_out = "set one of the two, or compile: auto"
+        raise mistake("run.batch_size", "1 for decoding.compile: on, but on a CPU", size, way_out)
+    if mode == "auto" and is_gpus_batch:
         return "off", "run.batch_size: several texts at once"
-    if there is not None and not there.meta.get("steps"):
+    if mode == "auto" and there is not None and not there.meta.get("steps"):
         return "off", "as the rows that are there"
-    return "auto", ""
+    return mode, "decoding.compile: off"
 
 
-def make_steps(
-    config: Config,
-    mode: Compile,
-    pair: Pair,
-    drafts: dict[tuple[str, bool], Draft],
-    num_prompt_tokens: int,
-) -> bool:
-    """Capture the models' decode calls on a GPU, and say what became of each.
+def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool:
+    """Capture the models' decode calls on a GPU, and print what became of each.
 
     Returns:
         Whether the target's calls are static now.
     """
     from specsampling.method.forward import is_exact, runner_of
-    from specsampling.models.load import draft_models
     from specsampling.models.static import make_static
 
-    longest = num_prompt_tokens + config.decoding.max_new_tokens
-    widest = call_width(config) or config.width
-    models = {config.models.target: (pair.target, {1, widest})}
-    for (spec, _), draft in drafts.items():  # fed its own last token, or all that it missed
-        for name, model in draft_models(spec or config.models.draft, draft).items():
-            models[f"the draft {name}"] = model, {1, 2, widest}
-    for name, (model, sizes) in models.items():
-        say = partial(print, f"  {name}:", file=sys.stderr, flush=True)
-        say(make_static(model, mode, longest, sizes, report=say))
+    for name, model in _models_by_name(config, pair, drafts).items():
+        report = partial(say, f"  {name}:")
+        # A draft is fed its own last token, or all that it missed.
+        sizes = {1, config.width} if model is pair.target else {1, 2, config.width}
+        report(make_static(model, config.decoding.compile, longest, sizes, report))
     return is_exact(pair.target) or runner_of(pair.target) is not None
 
 
-def make_batch(
-    config: Config, pair: Pair, drafts: dict[tuple[str, bool], Draft], num_prompt_tokens: int
-) -> None:
-    """Make the models ready for `run.batch_size` texts at once.
-
-    Raises:
-        ModelError: one of them cannot decode several.
-    """
+def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None:
+    """Make the models ready for `run.batch_size` texts at once; a ModelError if one cannot be."""
     from transformers import PreTrainedModel
 
     from specsampling.method.batch import install
     from specsampling.method.forward import is_exact
     from specsampling.method.step import has_step
     from specsampling.models.errors import ModelError
-    from specsampling.models.load import draft_models
 
-    size, widest = config.run.batch_size, call_width(config) or config.width
-    models = {config.models.target: pair.target}
-    for (spec, _), draft in drafts.items():
-        models |= draft_models(spec or config.models.draft, draft)
-    for name, model in models.items():
+    size = config.run.batch_size
+    for name, model in _models_by_name(config, pair, drafts).items():
         if is_exact(model):
             continue  # its calls take rows of any texts
         assert isinstance(model, PreTrainedModel)
@@ -359,34 +262,30 @@ def make_batch(
                 f"run.batch_size must be 1 for {name} (got {size}): {model.config.model_type} "
                 "models keep transformers' forward, which is for one text here"
             )
-        longest = num_prompt_tokens + config.decoding.max_new_tokens
         width = config.width if config.decoding.bit_exact and model is pair.target else None
-        install(model, size, longest, widest, width)
+        install(model, size, longest, config.width, width)
 
 
-def self_check(config: Config, pair: Pair, num_prompt_tokens: int) -> str:
-    """Whether decoding is bit-exact on the loaded target, in words that are printed too.
+def _models_by_name(config: Config, pair: Pair, drafts: Drafts) -> dict[str, Model]:
+    from specsampling.models.load import draft_models
 
-    Args:
-        config: what the run asks for.
-        pair: the loaded models.
-        num_prompt_tokens: of the longest prompt to come.
-    """
+    models = {config.models.target: pair.target}
+    for (spec, _), draft in drafts.items():
+        for name, model in draft_models(spec or config.models.draft, draft).items():
+            models[f"the draft {name}"] = model
+    return models
+
+
+def self_check(config: Config, pair: Pair, longest: int) -> str:
+    """Return whether decoding is bit-exact on the loaded target, in words that are printed too."""
     from specsampling.method.forward import is_exact
     from specsampling.models.exactness import check_exactness
 
-    width = call_width(config)
-    longest = num_prompt_tokens + config.decoding.max_new_tokens
-    check = check_exactness(pair.target, width, capacity=longest)
+    check = check_exactness(pair.target, config.call_width, capacity=longest)
     verdict = "not asked for (decoding.bit_exact: false)"
     if is_exact(pair.target):
         verdict = f"{check}, at any width"
     elif config.decoding.bit_exact:
-        verdict = f"{check}, at width {width}"
-    print(f"  bit-exact decoding: {verdict}", file=sys.stderr)
+        verdict = f"{check}, at width {config.width}"
+    say(f"  bit-exact decoding: {verdict}")
     return verdict
-
-
-def call_width(config: Config) -> int | None:
-    """Rows of every decode call; None for as many as there are new tokens."""
-    return config.width if config.decoding.bit_exact else config.decoding.width or None

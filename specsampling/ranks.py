@@ -1,11 +1,9 @@
 """One run on several processes: all GPUs of a machine, or several machines.
 
-`accelerate launch`, `torchrun`, `mpirun` or `srun` starts the processes; accelerate tells them of
-each other. Each rank decodes its share of the (example, sample) pairs, all methods of a pair, into
-a shard of its own beside the output; rank 0 merges the shards. Ranks that wait for each other ask
-rank 0's store instead of standing in a collective call, which would give up after half an hour.
-
-Knows nothing of models, methods and rows.
+`accelerate launch`, `torchrun`, `mpirun` or `srun` starts the processes, and accelerate tells them
+of each other. Each rank decodes its share of the (example, sample) pairs, all methods of a pair,
+into a shard of its own beside the output. Rank 0 merges the shards. Ranks that wait for each other
+ask rank 0's store, since a collective call would give up after half an hour.
 """
 
 from __future__ import annotations
@@ -30,49 +28,47 @@ class RanksError(RuntimeError):
 class Ranks:
     """This process among the others.
 
-    Attributes:
-        index: from 0 to `count` - 1.
-        count: of all processes, on all machines.
-        local_index: among this machine's.
-        local_count: how many these are.
+    Its rank `index` is below the `count` of all processes. `local_index` and `local_count` are the
+    same among this machine's processes.
     """
 
     _all: Ranks | None = None
 
     @classmethod
     def of_launch(cls, variables: tuple[str, str]) -> Ranks:
-        """The same object each time: what the ranks ask each other is numbered.
+        """Return the same object each time, since what the ranks ask each other is numbered.
 
-        Args:
-            variables: of the environment, that say which process this is and of how many.
-
-        Raises:
-            RanksError: this process cannot meet the others.
+        The variables are `edge.launched_by`'s. A RanksError says that nobody can be met.
         """
-        if cls._all is None:
-            cls._all = cls(*variables)
+        cls._all = cls._all or cls(*variables)
         return cls._all
 
     def __init__(self, index: str, size: str) -> None:
-        """Meet the other processes; `Ranks.of_launch` is the way in."""
-        try:
-            _require_place(index, size)
-        except ValueError as error:
-            raise RanksError(_not_met(error, index, size)) from error
-        if index == "SLURM_PROCID":
-            os.environ.update(_translated(os.environ))
-
+        """Meet the other processes; call `Ranks.of_launch` instead."""
         import torch
         from accelerate import PartialState
         from torch.distributed import PrefixStore, distributed_c10d
 
         try:
+            number, count = (int(os.environ[name]) for name in (index, size))
+            if number >= count:
+                raise ValueError(f"{index} must be below {size}, which is {count}, and is {number}")
+            if not os.environ.get("MASTER_ADDR"):
+                raise ValueError("MASTER_ADDR is not set")
+            if index == "SLURM_PROCID":
+                os.environ.update(_translated(os.environ))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of threads, which `run.threads` sets
+                warnings.simplefilter("ignore")  # about threads, which `run.threads` sets
                 self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
             store = distributed_c10d._get_default_store()
         except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise RanksError(_not_met(error, index, size)) from error
+            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise RanksError(
+                f"{index} and {size} say that this is one of several processes, and it cannot meet "
+                f"the others ({why}); start all of them with torchrun or accelerate launch, set "
+                "MASTER_ADDR and MASTER_PORT to rank 0's machine and a free port there, or unset "
+                f"{index} and {size} to run alone"
+            ) from error
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.local_index: int = self._state.local_process_index
@@ -81,11 +77,7 @@ class Ranks:
         self._num_meetings = 0
 
     def device(self, device: str) -> str:
-        """Which device of this machine a rank takes for the one configured.
-
-        Raises:
-            ConfigError: it names one GPU, which all would share.
-        """
+        """Return the rank's device for the configured one; a ConfigError if all would share it."""
         import torch
 
         if device.startswith(("cuda:", "auto-split")):
@@ -98,23 +90,20 @@ class Ranks:
         return device
 
     def _add(self, name: str, amount: int) -> int:
-        """Add to a number that rank 0 keeps; what it is then."""
+        """Add to a number that rank 0 keeps, and return the sum."""
         try:
             return self._store.add(name, amount)
-        except RuntimeError as error:  # torch's DistError, and what it was before that was there
+        except RuntimeError as error:  # torch's DistError is one
             raise RanksError(
                 "rank 0 has ended; finished rows are kept, and the same command goes on"
             ) from error
 
-    def count_row(self) -> int:
-        """Say that a row is done; how many are, of all ranks, since they last met."""
-        return self._add(f"rows {self._num_meetings}", 1)
-
-    def num_rows(self) -> int:
-        return self._add(f"rows {self._num_meetings}", 0)
+    def count_rows(self, num_more: int = 0) -> int:
+        """Say that more rows are done; return how many are since the ranks last met."""
+        return self._add(f"rows {self._num_meetings}", num_more)
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait until every rank is here, however long that takes."""
+        """Wait without a limit until every rank is here."""
         name = f"meeting {self._num_meetings}"
         self._add(name, 1)
         while self._add(name, 0) < self.count:
@@ -123,34 +112,21 @@ class Ranks:
         self._num_meetings += 1
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        from accelerate.utils import broadcast_object_list
-
-        self.meet()
-        return broadcast_object_list([value])[0]
+        """Return rank 0's value on every rank."""
+        return self.gather([value])[0]
 
     def gather(self, values: list) -> list:
-        """All ranks' values, rank 0's first, on every rank."""
+        """Return all ranks' values on every rank, rank 0's first."""
         from accelerate.utils import gather_object
 
         self.meet()
         return gather_object(values)
 
 
-def _require_place(index: str, size: str) -> None:
-    """Raise a ValueError if no other process can be met: a number too high, or no address."""
-    number, count = (int(os.environ[name]) for name in (index, size))
-    if number >= count:
-        raise ValueError(f"{index} must be below {size}, which is {count}, and is {number}")
-    if not os.environ.get("MASTER_ADDR"):
-        raise ValueError("MASTER_ADDR is not set")
-
-
 def _translated(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What torch and accelerate read, from the variables of an `srun`, which they do not read."""
-    tasks: list[str] = []  # of each machine, from "2(x3),1"
-    for number, times in TASKS.findall(slurm.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        tasks += [number] * int(times or 1)
+    """Translate the variables of an `srun` to those that torch and accelerate read."""
+    per_node = TASKS.findall(slurm.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of "2(x3),1"
+    tasks = [number for number, times in per_node for _ in range(int(times or 1))]
     node = int(slurm.get("SLURM_NODEID", "0"))
     return {
         "RANK": slurm["SLURM_PROCID"],
@@ -158,14 +134,3 @@ def _translated(slurm: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": slurm.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": tasks[node] if node < len(tasks) else "1",
     }
-
-
-def _not_met(error: Exception, index: str, size: str) -> str:
-    """Why this process cannot meet the others, and the ways out, in one line."""
-    why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return (
-        f"{index} and {size} say that this is one of several processes, and it cannot meet the "
-        f"others ({why}); start all of them with torchrun or accelerate launch, set MASTER_ADDR "
-        "and MASTER_PORT to rank 0's machine and a free port there, or unset "
-        f"{index} and {size} to run alone"
-    )

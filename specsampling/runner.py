@@ -1,23 +1,24 @@
 """Examples x methods -> rows: seeds, order, timing, progress.
 
-The decoders reach it as arguments. Generation ends here; scoring is a step of its own.
+The decoders are arguments. Generation ends here; scoring is a step of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from specsampling.method.batch import decode_together
 from specsampling.method.session import context_limit
-from specsampling.method.text import Generation, PromptError, StopCheck
+from specsampling.method.text import Generation, PromptError
 from specsampling.models.errors import is_out_of_memory, reason
 from specsampling.models.load import Pair
 from specsampling.models.memory import release_memory
@@ -34,28 +35,17 @@ MEMORY_WAYS_OUT = (
 BLOCK = 4  # pairs decoded by a method in its turn, for each place of a batch
 
 
-class Decode(Protocol):
-    """A method: decodes one prompt, given its randomness and its stop check."""
-
-    def __call__(
-        self,
-        prompt: Sequence[int],
-        *,
-        generator: torch.Generator,
-        is_stop: StopCheck | None,
-    ) -> Generation: ...
+# A method: decodes one prompt, given its `generator` and its stop check `is_stop`.
+Decode = Callable[..., Generation]
 
 
 def encode_prompts(
     task: Task, pair: Pair, limit: int | None, max_new_tokens: int
 ) -> list[tuple[Example, Prompt]]:
-    """The first `limit` examples with their prompts, before anything is decoded or lost.
+    """Return the first `limit` examples with their prompts.
 
-    A task that can cut a prompt cuts it so that `max_new_tokens` fit into the target's context.
-
-    Raises:
-        PromptError: a prompt leaves no room in the target's context, or has ids that the target
-            does not know.
+    A task that can cut a prompt cuts it so that `max_new_tokens` fit into the target's context. A
+    PromptError says which prompt does not fit, or has ids that the target does not know.
     """
     context = context_limit(pair.target)
     if max_new_tokens >= context:
@@ -73,7 +63,7 @@ def encode_prompts(
 
 
 def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
-    """Raise the PromptError that `encode_prompts` describes, should there be cause for one."""
+    """Check that the target can decode a prompt; else raise a PromptError that says why."""
     context = context_limit(pair.target)
     if not token_ids:
         raise PromptError(
@@ -105,12 +95,16 @@ class Job(NamedTuple):
     def key(self) -> Key:
         return self.example.id, self.method, self.sample_index
 
+    def pair(self) -> tuple[str, int]:
+        return self.example.id, self.sample_index
+
 
 def all_jobs(
     prompts: Sequence[tuple[Example, Prompt]], methods: Sequence[str], num_samples: int
 ) -> list[Job]:
-    """A run's rows in their order: the methods' rotates from one example to the next, so that a
-    machine that slows down slows them all.
+    """Return a run's rows to be made, in their order.
+
+    The methods' order rotates from example to example, so that a slower machine slows them all.
     """
     names = list(methods)
     return [
@@ -121,25 +115,26 @@ def all_jobs(
     ]
 
 
+def _grouped(jobs: Iterable[Job], key: Callable[[Job], object]) -> list[list[Job]]:
+    groups: dict[object, list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[key(job)].append(job)
+    return list(groups.values())
+
+
 def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
-    """A rank's: every so many-th (example, sample) pair, all methods of a pair together."""
-    pairs = list(dict.fromkeys((job.example.id, job.sample_index) for job in jobs))
-    mine = set(pairs[ranks.index :: ranks.count])
-    return [job for job in jobs if (job.example.id, job.sample_index) in mine]
+    """Return a rank's jobs: every so many-th (example, sample) pair, with all its methods."""
+    return [job for pair in _grouped(jobs, Job.pair)[ranks.index :: ranks.count] for job in pair]
 
 
 def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
-    """Jobs that are decoded together: a method's over some (example, sample) pairs.
+    """Yield jobs that are decoded together: one method's, over a block of pairs.
 
-    Methods take turns from one such block of pairs to the next, as they do from text to text
-    where each is alone. A block has more pairs than a batch places, since some texts end early.
+    A block has more pairs than a batch has places, since some texts end early.
     """
-    pairs = list(dict.fromkeys((job.example.id, job.sample_index) for job in jobs))
-    for start in range(0, len(pairs), BLOCK * batch_size):
-        block = set(pairs[start : start + BLOCK * batch_size])
-        of_block = [job for job in jobs if (job.example.id, job.sample_index) in block]
-        for method in dict.fromkeys(job.method for job in of_block):
-            yield [job for job in of_block if job.method == method]
+    pairs, size = _grouped(jobs, Job.pair), BLOCK * batch_size
+    for start in range(0, len(pairs), size):
+        yield from _grouped(chain(*pairs[start : start + size]), lambda job: job.method)
 
 
 def run(
@@ -155,23 +150,20 @@ def run(
     batch_size: int = 1,
     ranks: Ranks | None = None,
 ) -> None:
-    """Decode every example with every method and append a row for each as it is finished.
+    """Decode every example with every method, and append a row for each as it is finished.
 
-    Rows that the file has already are skipped. A text for which memory runs out gets a row that
-    says so, and the run goes on.
+    Rows that the file already has are skipped. If memory runs out for a text, its row says so, and
+    the run goes on.
 
     Args:
-        pair: the loaded models.
-        task: stop strings and completions.
-        prompts: the examples and their prompts.
-        methods: by name, in the order of the table.
+        pair, task, prompts: what is decoded, and by which models.
+        methods: the decoders by name, in the order of the table.
         run_file: where rows go.
-        seed: of the whole run; see `sample_seed`.
+        seed: the whole run's; see `sample_seed`.
         num_samples: texts per example and method.
-        warmup: examples decoded by every method, and thrown away, before the clock counts.
-        batch_size: texts decoded at once, by models that were made ready for so many. Then a row's
-            seconds are its share of them: each moment's in equal parts to the texts then open.
-        ranks: this process among several, of whom each makes its share; None for the only one.
+        warmup: how many examples every method decodes first; those texts are thrown away.
+        batch_size: how many texts are decoded at once, sharing each moment's seconds equally.
+        ranks: this process among several; None for the only one.
 
     Raises:
         RecordsError: a row cannot be written, or the file has rows of other prompts or data.
@@ -197,16 +189,16 @@ def run(
             run_file.append(row)
             progress.add(row)
             bar.set_postfix_str(str(progress), refresh=False)
-            bar.update(num_there + ranks.count_row() - bar.n if ranks else 1)
+            bar.update(num_there + ranks.count_rows(1) - bar.n if ranks else 1)
         if ranks:  # the others' rows still to come
-            ranks.meet(lambda: bar.update(num_there + ranks.num_rows() - bar.n))
+            ranks.meet(lambda: bar.update(num_there + ranks.count_rows() - bar.n))
 
 
 def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int, job: Job) -> Row:
-    """Decode a text by its method; a row that says so where memory runs out."""
+    """Decode a text by its method; if memory runs out, the row says so."""
     row_seed = sample_seed(seed, job.example.id, job.method, job.sample_index)
     generator = torch.Generator(pair.target.device).manual_seed(row_seed)
-    show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be one of those
+    show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be a special token
     is_stop = StopStrings(task.stop_strings, show) if task.stop_strings else None
     error = ""
     try:
@@ -215,10 +207,10 @@ def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int,
         if not is_out_of_memory(problem):
             raise
         error = f"{OUT_OF_MEMORY} ({reason(problem)}); {MEMORY_WAYS_OUT}"
-    if error:  # and whatever the decoder held is let go of
+    if error:  # here the exception no longer holds what the decoder held
         release_memory()
         generation = Generation([], "error", error=error)
-    has_end = generation.finish_reason == "eos"  # which need not be a special token, left out
+    has_end = generation.finish_reason == "eos"  # the end need not be a special token
     text_ids = generation.token_ids[:-1] if has_end else generation.token_ids
     return Row(
         example_id=job.example.id,
@@ -236,23 +228,19 @@ def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int,
 def decode_rows(
     jobs: Sequence[Job], decode: Callable[[Job], Row], batch_size: int
 ) -> Iterator[Row]:
-    """Rows as they are finished, decoded one by one or several at once."""
+    """Yield rows as they are finished, decoded one by one or several at once."""
     if batch_size == 1:
         yield from map(decode, jobs)
         return
     for group in groups_of(jobs, batch_size):
         for done in decode_together((partial(decode, job) for job in group), batch_size):
-            yield shared_seconds(done.result, done.share)
-
-
-def shared_seconds(row: Row, share: float) -> Row:
-    """A row with a share of its seconds."""
-    seconds = {name: value for name, value in vars(row).items() if name.endswith("_seconds")}
-    return replace(row, **{name: share * value for name, value in seconds.items() if value})
+            row = done.result
+            seconds = {name: value for name, value in vars(row).items() if "_seconds" in name}
+            yield replace(row, **{name: done.share * s for name, s in seconds.items() if s})
 
 
 def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> int:
-    """A seed for one text: it depends on these four only, not on limits, order or resuming."""
+    """Return a text's seed. It depends on these four only, not on limits, order or resuming."""
     key = f"{seed}|{example_id}|{method}|{sample_index}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
@@ -261,25 +249,22 @@ class Progress:
     """Running totals for the progress bar: tokens/s of each method, acceptance so far."""
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str]):
-        self._names = names
-        self._tokens: dict[str, int] = defaultdict(int)
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._tokens = dict.fromkeys(names, 0)
+        self._seconds = dict.fromkeys(names, 0.0)
         self._accepted = self._drafted = 0
         for row in rows:
             self.add(row)
 
     def add(self, row: Row) -> None:
-        self._tokens[row.method] += row.num_new_tokens
-        self._seconds[row.method] += row.decode_seconds
+        if row.method in self._tokens:
+            self._tokens[row.method] += row.num_new_tokens
+            self._seconds[row.method] += row.decode_seconds
         self._accepted += sum(row.accepted)
         self._drafted += sum(row.drafted)
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {self._tokens[name] / self._seconds[name]:.1f} tok/s"
-            for name in self._names
-            if self._seconds[name]
-        ]
+        rates = {name: self._tokens[name] / s for name, s in self._seconds.items() if s}
+        parts = [f"{name} {rate:.1f} tok/s" for name, rate in rates.items()]
         if self._drafted:
             parts.append(f"accepted {self._accepted / self._drafted:.0%}")
         return ", ".join(parts)

@@ -8,6 +8,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
+from specsampling.checking import rules_of
 from specsampling.config import (
     Config,
     ConfigError,
@@ -376,7 +377,7 @@ def integers(hint):
             for below, rules in integers(inner):
                 yield below or f"{hint.__name__}.{name}", rules
     elif get_origin(hint) is Annotated and get_args(hint)[0] is int:
-        yield "", get_args(hint)[1:]
+        yield "", rules_of(hint)
     elif hint is int:
         yield "", ()
     else:

@@ -15,8 +15,8 @@ from specsampling.console import (
     coloured,
     decode_one_prompt,
     exit_code,
-    load_configured_pair,
 )
+from specsampling.loading import load_configured_pair
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation
 from specsampling.method.verify import VERIFIERS
