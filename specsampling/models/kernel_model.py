@@ -26,11 +26,6 @@ from specsampling.models.gguf_file import GgufFile
 from specsampling.models.gguf_model import tensors_of
 from specsampling.models.packing import Pack, pack_model, why_not
 
-FORMATS = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 INT4 = "Q4_0"  # as a GGUF file's: groups of 32 weights with a scale
 FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K", "Q6_K")  # Q6_K: some layers of files that are mostly Q4_K
 
@@ -46,13 +41,7 @@ class KernelModel:
     """
 
     def __init__(self, outline: PreTrainedModel, dtype: torch.dtype, made: engine.Model):
-        """Keep the shapes of a model whose weights are the kernel's now.
-
-        Args:
-            outline: the model without weights.
-            dtype: of the weights that are not quantised.
-            made: the kernel's form of it.
-        """
+        """Keep the shapes of a model, `outline`, whose weights are the kernel's, `made`, now."""
         self.config: Any = outline.config
         self.generation_config: Any = outline.generation_config
         self.name_or_path = str(outline.name_or_path)
@@ -115,19 +104,19 @@ def kernel_library() -> Any:
     Raises:
         KernelError: in one line, why there is none here.
     """
-    library, problem = _look_for_kernel()
-    if problem:
-        raise KernelError(problem)
-    return library
+    found = _look_for_kernel()
+    if isinstance(found, str):
+        raise KernelError(found)
+    return found
 
 
 @cache
-def _look_for_kernel() -> tuple[Any, str]:
+def _look_for_kernel() -> Any:
     """The compiled kernel, or why there is none; looked for once in a process."""
     try:
-        return engine.library(cache_folder() / "kernel"), ""
+        return engine.library(cache_folder() / "kernel")
     except (KernelError, ModelError) as error:  # also a user without a folder for it
-        return None, str(error)
+        return str(error)
 
 
 def why_no_kernel() -> str:
@@ -161,22 +150,15 @@ def to_kernel(
     """
     if problem := why_not(model):
         raise KernelError(problem)
-    library = kernel_library()
+    library, dtype = kernel_library(), model.dtype
     packer = weights.Packer(library, engine.num_threads())
-    head: Any = model.get_output_embeddings()
-    is_trimmed = isinstance(head, TrimmedHead)
-    pack: Pack = partial(_pack, packer, quantization, model.dtype)
+    pack: Pack = partial(_pack, packer, quantization, dtype)
     if file is not None and quantization != "int8":
         kinds = FOUR_BIT if quantization == "int4" else tuple(weights.SCALES)
         pack = partial(_pack_tensor, packer, tensors_of(file, model), kinds, pack)
-    dtype = model.dtype
-    made = pack_model(
-        model,
-        library,
-        pack,
-        head.linear if is_trimmed else head,
-        head.token_ids if is_trimmed else None,
-    )
+    head: Any = model.get_output_embeddings()
+    heads = (head.linear, head.token_ids) if isinstance(head, TrimmedHead) else (head,)
+    made = pack_model(model, library, pack, *heads)
     nn.Module.to(model, "meta")
     return KernelModel(model, dtype, made)
 
@@ -191,7 +173,7 @@ def _pack(
     columns: Tensor | None = None,
 ) -> weights.Packed:
     """A layer in the precision asked for."""
-    format = {"none": FORMATS[dtype], "int8": "int8", "int4": INT4}[quantization]
+    format = {"int8": "int8", "int4": INT4}.get(quantization, str(dtype).removeprefix("torch."))
     if quantization == "int4" and name == "lm_head":
         format = "int8"
     bias = None if linear.bias is None else linear.bias.data

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specsampling.method.batch import BLOCK
 from specsampling.method.forward import RUNNER, Model, is_exact
 from specsampling.method.session import Session
 from specsampling.method.step import Buffers, decode_step, has_step
@@ -25,31 +26,6 @@ from specsampling.models.exactness import TOLERANCES
 from specsampling.models.kernel_model import kernel_name
 
 Mode = Literal["auto", "on", "off"]
-
-BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
-
-
-def runner_kind(mode: Mode, device: torch.device) -> tuple[type[GraphRunner] | None, str]:
-    """What steps become on a device; None, and why in words, where they stay eager.
-
-    Raises:
-        ModelError: mode is "on", and they would stay so.
-    """
-    if mode == "off":
-        return None, "decoding.compile: off"
-    if device.type == "cuda":
-        return GraphRunner, ""
-    problem = f"nothing is captured on {device.type}"
-    if mode == "on":
-        raise ModelError(_refusal(problem))
-    return None, problem
-
-
-def _refusal(problem: str) -> str:
-    return (
-        f"decoding.compile on cannot be had ({problem}); choose auto, which then goes on without, "
-        "or off"
-    )
 
 
 def make_static(
@@ -77,27 +53,32 @@ def make_static(
     if is_exact(model):
         return f"the CPU kernel ({kernel_name()})"
     assert isinstance(model, PreTrainedModel)
-    kind, problem = runner_kind(mode, model.device)
-    if kind is None:
-        return f"eager ({problem})"
     start = time.perf_counter()
-    if has_step(model):
+    problem = ""
+    if mode == "off":
+        problem = "decoding.compile: off"
+    elif model.device.type != "cuda":
+        problem = f"nothing is captured on {model.device.type}"
+    elif not has_step(model):
+        problem = f"{model.config.model_type} models keep transformers' forward"
+    else:
         capacity = -(-(capacity + max(sizes)) // BLOCK) * BLOCK
         try:
-            _prove(model, kind(model, capacity, sizes), report)
-        except Exception as error:  # whatever a compiler makes of a model
+            _prove(model, GraphRunner(model, capacity, sizes), report)
+        except Exception as error:  # whatever a capture makes of a model
+            model.__dict__.pop(RUNNER, None)
             if is_out_of_memory(error):
                 raise
             problem = reason(error)
-    else:
-        problem = f"{model.config.model_type} models keep transformers' forward"
     if not problem:
         rows = " and ".join(map(str, sorted(sizes)))
         seconds = time.perf_counter() - start
-        return f"{kind.NAME} for calls of {rows} rows ({seconds:.0f} s, not counted)"
-    model.__dict__.pop(RUNNER, None)
+        return f"captured for calls of {rows} rows ({seconds:.0f} s, not counted)"
     if mode == "on":
-        raise ModelError(_refusal(problem))
+        raise ModelError(
+            f"decoding.compile on cannot be had ({problem}); choose auto, which then goes on "
+            "without, or off"
+        )
     return f"eager ({problem})"
 
 
@@ -146,8 +127,6 @@ class GraphRunner:
 
     See `method/forward.py`, Runner.
     """
-
-    NAME = "captured"
 
     def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
         self.capacity = capacity
