@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -101,6 +101,33 @@ def file_of(location: str, name: str) -> Path | None:
     return Path(found) if found else None
 
 
+def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
+    """The files of a model's weights, in order; none where there are none of that kind.
+
+    Args:
+        location: a folder or a hub id.
+        names: of the one file that holds all of them, and of the index of several.
+
+    Raises:
+        ModelError: the index is none, or it names a file that is not there.
+    """
+    whole, index = (file_of(location, name) for name in names)
+    if whole or not index:
+        return [whole] if whole else []
+    try:
+        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"{index} is no index of weights ({error!r})"
+        raise ModelError(f"{why}; download it again") from error
+    files = {name: file_of(location, name) for name in parts}
+    if missing := [name for name, file in files.items() if file is None]:
+        raise ModelError(
+            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names "
+            f"({len(missing)} of {len(files)} files are); download it again"
+        )
+    return [file for file in files.values() if file]
+
+
 def hub_options(location: str) -> dict[str, Any]:
     """What `from_pretrained` must be told, so that a hub that is out of reach is asked once."""
     return {} if Path(location).is_dir() or _hub_answers() else {"local_files_only": True}
@@ -131,38 +158,20 @@ def safe_location(location: str) -> str:
     if any(file_of(location, name) for name in SAFE_WEIGHTS):
         config = file_of(location, "config.json") if hub_options(location) else None
         return str(config.parent) if config else location  # transformers asks the hub all the same
-    pickles = _pickles(location)
+    pickles = weight_files(location, PICKLED_WEIGHTS)
     if not pickles:
         return location
-    settings = [file for name in SETTINGS if (file := file_of(location, name)) is not None]
+    settings = [file for name in SETTINGS if (file := file_of(location, name))]
     digest = sampled_sha256([*pickles, *settings])
     folder = cache_folder() / f"{Path(location).resolve().name}-safetensors-{digest[:12]}"
     with made_once(folder) as made:
         if made is not None:
             made.mkdir()
-            _convert(location, pickles, made)
+            _convert(pickles, settings, made)
     return str(folder)
 
 
-def _pickles(location: str) -> list[Path]:
-    """The files of pickled weights, in order."""
-    whole, index = (file_of(location, name) for name in PICKLED_WEIGHTS)
-    if whole is not None:
-        return [whole]
-    if index is None:
-        return []
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [file_of(location, name) for name in names]
-    missing = [name for name, file in zip(names, files) if file is None]
-    if missing:
-        raise ModelError(
-            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names; "
-            "download it again"
-        )
-    return [file for file in files if file is not None]
-
-
-def _convert(location: str, pickles: list[Path], folder: Path) -> None:
+def _convert(pickles: list[Path], settings: list[Path], folder: Path) -> None:
     """Write each pickle's tensors as safetensors, with an index, and copy the configuration."""
     weight_map: dict[str, str] = {}
     for number, part in enumerate(pickles, 1):
@@ -173,9 +182,8 @@ def _convert(location: str, pickles: list[Path], folder: Path) -> None:
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS[1]).write_text(json.dumps(index))
-    for name in SETTINGS:
-        if (file := file_of(location, name)) is not None:
-            shutil.copy(file, folder / name)
+    for file in settings:
+        shutil.copy(file, folder / file.name)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
@@ -196,9 +204,10 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"cannot read {file}: it needs more than tensors ({why}), and a pickle's code is not "
             "run here; save the model again with save_pretrained, which writes safetensors"
         ) from error
-    others = [] if isinstance(held, dict) and held else [f"a {type(held).__name__} without tensors"]
-    if isinstance(held, dict):
-        others += [
+    if not isinstance(held, dict) or not held:
+        others = [f"a {type(held).__name__} without tensors"]
+    else:
+        others = [
             f"{key!r}, a {type(value).__name__}"
             for key, value in held.items()
             if not isinstance(key, str) or not _is_plain_tensor(value)
@@ -237,27 +246,17 @@ def require_wide(location: str, unexpected: set[str], spec: str) -> None:
     Raises:
         ModelError: it names one of them and its type.
     """
-    for name, kind, num_dimensions in _stored(location):
-        is_matrix = name.endswith(".weight") or num_dimensions in (2, 3)
-        if is_matrix and kind not in WIDE and name not in unexpected:
-            raise ModelError(
-                f"cannot load model {spec}: {name} is stored as {kind}, and config.json has no "
-                "quantization_config that transformers can read, which says what its scales are; "
-                "put it back, or choose the model's 16-bit weights"
-            )
-
-
-def _stored(location: str) -> Iterator[tuple[str, str, int]]:
-    """Names, types and numbers of dimensions of the tensors that transformers reads."""
-    whole, index = (file_of(location, name) for name in SAFE_WEIGHTS)
-    names = {SAFE_WEIGHTS[0]} if whole else set[str]()
-    if index is not None and whole is None:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    for path in filter(None, (file_of(location, name) for name in sorted(names))):
+    for path in weight_files(location, SAFE_WEIGHTS):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
+            for name in sorted(set(file.keys()) - unexpected):
                 part = file.get_slice(name)
-                yield name, part.get_dtype(), len(part.get_shape())
+                is_matrix = name.endswith(".weight") or len(part.get_shape()) in (2, 3)
+                if is_matrix and (kind := part.get_dtype()) not in WIDE:
+                    raise ModelError(
+                        f"cannot load model {spec}: {name} is stored as {kind}, and config.json "
+                        "has no quantization_config that transformers can read, which says what "
+                        "its scales are; put it back, or choose the model's 16-bit weights"
+                    )
 
 
 # --- adapters ----------------------------------------------------------------------------
@@ -344,8 +343,8 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     except Exception as error:  # of peft, for what it was not written for
         line = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"the adapter {spec} cannot be merged into {location_of(base)} ({line}); merge it "
-            "with the tools that made it"
+            f"the adapter {spec} cannot be merged into {base.config.name_or_path or 'its base'} "
+            f"({line}); merge it with the tools that made it"
         ) from error
     if not (_probe(merged) - before).norm() < MERGED_TOLERANCE * before.norm():
         raise ModelError(
@@ -355,19 +354,11 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     return merged
 
 
-def location_of(model: PreTrainedModel) -> str:
-    return str(model.config.name_or_path or "its base")
-
-
 def _require_all_taken(adapted: Any, stored: Path, spec: str) -> None:
     """Refuse an adapter with tensors that its base has no place for, or without some it needs."""
     import peft
 
-    if stored.name == ADAPTER_WEIGHTS:
-        with safe_open(stored, framework="pt") as file:
-            names = set(file.keys())
-    else:
-        names = set(_unpickled(stored))
+    names = set(load_file(stored) if stored.name == ADAPTER_WEIGHTS else _unpickled(stored))
     needed = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     known = needed | set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=True))
     if lost := (names - known) | (needed - names):
@@ -391,14 +382,14 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
     """The tokenizer of a folder's or hub id's `tokenizer.json`; None where there is no such file.
 
     The class that `tokenizer_config.json` names may have splits and tokens of its own, so it is
-    not used. Of that file, the special tokens, the chat template and the tokens around a text are.
+    not used. The special tokens, the chat template and the tokens around a text come from there.
 
     Args:
         location: of the files.
-        probes: texts without special tokens, which must be encoded as the file does.
+        probes: texts without special tokens, which must be encoded as the file says.
 
     Raises:
-        ModelError: one of them is not.
+        ModelError: a probe is encoded otherwise.
     """
     path = file_of(location, "tokenizer.json")
     if path is None:
@@ -420,19 +411,15 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
                 "tokenizer.json says, by tokens that its tokenizer_config.json adds; download it "
                 "again, or set models.tokenizer"
             )
-    if tokenizer.eos_token is None:
-        _name_ends(tokenizer, location)
+    if tokenizer.eos_token is None:  # no file names the ends of texts: the tokenizer's class may
+        with suppress(Exception):  # a class that brings its code, say: then no more is known
+            named = AutoTokenizer.from_pretrained(
+                location, trust_remote_code=False, **hub_options(location)
+            )
+            for name in ("bos_token", "eos_token"):
+                if (
+                    getattr(tokenizer, name) is None
+                    and getattr(named, name) in tokenizer.get_vocab()
+                ):
+                    setattr(tokenizer, name, getattr(named, name))
     return tokenizer
-
-
-def _name_ends(tokenizer: PreTrainedTokenizerBase, location: str) -> None:
-    """Take the names of special tokens from the tokenizer's class, where no file has them."""
-    options = hub_options(location)
-    try:
-        named = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
-    except Exception:  # a class that brings its code, say: then no more is known
-        return
-    vocabulary = tokenizer.get_vocab()
-    for name in ("bos_token", "eos_token"):
-        if getattr(named, name) in vocabulary and getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, getattr(named, name))
