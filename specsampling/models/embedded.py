@@ -1,24 +1,22 @@
 """The embedded models: real language models that need no account, and no model hub.
 
-Published GGUF files, fetched once (`fetch.py`), converted to ordinary Hugging Face folders in
-bfloat16, which their originals were published in, and kept in a cache folder (`cache.py`); later
-starts load those. The draft of the smallest is shipped in this package, and joined with its target
-there.
+Each is a published GGUF file. It is fetched once (`fetch.py`), converted to an ordinary Hugging
+Face folder in bfloat16, the precision of the original, and kept in a cache folder (`cache.py`). The
+draft of the smallest is shipped in this package, and joined with its target there.
 
-Knows nothing of torch: who calls brings the conversions.
+Knows nothing of torch: the caller brings the conversions.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from specsampling.disk import sha256_of
 from specsampling.models.cache import CACHE_VARIABLE, cache_folder, made_once
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, say
 from specsampling.models.fetch import Piece, Source, fetch
 from specsampling.models.memory import gigabytes, require_memory
 
@@ -147,7 +145,14 @@ def embedded_folder(
     if name in DRAFTS:
         draft = DRAFTS[name]
         shipped = DATA / name / "draft.safetensors"
-        _check(shipped, draft.sha256, "reinstall the package")
+        try:
+            digest = sha256_of(shipped)
+        except OSError as error:
+            told = f"cannot read {shipped.name} ({error})"
+            raise ModelError(f"{told}; reinstall the package") from error
+        if digest != draft.sha256:
+            told = f"{shipped.name} has sha256 {digest}, not {draft.sha256}"
+            raise ModelError(f"{told}; reinstall the package")
         target = embedded_folder(draft.target, convert, assemble)
         folder = cached_folder(name, draft.sha256)
         with made_once(folder) as made:
@@ -175,39 +180,15 @@ def cached_folder(name: str, sha256: str) -> Path:
 
 
 def _make(
-    name: str,
-    model: EmbeddedModel,
-    folder: Path,
-    made: Path,
-    convert: Callable[[Path, Path], str],
+    name: str, model: EmbeddedModel, folder: Path, made: Path, convert: Callable[[Path, Path], str]
 ) -> None:
     """Fetch and convert a model, having seen that there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
-    print(
+    say(
         f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; making it needs "
         f"{gigabytes(model.disk_bytes)} of disk and {gigabytes(model.memory_bytes)} of memory; "
-        f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ...",
-        file=sys.stderr,
-        flush=True,
+        f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ..."
     )
-    _require_disk(name, model, downloads)
-    require_memory(
-        f"converting embedded:{name}",
-        model.memory_bytes,
-        "close other programs, or choose a smaller model",
-    )
-    gguf = fetch(source, downloads)
-    print("  converting it to safetensors, once ...", file=sys.stderr, flush=True)
-    digest = convert(gguf, made)
-    if digest != model.tensors_sha256:
-        raise ModelError(
-            f"the tensors of embedded:{name} have sha256 {digest} when converted here, not "
-            f"{model.tensors_sha256}; install the versions in requirements.txt"
-        )
-    shutil.rmtree(downloads)
-
-
-def _require_disk(name: str, model: EmbeddedModel, downloads: Path) -> None:
     there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
     needed = model.disk_bytes - there
     free = shutil.disk_usage(downloads.parent).free
@@ -216,17 +197,14 @@ def _require_disk(name: str, model: EmbeddedModel, downloads: Path) -> None:
             f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "
             f"(free: {gigabytes(free)}); free some, or set {CACHE_VARIABLE} to another folder"
         )
-
-
-def _check(path: Path, sha256: str, way_out: str) -> None:
-    """Compare a file's hash.
-
-    Raises:
-        ModelError: another one, or the file cannot be read.
-    """
-    try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path.name} ({error}); {way_out}") from error
-    if digest != sha256:
-        raise ModelError(f"{path.name} has sha256 {digest}, not {sha256}; {way_out}")
+    way_out = "close other programs, or choose a smaller model"
+    require_memory(f"converting embedded:{name}", model.memory_bytes, way_out)
+    gguf = fetch(source, downloads)
+    say("  converting it to safetensors, once ...")
+    digest = convert(gguf, made)
+    if digest != model.tensors_sha256:
+        raise ModelError(
+            f"the tensors of embedded:{name} have sha256 {digest} when converted here, not "
+            f"{model.tensors_sha256}; install the versions in requirements.txt"
+        )
+    shutil.rmtree(downloads)

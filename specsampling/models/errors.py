@@ -6,6 +6,7 @@ Imports neither torch nor transformers: their errors are known by name and by wh
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,11 @@ MEMORY_WORDS = (
 
 class ModelError(RuntimeError):
     """A model cannot be had; one clear line that says why and the way out."""
+
+
+def say(line: str) -> None:
+    """Print a line about what takes long, or went otherwise than expected."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -39,8 +38,8 @@ from transformers.utils import cached_file
 
 from specsampling.disk import pointer_problem, sampled_sha256
 from specsampling.models.cache import cache_folder, made_once
-from specsampling.models.errors import ModelError
-from specsampling.models.fetch import HUB_SECONDS
+from specsampling.models.errors import ModelError, say
+from specsampling.models.fetch import HUB_SECONDS, no_answer
 
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -138,10 +137,8 @@ def _hub_answers() -> bool:
     """Whether the model hub answers; transformers alone would try each file six times."""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of the network, in many kinds and libraries
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        host = constants.ENDPOINT.partition("://")[2]
-        print(f"  {host} does not answer ({why}): its cache is used", file=sys.stderr, flush=True)
+    except Exception as error:
+        say(f"  {no_answer(error)}: its cache is used")
         return False
     return True
 
