@@ -28,12 +28,10 @@ TARGETS_OWN = ("model*.safetensors*", "config.json")  # files that the draft has
 
 
 def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
-    """Make a draft's Hugging Face folder.
+    """Make a draft's Hugging Face folder, which must not exist.
 
-    Args:
-        target_folder: the target's Hugging Face folder, its embedding tied to its head.
-        shipped: the file of the draft's own tensors, as `shrink` makes them.
-        folder: where the draft goes; must not exist.
+    The target's folder must have its embedding tied to its head; `shipped` is a file of the draft's
+    own tensors, as `shrink` makes them.
     """
     dtype = torch.bfloat16
     tensors, head_tokens = expand(load_file(shipped))
@@ -56,9 +54,7 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
 def shrink(tensors: dict[str, Tensor], head_tokens: Tensor) -> dict[str, Tensor]:
     """A draft as it is shipped: matrices in int8 with a scale per row, the rest in float32.
 
-    Args:
-        tensors: `layers.*` and `norm.weight` as in the target's base model.
-        head_tokens: [H] ids that the head scores.
+    The tensors are `layers.*` and `norm.weight`; the head scores the ids `head_tokens`, [H].
     """
     shrunk = {"head_tokens": head_tokens.int()}
     for name, tensor in tensors.items():

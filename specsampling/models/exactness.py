@@ -1,13 +1,12 @@
 """Can a model be decoded here, and is decoding bit-exact? Two checks of a few calls each.
 
-`require_decodable` looks at a model when it is loaded: whether its cache, rolled back, gives
-what the model gives without one. Architectures that keep a running state, ignore the cache or
-look ahead do not, and decode noise without a word.
+`require_decodable` looks at a model when it is loaded: its cache, rolled back, must give what the
+model gives without one. Architectures that keep a running state, ignore the cache or look ahead
+decode noise without a word.
 
-`check_exactness` looks at a target before a run: with one fixed width, a row's bits should not
-depend on how the tokens were grouped into calls. That holds for the kernels it was seen to hold
-for, so the loaded target is looked at, at the lengths of the run to come. What breaks it: calls
-of another width, attention over another number of keys, and layers that mix rows, such as
+`check_exactness` looks at a target before a run, at the lengths to come: with one fixed width, a
+row's bits should not depend on how the tokens were grouped into calls. Three things break this:
+calls of another width, attention over another number of keys, and layers that mix rows, such as
 LLM.int8() with its outlier columns.
 """
 
@@ -43,15 +42,10 @@ ANOTHER = "choose another architecture"
 
 @dataclass(frozen=True)
 class Proof:
-    """Logits of some fixed tokens, scored, rolled back and scored again.
+    """Logits of some fixed tokens, scored, rolled back and scored again."""
 
-    Attributes:
-        rows: [n, V] float32.
-        tolerance: how far the same rows may be apart on another way, by rounding.
-    """
-
-    rows: Tensor
-    tolerance: float
+    rows: Tensor  # [n, V] float32
+    tolerance: float  # how far the same rows may be apart on another way, by rounding
 
     def difference(self, other: Proof) -> float:
         """The rows' median relative distance; nan where logits are.
@@ -66,24 +60,14 @@ class Proof:
 
 @dataclass(frozen=True)
 class ExactnessCheck:
-    """What the self-check saw.
+    """What the self-check saw; differences are the largest between two logits."""
 
-    Attributes:
-        is_exact: every row had the same bits alone and in one call with others.
-        num_rows: rows compared.
-        largest_difference: the largest difference between two logits that should be equal; nan
-            where some are not finite.
-        num_tokens: the longest text that was looked at.
-        num_texts: decoded at once.
-        from_alone: the largest difference between logits of one text among several and by itself.
-    """
-
-    is_exact: bool
-    num_rows: int
-    largest_difference: float
-    num_tokens: int
-    num_texts: int = 1
-    from_alone: float = 0.0
+    is_exact: bool  # every row had the same bits alone and in one call with others
+    num_rows: int  # rows compared
+    largest_difference: float  # among logits that should be equal; nan if some are not finite
+    num_tokens: int  # the longest text that was looked at
+    num_texts: int = 1  # decoded at once
+    from_alone: float = 0.0  # between one text among several and the same text by itself
 
     def __str__(self) -> str:
         if self.is_exact:
@@ -108,15 +92,11 @@ class ExactnessCheck:
 def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
     """What a model, as it was loaded, says without a cache.
 
-    Args:
-        model: not yet made fast.
-        name: what the user calls it.
-
     Raises:
-        ModelError: in one line, why it cannot be decoded.
+        ModelError: in one line, why the model cannot be decoded; the user calls it `name`.
     """
-    refusal = f"cannot decode with {name}: {model.config.model_type} models"
-    with _one_line(*_blame(model, name, f"{refusal} fail here")):
+    refusal = _refusal(model, name)
+    with _one_line(*_blame(model, name)):
         if why := _why_not_rolled_back(model):
             raise ModelError(f"{refusal} {why}; {ANOTHER}")
         truth = _proof(model, _without_cache(model))
@@ -131,7 +111,7 @@ def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
 
 
 def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = None) -> Proof:
-    """Refuse a model whose cache cannot be rolled back.
+    """Refuse a model whose cache cannot be rolled back; see `prove_without_cache`.
 
     Args:
         model: as it was loaded.
@@ -140,12 +120,9 @@ def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = N
 
     Returns:
         What it says without a cache.
-
-    Raises:
-        ModelError: in one line, why not.
     """
     truth = truth or prove_without_cache(model, name)
-    refusal = f"cannot decode with {name}: {model.config.model_type} models"
+    refusal = _refusal(model, name)
     with _one_line(f"{refusal} do not take a preallocated cache", ANOTHER):
         error = prove_decoding(model).difference(truth)
     if not error < truth.tolerance:
@@ -167,7 +144,11 @@ def _one_line(refusal: str, way_out: str) -> Iterator[None]:
         raise model_error(refusal, error, way_out) from error
 
 
-def _blame(model: PreTrainedModel, name: str, refusal: str) -> tuple[str, str]:
+def _refusal(model: PreTrainedModel, name: str) -> str:
+    return f"cannot decode with {name}: {model.config.model_type} models"
+
+
+def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
     """What to say where a model fails, and the way out.
 
     A quantised model's way out is another quantisation: the kernels of 4 bit take layers of some
@@ -175,7 +156,7 @@ def _blame(model: PreTrainedModel, name: str, refusal: str) -> tuple[str, str]:
     """
     method = getattr(model, "quantization_method", None)
     if method is None:
-        return refusal, ANOTHER
+        return f"{_refusal(model, name)} fail here", ANOTHER
     kind = str(getattr(method, "value", method))
     if kind == "bitsandbytes":
         settings = getattr(model.config, "quantization_config", None)
@@ -188,7 +169,7 @@ def _blame(model: PreTrainedModel, name: str, refusal: str) -> tuple[str, str]:
 
 
 def _why_not_rolled_back(model: PreTrainedModel) -> str:
-    """What in a model's build forbids to take tokens back; nothing where nothing does."""
+    """What in a model's build forbids to take tokens back; "" where nothing does."""
     if model.config.is_encoder_decoder:
         return "are encoder-decoders"
     if getattr(model, "_is_stateful", False):

@@ -2,8 +2,8 @@
 
 transformers loads what it can and says little of the rest. A pointer of Git LFS is a text where a
 file should be. A pickle may run code. An adapter changes the weights that lie beside it. A matrix
-of 8-bit numbers means nothing without its scales. And a tokenizer's class may replace the splits
-that stand in `tokenizer.json`. Each is put right here, or refused in one line.
+of 8-bit numbers means nothing without its scales. A tokenizer's class may replace the splits that
+stand in `tokenizer.json`. Each is put right here, or refused in one line.
 """
 
 from __future__ import annotations
@@ -53,11 +53,7 @@ WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need n
 
 
 def require_files(spec: str) -> None:
-    """Refuse what is no model: no folder, a single file, pointers of Git LFS, a folder of GGUFs.
-
-    Raises:
-        ModelError: it names the folder or the file.
-    """
+    """Refuse what is no model: no folder, a single file, pointers of Git LFS, a folder of GGUFs."""
     path = Path(spec)
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and not is_gguf:
@@ -65,7 +61,8 @@ def require_files(spec: str) -> None:
             f"cannot load model {spec}: it is a file, and a model is a folder or a .gguf file; "
             f"name the folder, {path.parent}"
         )
-    if not path.exists() and (is_gguf or _is_path(spec)):
+    is_no_hub_id = is_gguf or re.search(r"^[./~]|/.*/|[:\\]|/$", spec)
+    if is_no_hub_id and not path.exists():
         raise ModelError(
             f"cannot load model {spec}: it is not there, seen from {Path.cwd()}; check the path, "
             "or give a hub id, which is owner/name"
@@ -79,33 +76,21 @@ def require_files(spec: str) -> None:
         raise ModelError(f"{spec} is a folder with a GGUF file; name the file: {ggufs[0]}")
 
 
-def _is_path(spec: str) -> bool:
-    """Whether a spec is a path and cannot be a hub id."""
-    return bool(re.search(r"^[./~]|/.*/|[:\\]|/$", spec))
-
-
 def file_of(location: str, name: str) -> Path | None:
     """A file of a folder or a hub id, fetched if need be; None where there is none."""
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
-    found = cached_file(
-        location,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_options(location),
-    )
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    found = cached_file(location, name, **quiet, **hub_options(location))
     return Path(found) if found else None
 
 
 def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
-    """The files of a model's weights, in order; none where there are none of that kind.
+    """The files of a folder's or a hub id's weights, in order; none if it has none of that kind.
 
-    Args:
-        location: a folder or a hub id.
-        names: of the one file that holds all of them, and of the index of several.
+    The two names are those of one file that holds all weights, and of the index of several files.
 
     Raises:
         ModelError: the index is none, or it names a file that is not there.
@@ -128,7 +113,7 @@ def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
 
 
 def hub_options(location: str) -> dict[str, Any]:
-    """What `from_pretrained` must be told, so that a hub that is out of reach is asked once."""
+    """What `from_pretrained` must be told, so that a hub out of reach is asked only once."""
     return {} if Path(location).is_dir() or _hub_answers() else {"local_files_only": True}
 
 
@@ -184,11 +169,7 @@ def _convert(pickles: list[Path], settings: list[Path], folder: Path) -> None:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    """A pickle's tensors; nothing in it is run.
-
-    Raises:
-        ModelError: it holds anything else.
-    """
+    """A pickle's tensors; nothing in it is run, and one that holds anything else is refused."""
     try:
         try:
             held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -201,14 +182,13 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"cannot read {file}: it needs more than tensors ({why}), and a pickle's code is not "
             "run here; save the model again with save_pretrained, which writes safetensors"
         ) from error
-    if not isinstance(held, dict) or not held:
-        others = [f"a {type(held).__name__} without tensors"]
-    else:
-        others = [
-            f"{key!r}, a {type(value).__name__}"
-            for key, value in held.items()
-            if not isinstance(key, str) or not _is_plain_tensor(value)
-        ]
+    named = held if isinstance(held, dict) else {}
+    others = [] if named else [f"a {type(held).__name__} without tensors"]
+    others += [
+        f"{key!r}, a {type(value).__name__}"
+        for key, value in named.items()
+        if not (isinstance(key, str) and _is_plain_tensor(value))
+    ]
     if others:
         raise ModelError(
             f"cannot read {file}: it must hold tensors by name and nothing else (it holds "
@@ -218,9 +198,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.is_quantized or value.is_nested:
-        return False
-    return value.layout == torch.strided and not value.is_meta
+    is_strided = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_strided and not (value.is_quantized or value.is_nested or value.is_meta)
 
 
 # --- 8-bit numbers -----------------------------------------------------------------------
@@ -236,12 +215,9 @@ def require_wide(location: str, unexpected: set[str], spec: str) -> None:
     """Refuse matrices of 8-bit numbers, whose scales nobody applies.
 
     Args:
-        location: of weights that no quantiser of transformers reads.
+        location: where the weights are, which no quantiser of transformers reads.
         unexpected: names of stored tensors that the model did not take.
         spec: what the user calls it.
-
-    Raises:
-        ModelError: it names one of them and its type.
     """
     for path in weight_files(location, SAFE_WEIGHTS):
         with safe_open(path, framework="pt") as file:
@@ -262,11 +238,8 @@ def require_wide(location: str, unexpected: set[str], spec: str) -> None:
 def base_of_adapter(location: str) -> str | None:
     """Where the base of an adapter is; None where there is no adapter.
 
-    As transformers and peft have it, the base is the folder itself if it holds weights, else
-    what `base_model_name_or_path` names.
-
-    Raises:
-        ModelError: it names no base, or one that is not there.
+    As in transformers and peft, the base is the folder itself if it holds weights, else what
+    `base_model_name_or_path` names. An adapter whose base is not there is refused.
     """
     config = file_of(location, ADAPTER)
     if config is None:
@@ -309,8 +282,8 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     """Add an adapter to its base's weights, in the base's precision.
 
     Raises:
-        ModelError: peft is not there, the adapter cannot be merged or gives other logits then,
-            or parts of it have no place.
+        ModelError: peft is missing, or the adapter cannot be merged, gives other logits then, or
+            has parts without a place.
     """
     try:
         import peft
@@ -321,11 +294,11 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     stored = file_of(location, ADAPTER_WEIGHTS) or file_of(location, PICKLED_ADAPTER)
     if stored is None:
         raise ModelError(f"{spec} is an adapter without {ADAPTER_WEIGHTS}; download it again")
-    settings = json.loads((stored.parent / ADAPTER).read_text())
-    if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
+    begins = str(json.loads((stored.parent / ADAPTER).read_text()).get("init_lora_weights"))
+    if begins.startswith("pissa_niter"):
         raise ModelError(
             f"{spec} is an adapter whose base peft changes at random as it is loaded "
-            f"(init_lora_weights {settings['init_lora_weights']}); convert it with peft's "
+            f"(init_lora_weights {begins}); convert it with peft's "
             "path_initial_model_for_weight_conversion"
         )
     try:
@@ -399,10 +372,8 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
         one.no_truncation()
         one.no_padding()
     for probe in probes:
-        ours, theirs = (
-            one.encode(probe, add_special_tokens=False).ids for one in (backend, written)
-        )
-        if ours != theirs:
+        ours, theirs = (one.encode(probe, add_special_tokens=False) for one in (backend, written))
+        if ours.ids != theirs.ids:
             raise ModelError(
                 f"the tokenizer of {location} encodes {probe[:24]!r} otherwise than its "
                 "tokenizer.json says, by tokens that its tokenizer_config.json adds; download it "

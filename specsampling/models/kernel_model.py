@@ -31,17 +31,15 @@ FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K", "Q6_K")  # Q6_K: some layers of files that a
 
 
 class KernelModel:
-    """A model that the kernel decodes.
+    """A model that the kernel decodes; see `method/forward.py`, ExactModel.
 
-    Attributes:
-        config, generation_config, name_or_path: as transformers read them.
-        device: the CPU.
-        dtype: of the weights that are not quantised.
-        engine: the kernel's form of it.
+    Args:
+        outline: the model without weights, which keeps its configuration and shapes.
+        dtype: the type of the weights that are not quantised.
+        made: the kernel's form of it.
     """
 
     def __init__(self, outline: PreTrainedModel, dtype: torch.dtype, made: engine.Model):
-        """Keep the shapes of a model, `outline`, whose weights are the kernel's, `made`, now."""
         self.config: Any = outline.config
         self.generation_config: Any = outline.generation_config
         self.name_or_path = str(outline.name_or_path)
@@ -99,11 +97,7 @@ class KernelForward:
 
 
 def kernel_library() -> Any:
-    """The compiled kernel.
-
-    Raises:
-        KernelError: in one line, why there is none here.
-    """
+    """The compiled kernel, or a KernelError that says in one line why there is none here."""
     found = _look_for_kernel()
     if isinstance(found, str):
         raise KernelError(found)
@@ -141,8 +135,8 @@ def to_kernel(
     Args:
         model: on the CPU, as it was loaded.
         quantization: "none", "int8" or "int4" (then the head is int8).
-        file: the GGUF file that it came from: its blocks are decoded as they stand, in int4 those
-            of about 4 bit.
+        file: the GGUF file that it came from. Its blocks are decoded as they stand; with int4,
+            only blocks of about 4 bit are.
 
     Raises:
         KernelError: the kernel cannot be had, or does not know such a model.
@@ -190,7 +184,7 @@ def _pack_tensor(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> weights.Packed:
-    """A layer as its GGUF file has it, if the type of its blocks is one of some kinds."""
+    """A layer as its GGUF file has it, if the type of its blocks is one of `kinds`."""
     tensor, order = find(name)
     kind = tensor.tensor_type.name
     if kind not in kinds or rows is not None or columns is not None:

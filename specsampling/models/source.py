@@ -1,8 +1,8 @@
 """Where a model's files are: an embedded pair, a hub id, a local folder, a `.gguf` file.
 
-What reads them is transformers, kept quiet: its bars would come between the scripts' own lines,
-and its report of what it did not find is read here, since it puts random numbers there. Nothing
-here runs code that a checkpoint brings.
+transformers reads them, kept quiet: its bars would come between the scripts' own lines. It puts
+random numbers where it finds no tensor, so its report of these is read here. Nothing here runs code
+that a checkpoint brings.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for
 def model_location(spec: str) -> str:
     """What `from_pretrained` takes: a local folder or a hub id.
 
-    The folder of an embedded model is an ordinary Hugging Face folder, made at the first call;
-    other tools can load it.
+    The folder of an embedded model is an ordinary Hugging Face folder, made at the first call.
 
     Raises:
         ModelError: the embedded model is unknown or cannot be had.
@@ -85,15 +84,14 @@ def model_location(spec: str) -> str:
 
 
 def digest_of(spec: str) -> str:
-    """Tells a model's or tokenizer's files from other files of the same names.
+    """Tell a model's or tokenizer's files from other files of the same names.
 
     Returns:
         The cached folder's name of an embedded model, which holds its file's hash; the commit of
         a hub id; a hash of the files of a folder, of its adapter's base too, or of a GGUF file.
 
     Raises:
-        ModelError: the model cannot be had.
-        OSError: a file cannot be read.
+        ModelError, OSError: the model cannot be had, or a file cannot be read.
     """
     location = model_location(spec)
     if spec.startswith(EMBEDDED):
@@ -107,8 +105,8 @@ def digest_of(spec: str) -> str:
         return f"{config.parent.name if config else ''}{behind}"
     files = sorted(path for path in Path(location).iterdir() if path.is_file())
     has_safe = any(path.name in SAFE_WEIGHTS for path in files)
-    kinds = READ_FILES if has_safe else (*READ_FILES, ".bin")
-    return sampled_sha256(path for path in files if path.suffix in kinds)[:DIGEST_LETTERS] + behind
+    read = [p for p in files if p.suffix in READ_FILES or (p.suffix == ".bin" and not has_safe)]
+    return sampled_sha256(read)[:DIGEST_LETTERS] + behind
 
 
 def is_gguf(spec: str) -> bool:
@@ -130,9 +128,9 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def read_config(spec: str) -> PreTrainedConfig:
     """A spec's configuration."""
     location = model_location(spec)
+    if is_gguf(spec):
+        return gguf_config(open_gguf(Path(spec)))
     with quiet_transformers():
-        if is_gguf(spec):
-            return gguf_config(open_gguf(Path(spec)))
         location = base_of_adapter(location) or location
         return AutoConfig.from_pretrained(location, **SAFE, **hub_options(location))
 
@@ -142,16 +140,15 @@ def read_model(spec: str, **options: Any) -> Any:
 
     Args:
         spec: a model's spec.
-        options: of `from_pretrained`; a GGUF file takes `dtype` alone.
+        options: those of `from_pretrained`; a GGUF file takes `dtype` alone.
 
     Raises:
         ModelError: the checkpoint lacks tensors, or has others than its configuration says.
     """
+    location = model_location(spec)
     if is_gguf(spec):
-        require_files(spec)
         with quiet_transformers():
             return gguf_model(Path(spec), **options)
-    location = model_location(spec)
     base = base_of_adapter(location)
     return _read_folder(location, spec, options) if base is None else _adapted(base, spec, options)
 
@@ -164,9 +161,7 @@ def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
-            **SAFE,
-            **hub_options(folder),
-            **options,
+            **(SAFE | hub_options(folder) | options),
         )
         model, report = loaded
         quantization = stored_quantization(folder)
@@ -195,12 +190,7 @@ def _adapted(base: str, spec: str, options: dict[str, Any]) -> Any:
 
 
 def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) -> None:
-    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place.
-
-    Raises:
-        ModelError: tensors are missing, have another shape, or belong to layers or parts of
-            layers that the configuration does not have.
-    """
+    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place."""
     mismatched = [f"{name} {tuple(was)}" for name, was, *_ in report["mismatched_keys"]]
     homeless = [name for name in report["unexpected_keys"] if _has_a_place_beside(model, name)]
     for names, problem in (
@@ -219,8 +209,8 @@ def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) ->
 def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
     """Whether a tensor that the model does not know lies inside a part that it does know.
 
-    A bias of a layer without one, a norm of its queries, scales of its numbers, or one more layer
-    in a list of layers change what the model computes. A vision tower or a saved buffer does not.
+    A bias of a layer without one, or one more layer in a list, changes what the model computes. A
+    vision tower or a saved buffer does not.
     """
     if name.endswith(SAVED_BUFFERS):
         return False
@@ -234,13 +224,10 @@ def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
 
 
 def _gguf_to_folder(gguf: Path, folder: Path) -> str:
-    """Keep a GGUF file's values in bfloat16, which is quickly read, in many small files.
+    """Convert a GGUF file to a folder in bfloat16, and return the hash of its tensors.
 
-    Loading maps a file into memory until the last of its layers has been packed, so small files
-    keep its peak low.
-
-    Returns:
-        The hash of its tensors.
+    Loading maps a file into memory until the last of its layers has been packed, so many small
+    files keep its peak low.
     """
     model = read_model(str(gguf), dtype=torch.bfloat16)
     with quiet_transformers():

@@ -1,8 +1,8 @@
 """A target over several GPUs, where no single one holds it: which layer goes where.
 
-accelerate chooses and moves what passes from one to the next; here it is asked with the memory that
-is free less what the caches and the draft will take, and held to it. Layers left to the machine's
-own memory are read anew for each call, a hundred times as slow, so only on request.
+accelerate chooses, and moves what passes from one GPU to the next. It is told the memory that is
+free less what the caches and the draft will take. Layers in the machine's own memory are read anew
+for each call, a hundred times as slow, so they are left there only on request.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def device_map(
     Args:
         model: its `estimate.outline`.
         free: bytes of each GPU.
-        reserved: of the first GPU's, for the draft and calls.
-        caches: of the target, which lie where its layers do.
-        weights: of the target, in the precision to come.
+        reserved: bytes of the first GPU for the draft and calls.
+        caches, weights: bytes of the target's, in the precision to come.
         machine: bytes of the machine's own memory that layers may take; 0 allows none.
 
     Raises:

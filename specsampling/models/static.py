@@ -1,8 +1,8 @@
 """A model's decode step captured for calls of a few sizes, on a GPU.
 
 A decode call of a small model is hundreds of short operations, each launched on its own. Here the
-whole step is captured as a CUDA graph, for each number of rows, and launched at once. It is given
-to the model as its runner (`method/forward.py`), so both decoders gain.
+whole step is captured as a CUDA graph, for each number of rows, and launched at once. The model
+carries it as its runner (`method/forward.py`), so both decoders gain.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,11 +83,7 @@ def make_static(
 
 
 def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], None]) -> None:
-    """Make a runner ready, its calls of each size held against the eager step's.
-
-    Raises:
-        RuntimeError: they differ by more than rounding.
-    """
+    """Make a runner ready; a RuntimeError tells of calls that differ from the eager step's."""
     embeddings: Any = model.get_input_embeddings()
     for size in runner.sizes:
         tokens = [(7919 * i + 1) % embeddings.num_embeddings for i in range(size)]
@@ -103,8 +99,7 @@ def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], 
             raise RuntimeError(f"calls of {size} rows give other logits, by {error:.1%}")
 
 
-@dataclass
-class _Call:
+class _Call(NamedTuple):
     """A captured call: what it reads, what it writes."""
 
     graph: torch.cuda.CUDAGraph
@@ -123,10 +118,7 @@ class _Place:
 
 
 class GraphRunner:
-    """The step as CUDA graphs, one for each number of rows and each text that is open at once.
-
-    See `method/forward.py`, Runner.
-    """
+    """A `forward.Runner` of CUDA graphs, one for each number of rows and each open text."""
 
     def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
         self.capacity = capacity
