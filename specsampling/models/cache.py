@@ -34,11 +34,7 @@ BOOT_SECONDS = 60  # by which the clock may be set without counting as another s
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
-
-    Raises:
-        ModelError: the user has no home folder, where a user cache would be.
-    """
+    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
     variable, below_home = {
@@ -133,8 +129,7 @@ def _is_verified(folder: Path, now: dict[str, int]) -> bool:
     """Whether the hashes agreed since the machine was started, and nothing was written since."""
     try:
         mark: Any = json.loads((folder / VERIFIED).read_bytes())
-        is_this_boot = abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS
-        return bool(is_this_boot and mark["written"] == now)
+        return abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS and mark["written"] == now
     except (OSError, ValueError, TypeError, LookupError):
         return False
 

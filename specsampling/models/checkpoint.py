@@ -20,14 +20,8 @@ from specsampling.method.forward import Model
 from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, trimmed
 from specsampling.models.embedded import published_file
-from specsampling.models.errors import (
-    ModelError,
-    is_out_of_memory,
-    model_error,
-    reason,
-    way_out_of,
-)
-from specsampling.models.estimate import Planned, outline, weight_bytes
+from specsampling.models.errors import ModelError, is_out_of_memory, model_error, reason, way_out_of
+from specsampling.models.estimate import Planned, is_kernels, outline, weight_bytes
 from specsampling.models.exactness import (
     Proof,
     prove_decoding,
@@ -36,9 +30,8 @@ from specsampling.models.exactness import (
 )
 from specsampling.models.folder import SAFE_WEIGHTS, weight_files
 from specsampling.models.gguf_file import open_gguf
-from specsampling.models.kernel_model import KernelModel, to_kernel, why_no_kernel
+from specsampling.models.kernel_model import KernelModel, to_kernel
 from specsampling.models.memory import require_memory
-from specsampling.models.packing import why_not
 from specsampling.models.source import (
     EMBEDDED,
     digest_of,
@@ -83,7 +76,7 @@ def load_model(
         ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
             with a cache that is rolled back, or there is too little memory.
     """
-    is_kernels = device.type == "cpu" and device_map is None and quantization != "nf4"
+    for_kernel = device.type == "cpu" and device_map is None and quantization != "nf4"
     if quantization == "int4" and device.type != "cpu":
         raise ModelError(
             f"cannot put {spec} into int4: that is the CPU kernel's, and the device is {device}; "
@@ -92,11 +85,16 @@ def load_model(
     planned = plan_model(spec, dtype, quantization)
     if device.type == "cpu":
         _require_memory(spec, planned)
-    model = _read(spec, dtype, device, "none" if is_kernels else quantization, device_map)
+    model = _read(spec, dtype, device, "none" if for_kernel else quantization, device_map)
     with _one_line(spec):
-        with one_thread() if is_kernels else contextlib.nullcontext():
+        num_threads = torch.get_num_threads()
+        if for_kernel:  # beside other work, two threads that wait for one another take minutes
+            torch.set_num_threads(1)
+        try:
             proof = prove_without_cache(model, spec)
-        if is_kernels:
+        finally:
+            torch.set_num_threads(num_threads)
+        if for_kernel:
             problem = "decoding.compile is off"
             if compile != "off":
                 made, problem = _into_kernel(model, proof, spec, quantization)
@@ -117,17 +115,6 @@ def load_model(
     return model
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: beside other work, two that wait for one another take minutes."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
 def _no_kernel(spec: str, quantization: str, problem: str) -> str:
     what, way_out = f"put {spec} into {quantization}", "none"
     if quantization == "none":
@@ -142,7 +129,7 @@ def _into_kernel(
     path = Path(spec) if is_gguf(spec) else None
     if quantization == "int4" and spec.startswith(EMBEDDED):
         path = published_file(spec.removeprefix(EMBEDDED))  # else its 4 bit are rounded again
-    if is_distilled(model) and quantization == "none":
+    if quantization == "none" and is_distilled(model):
         quantization = "int8"  # as it is shipped
     file = open_gguf(path) if path else None
     try:
@@ -169,8 +156,7 @@ def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
     Raises:
         ModelError: the kernel does not know a model that it must quantise.
     """
-    is_kernels = model.device.type == "cpu" and not why_not(model) and not why_no_kernel()
-    if is_kernels or quantization != "none":
+    if quantization != "none" or is_kernels(model, quantization, model.device):
         try:
             return to_kernel(model, quantization)
         except KernelError as error:

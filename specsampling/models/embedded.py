@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from specsampling.disk import sha256_of
 from specsampling.models.cache import CACHE_VARIABLE, cache_folder, made_once
@@ -23,19 +24,12 @@ from specsampling.models.memory import gigabytes, require_memory
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A published model.
+    """A published model."""
 
-    Attributes:
-        licence: its SPDX name.
-        source: of its GGUF file.
-        tensors_sha256: of its tensors in bfloat16, as `source.tensors_sha256` has it.
-        kept_bytes: what its folder in the cache takes, and about what it takes when loaded.
-    """
-
-    licence: str
-    source: Source
-    tensors_sha256: str
-    kept_bytes: int
+    licence: str  # its SPDX name
+    source: Source  # of its GGUF file
+    tensors_sha256: str  # of its tensors in bfloat16, as `source.tensors_sha256` has it
+    kept_bytes: int  # what its folder in the cache takes, and about what it takes when loaded
 
     @property
     def disk_bytes(self) -> int:
@@ -100,8 +94,7 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
-class EmbeddedDraft:
+class EmbeddedDraft(NamedTuple):
     """A file in this package: what of a draft is not its target's."""
 
     target: str  # a name in MODELS
@@ -110,8 +103,7 @@ class EmbeddedDraft:
 
 DRAFTS = {
     "smollm2-135m-draft": EmbeddedDraft(
-        target="smollm2-135m",
-        sha256="06fea260e076eb7154376b2ebd4fc5c7d42e509b39c0bf311bfa0312f44b631c",
+        "smollm2-135m", "06fea260e076eb7154376b2ebd4fc5c7d42e509b39c0bf311bfa0312f44b631c"
     )
 }
 DATA = Path(__file__).parent.parent / "data"
@@ -128,8 +120,8 @@ def embedded_folder(
 
     Args:
         name: what follows `embedded:` in a model's spec.
-        convert: makes the Hugging Face folder (second argument) of a GGUF file (first), and
-            returns the hash of its tensors.
+        convert: makes a folder (second argument) of a GGUF file (first), and returns the hash of
+            its tensors.
         assemble: makes a draft's folder (third) of its target's folder and its own file.
 
     Raises:
@@ -164,11 +156,7 @@ def embedded_folder(
 
 
 def published_file(name: str) -> Path | None:
-    """The GGUF file that an embedded model comes from, fetched once; None where there is none.
-
-    Raises:
-        ModelError: no network, or a wrong hash.
-    """
+    """The GGUF file that an embedded model comes from, fetched once; None where there is none."""
     if name not in MODELS:
         return None
     return fetch(MODELS[name].source, cache_folder() / f"{name}.gguf")
@@ -182,7 +170,7 @@ def cached_folder(name: str, sha256: str) -> Path:
 def _make(
     name: str, model: EmbeddedModel, folder: Path, made: Path, convert: Callable[[Path, Path], str]
 ) -> None:
-    """Fetch and convert a model, having seen that there is room for it."""
+    """Fetch and convert a model, if there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
     say(
         f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; making it needs "
@@ -190,8 +178,7 @@ def _make(
         f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ..."
     )
     there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
-    needed = model.disk_bytes - there
-    free = shutil.disk_usage(downloads.parent).free
+    needed, free = model.disk_bytes - there, shutil.disk_usage(downloads.parent).free
     if free < needed:
         raise ModelError(
             f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "

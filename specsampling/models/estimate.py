@@ -23,9 +23,6 @@ from specsampling.models.memory import gigabytes
 from specsampling.models.packing import why_not
 from specsampling.models.source import quiet_transformers
 
-NF4_BLOCK = 64  # weights that share a float32
-INT4_BLOCK = 32  # weights that share a float16
-HALF = 2
 WORKSPACE_BYTES = 200_000_000  # of CUDA's libraries, made at their first calls
 FLOAT = 4
 SHOWN = 50_000_000  # bytes: less is 0.0 GB
@@ -66,13 +63,9 @@ class Need:
         return max(self.loading - self.mapped, self.decoding)
 
     def __str__(self) -> str:
-        sizes = {
-            "weights": self.weights,
-            "caches": self.caches,
-            "calls": self.calls,
-            "while loading": self.loading,
-        }
-        parts = [f"{name} {gigabytes(size)}" for name, size in sizes.items() if size > SHOWN]
+        names = ("weights", "caches", "calls", "while loading")
+        sizes = zip(names, (self.weights, self.caches, self.calls, self.loading))
+        parts = [f"{name} {gigabytes(size)}" for name, size in sizes if size > SHOWN]
         return f"{gigabytes(self.total)} ({', '.join(parts) or 'all of it small'})"
 
 
@@ -117,11 +110,7 @@ def need_of(
 
 
 def ways_out(
-    target: Planned,
-    drafts: Sequence[Planned],
-    device: torch.device,
-    lengths: Lengths,
-    free: int,
+    target: Planned, drafts: Sequence[Planned], device: torch.device, lengths: Lengths, free: int
 ) -> list[str]:
     """Settings with which the same target would fit, each with what it would take."""
     quantizations = ("int8", "int4") if device.type == "cpu" else ("int8", "nf4")
@@ -190,10 +179,8 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
                 total += size * model.dtype.itemsize
             elif quantization == "int8" or module is head:
                 total += size + FLOAT * weight.shape[0]
-            elif packs:
-                total += size // 2 + size // INT4_BLOCK * HALF
-            else:
-                total += size // 2 + size // NF4_BLOCK * FLOAT
+            else:  # 4 bit: 32 weights share a float16, or 64 of them a float32
+                total += size * 9 // 16
     return total
 
 
@@ -203,8 +190,7 @@ def cache_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> i
     head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
     num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
-    num_layers = _size(model, "num_hidden_layers", 1)
-    per_token = 2 * num_layers * num_keys * head_dim * computes_in
+    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * computes_in
     return lengths.num_texts * capacity * per_token
 
 

@@ -99,7 +99,11 @@ def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
     with _one_line(*_blame(model, name)):
         if why := _why_not_rolled_back(model):
             raise ModelError(f"{refusal} {why}; {ANOTHER}")
-        truth = _proof(model, _without_cache(model))
+        first, second, start = _proof_tokens(model)
+        with torch.inference_mode():  # the rows of `prove_decoding`, each text in one call
+            texts = torch.tensor([first, second], device=model.device)
+            one, other = (model(input_ids=text[None], use_cache=False).logits[0] for text in texts)
+        truth = _proof(model, torch.cat([one[start:], other[start + NUM_KEPT :]] * 2))
     if not truth.rows.max(dim=-1).values.isfinite().all():
         is_half = model.dtype == torch.float16
         way_out = "choose bfloat16 or float32" if is_half else "download or convert it again"
@@ -193,15 +197,6 @@ def prove_decoding(model: Model) -> Proof:
         session.length = start + NUM_KEPT
         rows.append(session.score(second, last=len(second) - start - NUM_KEPT))
     return _proof(model, torch.cat(rows))
-
-
-def _without_cache(model: PreTrainedModel) -> Tensor:
-    """The rows of `prove_decoding`, each text in one call and without a cache."""
-    first, second, start = _proof_tokens(model)
-    with torch.inference_mode():
-        texts = torch.tensor([first, second], device=model.device)
-        one, other = (model(input_ids=text[None], use_cache=False).logits[0] for text in texts)
-    return torch.cat([one[start:], other[start + NUM_KEPT :]] * 2)
 
 
 def _proof(model: Model, rows: Tensor) -> Proof:

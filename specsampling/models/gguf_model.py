@@ -41,7 +41,6 @@ class Architecture(NamedTuple):
     biases: Mapping[str, tuple[str, ...]] = {}  # fields, and a block's tensors that stand for them
     has_rope: bool = True  # whether positions are rotated
     interleaves: bool = False  # whether the converter reorders the rows of queries and keys
-    transposes: bool = False  # whether linear layers are GPT-2's `Conv1D`s
 
 
 SIZES = {
@@ -88,22 +87,14 @@ ARCHITECTURES = {
         },
         optional=("vocab_size", "feed_forward_length"),
         has_rope=False,
-        transposes=True,
     ),
 }
 
 ROPE_KEYS = (
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "attention.key_length",
-    "attention.value_length",
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+    *("attention.key_length", "attention.value_length"),
+    *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length")),
+    *(f"rope.scaling.yarn_{name}" for name in ("ext_factor", "beta_fast", "beta_slow")),
 )
 # Keys that change nothing where they have one of these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -226,21 +217,20 @@ def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
     extent = file.own("rope.scaling.yarn_ext_factor", -1.0)  # -1 stands for what the type says
     if extent not in ((1.0, -1.0) if kind == "yarn" else (0.0, -1.0)):
         file.refuse_own("rope.scaling.yarn_ext_factor", f"must be {float(kind == 'yarn')} here")
-    if kind == "yarn":
-        if not factor:
-            file.refuse_own("rope.scaling.factor", "must be there for yarn")
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": file.own(
-                "rope.scaling.original_context_length", context
-            ),
-            "beta_fast": file.own("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": file.own("rope.scaling.yarn_beta_slow", 1.0),
-        }
     if kind == "linear" and factor and factor != 1.0:
         return {"rope_type": "linear", "factor": factor}
-    return {}
+    if kind != "yarn":
+        return {}
+    if not factor:
+        file.refuse_own("rope.scaling.factor", "must be there for yarn")
+    original = file.own("rope.scaling.original_context_length", context)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": file.own("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": file.own("rope.scaling.yarn_beta_slow", 1.0),
+    }
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
@@ -289,11 +279,7 @@ def _llama3_contexts(frequencies: Tensor, factors: Tensor) -> Iterator[int]:
 
 
 def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A GGUF file's model, its weights in `dtype`.
-
-    Raises:
-        ModelError: the header says what is not covered, or tensors have no place.
-    """
+    """A GGUF file's model, its weights in `dtype`; see `gguf_config` and `_state` for errors."""
     file = open_gguf(path)
     config = gguf_config(file)
     with torch.device("meta"):
@@ -326,9 +312,8 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
     state = {}
     for ours, theirs in names.items():
         values = torch.from_numpy(file.values(ours))
-        owner, _, suffix = theirs.rpartition(".")
-        is_weight = architecture.transposes and suffix == "weight"
-        if is_weight and type(model.get_submodule(owner)).__name__ == "Conv1D":
+        owner = type(model.get_submodule(theirs.rpartition(".")[0])).__name__
+        if owner == "Conv1D" and theirs.endswith(".weight"):
             values = values.T
         if architecture.interleaves and (heads := _heads(model.config, theirs)):
             values = _undo_interleaving(values, heads)

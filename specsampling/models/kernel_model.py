@@ -57,19 +57,16 @@ class KernelModel:
         return max(sizes, key=sizes.__getitem__)
 
     def get_input_embeddings(self) -> Any:
-        """The embedding without its weights."""
-        return self._outline.get_input_embeddings()
+        return self._outline.get_input_embeddings()  # without weights, as the head
 
     def get_output_embeddings(self) -> Any:
-        """The head without its weights."""
         return self._outline.get_output_embeddings()
 
     def make_forward(self, capacity: int) -> KernelForward:
-        """The model over a new text's cache, of so many tokens at most."""
         return KernelForward(self.engine, capacity)
 
     def first_layers(self, num_layers: int) -> KernelModel:
-        """A shallow model over the same weights: its first layers, final norm and head."""
+        """A shallow model over the same weights."""
         outline = copy.copy(self._outline)
         outline.config = copy.deepcopy(self.config)
         outline.config.num_hidden_layers = num_layers
@@ -84,15 +81,12 @@ class KernelForward:
         self._cache = model.make_cache(capacity)
 
     def prefill(self, ids: list[int]) -> None:
-        self._score(ids, 0, 0)
-
-    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
-        return self._score(ids, start, last)
+        self.over_filled(ids, 0, 0)
 
     def over_capacity(self, ids: list[int], start: int) -> Tensor:
-        return self._score(ids, start, len(ids))
+        return self.over_filled(ids, start, len(ids))
 
-    def _score(self, ids: list[int], start: int, last: int) -> Tensor:
+    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
         return ask(self._model, engine.Request(self._cache, ids, start, last))
 
 

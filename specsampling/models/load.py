@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,20 +43,15 @@ LOOKUP_FIRST = "ngram+"
 log = logging.getLogger("specsampling")
 
 # Settings that change the tokens of `generate` and are no sampling, with their defaults.
-GENERATE_ONLY = {
+GENERATE_ONLY: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
     "min_length": 0,
-    "min_new_tokens": None,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "min_new_tokens")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "suppress_tokens")),
+    **dict.fromkeys(("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
 }
 
 
@@ -81,9 +77,7 @@ class Pair:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids, spaces as they are, special tokens left out or not."""
         text = self.tokenizer.decode(
-            list(token_ids),
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
+            list(token_ids), skip_special_tokens, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)  # a list only for a list of lists
         return text
@@ -234,16 +228,16 @@ def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
 
 
 def _first_layers(target: Model, spec: str) -> Model:
-    way_out = "choose draft: ngram, or a small model of the family"
+    name, way_out = f"models.draft {spec}", "choose draft: ngram, or a small model of the family"
     try:
         model = first_layers(target, int(spec.removeprefix(TARGET_LAYERS)))
     except ValueError as error:
-        raise ModelError(f"models.draft {spec}: {error}; {way_out}") from error
+        raise ModelError(f"{name}: {error}; {way_out}") from error
     except Exception as error:  # configurations that do not let their number of layers change
-        failure = f"models.draft {spec}: {target.config.model_type} models cannot be cut"
+        failure = f"{name}: {target.config.model_type} models cannot be cut"
         raise model_error(failure, error, way_out) from error
     if isinstance(model, PreTrainedModel):
-        require_decodable(model, f"models.draft {spec}")
+        require_decodable(model, name)
     return model
 
 

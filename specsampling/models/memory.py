@@ -71,19 +71,19 @@ def limit_way_out() -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device can still give: a GPU its own memory, all others the machine's."""
+    """The bytes that a device can still give: a GPU's own memory, else the machine's."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def resident_bytes() -> int:
-    """What this process has now of the machine's memory."""
+    """The bytes that this process has now of the machine's memory."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had so far: on the machine, GPUs not counted."""
+    """The most bytes that this process has had so far of the machine's memory."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

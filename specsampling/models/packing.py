@@ -41,13 +41,8 @@ LLAMA = Form(
     layers="layers",
     norm="norm",
     linears={
-        "query": "self_attn.q_proj",
-        "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj",
-        "output": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
+        **{name: f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")},
+        **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
     },
     norms={"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
     activations=("silu", "swish"),
@@ -57,12 +52,8 @@ GPT_NEO = Form(
     layers="h",
     norm="ln_f",
     linears={
-        "query": "attn.attention.q_proj",
-        "key": "attn.attention.k_proj",
-        "value": "attn.attention.v_proj",
-        "output": "attn.attention.out_proj",
-        "up": "mlp.c_fc",
-        "down": "mlp.c_proj",
+        **{name: f"attn.attention.{name[0]}_proj" for name in ("query", "key", "value")},
+        **{"output": "attn.attention.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
     },
     norms={"norm1": "ln_1", "norm2": "ln_2"},
     activations=("gelu_new", "gelu_pytorch_tanh"),
@@ -121,11 +112,9 @@ def pack_model(
     head: nn.Linear,
     head_tokens: Tensor | None = None,
 ) -> engine.Model:
-    """Bring a model into the kernel's form.
+    """Bring a model that the kernel, `library`, knows into its form.
 
     Args:
-        model: one that the kernel knows.
-        library: the kernel.
         pack: makes a layer of a linear module's name, the module, and the order of its rows and
             columns.
         head: the last linear layer.
@@ -149,15 +138,10 @@ def pack_model(
     layers = []
     for i, layer in enumerate(base.get_submodule(form.layers)):
         prefix = f"{model.base_model_prefix}.{form.layers}.{i}"
-        linears = {
-            name: pack(
-                f"{prefix}.{path}",
-                layer.get_submodule(path),
-                rows=rows.get(name),
-                columns=columns.get(name),
-            )
-            for name, path in form.linears.items()
-        }
+        linears = {}
+        for name, path in form.linears.items():
+            order = (rows.get(name), columns.get(name))
+            linears[name] = pack(f"{prefix}.{path}", layer.get_submodule(path), *order)
         layers.append(engine.Parts(linears, _norms(layer, form.norms), windows[i]))
     embedding: Any = model.get_input_embeddings()
     tensors = _norms(base, {"norm": form.norm}) | {"embedding": _pad(embedding.weight)}

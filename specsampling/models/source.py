@@ -27,23 +27,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from specsampling.disk import sampled_sha256
+from specsampling.models import folder as folders
 from specsampling.models.distilled import assemble
 from specsampling.models.embedded import embedded_folder
 from specsampling.models.errors import ModelError
-from specsampling.models.folder import (
-    ADAPTER,
-    SAFE_WEIGHTS,
-    base_of_adapter,
-    file_of,
-    hub_options,
-    merge_adapter,
-    read_tokenizer_file,
-    require_files,
-    require_wide,
-    safe_location,
-    stored_quantization,
-    without_adapter,
-)
 from specsampling.models.gguf_file import open_gguf
 from specsampling.models.gguf_model import gguf_config, gguf_model
 from specsampling.models.gguf_tokenizer import gguf_tokenizer
@@ -58,14 +45,6 @@ SAVED_BUFFERS = (
     *(".inv_freq", ".cos_cached", ".sin_cached", ".position_ids"),
     *(".masked_bias", ".attn.bias", ".attention.bias"),
 )
-# Where two tokenizers usually part: code, spaces, digits, other scripts.
-PROBES = (
-    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
-    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
-    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
-    "x =  7\n    [\n        1,\n    22]  # a line break, blanks and a digit",
-    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
-)
 SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for on stdin
 
 
@@ -79,7 +58,7 @@ def model_location(spec: str) -> str:
     """
     if spec.startswith(EMBEDDED):
         return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder, assemble))
-    require_files(spec)
+    folders.require_files(spec)
     return spec
 
 
@@ -98,13 +77,15 @@ def digest_of(spec: str) -> str:
         return Path(location).name
     if is_gguf(spec):
         return sampled_sha256([Path(spec)])[:DIGEST_LETTERS]
-    base = base_of_adapter(location)
+    base = folders.base_of_adapter(location)
     behind = "" if base in (None, location) else f" on {digest_of(str(base))}"
     if not Path(location).is_dir():
-        config = file_of(location, ADAPTER) or file_of(location, "config.json")
+        config = folders.file_of(location, folders.ADAPTER) or folders.file_of(
+            location, "config.json"
+        )
         return f"{config.parent.name if config else ''}{behind}"
     files = sorted(path for path in Path(location).iterdir() if path.is_file())
-    has_safe = any(path.name in SAFE_WEIGHTS for path in files)
+    has_safe = any(path.name in folders.SAFE_WEIGHTS for path in files)
     read = [p for p in files if p.suffix in READ_FILES or (p.suffix == ".bin" and not has_safe)]
     return sampled_sha256(read)[:DIGEST_LETTERS] + behind
 
@@ -119,10 +100,12 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     with quiet_transformers():
         if is_gguf(spec):
             return gguf_tokenizer(Path(spec))
-        if not any(file_of(location, name) for name in TOKENIZER_FILES):
-            location = base_of_adapter(location) or location
-        tokenizer = read_tokenizer_file(location, PROBES)
-        return tokenizer or AutoTokenizer.from_pretrained(location, **SAFE, **hub_options(location))
+        if not any(folders.file_of(location, name) for name in TOKENIZER_FILES):
+            location = folders.base_of_adapter(location) or location
+        tokenizer = folders.read_tokenizer_file(location)
+        return tokenizer or AutoTokenizer.from_pretrained(
+            location, **SAFE, **folders.hub_options(location)
+        )
 
 
 def read_config(spec: str) -> PreTrainedConfig:
@@ -131,8 +114,8 @@ def read_config(spec: str) -> PreTrainedConfig:
     if is_gguf(spec):
         return gguf_config(open_gguf(Path(spec)))
     with quiet_transformers():
-        location = base_of_adapter(location) or location
-        return AutoConfig.from_pretrained(location, **SAFE, **hub_options(location))
+        location = folders.base_of_adapter(location) or location
+        return AutoConfig.from_pretrained(location, **SAFE, **folders.hub_options(location))
 
 
 def read_model(spec: str, **options: Any) -> Any:
@@ -149,24 +132,24 @@ def read_model(spec: str, **options: Any) -> Any:
     if is_gguf(spec):
         with quiet_transformers():
             return gguf_model(Path(spec), **options)
-    base = base_of_adapter(location)
+    base = folders.base_of_adapter(location)
     return _read_folder(location, spec, options) if base is None else _adapted(base, spec, options)
 
 
 def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
     """A folder's or a hub id's model; its adapter, if it has one, is left out."""
-    with quiet_transformers(), without_adapter(safe_location(location)) as folder:
+    with quiet_transformers(), folders.without_adapter(folders.safe_location(location)) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
-            **(SAFE | hub_options(folder) | options),
+            **(SAFE | folders.hub_options(folder) | options),
         )
         model, report = loaded
-        quantization = stored_quantization(folder)
+        quantization = folders.stored_quantization(folder)
         if quantization is None or not AutoHfQuantizer.supports_quant_method(quantization):
-            require_wide(folder, set(report["unexpected_keys"]), spec)
+            folders.require_wide(folder, set(report["unexpected_keys"]), spec)
         elif getattr(model, "hf_quantizer", None) is None:
             # Dequantised; numbers that were stored without scales still have their own type.
             model = model.to(options["dtype"])
@@ -184,7 +167,7 @@ def _adapted(base: str, spec: str, options: dict[str, Any]) -> Any:
     location = model_location(spec)
     model = _read_folder(model_location(base), base, {"dtype": torch.float32})
     with quiet_transformers():
-        merged = merge_adapter(model, location, spec).to(options["dtype"])
+        merged = folders.merge_adapter(model, location, spec).to(options["dtype"])
     (device,) = options.get("device_map", {"": "cpu"}).values()
     return merged.to(device)
 

@@ -34,9 +34,6 @@ def split_target(
         target, drafts, lengths: as `estimate.need_of` takes them.
         free: bytes of each GPU.
         asked: `SPLIT` or `SPLIT_OFFLOAD`.
-
-    Raises:
-        ModelError: the GPUs do not hold it.
     """
     device = torch.device("cuda", min(free))
     alone = need_of(target, [], device, lengths)
@@ -75,19 +72,16 @@ def device_map(
     from accelerate import infer_auto_device_map
 
     share = weights / (weights + caches)  # of a layer's bytes, its weights
-    first = min(free)
-    limits: dict[int | str, int] = {
-        gpu: int(share * max(0, size - (reserved if gpu == first else 0)))
+    limits: dict[int | str, float] = {
+        gpu: share * max(0, size - (reserved if gpu == min(free) else 0))
         for gpu, size in free.items()
     }
     unquantized = sum(part.numel() * part.element_size() for part in set(model.parameters()))
     scale = unquantized / weights  # accelerate counts the outline's own precision
     places: dict[str, int | str] = infer_auto_device_map(
         model,
-        max_memory={
-            where: int(size * scale) for where, size in (limits | {"cpu": machine}).items()
-        },
-        no_split_module_classes=list(model._no_split_modules or ()),
+        {where: int(size * scale) for where, size in (limits | {"cpu": machine}).items()},
+        list(model._no_split_modules or ()),
     )
     left_over = [name for name, where in places.items() if where in OFFLOADED]
     if left_over and (not machine or any(where == "disk" for where in places.values())):

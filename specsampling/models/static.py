@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,10 +45,7 @@ def make_static(
         report: told what takes long, in one line each.
 
     Returns:
-        What was done, or why not, in words.
-
-    Raises:
-        ModelError: mode is "on", and it cannot be done.
+        What was done, or why not, in words; with "on", the latter is a ModelError.
     """
     if is_exact(model):
         return f"the CPU kernel ({kernel_name()})"
@@ -99,22 +96,13 @@ def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], 
             raise RuntimeError(f"calls of {size} rows give other logits, by {error:.1%}")
 
 
-class _Call(NamedTuple):
-    """A captured call: what it reads, what it writes."""
-
-    graph: torch.cuda.CUDAGraph
-    ids: Tensor
-    positions: Tensor
-    logits: Tensor
-
-
 @dataclass
 class _Place:
     """Buffers at fixed addresses, the calls captured over them, and whose they are now."""
 
     buffers: Buffers
     owner: weakref.ref
-    calls: dict[int, _Call] = field(default_factory=dict)
+    calls: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
 
 
 class GraphRunner:
@@ -143,13 +131,12 @@ class GraphRunner:
         place = next(place for place in self._places if place.buffers is buffers)
         if len(ids) not in place.calls:
             place.calls[len(ids)] = self._capture(ids, positions, buffers)
-        call = place.calls[len(ids)]
-        call.ids.copy_(ids)
-        call.positions.copy_(positions)
-        call.graph.replay()
-        return call.logits.clone()  # the next replay writes over it
+        return place.calls[len(ids)](ids, positions)
 
-    def _capture(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> _Call:
+    def _capture(
+        self, ids: Tensor, positions: Tensor, buffers: Buffers
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """A call of as many rows as these, over these buffers."""
         ids, positions = ids.clone(), positions.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -160,4 +147,11 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = decode_step(self._model, ids, positions, buffers)
-        return _Call(graph, ids, positions, logits)
+
+        def replay(new_ids: Tensor, new_positions: Tensor) -> Tensor:
+            ids.copy_(new_ids)
+            positions.copy_(new_positions)
+            graph.replay()
+            return logits.clone()  # the next replay writes over it
+
+        return replay

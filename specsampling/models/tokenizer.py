@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from specsampling.method.drafts import num_logits
 from specsampling.method.text import SEPARATORS
 from specsampling.models.errors import ModelError, model_error, way_out_of
-from specsampling.models.source import PROBES, read_tokenizer
+from specsampling.models.folder import PROBES
+from specsampling.models.source import read_tokenizer
 
 log = logging.getLogger("specsampling")
 
@@ -62,10 +63,9 @@ def num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many special tokens the tokenizer puts behind a text; a prompt must not have them."""
     bare = tokenizer(PROBES[1], add_special_tokens=False)["input_ids"]
     dressed = tokenizer(PROBES[1])["input_ids"]
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start : start + len(bare)] == bare:
-            return len(dressed) - len(bare) - start
-    return 0
+    added = len(dressed) - len(bare)
+    starts = (i for i in range(added + 1) if dressed[i : i + len(bare)] == bare)
+    return added - next(starts, added)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
