@@ -31,16 +31,6 @@ class EmbeddedModel:
     tensors_sha256: str  # of its tensors in bfloat16, as `source.tensors_sha256` has it
     kept_bytes: int  # what its folder in the cache takes, and about what it takes when loaded
 
-    @property
-    def disk_bytes(self) -> int:
-        """What making the folder takes at its peak: the file beside it, or beside its pieces."""
-        return self.source.num_bytes + max(self.source.num_bytes, self.kept_bytes)
-
-    @property
-    def memory_bytes(self) -> int:
-        """What converting the file takes at its peak."""
-        return int(1.3 * self.kept_bytes) + 1_600_000_000
-
 
 MODELS = {
     "smollm2-135m": EmbeddedModel(
@@ -172,20 +162,23 @@ def _make(
 ) -> None:
     """Fetch and convert a model, if there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
+    # The file lies beside its pieces, then beside the folder that is made of it.
+    disk_bytes = source.num_bytes + max(source.num_bytes, model.kept_bytes)
+    memory_bytes = int(1.3 * model.kept_bytes) + 1_600_000_000
     say(
         f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; making it needs "
-        f"{gigabytes(model.disk_bytes)} of disk and {gigabytes(model.memory_bytes)} of memory; "
+        f"{gigabytes(disk_bytes)} of disk and {gigabytes(memory_bytes)} of memory; "
         f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ..."
     )
     there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
-    needed, free = model.disk_bytes - there, shutil.disk_usage(downloads.parent).free
+    needed, free = disk_bytes - there, shutil.disk_usage(downloads.parent).free
     if free < needed:
         raise ModelError(
             f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "
             f"(free: {gigabytes(free)}); free some, or set {CACHE_VARIABLE} to another folder"
         )
     way_out = "close other programs, or choose a smaller model"
-    require_memory(f"converting embedded:{name}", model.memory_bytes, way_out)
+    require_memory(f"converting embedded:{name}", memory_bytes, way_out)
     gguf = fetch(source, downloads)
     say("  converting it to safetensors, once ...")
     digest = convert(gguf, made)

@@ -95,10 +95,9 @@ def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
     Raises:
         ModelError: in one line, why the model cannot be decoded; the user calls it `name`.
     """
-    refusal = _refusal(model, name)
     with _one_line(*_blame(model, name)):
         if why := _why_not_rolled_back(model):
-            raise ModelError(f"{refusal} {why}; {ANOTHER}")
+            raise ModelError(f"{_refusal(model, name)} {why}; {ANOTHER}")
         first, second, start = _proof_tokens(model)
         with torch.inference_mode():  # the rows of `prove_decoding`, each text in one call
             texts = torch.tensor([first, second], device=model.device)
@@ -165,11 +164,9 @@ def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
     if kind == "bitsandbytes":
         settings = getattr(model.config, "quantization_config", None)
         kind = "nf4" if getattr(settings, "load_in_4bit", False) else "int8"
-    others = "none" if kind == "int8" else "none or int8"
-    return (
-        f"cannot decode with {name} in {kind}: its layers fail here",
-        f"set models.target_quantization, or the draft's, to {others}",
-    )
+    way_out = "set models.target_quantization, or the draft's, to none"
+    way_out += "" if kind == "int8" else " or int8"
+    return f"cannot decode with {name} in {kind}: its layers fail here", way_out
 
 
 def _why_not_rolled_back(model: PreTrainedModel) -> str:
@@ -201,8 +198,7 @@ def prove_decoding(model: Model) -> Proof:
 
 def _proof(model: Model, rows: Tensor) -> Proof:
     is_quantized = getattr(model, "quantization_method", None) is not None
-    tolerance = QUANTIZED_TOLERANCE if is_quantized else TOLERANCES[model.dtype]
-    return Proof(rows.float(), tolerance)
+    return Proof(rows.float(), QUANTIZED_TOLERANCE if is_quantized else TOLERANCES[model.dtype])
 
 
 def _proof_tokens(model: Model) -> tuple[list[int], list[int], int]:

@@ -116,11 +116,6 @@ def why_no_kernel() -> str:
     return ""
 
 
-def kernel_name() -> str:
-    """What the kernel computes with here: "AVX2", "AVX-512 and AMX"."""
-    return kernel_library().kind().decode()
-
-
 def to_kernel(
     model: PreTrainedModel, quantization: str, file: GgufFile | None = None
 ) -> KernelModel:

@@ -176,11 +176,12 @@ def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) ->
     """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place."""
     mismatched = [f"{name} {tuple(was)}" for name, was, *_ in report["mismatched_keys"]]
     homeless = [name for name in report["unexpected_keys"] if _has_a_place_beside(model, name)]
-    for names, problem in (
-        (report["missing_keys"], "lacks tensors that the model needs"),
-        (mismatched, "has tensors of another shape than its config.json says"),
-        (homeless, "has tensors that its config.json leaves out"),
-    ):
+    problems = {
+        "lacks tensors that the model needs": report["missing_keys"],
+        "has tensors of another shape than its config.json says": mismatched,
+        "has tensors that its config.json leaves out": homeless,
+    }
+    for problem, names in problems.items():
         if names:
             shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
             raise ModelError(
@@ -199,7 +200,7 @@ def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
         return False
     modules = dict(model.named_modules())
     owner = name.rpartition(".")[0]
-    while owner and owner not in modules and re.sub(r"\.\d+(?=\.|$)", ".0", owner) not in modules:
+    while owner and not {owner, re.sub(r"\.\d+(?=\.|$)", ".0", owner)} & modules.keys():
         owner = owner.rpartition(".")[0]
     inside = name.removeprefix(f"{owner}.").count(".")
     is_layer = hasattr(modules.get(owner), "weight")

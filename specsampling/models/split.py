@@ -18,7 +18,6 @@ from specsampling.models.memory import available_bytes, gigabytes
 
 SPLIT = "auto-split"
 SPLIT_OFFLOAD = "auto-split-offload"
-OFFLOADED = ("cpu", "disk")
 
 
 def split_target(
@@ -83,8 +82,8 @@ def device_map(
         {where: int(size * scale) for where, size in (limits | {"cpu": machine}).items()},
         list(model._no_split_modules or ()),
     )
-    left_over = [name for name, where in places.items() if where in OFFLOADED]
-    if left_over and (not machine or any(where == "disk" for where in places.values())):
+    used = set(places.values())
+    if "disk" in used or ("cpu" in used and not machine):
         raise ModelError(
             f"models.device {SPLIT}: the target needs {gigabytes(weights + caches)} with caches, "
             f"and the GPUs have {gigabytes(sum(free.values()) - reserved)} free beside the draft; "

@@ -23,7 +23,7 @@ from specsampling.method.session import Session
 from specsampling.method.step import Buffers, decode_step, has_step
 from specsampling.models.errors import ModelError, is_out_of_memory, reason
 from specsampling.models.exactness import TOLERANCES
-from specsampling.models.kernel_model import kernel_name
+from specsampling.models.kernel_model import kernel_library
 
 Mode = Literal["auto", "on", "off"]
 
@@ -48,7 +48,7 @@ def make_static(
         What was done, or why not, in words; with "on", the latter is a ModelError.
     """
     if is_exact(model):
-        return f"the CPU kernel ({kernel_name()})"
+        return f"the CPU kernel ({kernel_library().kind().decode()})"
     assert isinstance(model, PreTrainedModel)
     start = time.perf_counter()
     problem = ""
