@@ -34,7 +34,10 @@ BOOT_SECONDS = 60  # by which the clock may be set without counting as another s
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache."""
+    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
+
+    A user without a home folder, where a cache would be, is told so in a ModelError.
+    """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
     variable, below_home = {

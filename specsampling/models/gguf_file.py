@@ -106,6 +106,6 @@ def _open(path: Path, size: int, modified: int) -> GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """A file's header and tensors; reading a large vocabulary takes seconds, so they are kept."""
+    """Open a file, or raise a ModelError; a large vocabulary takes seconds, so files are kept."""
     there = path.stat()
     return _open(path, there.st_size, there.st_mtime_ns)

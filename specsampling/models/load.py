@@ -203,7 +203,8 @@ def load_draft(
 ) -> Draft:
     """Load a draft for a target that is there; see `load_pair` and `check_tokenizers`.
 
-    Draft models that are there already are taken from `loaded`, by spec.
+    Draft models that are there already are taken from `loaded`, by spec. A model that cannot be
+    loaded is a ModelError.
     """
     lookup = NgramDraft(ngram_max, ngram_min)
     if draft == "ngram":
@@ -267,7 +268,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type != "cpu":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        is_cuda = device.type == "cuda"
+        has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16 or not why_no_kernel() else torch.float32

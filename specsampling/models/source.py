@@ -111,9 +111,9 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def read_config(spec: str) -> PreTrainedConfig:
     """A spec's configuration."""
     location = model_location(spec)
-    if is_gguf(spec):
-        return gguf_config(open_gguf(Path(spec)))
     with quiet_transformers():
+        if is_gguf(spec):
+            return gguf_config(open_gguf(Path(spec)))
         location = folders.base_of_adapter(location) or location
         return AutoConfig.from_pretrained(location, **SAFE, **folders.hub_options(location))
 
@@ -133,7 +133,9 @@ def read_model(spec: str, **options: Any) -> Any:
         with quiet_transformers():
             return gguf_model(Path(spec), **options)
     base = folders.base_of_adapter(location)
-    return _read_folder(location, spec, options) if base is None else _adapted(base, spec, options)
+    if base is None:
+        return _read_folder(location, spec, options)
+    return _adapted(base, location, spec, options)
 
 
 def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
@@ -157,14 +159,13 @@ def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def _adapted(base: str, spec: str, options: dict[str, Any]) -> Any:
+def _adapted(base: str, location: str, spec: str, options: dict[str, Any]) -> Any:
     """An adapter's base with the adapter in its weights: added in float32, rounded once."""
     if "quantization_config" in options or len(options.get("device_map", {})) > 1:
         raise ModelError(
             f"{spec} is an adapter, which is neither quantised nor split while it is applied; "
             "merge it into its base with peft's merge_and_unload"
         )
-    location = model_location(spec)
     model = _read_folder(model_location(base), base, {"dtype": torch.float32})
     with quiet_transformers():
         merged = folders.merge_adapter(model, location, spec).to(options["dtype"])

@@ -29,6 +29,8 @@ def split_target(
 ) -> dict[str, int | str] | None:
     """Where each part of a target goes; None where the first GPU holds it beside its drafts.
 
+    A target that the GPUs do not hold is a ModelError.
+
     Args:
         target, drafts, lengths: as `estimate.need_of` takes them.
         free: bytes of each GPU.
