@@ -61,7 +61,7 @@ WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need n
 
 
 def require_files(spec: str) -> None:
-    """Raise a ModelError for what is no model: nothing, one file, Git LFS pointers, GGUF folders."""
+    """Raise a ModelError for what is no model: nothing, a file, Git LFS pointers, a GGUF folder."""
     path = Path(spec)
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and not is_gguf:
