@@ -12,7 +12,7 @@ Sources: llama.cpp's converter (`conversion/base.py`, `llama.py`, `qwen.py`, `gp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,11 +246,15 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
     factors = torch.from_numpy(file.values(ROPE_FACTORS)).double()
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequencies = theta**-exponents  # [head_dim / 2]
+    largest, span = float(factors.max()), HIGH_FREQUENCY - LOW_FREQUENCY
     if len(factors) == len(frequencies):
-        largest = float(factors.max())
-        for context in _llama3_contexts(frequencies, factors):
+        inverse = 1 / factors
+        smooth = (inverse - inverse.min()) / (1 - inverse.min())
+        contexts = (LOW_FREQUENCY + smooth * span) * 2 * math.pi / frequencies
+        # On the two plateaus, where a factor is 1 or the largest, it tells nothing of the context.
+        between = (factors > 1 + ROUNDING) & (factors < largest * (1 - ROUNDING))
+        for context in (LLAMA3_CONTEXT, *contexts[between].round().long().tolist()):
             turns = context * frequencies / (2 * math.pi)  # in the original context
-            span = HIGH_FREQUENCY - LOW_FREQUENCY
             smooth = ((turns - LOW_FREQUENCY) / span).clamp(0.0, 1.0)
             made = 1 / ((1 - smooth) / largest + smooth)  # by which each frequency is divided
             if torch.allclose(made, factors, rtol=ROUNDING, atol=0.0):
@@ -265,17 +269,6 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
         "stretches positions otherwise than llama3 with low_freq_factor 1 and high_freq_factor 4",
         [ROPE_FACTORS],
     )
-
-
-def _llama3_contexts(frequencies: Tensor, factors: Tensor) -> Iterator[int]:
-    """Original contexts that may have given a file's factors, the published models' first."""
-    yield LLAMA3_CONTEXT
-    largest = float(factors.max())
-    for frequency, factor in zip(frequencies.tolist(), factors.tolist()):
-        if 1 + ROUNDING < factor < largest * (1 - ROUNDING):  # between the two plateaus
-            smooth = (1 / factor - 1 / largest) / (1 - 1 / largest)
-            turns = LOW_FREQUENCY + smooth * (HIGH_FREQUENCY - LOW_FREQUENCY)
-            yield round(turns * 2 * math.pi / frequency)
 
 
 def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
