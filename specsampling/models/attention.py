@@ -1,12 +1,11 @@
 """Attention of a few queries over a long cache, without copying the keys for grouped heads.
 
-Where several query heads share a key head, transformers copies keys and values once per
-query head whenever there is a mask. A decode call of fixed width always has one, over the
-whole cache. Here the queries that share a key head stand together as more rows of one head,
-which gives the same products and reads the cache as it lies. The mask is made with these rows
-once per call, and in the form that the kernel adds to the products, not once per layer.
+Where several query heads share a key head, transformers copies keys and values once per query head
+whenever there is a mask, and a decode call of fixed width always has one. Here the queries that
+share a key head stand together as more rows of one head, which gives the same products and reads
+the cache as it lies. The mask is made with these rows once per call.
 
-Calls that it has nothing to gain from, a prefill's among them, go to transformers' own "sdpa".
+Calls that gain nothing from this, such as a prefill's, go to transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -40,13 +39,12 @@ def grouped_sdpa(
     Args:
         module: the attention layer.
         query: [batch, query heads, rows, head_dim].
-        key: [batch, key heads, keys, head_dim].
-        value: [batch, key heads, keys, head_dim].
+        key, value: [batch, key heads, keys, head_dim].
         attention_mask: [batch, 1, rows, keys] or, as `grouped_mask` makes it, [batch, 1,
             query heads / key heads * rows, keys]; True (or 0.0) where a row sees a key. None:
             the last row sees all keys, each before it one less.
         dropout: 0 when decoding.
-        scaling: of the products, before the softmax.
+        scaling: the factor of the products, before the softmax.
         options: passed on to transformers' own.
 
     Returns:
@@ -88,10 +86,10 @@ def grouped_mask(
 
 
 def group_heads(model: PreTrainedModel) -> None:
-    """Let a model whose layers share key heads attend so, in place.
+    """Let a model whose layers share key heads attend so, in place; prove what it says then.
 
-    The layers are asked, not the configuration: it may carry a number of key heads that its
-    architecture does not use. Whether they can be attended to so is not known here: look.
+    The layers are asked, because a configuration may carry a number of key heads that its
+    architecture does not use.
     """
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return

@@ -1,8 +1,8 @@
 """The folder where models are kept that were fetched or converted: each whole, or made anew.
 
 A model's folder holds a manifest with the sizes and hashes of its files. Sizes are compared at
-each start, hashes at the first one after the machine was started, and wherever a file was written
-since they were last seen to agree. What does not agree is told, and made again.
+each start. Hashes are compared at the first start after the machine was booted, and if a file was
+written since they last agreed. A folder that does not agree is named and made again.
 
 Knows nothing of torch, nor of what the files hold.
 """
@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from specsampling.disk import sha256_of, sync
-from specsampling.models.errors import ModelError, is_out_of_memory, model_error
+from specsampling.models.errors import ModelError, is_out_of_memory, model_error, say
 from specsampling.models.memory import gigabytes
 
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
@@ -36,8 +36,7 @@ BOOT_SECONDS = 60  # by which the clock may be set without counting as another s
 def cache_folder() -> Path:
     """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
 
-    Raises:
-        ModelError: the user has no home folder, where a user cache would be.
+    A user without a home folder, where a cache would be, is told so in a ModelError.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
@@ -64,10 +63,10 @@ def forget_verified() -> None:
 
 @contextmanager
 def made_once(folder: Path) -> Iterator[Path | None]:
-    """Where to make a folder of the cache, or None where it is there; moved into place after.
+    """Where to make a folder of the cache; None if it is there. It is moved into place afterwards.
 
-    It is made aside: a killed first start leaves nothing half made, and the next one clears what
-    it left. A second process waits.
+    The folder is made aside: a killed first start leaves nothing half made, and the next one clears
+    what it left. A second process waits.
 
     Raises:
         ModelError: the cache cannot be written.
@@ -78,24 +77,20 @@ def made_once(folder: Path) -> Iterator[Path | None]:
     scratch = folder.with_name(folder.name + SCRATCH)
     with _one_line(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if not (problem := problem_of(folder)):  # another process has made it
-            yield None
-            return
-        if folder.exists():
-            print(
-                f"{folder} is damaged ({problem}): it is made anew ...", file=sys.stderr, flush=True
-            )
-        with _one_line(folder.parent):
-            _remove(scratch)
-            scratch.mkdir()
-        try:
-            with _one_line(folder.parent):
+        with _locked(folder):
+            if not (problem := problem_of(folder)):  # another process has made it
+                yield None
+                return
+            if folder.exists():
+                say(f"{folder} is damaged ({problem}): it is made anew ...")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            try:
+                scratch.mkdir()
                 made = scratch / "folder"
                 yield made
                 _publish(made, folder)
-        finally:
-            _remove(scratch)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def problem_of(folder: Path) -> str:
@@ -109,18 +104,19 @@ def problem_of(folder: Path) -> str:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
+    now = {}
     for name, (size, _) in expected.items():
         try:
-            found = (folder / name).stat().st_size
+            found = (folder / name).stat()
         except OSError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes, and had {size}"
-    now = {name: _written(folder / name) for name in expected}
+        if found.st_size != size:
+            return f"{name} has {found.st_size} bytes, and had {size}"
+        now[name] = found.st_mtime_ns
     if _is_verified(folder, now):
         return ""
     total = sum(size for size, _ in expected.values())
-    print(f"  verifying {folder.name} ({gigabytes(total)}) ...", file=sys.stderr, flush=True)
+    say(f"  verifying {folder.name} ({gigabytes(total)}) ...")
     for name, (_, digest) in expected.items():
         try:
             found_digest = sha256_of(folder / name)
@@ -132,16 +128,11 @@ def problem_of(folder: Path) -> str:
     return ""
 
 
-def _written(path: Path) -> int:
-    return path.stat().st_mtime_ns
-
-
 def _is_verified(folder: Path, now: dict[str, int]) -> bool:
     """Whether the hashes agreed since the machine was started, and nothing was written since."""
     try:
         mark: Any = json.loads((folder / VERIFIED).read_bytes())
-        is_this_boot = abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS
-        return bool(is_this_boot and mark["written"] == now)
+        return abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS and mark["written"] == now
     except (OSError, ValueError, TypeError, LookupError):
         return False
 
@@ -158,9 +149,9 @@ def _mark_verified(folder: Path, now: dict[str, int]) -> None:
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Write the manifest of a folder that was made, and put it into its place.
+    """Write the manifest of a folder that was made, and put the folder into its place.
 
-    Where a damaged one is, files are put there one by one, the manifest last: a file of the
+    If a damaged folder is there, files are replaced one by one, the manifest last: a file of the
     user's among them stays.
     """
     for name in (MANIFEST, VERIFIED):  # copied from another folder of the cache
@@ -172,8 +163,8 @@ def _publish(made: Path, folder: Path) -> None:
     for path in (*files, made / MANIFEST, made):
         sync(path)
     if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)
-        (folder / VERIFIED).unlink(missing_ok=True)
+        for name in (MANIFEST, VERIFIED):
+            (folder / name).unlink(missing_ok=True)
         for name in (*names, MANIFEST):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (made / name).replace(folder / name)
@@ -181,34 +172,24 @@ def _publish(made: Path, folder: Path) -> None:
     else:
         made.rename(folder)
     sync(folder.parent)
-    _mark_verified(folder, {name: _written(folder / name) for name in names})
-
-
-def _remove(scratch: Path) -> None:
-    """Delete what this process, or one that was killed, has made so far."""
-    shutil.rmtree(scratch, ignore_errors=True)
+    _mark_verified(folder, {name: (folder / name).stat().st_mtime_ns for name in names})
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else makes the folder meanwhile.
-
-    Raises:
-        ModelError: the lock's file cannot be made.
-    """
+    """Let nobody else make the folder meanwhile."""
     path = folder.with_name(folder.name + ".lock")
     lock = FileLock(path)
-    with _one_line(folder.parent):
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if path.exists():
+            say(f"Another process is making {folder}: waiting for it ...")
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            if path.exists():
-                print(f"Another process is making {folder}: waiting for it ...", file=sys.stderr)
-            try:
-                lock.acquire(timeout=LOCK_SECONDS)
-            except Timeout:
-                path.open("r+").close()  # else nobody holds it: it cannot be made
-                lock.acquire()
+            path.open("r+").close()  # else nobody holds it: it cannot be made
+            lock.acquire()
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """A user's message in a model's chat template, as it reads on a given day.
 
 Some templates print today's date by `strftime_now`, which transformers defines by the clock. A run
-that takes two days, or is compared with one of another day, needs the same prompts on both.
+that takes two days, or is compared with one of another day, needs the same prompts on all days.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a user's message in the chat template, up to where the answer begins.
 
-    Args:
-        tokenizer: whose template it is.
-        message: the user's.
-        now: the local time that the template sees; None for the clock's.
+    The template sees `now` as the local time; None is the clock's.
 
     Raises:
         ModelError: the tokenizer has no chat template, or one that fails.

@@ -1,14 +1,12 @@
 """One checkpoint into one model: its decoding proved, then made fast.
 
-A model that decodes noise says nothing of it. So it is compared with itself without a cache
-before it is handed out, and faster layers are kept only where they give what transformers' own
-give.
+A model that decodes noise does not say so. So each model is compared with itself without a cache
+before it is handed out. Faster layers are kept only if they give what transformers' own give.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,27 +18,20 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from specsampling.kernel.build import KernelError
 from specsampling.method.forward import Model
 from specsampling.models.attention import group_heads
-from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
+from specsampling.models.distilled import is_distilled, trimmed
 from specsampling.models.embedded import published_file
-from specsampling.models.errors import (
-    ModelError,
-    is_out_of_memory,
-    model_error,
-    reason,
-    way_out_of,
-)
-from specsampling.models.estimate import Planned, outline_of, weight_bytes
+from specsampling.models.errors import ModelError, is_out_of_memory, model_error, reason, way_out_of
+from specsampling.models.estimate import Planned, is_kernels, outline, weight_bytes
 from specsampling.models.exactness import (
     Proof,
     prove_decoding,
     prove_without_cache,
     require_decodable,
 )
-from specsampling.models.folder import SAFE_WEIGHTS
+from specsampling.models.folder import SAFE_WEIGHTS, weight_files
 from specsampling.models.gguf_file import open_gguf
-from specsampling.models.kernel_model import KernelModel, to_kernel, why_no_kernel
+from specsampling.models.kernel_model import KernelModel, to_kernel
 from specsampling.models.memory import require_memory
-from specsampling.models.packing import why_not
 from specsampling.models.source import (
     EMBEDDED,
     digest_of,
@@ -68,42 +59,52 @@ def load_model(
 ) -> Model:
     """Load one model for inference, straight onto its device.
 
-    On a CPU it goes into the kernel (`kernel_model.py`) where that knows it. Otherwise its heads
-    that share keys are attended to together (`attention.py`). Where either fails or changes what
-    the model says, the model keeps transformers' layers, and one line says so.
+    On a CPU the model goes into the kernel (`kernel_model.py`) if the kernel knows it. Otherwise
+    its heads that share keys are attended to together (`attention.py`). If either fails or changes
+    what the model says, the model keeps transformers' layers, and one line says so.
 
     Args:
         spec: a model's spec.
-        dtype: of its weights.
+        dtype: the precision of its weights.
         device: where it goes.
         quantization: "none", "int8", "nf4", or on a CPU "int4".
         device_map: where its parts go, if not all of it goes there. A model in parts keeps
-            transformers' layers, between which accelerate moves what passes.
+            transformers' layers, and accelerate moves what passes between them.
         compile: "off" leaves the kernel out; "on" refuses a model that it cannot decode.
 
     Raises:
         ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
             with a cache that is rolled back, or there is too little memory.
     """
-    is_kernels = device.type == "cpu" and device_map is None and quantization != "nf4"
-    _require_quantization(spec, quantization, device)
+    for_kernel = device.type == "cpu" and device_map is None and quantization != "nf4"
+    if quantization == "int4" and device.type != "cpu":
+        raise ModelError(
+            f"cannot put {spec} into int4: that is the CPU kernel's, and the device is {device}; "
+            "choose nf4, int8 or none"
+        )
     planned = plan_model(spec, dtype, quantization)
     if device.type == "cpu":
         _require_memory(spec, planned)
-    model = _read(spec, dtype, device, "none" if is_kernels else quantization, device_map)
+    model = _read(spec, dtype, device, "none" if for_kernel else quantization, device_map)
     with _one_line(spec):
-        with one_thread() if is_kernels else contextlib.nullcontext():
+        num_threads = torch.get_num_threads()
+        if for_kernel:  # beside other work, two threads that wait for one another take minutes
+            torch.set_num_threads(1)
+        try:
             proof = prove_without_cache(model, spec)
-        if is_kernels and compile != "off":
-            made, problem = _into_kernel(model, proof, spec, quantization)
-            if made is not None:
-                return made
+        finally:
+            torch.set_num_threads(num_threads)
+        if for_kernel:
+            problem = "decoding.compile is off"
+            if compile != "off":
+                made, problem = _into_kernel(model, proof, spec, quantization)
+                if made is not None:
+                    return made
             if compile == "on" or quantization != "none":
                 raise ModelError(_no_kernel(spec, quantization, problem))
-            log.warning("%s is decoded by PyTorch, without the CPU kernel: %s", spec, problem)
-            model = _read(spec, dtype, device, "none")
-        elif is_kernels and quantization != "none":
-            raise ModelError(_no_kernel(spec, quantization, "decoding.compile is off"))
+            if compile != "off":
+                log.warning("%s is decoded by PyTorch, without the CPU kernel: %s", spec, problem)
+                model = _read(spec, dtype, device, "none")
         require_decodable(model, spec, proof)
         if quantization != "none" or device_map is not None:
             return model
@@ -114,29 +115,11 @@ def load_model(
     return model
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: beside other work, two that wait for one another take minutes."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _require_quantization(spec: str, quantization: str, device: torch.device) -> None:
-    if quantization == "int4" and device.type != "cpu":
-        raise ModelError(
-            f"cannot put {spec} into int4: that is the CPU kernel's, and the device is {device}; "
-            "choose nf4, int8 or none"
-        )
-
-
 def _no_kernel(spec: str, quantization: str, problem: str) -> str:
-    what = f"put {spec} into {quantization}" if quantization != "none" else f"decode {spec} with it"
-    way_out = "choose none" if quantization != "none" else "choose decoding.compile: auto or off"
-    return f"cannot {what}: this needs the CPU kernel ({problem}); {way_out}"
+    what, way_out = f"put {spec} into {quantization}", "none"
+    if quantization == "none":
+        what, way_out = f"decode {spec} with it", "decoding.compile: auto or off"
+    return f"cannot {what}: this needs the CPU kernel ({problem}); choose {way_out}"
 
 
 def _into_kernel(
@@ -146,7 +129,7 @@ def _into_kernel(
     path = Path(spec) if is_gguf(spec) else None
     if quantization == "int4" and spec.startswith(EMBEDDED):
         path = published_file(spec.removeprefix(EMBEDDED))  # else its 4 bit are rounded again
-    if is_distilled(model) and quantization == "none":
+    if quantization == "none" and is_distilled(model):
         quantization = "int8"  # as it is shipped
     file = open_gguf(path) if path else None
     try:
@@ -164,17 +147,16 @@ def _into_kernel(
 
 
 def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
-    """Prepare a model of any weights for decoding, with nothing to hold it against.
+    """Prepare a model of any weights for decoding, without a proof.
 
     Args:
-        model: on its device; it is the one that is handed out, or its weights are let go of.
-        quantization: by the CPU kernel, which must know the model then.
+        model: on its device. It is handed out itself, or its weights are let go of.
+        quantization: as `load_model` takes it; other than "none", by the CPU kernel.
 
     Raises:
-        ModelError: it does not.
+        ModelError: the kernel does not know a model that it must quantise.
     """
-    is_kernels = model.device.type == "cpu" and not why_not(model) and not why_no_kernel()
-    if is_kernels or quantization != "none":
+    if quantization != "none" or is_kernels(model, quantization, model.device):
         try:
             return to_kernel(model, quantization)
         except KernelError as error:
@@ -184,7 +166,7 @@ def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
 
 
 def _try_grouped(model: PreTrainedModel, proof: Proof) -> str:
-    """Group a model's heads and look at what it says then; what went wrong, or nothing."""
+    """Group a model's heads and prove what it says then; returns what went wrong, or ""."""
     try:
         group_heads(model)
         error = prove_decoding(model).difference(proof)
@@ -204,8 +186,12 @@ def _read(
 ) -> PreTrainedModel:
     """A model as transformers makes it, every tensor of it from the checkpoint."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map or {"": device}}
-    if quantization != "none":
-        options["quantization_config"] = quantization_config(quantization, dtype)
+    if quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     with _one_line(spec):
         if is_gguf(spec):
             if quantization != "none" or device_map is not None:
@@ -215,9 +201,7 @@ def _read(
                 )
             model = read_model(spec, dtype=dtype).to(device)
         else:
-            model = read_model(spec, **options)
-            if lists_head_tokens(location := model_location(spec)):
-                trim_head(model, Path(location))
+            model = trimmed(read_model(spec, **options), model_location(spec))
     return model.eval()
 
 
@@ -228,17 +212,19 @@ def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Pla
         ModelError: its configuration cannot be found or read.
     """
     with _one_line(spec):
-        _require_decoder(spec)
-        _require_shards(model_location(spec))
-        return Planned(outline_of(spec, dtype), quantization, not is_gguf(spec))
+        if (config := read_config(spec)).is_encoder_decoder:
+            raise ModelError(
+                f"cannot decode with {spec}: {config.model_type} models are encoder-decoders; "
+                "choose a decoder-only model"
+            )
+        if Path(location := model_location(spec)).is_dir():
+            weight_files(location, SAFE_WEIGHTS)
+        model = trimmed(outline(config, dtype), location)
+        return Planned(model, quantization, not is_gguf(spec))
 
 
 def digest_model(spec: str) -> str:
-    """What `source.digest_of` says of a spec.
-
-    Raises:
-        ModelError: its files cannot be found or read.
-    """
+    """What `source.digest_of` gives; whatever goes wrong is a ModelError."""
     with _one_line(spec):
         return digest_of(spec)
 
@@ -254,38 +240,7 @@ def _one_line(spec: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # a GPU's
             way_out = "choose a smaller model, int8 or nf4 quantization, or another device"
             raise ModelError(f"cannot load model {spec} ({reason(error)}); {way_out}") from error
-        failure = f"cannot load model {spec}"
-        raise model_error(failure, error, way_out_of(error, spec)) from error
-
-
-def _require_decoder(spec: str) -> None:
-    if (kind := read_config(spec)).is_encoder_decoder:
-        raise ModelError(
-            f"cannot decode with {spec}: {kind.model_type} models are encoder-decoders; "
-            "choose a decoder-only model"
-        )
-
-
-def _require_shards(location: str) -> None:
-    """Refuse a folder whose index names files of weights that are not there.
-
-    Raises:
-        ModelError: it names the index, and the first file.
-    """
-    index = Path(location, SAFE_WEIGHTS[1])
-    if Path(location, SAFE_WEIGHTS[0]).is_file() or not index.is_file():
-        return
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (index.parent / name).is_file()]
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        why = f"{index} is no index of weights ({error!r})"
-        raise ModelError(f"{why}; download it again") from error
-    if missing:
-        raise ModelError(
-            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names "
-            f"({len(missing)} of {len(names)} files are); download it again"
-        )
+        raise model_error(f"cannot load model {spec}", error, way_out_of(error, spec)) from error
 
 
 def _require_memory(spec: str, planned: Planned) -> None:
@@ -297,12 +252,3 @@ def _require_memory(spec: str, planned: Planned) -> None:
         way_out += ", or --dtype bfloat16, which needs half of that"
     needed = weight_bytes(planned.outline, planned.quantization, torch.device("cpu"))
     require_memory(f"loading {spec}", needed, way_out)
-
-
-def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' settings: LLM.int8(), or 4-bit NormalFloat with `dtype` arithmetic."""
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )

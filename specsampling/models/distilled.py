@@ -2,10 +2,9 @@
 
 Such a draft is shipped without what the target already holds, its matrices in 8 bit. `assemble`
 joins it with the target's embedding to an ordinary Hugging Face folder in bfloat16, which any
-tool can load. The folder also lists the frequent tokens: `trim_head` lets the draft's head score
-only these, which is most of a small model's work. To the verifier the draft remains a
-distribution over the whole vocabulary, in which the other tokens have probability 0; exactness is
-not touched.
+tool can load. The folder also lists the frequent tokens. `trimmed` lets the draft's head score only
+these, because the head is most of a small model's work. The verifier still sees a distribution over
+the whole vocabulary, in which the other tokens have probability 0, so outputs stay exact.
 
 How one is trained: `training/distill.py`.
 """
@@ -29,16 +28,13 @@ TARGETS_OWN = ("model*.safetensors*", "config.json")  # files that the draft has
 
 
 def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
-    """Make a draft's Hugging Face folder.
+    """Make a draft's Hugging Face folder, which must not exist.
 
-    Args:
-        target_folder: the target's Hugging Face folder, its embedding tied to its head.
-        shipped: the file of the draft's own tensors, as `shrink` makes them.
-        folder: where the draft goes; must not exist.
+    The target's folder must have its embedding tied to its head; `shipped` is a file of the draft's
+    own tensors, as `shrink` makes them.
     """
-    tensors, head_tokens = expand(load_file(shipped))
     dtype = torch.bfloat16
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors, head_tokens = expand(load_file(shipped))
     config = AutoConfig.from_pretrained(target_folder)
     config.num_hidden_layers = 1 + max(
         int(name.split(".")[1]) for name in tensors if name.startswith("layers.")
@@ -47,7 +43,7 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
         draft = AutoModelForCausalLM.from_config(config, dtype=dtype)
     target = AutoModelForCausalLM.from_pretrained(target_folder, dtype=dtype)
     embedding = target.get_input_embeddings().weight.data
-    state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    state = {f"model.{name}": tensor.to(dtype) for name, tensor in tensors.items()}
     draft.load_state_dict(state | {EMBEDDING: embedding}, strict=False, assign=True)
     draft.tie_weights()
     shutil.copytree(target_folder, folder, ignore=shutil.ignore_patterns(*TARGETS_OWN))
@@ -58,9 +54,7 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
 def shrink(tensors: dict[str, Tensor], head_tokens: Tensor) -> dict[str, Tensor]:
     """A draft as it is shipped: matrices in int8 with a scale per row, the rest in float32.
 
-    Args:
-        tensors: `layers.*` and `norm.weight` as in the target's base model.
-        head_tokens: [H] ids that the head scores.
+    The tensors are `layers.*` and `norm.weight`; the head scores the ids `head_tokens`, [H].
     """
     shrunk = {"head_tokens": head_tokens.int()}
     for name, tensor in tensors.items():
@@ -101,17 +95,15 @@ class TrimmedHead(nn.Module):
         return logits
 
 
-def trim_head(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model whose folder lists its frequent tokens a head for these, in place."""
-    token_ids = load_file(folder / HEAD_TOKENS)["head_tokens"].long().to(model.device)
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear) and head.bias is None
-    model.set_output_embeddings(TrimmedHead(head, token_ids))
-
-
-def lists_head_tokens(spec: str) -> bool:
-    """Whether a model's spec is a folder that lists its frequent tokens."""
-    return (Path(spec) / HEAD_TOKENS).is_file()
+def trimmed(model: PreTrainedModel, location: str) -> PreTrainedModel:
+    """The model; if its folder lists its frequent tokens, with a head for these alone."""
+    path = Path(location, HEAD_TOKENS)
+    if path.is_file():
+        token_ids = load_file(path)["head_tokens"].long().to(model.device)
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Linear) and head.bias is None
+        model.set_output_embeddings(TrimmedHead(head, token_ids))
+    return model
 
 
 def is_distilled(model: Model) -> bool:

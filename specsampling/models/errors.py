@@ -6,7 +6,7 @@ Imports neither torch nor transformers: their errors are known by name and by wh
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 MOST_LETTERS = 300
@@ -27,28 +27,29 @@ class ModelError(RuntimeError):
     """A model cannot be had; one clear line that says why and the way out."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def say(line: str) -> None:
+    """Print a line about what takes long, or went otherwise than expected."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether a GPU or the machine had no more to give, be it only the cause of the error."""
-    return any(_is_memory(each) for each in _with_causes(error))
-
-
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from, or while handling."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
+        if _is_memory(error):
+            return True
         seen.append(error)
-        yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def _is_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    text = str(error).lower()
-    is_such = isinstance(error, (RuntimeError, ImportError, OSError))
-    return is_such and any(words in text for words in MEMORY_WORDS)
+    if not isinstance(error, (RuntimeError, ImportError, OSError)):
+        return False
+    is_told = any(words in str(error).lower() for words in MEMORY_WORDS)
+    return is_told or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def reason(error: BaseException) -> str:
@@ -63,13 +64,7 @@ def reason(error: BaseException) -> str:
 
 
 def model_error(failure: str, error: BaseException, way_out: str) -> ModelError:
-    """An error as one line: what failed, why, and the way out.
-
-    Args:
-        failure: what failed, in words.
-        error: what was raised.
-        way_out: if it is not memory, whose way out is its own.
-    """
+    """An error as one line: what failed, why, and the way out; too little memory has its own."""
     if is_out_of_memory(error):
         return ModelError(f"{failure}: out of memory ({reason(error)}); {MEMORY_WAY_OUT}")
     return ModelError(f"{failure} ({reason(error)}); {way_out}")

@@ -1,9 +1,8 @@
 """What a pair takes of memory, from its configurations alone, before anything is loaded.
 
-Weights in the precision asked for, both caches at the lengths to come, what the widest calls make
-on their way, and on a CPU what loading takes at its peak and what oneDNN keeps. The process itself
-comes on top, or on a GPU the driver's context: both are there already when free memory is asked
-for.
+This counts weights in the precision asked for, both caches at the lengths to come, what the widest
+calls make on their way, and on a CPU what loading takes at its peak. The process itself and a GPU
+driver's context are not counted: both are there already when free memory is asked for.
 
 Knows nothing of texts: lengths come as numbers.
 """
@@ -12,22 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from specsampling.models.distilled import is_distilled, lists_head_tokens, trim_head
+from specsampling.models.distilled import is_distilled
 from specsampling.models.kernel_model import why_no_kernel
 from specsampling.models.memory import gigabytes
 from specsampling.models.packing import why_not
-from specsampling.models.source import model_location, quiet_transformers, read_config
+from specsampling.models.source import quiet_transformers
 
-NF4_BLOCK = 64  # weights that share a float32
-INT4_BLOCK = 32  # weights that share a float16
-HALF = 2
 WORKSPACE_BYTES = 200_000_000  # of CUDA's libraries, made at their first calls
 FLOAT = 4
 SHOWN = 50_000_000  # bytes: less is 0.0 GB
@@ -35,7 +30,7 @@ SHOWN = 50_000_000  # bytes: less is 0.0 GB
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of a run's texts and calls, in tokens."""
+    """The sizes of a run's texts and calls, in tokens."""
 
     longest: int  # prompt and answer
     prompt: int
@@ -45,21 +40,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes.
-
-    Attributes:
-        weights: of the models as they decode.
-        caches: of the texts that are decoded at once.
-        calls: what the widest call makes on its way.
-        loading: the most at once while weights are read and brought into their form, on a CPU.
-        mapped: of that, pages of the checkpoint's files, which the system can drop and read again.
-    """
+    """What a pair takes, in bytes."""
 
     weights: int
-    caches: int
-    calls: int
-    loading: int = 0
-    mapped: int = 0
+    caches: int  # of the texts that are decoded at once
+    calls: int  # what the widest call makes on its way
+    loading: int = 0  # the most at once while weights are read and brought into their form
+    mapped: int = 0  # pages of files among that, which the system can drop and read again
 
     @property
     def decoding(self) -> int:
@@ -72,33 +59,23 @@ class Need:
 
     @property
     def least(self) -> int:
-        """With which it runs, if slowly while it loads."""
+        """The memory with which it runs, if slowly while it loads."""
         return max(self.loading - self.mapped, self.decoding)
 
     def __str__(self) -> str:
-        sizes = {
-            "weights": self.weights,
-            "caches": self.caches,
-            "calls": self.calls,
-            "while loading": self.loading,
-        }
-        parts = [f"{name} {gigabytes(size)}" for name, size in sizes.items() if size > SHOWN]
+        names = ("weights", "caches", "calls", "while loading")
+        sizes = zip(names, (self.weights, self.caches, self.calls, self.loading))
+        parts = [f"{name} {gigabytes(size)}" for name, size in sizes if size > SHOWN]
         return f"{gigabytes(self.total)} ({', '.join(parts) or 'all of it small'})"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A model to be loaded.
+    """A model to be loaded."""
 
-    Attributes:
-        outline: see `outline`; in the dtype to come.
-        quantization: as `load_model` takes it.
-        is_mapped: whether its checkpoint is safetensors, mapped into memory while it is loaded.
-    """
-
-    outline: PreTrainedModel
-    quantization: str
-    is_mapped: bool = True
+    outline: PreTrainedModel  # see `outline`; in the dtype to come
+    quantization: str  # as `load_model` takes it
+    is_mapped: bool = True  # whether its checkpoint is safetensors, mapped while it is loaded
 
 
 def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,20 +86,12 @@ def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def outline_of(spec: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The `outline` of a model's spec, its head trimmed where it will be."""
-    model = outline(read_config(spec), dtype)
-    if lists_head_tokens(location := model_location(spec)):
-        trim_head(model, Path(location))
-    return model
-
-
 def need_of(
     target: Planned, drafts: Sequence[Planned], device: torch.device, lengths: Lengths
 ) -> Need:
     """What a target with its draft models will take, of whom one drafts at a time."""
     models = [target, *drafts]
-    weights = [weight_bytes(model.outline, _precision(model, device), device) for model in models]
+    weights = [_weights(model, device) for model in models]
     caches = [cache_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
     calls = [call_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
     need = Need(
@@ -132,21 +101,16 @@ def need_of(
     )
     if device.type != "cpu":
         return need
-    loads = [  # what is there, the checkpoint, and what is made of it
-        (sum(weights[: i + 1]) + read, model.is_mapped * read)
+    read = [_read_bytes(model.outline) for model in models]
+    loading, mapped = max(  # what is there, the checkpoint, and what is made of it
+        (sum(weights[: i + 1]) + read[i], model.is_mapped * read[i])
         for i, model in enumerate(models)
-        for read in [_read_bytes(model.outline)]
-    ]
-    loading, mapped = max(loads)
+    )
     return replace(need, loading=loading, mapped=mapped)
 
 
 def ways_out(
-    target: Planned,
-    drafts: Sequence[Planned],
-    device: torch.device,
-    lengths: Lengths,
-    free: int,
+    target: Planned, drafts: Sequence[Planned], device: torch.device, lengths: Lengths, free: int
 ) -> list[str]:
     """Settings with which the same target would fit, each with what it would take."""
     quantizations = ("int8", "int4") if device.type == "cpu" else ("int8", "nf4")
@@ -165,10 +129,12 @@ def ways_out(
     return [f"{name} ({gigabytes(need.total)})" for name, need in needs if need.least <= free]
 
 
-def _precision(model: Planned, device: torch.device) -> str:
-    """A distilled draft is put into 8 bit by the CPU kernel in any case."""
-    is_small = is_distilled(model.outline) and model.quantization == "none"
-    return "int8" if is_small and is_kernels(model.outline, "int8", device) else model.quantization
+def _weights(model: Planned, device: torch.device) -> int:
+    quantization = model.quantization
+    is_plain = is_distilled(model.outline) and quantization == "none"
+    if is_plain and is_kernels(model.outline, "int8", device):
+        quantization = "int8"  # as it is shipped
+    return weight_bytes(model.outline, quantization, device)
 
 
 def is_kernels(model: PreTrainedModel, quantization: str, device: torch.device) -> bool:
@@ -178,12 +144,13 @@ def is_kernels(model: PreTrainedModel, quantization: str, device: torch.device) 
 
 
 def _computes_in(model: Planned, device: torch.device) -> int:
+    """Bytes of a number in a model's caches and calls."""
     is_float = is_kernels(model.outline, model.quantization, device)
     return FLOAT if is_float else model.outline.dtype.itemsize
 
 
 def _read_bytes(model: PreTrainedModel) -> int:
-    """Of a checkpoint, what is looked at: of an embedding that is no head, some rows only."""
+    """What is read of a checkpoint: an embedding that is no head is not, but for some rows."""
     weights = set(model.parameters())
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()  # a trimmed one has rows of its own
@@ -204,43 +171,33 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
             if id(weight) in seen and not (is_matrix and packs):
                 continue
             seen.add(id(weight))
-            size, is_head = weight.numel(), module is head
+            size = weight.numel()
             if not is_matrix:
                 is_float = packs and not isinstance(module, nn.Embedding)
                 total += size * (FLOAT if is_float else model.dtype.itemsize)
-            elif packs and (quantization == "int8" or (quantization == "int4" and is_head)):
-                total += size + FLOAT * weight.shape[0]
-            elif packs and quantization == "int4":
-                total += size // 2 + size // INT4_BLOCK * HALF
-            elif quantization == "none" or is_head:
+            elif quantization == "none" or (module is head and not packs):
                 total += size * model.dtype.itemsize
-            elif quantization == "int8":
+            elif quantization == "int8" or module is head:
                 total += size + FLOAT * weight.shape[0]
-            else:
-                total += size // 2 + size // NF4_BLOCK * FLOAT
+            else:  # 4 bit: 32 weights share a float16, or 64 of them a float32
+                total += size * 9 // 16
     return total
 
 
-def cache_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int = 0) -> int:
-    """Bytes of keys and values, over the whole capacity of each text.
-
-    Args:
-        computes_in: bytes of one of their numbers; 0 for as many as a weight has.
-    """
+def cache_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
+    """Bytes of all keys and values over the whole capacity of each text, `computes_in` each."""
     num_heads = _size(model, "num_attention_heads", 1)
     head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
     num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
-    num_layers = _size(model, "num_hidden_layers", 1)
-    per_token = 2 * num_layers * num_keys * head_dim * (computes_in or model.dtype.itemsize)
+    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * computes_in
     return lengths.num_texts * capacity * per_token
 
 
 def call_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
-    """Of the larger call: the prompt's through a layer, or a decode call with its logits.
+    """Bytes of the larger call: the prompt's through a layer, or a decode call with its logits.
 
-    Args:
-        computes_in: bytes of a number on its way through the layers.
+    A number on its way through the layers takes `computes_in` bytes.
     """
     hidden = _hidden_size(model)
     inner = _size(model, "intermediate_size", 4 * hidden)

@@ -1,14 +1,13 @@
 """Can a model be decoded here, and is decoding bit-exact? Two checks of a few calls each.
 
-`require_decodable` looks at a model when it is loaded: whether its cache, rolled back, gives
-what the model gives without one. Architectures that keep a running state, ignore the cache or
-look ahead do not, and decode noise without a word.
+`require_decodable` looks at a model when it is loaded: its cache, rolled back, must give what the
+model gives without one. Architectures that keep a running state, ignore the cache or look ahead
+decode noise without a word.
 
-`check_exactness` looks at a target before a run: with one fixed width, a row's bits should not
-depend on how the tokens were grouped into calls. That holds for the kernels it was seen to hold
-for, so it is looked at on the loaded target, at the lengths of the run to come, before it is
-promised. What breaks it: calls of another width, attention over another number of keys, and
-layers that mix rows, such as LLM.int8() with its outlier columns.
+`check_exactness` looks at a target before a run, at the lengths to come: with one fixed width, a
+row's bits should not depend on how the tokens were grouped into calls. Three things break this:
+calls of another width, attention over another number of keys, and layers that mix rows, such as
+LLM.int8() with its outlier columns.
 """
 
 from __future__ import annotations
@@ -38,26 +37,20 @@ NUM_ALONE = 4
 # How far two ways to the same logits may be apart by rounding: norm of the difference / norm.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 QUANTIZED_TOLERANCE = 0.2
-
 ANOTHER = "choose another architecture"
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Logits of some fixed tokens, scored, rolled back and scored again.
+    """Logits of some fixed tokens, scored, rolled back and scored again."""
 
-    Attributes:
-        rows: [n, V] float32.
-        tolerance: how far the same rows may be apart on another way, by rounding.
-    """
-
-    rows: Tensor
-    tolerance: float
+    rows: Tensor  # [n, V] float32
+    tolerance: float  # how far the same rows may be apart on another way, by rounding
 
     def difference(self, other: Proof) -> float:
-        """The middle row's relative distance; nan where logits are.
+        """The rows' median relative distance; nan where logits are.
 
-        The middle, because where experts are chosen by a threshold, rounding may send single
+        The median, because where experts are chosen by a threshold, rounding may send single
         rows elsewhere.
         """
         is_scored = other.rows.isfinite()  # a trimmed head leaves tokens out
@@ -67,38 +60,26 @@ class Proof:
 
 @dataclass(frozen=True)
 class ExactnessCheck:
-    """What the self-check saw.
+    """What the self-check saw; differences are the largest between two logits."""
 
-    Attributes:
-        is_exact: every row had the same bits alone and in one call with others.
-        num_rows: rows compared.
-        largest_difference: the largest difference between two logits that should be equal; nan
-            where some are not finite.
-        num_tokens: the longest text that was looked at.
-        num_texts: decoded at once.
-        from_alone: where these are several, the largest difference from the logits of a text that
-            is decoded by itself.
-    """
-
-    is_exact: bool
-    num_rows: int
-    largest_difference: float
-    num_tokens: int
-    num_texts: int = 1
-    from_alone: float = 0.0
+    is_exact: bool  # every row had the same bits alone and in one call with others
+    num_rows: int  # rows compared
+    largest_difference: float  # among logits that should be equal; nan if some are not finite
+    num_tokens: int  # the longest text that was looked at
+    num_texts: int = 1  # decoded at once
+    from_alone: float = 0.0  # between one text among several and the same text by itself
 
     def __str__(self) -> str:
-        if self.is_exact and self.num_texts > 1:
-            alone = f"within {self.from_alone:.3g} of" if self.from_alone else "bitwise"
-            return (
-                f"confirmed ({self.num_rows} rows alone, in one call, and beside "
-                f"{self.num_texts - 1} other texts, of up to {self.num_tokens} tokens: bitwise "
-                f"equal; {alone} those of run.batch_size 1)"
-            )
         if self.is_exact:
+            if self.num_texts == 1:
+                where, alone = "alone and in one call, in texts", ""
+            else:
+                where = f"alone, in one call, and beside {self.num_texts - 1} other texts,"
+                near = f"within {self.from_alone:.3g} of" if self.from_alone else "bitwise"
+                alone = f"; {near} those of run.batch_size 1"
             return (
-                f"confirmed ({self.num_rows} rows alone and in one call, in texts of up to "
-                f"{self.num_tokens} tokens: bitwise equal)"
+                f"confirmed ({self.num_rows} rows {where} of up to {self.num_tokens} tokens: "
+                f"bitwise equal{alone})"
             )
         if math.isnan(self.largest_difference):
             return "NOT confirmed (some logits of random text are NaN or infinite)"
@@ -109,22 +90,19 @@ class ExactnessCheck:
 
 
 def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
-    """What a model says, for `Proof.difference` with the same model under a cache, or made fast.
-
-    Args:
-        model: as it was loaded.
-        name: what the user calls it.
+    """What a model, as it was loaded, says without a cache.
 
     Raises:
-        ModelError: in one line, why it cannot be decoded.
+        ModelError: in one line, why the model cannot be decoded; the user calls it `name`.
     """
-    refusal = f"cannot decode with {name}: {model.config.model_type} models"
-    with _one_line(*_blame(model, name, f"{refusal} fail here")):
-        why = _why_not_rolled_back(model)
-    if why:
-        raise ModelError(f"{refusal} {why}; choose another architecture")
-    with _one_line(*_blame(model, name, f"{refusal} fail here")):
-        truth = _proof(model, _without_cache(model))
+    with _one_line(*_blame(model, name)):
+        if why := _why_not_rolled_back(model):
+            raise ModelError(f"{_refusal(model, name)} {why}; {ANOTHER}")
+        first, second, start = _proof_tokens(model)
+        with torch.inference_mode():  # the rows of `prove_decoding`, each text in one call
+            texts = torch.tensor([first, second], device=model.device)
+            one, other = (model(input_ids=text[None], use_cache=False).logits[0] for text in texts)
+        truth = _proof(model, torch.cat([one[start:], other[start + NUM_KEPT :]] * 2))
     if not truth.rows.max(dim=-1).values.isfinite().all():
         is_half = model.dtype == torch.float16
         way_out = "choose bfloat16 or float32" if is_half else "download or convert it again"
@@ -136,7 +114,7 @@ def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
 
 
 def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = None) -> Proof:
-    """Refuse a model whose cache cannot be rolled back.
+    """Refuse a model whose cache cannot be rolled back; see `prove_without_cache`.
 
     Args:
         model: as it was loaded.
@@ -145,18 +123,15 @@ def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = N
 
     Returns:
         What it says without a cache.
-
-    Raises:
-        ModelError: in one line, why not.
     """
     truth = truth or prove_without_cache(model, name)
-    refusal = f"cannot decode with {name}: {model.config.model_type} models"
+    refusal = _refusal(model, name)
     with _one_line(f"{refusal} do not take a preallocated cache", ANOTHER):
         error = prove_decoding(model).difference(truth)
     if not error < truth.tolerance:
         raise ModelError(
             f"{refusal} give other logits with a cache that is rolled back than without one "
-            f"(off by {error:.0%}, more than rounding); choose another architecture"
+            f"(off by {error:.0%}, more than rounding); {ANOTHER}"
         )
     return truth
 
@@ -167,32 +142,35 @@ def _one_line(refusal: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, ModelError) or is_out_of_memory(error):
             raise
         raise model_error(refusal, error, way_out) from error
 
 
-def _blame(model: PreTrainedModel, name: str, refusal: str) -> tuple[str, str]:
-    """What to say where a model fails, and the way out: of a quantised one, its quantisation's.
+def _refusal(model: PreTrainedModel, name: str) -> str:
+    return f"cannot decode with {name}: {model.config.model_type} models"
 
-    The kernels of 4 bit take layers of some widths only, whatever the architecture.
+
+def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
+    """What to say where a model fails, and the way out.
+
+    A quantised model's way out is another quantisation: the kernels of 4 bit take layers of some
+    widths only, whatever the architecture.
     """
     method = getattr(model, "quantization_method", None)
     if method is None:
-        return refusal, ANOTHER
-    settings = getattr(model.config, "quantization_config", None)
+        return f"{_refusal(model, name)} fail here", ANOTHER
     kind = str(getattr(method, "value", method))
     if kind == "bitsandbytes":
+        settings = getattr(model.config, "quantization_config", None)
         kind = "nf4" if getattr(settings, "load_in_4bit", False) else "int8"
-    others = "none" if kind == "int8" else "none or int8"
-    return (
-        f"cannot decode with {name} in {kind}: its layers fail here",
-        f"set models.target_quantization, or the draft's, to {others}",
-    )
+    way_out = "set models.target_quantization, or the draft's, to none"
+    way_out += "" if kind == "int8" else " or int8"
+    return f"cannot decode with {name} in {kind}: its layers fail here", way_out
 
 
 def _why_not_rolled_back(model: PreTrainedModel) -> str:
-    """What in a model's build forbids to take tokens back; nothing where nothing does."""
+    """What in a model's build forbids to take tokens back; "" where nothing does."""
     if model.config.is_encoder_decoder:
         return "are encoder-decoders"
     if getattr(model, "_is_stateful", False):
@@ -218,19 +196,9 @@ def prove_decoding(model: Model) -> Proof:
     return _proof(model, torch.cat(rows))
 
 
-def _without_cache(model: PreTrainedModel) -> Tensor:
-    """The rows of `prove_decoding`, each text in one call and without a cache."""
-    first, second, start = _proof_tokens(model)
-    with torch.inference_mode():
-        texts = torch.tensor([first, second], device=model.device)
-        one, other = (model(input_ids=text[None], use_cache=False).logits[0] for text in texts)
-    return torch.cat([one[start:], other[start + NUM_KEPT :]] * 2)
-
-
 def _proof(model: Model, rows: Tensor) -> Proof:
     is_quantized = getattr(model, "quantization_method", None) is not None
-    tolerance = QUANTIZED_TOLERANCE if is_quantized else TOLERANCES[model.dtype]
-    return Proof(rows.float(), tolerance)
+    return Proof(rows.float(), QUANTIZED_TOLERANCE if is_quantized else TOLERANCES[model.dtype])
 
 
 def _proof_tokens(model: Model) -> tuple[list[int], list[int], int]:
@@ -254,11 +222,9 @@ def _random_tokens(model: Model, num_tokens: int) -> list[int]:
 def check_exactness(target: Model, width: int | None, capacity: int) -> ExactnessCheck:
     """Feed the same tokens one by one and in one call, and compare the logits' bits.
 
-    Where several texts are decoded at once, also in a call with others', and, as a matter of its
-    own, with one text at a time.
-
-    That is done near the beginning, around the edge of each attention window, and at the end of
-    the longest text to come.
+    This is done near the beginning, around the edge of each attention window, and at the end of
+    the longest text to come. Where several texts are decoded at once, the tokens are also fed in a
+    call with other texts' tokens, and their logits are compared with those of one text at a time.
 
     Args:
         target: the loaded model.
@@ -275,16 +241,18 @@ def check_exactness(target: Model, width: int | None, capacity: int) -> Exactnes
     starts = sorted({min(NUM_PREFILLED, last), last, *(edge for edge in edges if 0 < edge < last)})
     tokens = _random_tokens(target, longest)
 
-    runner = runner_of(target)
-    num_texts = runner.num_places if isinstance(runner, BatchRunner) else 1
     all_together, all_alone = _together_and_alone(target, tokens, starts, width)
-    from_alone = 0.0
-    if isinstance(runner, BatchRunner) and isinstance(target, PreTrainedModel):
-        one_text = _without_runner(target, tokens, starts, width)
+    num_texts, from_alone = 1, 0.0
+    if isinstance(runner := runner_of(target), BatchRunner):
+        num_texts = runner.num_places
+        among = [_among_others(target, num_texts, tokens, start, last, width) for start in starts]
+        target.__dict__.pop(RUNNER)
+        try:
+            one_text, _ = _together_and_alone(target, tokens, starts, width)
+        finally:
+            target.__dict__[RUNNER] = runner
         from_alone = _largest(torch.cat(all_together), torch.cat(one_text))
-        for start, rows in zip(starts, list(all_together)):
-            all_together.append(_among_others(target, runner, tokens, start, starts[-1], width))
-            all_alone.append(rows)
+        all_together, all_alone = all_together + among, all_alone + all_together
     one, other = torch.cat(all_together), torch.cat(all_alone)
     error = _proof(target, one).difference(_proof(target, other))
     if math.isnan(error):
@@ -292,12 +260,10 @@ def check_exactness(target: Model, width: int | None, capacity: int) -> Exactnes
     if error >= TOLERANCES[torch.bfloat16]:
         raise ModelError(
             f"{target.config.model_type} models give other logits for a token alone than in a call "
-            f"with others (off by {error:.0%}, more than rounding); choose another architecture"
+            f"with others (off by {error:.0%}, more than rounding); {ANOTHER}"
         )
-    difference = _largest(one, other)
-    return ExactnessCheck(
-        torch.equal(one, other), len(one), difference, longest, num_texts, from_alone
-    )
+    is_exact, difference = torch.equal(one, other), _largest(one, other)
+    return ExactnessCheck(is_exact, len(one), difference, longest, num_texts, from_alone)
 
 
 def _largest(one: Tensor, other: Tensor) -> float:
@@ -313,9 +279,7 @@ def _together_and_alone(
     session.prefill(tokens[: starts[-1]])
     all_together, all_alone = [], []
     for start in reversed(starts):  # what lies before a start stays as it was prefilled
-        end = min(start + (width or WIDTH), len(tokens))
-        session.length = start
-        rows = session.score(tokens[:end], last=end - start)[:NUM_ALONE]
+        rows = _together(session, tokens, start, width)
         session.length = start
         alone = [session.score(tokens[: start + i + 1], last=1) for i in range(len(rows))]
         all_together.append(rows)
@@ -323,38 +287,27 @@ def _together_and_alone(
     return all_together[::-1], all_alone[::-1]
 
 
-def _without_runner(
-    target: Model, tokens: list[int], starts: list[int], width: int | None
-) -> list[Tensor]:
-    """The first rows behind each start as a run of one text at a time has them."""
-    runner = target.__dict__.pop(RUNNER)
-    try:
-        return _together_and_alone(target, tokens, starts, width)[0]
-    finally:
-        target.__dict__[RUNNER] = runner
+def _together(session: Session, tokens: list[int], start: int, width: int | None) -> Tensor:
+    """The first rows behind a start, from one call."""
+    end = min(start + (width or WIDTH), len(tokens))
+    session.length = start
+    return session.score(tokens[:end], last=end - start)[:NUM_ALONE]
 
 
 def _among_others(
-    target: PreTrainedModel,
-    runner: BatchRunner,
-    tokens: list[int],
-    start: int,
-    prefilled: int,
-    width: int | None,
+    target: Model, num_texts: int, tokens: list[int], start: int, prefilled: int, width: int | None
 ) -> Tensor:
     """The first rows behind a start, scored while other texts of other lengths are open too."""
 
     def score(tokens: list[int], start: int, prefilled: int) -> Tensor:
         session = Session(target, len(tokens), width)
         session.prefill(tokens[:prefilled])
-        session.length = start
-        end = min(start + (width or WIDTH), len(tokens))
-        return session.score(tokens[:end], last=end - start)[:NUM_ALONE]
+        return _together(session, tokens, start, width)
 
     jobs = [partial(score, tokens, start, prefilled)]
-    for i in range(1, runner.num_places):
+    for i in range(1, num_texts):
         others = tokens[i % len(tokens) :]
         theirs = min(start, len(others) - 1)
         jobs.append(partial(score, others, theirs, theirs))
-    results = {done.index: done.result for done in decode_together(jobs, runner.num_places)}
+    results = {done.index: done.result for done in decode_together(jobs, num_texts)}
     return results[0]

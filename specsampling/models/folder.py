@@ -2,8 +2,8 @@
 
 transformers loads what it can and says little of the rest. A pointer of Git LFS is a text where a
 file should be. A pickle may run code. An adapter changes the weights that lie beside it. A matrix
-of 8-bit numbers means nothing without its scales. And a tokenizer's class may replace the splits
-that stand in `tokenizer.json`. Each is put right here, or refused in one line.
+of 8-bit numbers means nothing without its scales. A tokenizer's class may replace the splits that
+stand in `tokenizer.json`. Each is put right here, or refused in one line.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import os
 import pickle
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -39,8 +38,8 @@ from transformers.utils import cached_file
 
 from specsampling.disk import pointer_problem, sampled_sha256
 from specsampling.models.cache import cache_folder, made_once
-from specsampling.models.errors import ModelError
-from specsampling.models.fetch import HUB_SECONDS
+from specsampling.models.errors import ModelError, say
+from specsampling.models.fetch import HUB_SECONDS, no_answer
 
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,15 +49,19 @@ ADAPTER_WEIGHTS, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.b
 MERGE = "merge it into its base with peft's merge_and_unload, or pip install peft"
 MERGED_TOLERANCE = 1e-3  # of logits in float32
 PROBE_TOKENS = 16
+# Where two tokenizers usually part: code, spaces, digits, other scripts.
+PROBES = (
+    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
+    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
+    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
+    "x =  7\n    [\n        1,\n    22]  # a line break, blanks and a digit",
+    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
+)
 WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need no scales
 
 
 def require_files(spec: str) -> None:
-    """Refuse what is no model: no folder, a single file, pointers of Git LFS, a folder of GGUFs.
-
-    Raises:
-        ModelError: it names the folder or the file.
-    """
+    """Raise a ModelError for what is no model: nothing, a file, Git LFS pointers, a GGUF folder."""
     path = Path(spec)
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and not is_gguf:
@@ -66,7 +69,8 @@ def require_files(spec: str) -> None:
             f"cannot load model {spec}: it is a file, and a model is a folder or a .gguf file; "
             f"name the folder, {path.parent}"
         )
-    if not path.exists() and (is_gguf or _is_path(spec)):
+    is_no_hub_id = is_gguf or re.search(r"^[./~]|/.*/|[:\\]|/$", spec)
+    if is_no_hub_id and not path.exists():
         raise ModelError(
             f"cannot load model {spec}: it is not there, seen from {Path.cwd()}; check the path, "
             "or give a hub id, which is owner/name"
@@ -80,29 +84,44 @@ def require_files(spec: str) -> None:
         raise ModelError(f"{spec} is a folder with a GGUF file; name the file: {ggufs[0]}")
 
 
-def _is_path(spec: str) -> bool:
-    """Whether a spec is a path and cannot be a hub id."""
-    return bool(re.search(r"^[./~]|/.*/|[:\\]|/$", spec))
-
-
 def file_of(location: str, name: str) -> Path | None:
     """A file of a folder or a hub id, fetched if need be; None where there is none."""
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
-    found = cached_file(
-        location,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_options(location),
-    )
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    found = cached_file(location, name, **quiet, **hub_options(location))
     return Path(found) if found else None
 
 
+def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
+    """The files of a folder's or a hub id's weights, in order; none if it has none of that kind.
+
+    The two names are those of one file that holds all weights, and of the index of several files.
+
+    Raises:
+        ModelError: the index is none, or it names a file that is not there.
+    """
+    whole, index = (file_of(location, name) for name in names)
+    if whole or not index:
+        return [whole] if whole else []
+    try:
+        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"{index} is no index of weights ({error!r})"
+        raise ModelError(f"{why}; download it again") from error
+    files = {name: file_of(location, name) for name in parts}
+    if missing := [name for name, file in files.items() if file is None]:
+        raise ModelError(
+            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names "
+            f"({len(missing)} of {len(files)} files are); download it again"
+        )
+    return [file for file in files.values() if file]
+
+
 def hub_options(location: str) -> dict[str, Any]:
-    """What `from_pretrained` must be told, so that a hub that is out of reach is asked once."""
+    """What `from_pretrained` must be told, so that a hub out of reach is asked only once."""
     return {} if Path(location).is_dir() or _hub_answers() else {"local_files_only": True}
 
 
@@ -111,10 +130,8 @@ def _hub_answers() -> bool:
     """Whether the model hub answers; transformers alone would try each file six times."""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of the network, in many kinds and libraries
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        host = constants.ENDPOINT.partition("://")[2]
-        print(f"  {host} does not answer ({why}): its cache is used", file=sys.stderr, flush=True)
+    except Exception as error:
+        say(f"  {no_answer(error)}: its cache is used")
         return False
     return True
 
@@ -131,38 +148,20 @@ def safe_location(location: str) -> str:
     if any(file_of(location, name) for name in SAFE_WEIGHTS):
         config = file_of(location, "config.json") if hub_options(location) else None
         return str(config.parent) if config else location  # transformers asks the hub all the same
-    pickles = _pickles(location)
+    pickles = weight_files(location, PICKLED_WEIGHTS)
     if not pickles:
         return location
-    settings = [file for name in SETTINGS if (file := file_of(location, name)) is not None]
+    settings = [file for name in SETTINGS if (file := file_of(location, name))]
     digest = sampled_sha256([*pickles, *settings])
     folder = cache_folder() / f"{Path(location).resolve().name}-safetensors-{digest[:12]}"
     with made_once(folder) as made:
         if made is not None:
             made.mkdir()
-            _convert(location, pickles, made)
+            _convert(pickles, settings, made)
     return str(folder)
 
 
-def _pickles(location: str) -> list[Path]:
-    """The files of pickled weights, in order."""
-    whole, index = (file_of(location, name) for name in PICKLED_WEIGHTS)
-    if whole is not None:
-        return [whole]
-    if index is None:
-        return []
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [file_of(location, name) for name in names]
-    missing = [name for name, file in zip(names, files) if file is None]
-    if missing:
-        raise ModelError(
-            f"cannot load model {location}: {missing[0]} is missing, which {index.name} names; "
-            "download it again"
-        )
-    return [file for file in files if file is not None]
-
-
-def _convert(location: str, pickles: list[Path], folder: Path) -> None:
+def _convert(pickles: list[Path], settings: list[Path], folder: Path) -> None:
     """Write each pickle's tensors as safetensors, with an index, and copy the configuration."""
     weight_map: dict[str, str] = {}
     for number, part in enumerate(pickles, 1):
@@ -173,17 +172,12 @@ def _convert(location: str, pickles: list[Path], folder: Path) -> None:
         weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS[1]).write_text(json.dumps(index))
-    for name in SETTINGS:
-        if (file := file_of(location, name)) is not None:
-            shutil.copy(file, folder / name)
+    for file in settings:
+        shutil.copy(file, folder / file.name)
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    """A pickle's tensors; nothing in it is run.
-
-    Raises:
-        ModelError: it holds anything else.
-    """
+    """A pickle's tensors; nothing in it is run, and one that holds anything else is refused."""
     try:
         try:
             held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -196,13 +190,13 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"cannot read {file}: it needs more than tensors ({why}), and a pickle's code is not "
             "run here; save the model again with save_pretrained, which writes safetensors"
         ) from error
-    others = [] if isinstance(held, dict) and held else [f"a {type(held).__name__} without tensors"]
-    if isinstance(held, dict):
-        others += [
-            f"{key!r}, a {type(value).__name__}"
-            for key, value in held.items()
-            if not isinstance(key, str) or not _is_plain_tensor(value)
-        ]
+    named = held if isinstance(held, dict) else {}
+    others = [] if named else [f"a {type(held).__name__} without tensors"]
+    others += [
+        f"{key!r}, a {type(value).__name__}"
+        for key, value in named.items()
+        if not (isinstance(key, str) and _is_plain_tensor(value))
+    ]
     if others:
         raise ModelError(
             f"cannot read {file}: it must hold tensors by name and nothing else (it holds "
@@ -212,9 +206,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.is_quantized or value.is_nested:
-        return False
-    return value.layout == torch.strided and not value.is_meta
+    is_strided = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_strided and not (value.is_quantized or value.is_nested or value.is_meta)
 
 
 # --- 8-bit numbers -----------------------------------------------------------------------
@@ -230,34 +223,21 @@ def require_wide(location: str, unexpected: set[str], spec: str) -> None:
     """Refuse matrices of 8-bit numbers, whose scales nobody applies.
 
     Args:
-        location: of weights that no quantiser of transformers reads.
+        location: where the weights are, which no quantiser of transformers reads.
         unexpected: names of stored tensors that the model did not take.
         spec: what the user calls it.
-
-    Raises:
-        ModelError: it names one of them and its type.
     """
-    for name, kind, num_dimensions in _stored(location):
-        is_matrix = name.endswith(".weight") or num_dimensions in (2, 3)
-        if is_matrix and kind not in WIDE and name not in unexpected:
-            raise ModelError(
-                f"cannot load model {spec}: {name} is stored as {kind}, and config.json has no "
-                "quantization_config that transformers can read, which says what its scales are; "
-                "put it back, or choose the model's 16-bit weights"
-            )
-
-
-def _stored(location: str) -> Iterator[tuple[str, str, int]]:
-    """Names, types and numbers of dimensions of the tensors that transformers reads."""
-    whole, index = (file_of(location, name) for name in SAFE_WEIGHTS)
-    names = {SAFE_WEIGHTS[0]} if whole else set[str]()
-    if index is not None and whole is None:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    for path in filter(None, (file_of(location, name) for name in sorted(names))):
+    for path in weight_files(location, SAFE_WEIGHTS):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
+            for name in sorted(set(file.keys()) - unexpected):
                 part = file.get_slice(name)
-                yield name, part.get_dtype(), len(part.get_shape())
+                is_matrix = name.endswith(".weight") or len(part.get_shape()) in (2, 3)
+                if is_matrix and (kind := part.get_dtype()) not in WIDE:
+                    raise ModelError(
+                        f"cannot load model {spec}: {name} is stored as {kind}, and config.json "
+                        "has no quantization_config that transformers can read, which says what "
+                        "its scales are; put it back, or choose the model's 16-bit weights"
+                    )
 
 
 # --- adapters ----------------------------------------------------------------------------
@@ -266,11 +246,8 @@ def _stored(location: str) -> Iterator[tuple[str, str, int]]:
 def base_of_adapter(location: str) -> str | None:
     """Where the base of an adapter is; None where there is no adapter.
 
-    As transformers and peft have it, the base is the folder itself if it holds weights, else
-    what `base_model_name_or_path` names.
-
-    Raises:
-        ModelError: it names no base, or one that is not there.
+    As in transformers and peft, the base is the folder itself if it holds weights, else what
+    `base_model_name_or_path` names. An adapter whose base is not there is refused.
     """
     config = file_of(location, ADAPTER)
     if config is None:
@@ -313,8 +290,8 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     """Add an adapter to its base's weights, in the base's precision.
 
     Raises:
-        ModelError: peft is not there, the adapter cannot be merged or gives other logits then,
-            or parts of it have no place.
+        ModelError: peft is missing, or the adapter cannot be merged, gives other logits then, or
+            has parts without a place.
     """
     try:
         import peft
@@ -325,11 +302,11 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     stored = file_of(location, ADAPTER_WEIGHTS) or file_of(location, PICKLED_ADAPTER)
     if stored is None:
         raise ModelError(f"{spec} is an adapter without {ADAPTER_WEIGHTS}; download it again")
-    settings = json.loads((stored.parent / ADAPTER).read_text())
-    if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
+    begins = str(json.loads((stored.parent / ADAPTER).read_text()).get("init_lora_weights"))
+    if begins.startswith("pissa_niter"):
         raise ModelError(
             f"{spec} is an adapter whose base peft changes at random as it is loaded "
-            f"(init_lora_weights {settings['init_lora_weights']}); convert it with peft's "
+            f"(init_lora_weights {begins}); convert it with peft's "
             "path_initial_model_for_weight_conversion"
         )
     try:
@@ -344,8 +321,8 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     except Exception as error:  # of peft, for what it was not written for
         line = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"the adapter {spec} cannot be merged into {location_of(base)} ({line}); merge it "
-            "with the tools that made it"
+            f"the adapter {spec} cannot be merged into {base.config.name_or_path or 'its base'} "
+            f"({line}); merge it with the tools that made it"
         ) from error
     if not (_probe(merged) - before).norm() < MERGED_TOLERANCE * before.norm():
         raise ModelError(
@@ -355,19 +332,11 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     return merged
 
 
-def location_of(model: PreTrainedModel) -> str:
-    return str(model.config.name_or_path or "its base")
-
-
 def _require_all_taken(adapted: Any, stored: Path, spec: str) -> None:
     """Refuse an adapter with tensors that its base has no place for, or without some it needs."""
     import peft
 
-    if stored.name == ADAPTER_WEIGHTS:
-        with safe_open(stored, framework="pt") as file:
-            names = set(file.keys())
-    else:
-        names = set(_unpickled(stored))
+    names = set(load_file(stored) if stored.name == ADAPTER_WEIGHTS else _unpickled(stored))
     needed = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     known = needed | set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=True))
     if lost := (names - known) | (needed - names):
@@ -387,18 +356,14 @@ def _probe(model: Any) -> Tensor:
 # --- tokenizers --------------------------------------------------------------------------
 
 
-def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTokenizerBase | None:
+def read_tokenizer_file(location: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder's or hub id's `tokenizer.json`; None where there is no such file.
 
     The class that `tokenizer_config.json` names may have splits and tokens of its own, so it is
-    not used. Of that file, the special tokens, the chat template and the tokens around a text are.
-
-    Args:
-        location: of the files.
-        probes: texts without special tokens, which must be encoded as the file does.
+    not used. The special tokens, the chat template and the tokens around a text come from there.
 
     Raises:
-        ModelError: one of them is not.
+        ModelError: one of `PROBES` is encoded otherwise than the file says.
     """
     path = file_of(location, "tokenizer.json")
     if path is None:
@@ -410,29 +375,21 @@ def read_tokenizer_file(location: str, probes: tuple[str, ...]) -> PreTrainedTok
     for one in (backend, written):
         one.no_truncation()
         one.no_padding()
-    for probe in probes:
-        ours, theirs = (
-            one.encode(probe, add_special_tokens=False).ids for one in (backend, written)
-        )
-        if ours != theirs:
+    for probe in PROBES:
+        ours, theirs = (one.encode(probe, add_special_tokens=False) for one in (backend, written))
+        if ours.ids != theirs.ids:
             raise ModelError(
                 f"the tokenizer of {location} encodes {probe[:24]!r} otherwise than its "
                 "tokenizer.json says, by tokens that its tokenizer_config.json adds; download it "
                 "again, or set models.tokenizer"
             )
-    if tokenizer.eos_token is None:
-        _name_ends(tokenizer, location)
+    if tokenizer.eos_token is None:  # no file names the ends of texts: the tokenizer's class may
+        with suppress(Exception):  # a class that brings its code, say: then no more is known
+            named = AutoTokenizer.from_pretrained(
+                location, trust_remote_code=False, **hub_options(location)
+            )
+            for name in ("bos_token", "eos_token"):
+                token = getattr(named, name)
+                if getattr(tokenizer, name) is None and token in tokenizer.get_vocab():
+                    setattr(tokenizer, name, token)
     return tokenizer
-
-
-def _name_ends(tokenizer: PreTrainedTokenizerBase, location: str) -> None:
-    """Take the names of special tokens from the tokenizer's class, where no file has them."""
-    options = hub_options(location)
-    try:
-        named = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
-    except Exception:  # a class that brings its code, say: then no more is known
-        return
-    vocabulary = tokenizer.get_vocab()
-    for name in ("bos_token", "eos_token"):
-        if getattr(named, name) in vocabulary and getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, getattr(named, name))

@@ -1,7 +1,7 @@
 """A GGUF file as it lies on the disk: its header's keys, its tensors, and how it is refused.
 
-Knows what no language model's file may hold; what the keys mean is `gguf_model`'s and
-`gguf_tokenizer`'s. The `gguf` package, llama.cpp's own, reads the file.
+This module knows what no language model's file may hold. `gguf_model` and `gguf_tokenizer` know
+what the keys mean. The `gguf` package, llama.cpp's own, reads the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ OTHER_PARTS = ("adapter", "clip", "control_vector")
 
 
 class Reader(gguf.GGUFReader):
-    """The package's, over a plain array: each of a vocabulary's 300,000 pieces of a memmap would
-    cost ten times as much.
-    """
+    """The package's reader over a plain array, which is ten times as fast as over a memmap."""
 
     @property
     def data(self) -> Any:
@@ -37,21 +35,13 @@ class Reader(gguf.GGUFReader):
 
 
 class GgufFile:
-    """A GGUF file's header and tensors.
+    """A GGUF file's header, by its keys, and tensors, by name, as the `gguf` package reads them.
 
-    Attributes:
-        path: of the file.
-        header: its keys and values.
-        tensors: what it holds, by name, as the `gguf` package reads it.
-        architecture: llama.cpp's name for the kind of model.
+    Raises:
+        ModelError: it is a part of a whole, or no language model's.
     """
 
     def __init__(self, path: Path):
-        """Read the header; tensors are mapped.
-
-        Raises:
-            ModelError: it is a part of a whole, or no language model's.
-        """
         self.path = path
         try:
             reader = Reader(path)
@@ -67,6 +57,7 @@ class GgufFile:
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         if len(self.tensors) != len(reader.tensors):
             self.refuse_file("holds two tensors of one name")
+        # llama.cpp's name for the kind of model
         self.architecture = str(self.header.get("general.architecture", ""))
         if not self.architecture:
             self.refuse("general.architecture", "must be there")
@@ -84,11 +75,7 @@ class GgufFile:
         return self.header.get(f"{self.architecture}.{key}", otherwise)
 
     def refuse(self, key: str, rule: str, way_out: str = WAY_OUT) -> NoReturn:
-        """Refuse the file for one key of its header.
-
-        Raises:
-            ModelError: always; it names the key and its value.
-        """
+        """Refuse the file for one key of its header, with its value."""
         value = str(self.header.get(key, "missing"))
         shown = value if len(value) < 60 else f"{value[:57]}..."
         raise ModelError(f"cannot load {self.path}: {key} {rule} (got {shown}); {way_out}")
@@ -98,22 +85,14 @@ class GgufFile:
         self.refuse(f"{self.architecture}.{key}", rule)
 
     def refuse_file(self, problem: str, names: list[str] | None = None) -> NoReturn:
-        """Refuse the file for what it holds, or for some of its tensors.
-
-        Raises:
-            ModelError: always.
-        """
+        """Refuse the file for what it holds, or for some of its tensors."""
         shown = ""
         if names:
             shown = f" ({len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
         raise ModelError(f"cannot load {self.path}: it {problem}{shown}; {WAY_OUT}")
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor's values in float32.
-
-        Raises:
-            ModelError: they are of a type that the `gguf` package does not undo.
-        """
+        """A tensor's values in float32, if the `gguf` package can undo their type."""
         tensor = self.tensors[name]
         try:
             return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
@@ -127,11 +106,6 @@ def _open(path: Path, size: int, modified: int) -> GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """A file's header and tensors; reading a large vocabulary takes seconds, so it is kept.
-
-    Raises:
-        ModelError: it is not covered.
-        OSError: it cannot be read.
-    """
+    """Open a file, or raise a ModelError; a large vocabulary takes seconds, so files are kept."""
     there = path.stat()
     return _open(path, there.st_size, there.st_mtime_ns)

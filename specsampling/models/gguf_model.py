@@ -2,8 +2,8 @@
 
 A header states a model's sizes and positions in llama.cpp's words. A key that is skipped makes
 another model without a word, and so does a tensor that has no place. So each key of the
-architecture is looked up in `ARCHITECTURES`, and each tensor must be taken. What the table does not
-cover is refused in one line. Values are dequantised in float32 and rounded once.
+architecture is looked up in `ARCHITECTURES`, and each tensor must be taken. Anything else is
+refused in one line. Values are dequantised in float32 and rounded once.
 
 Sources: llama.cpp's converter (`conversion/base.py`, `llama.py`, `qwen.py`, `gpt2.py`,
 `granite.py`), which writes these keys, and its reader (`src/llama-model.cpp`).
@@ -12,10 +12,9 @@ Sources: llama.cpp's converter (`conversion/base.py`, `llama.py`, `qwen.py`, `gp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import torch
@@ -32,29 +31,16 @@ LLAMA3_CONTEXT = 8192
 ROUNDING = 1e-5  # of a frequency in float32
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How a GGUF architecture is written as a transformers configuration.
+class Architecture(NamedTuple):
+    """How a GGUF architecture is written as a transformers configuration."""
 
-    Attributes:
-        model_type: its name in transformers.
-        fields: header keys, without the architecture's prefix, and their configuration fields.
-        optional: those of them that a file may leave out.
-        defaults: configuration fields that differ from the class's own.
-        has_rope: whether positions are rotated.
-        interleaves: whether the converter reorders the rows of queries and keys.
-        transposes: whether linear layers are GPT-2's `Conv1D`s.
-        biases: configuration fields, and the tensors of a block that stand for them.
-    """
-
-    model_type: str
-    fields: Mapping[str, str]
-    optional: tuple[str, ...] = ("vocab_size", "attention.head_count_kv")
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    has_rope: bool = True
-    interleaves: bool = False
-    transposes: bool = False
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model_type: str  # its name in transformers
+    fields: Mapping[str, str]  # header keys without prefix, and their configuration fields
+    optional: tuple[str, ...] = ("vocab_size", "attention.head_count_kv")  # may be left out
+    defaults: Mapping[str, Any] = {}  # configuration fields that differ from the class's own
+    biases: Mapping[str, tuple[str, ...]] = {}  # fields, and a block's tensors that stand for them
+    has_rope: bool = True  # whether positions are rotated
+    interleaves: bool = False  # whether the converter reorders the rows of queries and keys
 
 
 SIZES = {
@@ -69,33 +55,25 @@ SIZES = {
 }
 ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
+LLAMA = Architecture(
+    "llama",
+    SIZES,
+    interleaves=True,
+    biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
+)
+GRANITE_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+QWEN = Architecture("qwen2", SIZES, defaults={"use_sliding_window": False})
 
 ARCHITECTURES = {
-    "llama": Architecture(
-        "llama",
-        SIZES,
-        interleaves=True,
-        biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
-    ),
-    "granite": Architecture(
-        "granite",
-        SIZES
-        | {
-            "attention.scale": "attention_multiplier",
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "logit_scale": "logits_scaling",
-        },
-        interleaves=True,
-        biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
-    ),
-    "qwen2": Architecture("qwen2", SIZES, defaults={"use_sliding_window": False}),
-    "qwen3": Architecture(
-        "qwen3",
-        SIZES,
-        defaults={"use_sliding_window": False},
-        biases={"attention_bias": ATTENTION_BIASES},
-    ),
+    "llama": LLAMA,
+    "granite": LLAMA._replace(model_type="granite", fields=SIZES | GRANITE_SCALES),
+    "qwen2": QWEN,
+    "qwen3": QWEN._replace(model_type="qwen3", biases={"attention_bias": ATTENTION_BIASES}),
     "gpt2": Architecture(
         "gpt2",
         {
@@ -109,22 +87,14 @@ ARCHITECTURES = {
         },
         optional=("vocab_size", "feed_forward_length"),
         has_rope=False,
-        transposes=True,
     ),
 }
 
 ROPE_KEYS = (
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "attention.key_length",
-    "attention.value_length",
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear"),
+    *("attention.key_length", "attention.value_length"),
+    *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length")),
+    *(f"rope.scaling.yarn_{name}" for name in ("ext_factor", "beta_fast", "beta_slow")),
 )
 # Keys that change nothing where they have one of these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -188,9 +158,8 @@ def _same_for_all_layers(file: GgufFile, key: str) -> Any:
 
 
 def _require_covered(file: GgufFile, taken: set[str]) -> None:
-    prefix = f"{file.architecture}."
     for full, value in file.header.items():
-        key = full.removeprefix(prefix)
+        key = full.removeprefix(f"{file.architecture}.")
         if key == full or key in taken or value in NEUTRAL.get(key, ()):
             continue
         neutral = " or ".join(str(value) for value in NEUTRAL.get(key, ()))
@@ -210,8 +179,8 @@ def _vocabulary(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
         ids[name] = file.header.get(key)
         if ids[name] is not None and not 0 <= ids[name] < num_rows:
             file.refuse(key, f"must be below {num_rows}, the size of the vocabulary")
-    ends = [ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None]
-    known = list(dict.fromkeys(ends))
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom")))
+    known = [token for token in ends if token is not None]
     return {
         "vocab_size": num_rows,
         "bos_token_id": ids["bos"],
@@ -248,29 +217,28 @@ def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
     extent = file.own("rope.scaling.yarn_ext_factor", -1.0)  # -1 stands for what the type says
     if extent not in ((1.0, -1.0) if kind == "yarn" else (0.0, -1.0)):
         file.refuse_own("rope.scaling.yarn_ext_factor", f"must be {float(kind == 'yarn')} here")
-    if kind == "yarn":
-        if not factor:
-            file.refuse_own("rope.scaling.factor", "must be there for yarn")
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": file.own(
-                "rope.scaling.original_context_length", context
-            ),
-            "beta_fast": file.own("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": file.own("rope.scaling.yarn_beta_slow", 1.0),
-        }
     if kind == "linear" and factor and factor != 1.0:
         return {"rope_type": "linear", "factor": factor}
-    return {}
+    if kind != "yarn":
+        return {}
+    if not factor:
+        file.refuse_own("rope.scaling.factor", "must be there for yarn")
+    original = file.own("rope.scaling.original_context_length", context)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": file.own("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": file.own("rope.scaling.yarn_beta_slow", 1.0),
+    }
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     """The `llama3` parameters that a file's factors of the frequencies come from.
 
     The converter writes factors, not parameters (`LlamaModel.generate_extra_tensors`). Their
-    largest is the scaling factor. The published models share the other parameters but for the
-    context, and parameters of one proportion give the same factors.
+    largest is the scaling factor. The published models differ only in this and in the original
+    context, so each context that may have given the factors is tried.
 
     Raises:
         ModelError: no such parameters give the file's factors.
@@ -278,54 +246,33 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
     factors = torch.from_numpy(file.values(ROPE_FACTORS)).double()
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequencies = theta**-exponents  # [head_dim / 2]
+    largest, span = float(factors.max()), HIGH_FREQUENCY - LOW_FREQUENCY
     if len(factors) == len(frequencies):
-        for context in _llama3_contexts(frequencies, factors):
-            parameters = {
-                "rope_type": "llama3",
-                "factor": float(factors.max()),
-                "original_max_position_embeddings": context,
-                "low_freq_factor": LOW_FREQUENCY,
-                "high_freq_factor": HIGH_FREQUENCY,
-            }
-            made = llama3_factors(frequencies, parameters)
+        inverse = 1 / factors
+        smooth = (inverse - inverse.min()) / (1 - inverse.min())
+        contexts = (LOW_FREQUENCY + smooth * span) * 2 * math.pi / frequencies
+        # On the two plateaus, where a factor is 1 or the largest, it tells nothing of the context.
+        between = (factors > 1 + ROUNDING) & (factors < largest * (1 - ROUNDING))
+        for context in (LLAMA3_CONTEXT, *contexts[between].round().long().tolist()):
+            turns = context * frequencies / (2 * math.pi)  # in the original context
+            smooth = ((turns - LOW_FREQUENCY) / span).clamp(0.0, 1.0)
+            made = 1 / ((1 - smooth) / largest + smooth)  # by which each frequency is divided
             if torch.allclose(made, factors, rtol=ROUNDING, atol=0.0):
-                return parameters
+                return {
+                    "rope_type": "llama3",
+                    "factor": largest,
+                    "original_max_position_embeddings": context,
+                    "low_freq_factor": LOW_FREQUENCY,
+                    "high_freq_factor": HIGH_FREQUENCY,
+                }
     file.refuse_file(
         "stretches positions otherwise than llama3 with low_freq_factor 1 and high_freq_factor 4",
         [ROPE_FACTORS],
     )
 
 
-def llama3_factors(frequencies: Tensor, parameters: Mapping[str, Any]) -> Tensor:
-    """By how much each frequency is divided, [n] -> [n]: the `llama3` scaling of positions."""
-    context, factor = parameters["original_max_position_embeddings"], parameters["factor"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    turns = context * frequencies / (2 * math.pi)  # in the original context
-    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return 1 / ((1 - smooth) / factor + smooth)
-
-
-def _llama3_contexts(frequencies: Tensor, factors: Tensor) -> Iterator[int]:
-    """Original contexts that may have given a file's factors, the published models' first."""
-    yield LLAMA3_CONTEXT
-    largest = float(factors.max())
-    for frequency, factor in zip(frequencies.tolist(), factors.tolist()):
-        if 1 + ROUNDING < factor < largest * (1 - ROUNDING):  # between the two plateaus
-            smooth = (1 / factor - 1 / largest) / (1 - 1 / largest)
-            turns = LOW_FREQUENCY + smooth * (HIGH_FREQUENCY - LOW_FREQUENCY)
-            yield round(turns * 2 * math.pi / frequency)
-
-
 def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A GGUF file's model.
-
-    Args:
-        path: of the file.
-        dtype: of its weights.
-
-    Raises:
-        ModelError: the header says what is not covered, or tensors have no place.
-    """
+    """A GGUF file's model, its weights in `dtype`; see `gguf_config` and `_state` for errors."""
     file = open_gguf(path)
     config = gguf_config(file)
     with torch.device("meta"):
@@ -342,12 +289,7 @@ def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A file's tensors under transformers' names, dequantised in float32, rounded once.
-
-    Args:
-        file: which holds them.
-        model: of this file's configuration, without weights.
-        dtype: of the values.
+    """A file's tensors under the names of `model`, its outline, as `dtype`.
 
     Raises:
         ModelError: a tensor is missing, has no place in the model, or another shape.
@@ -363,7 +305,8 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
     state = {}
     for ours, theirs in names.items():
         values = torch.from_numpy(file.values(ours))
-        if architecture.transposes and _is_conv1d(model, theirs):
+        owner = type(model.get_submodule(theirs.rpartition(".")[0])).__name__
+        if owner == "Conv1D" and theirs.endswith(".weight"):
             values = values.T
         if architecture.interleaves and (heads := _heads(model.config, theirs)):
             values = _undo_interleaving(values, heads)
@@ -375,11 +318,10 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
 
 
 def tensors_of(file: GgufFile, model: PreTrainedModel) -> Callable[[str], tuple[Any, Tensor]]:
-    """Finds a linear layer's tensor in a file, by the layer's name in the model.
+    """Make a function that finds a linear layer's tensor in a file, by its name in the model.
 
-    Returns:
-        Of a name, the tensor as the `gguf` package reads it, and which of its rows is each of the
-        layer's.
+    It gives the tensor as the `gguf` package reads it, and which of its rows is each of the
+    layer's.
     """
     by_name = {theirs: ours for ours, theirs in _names(file, model).items()}
 
@@ -402,11 +344,6 @@ def _names(file: GgufFile, model: PreTrainedModel) -> dict[str, str]:
     tied = set(model.all_tied_weights_keys)
     stems = [theirs.rpartition(".") for theirs in model.state_dict() if theirs not in tied]
     return {f"{table.get_name(stem)}.{suffix}": f"{stem}.{suffix}" for stem, _, suffix in stems}
-
-
-def _is_conv1d(model: PreTrainedModel, name: str) -> bool:
-    owner, _, suffix = name.rpartition(".")
-    return suffix == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
 
 
 def _heads(config: Any, name: str) -> int:

@@ -2,19 +2,18 @@
 
 A header holds a vocabulary, merges and, in `tokenizer.ggml.pre`, a name for how text is split
 before it is merged. Another split gives other tokens, and the model then continues a text that
-nobody wrote. So a name is looked up in `PRE_TOKENIZERS`, and one that is not there is refused.
+nobody wrote. So a name that is not in `PRE_TOKENIZERS` is refused.
 
 Sources: llama.cpp's `src/llama-vocab.cpp`, which maps names to splits, and the `tokenizer.json` of
-the model that the converter took each name from (`convert_hf_to_gguf_update.py`). The second
-decides where they differ: llama.cpp leaves out normalisation, for example.
+the model that the converter took each name from (`convert_hf_to_gguf_update.py`). If the two
+differ, the second decides: llama.cpp leaves out normalisation, for example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from tokenizers import (
     AddedToken,
@@ -31,6 +30,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from specsampling.models.gguf_file import GgufFile, open_gguf
 
+GGML = "tokenizer.ggml."
 WAY_OUT = "set models.tokenizer to the model's folder or hub id"
 SPACE = "\u2581"  # SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.TokenType
@@ -56,21 +56,13 @@ GPT2 = ""  # `ByteLevel`'s own expression
 EACH_DIGIT = "digits"  # `Digits(individual_digits=True)`
 
 
-@dataclass(frozen=True)
-class Splits:
-    """How a byte-level tokenizer cuts text before merging.
+class Splits(NamedTuple):
+    """How a byte-level tokenizer cuts text before merging."""
 
-    Attributes:
-        patterns: regular expressions applied one after the other, or `EACH_DIGIT`, or `GPT2`.
-        is_composed: whether text is put into Unicode's composed form (NFC) first.
-        ignores_merges: whether a piece that is a token is taken whole.
-        adds_begin: whether texts begin with the token of that name, if the header is silent.
-    """
-
-    patterns: tuple[str, ...]
-    is_composed: bool = False
-    ignores_merges: bool = False
-    adds_begin: bool = False
+    patterns: tuple[str, ...]  # expressions applied one after the other, `EACH_DIGIT` or `GPT2`
+    is_composed: bool = False  # whether text is put into Unicode's composed form (NFC) first
+    ignores_merges: bool = False  # whether a piece that is a token is taken whole
+    adds_begin: bool = False  # whether texts begin with the "bos" token, if the header is silent
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
         """The same as an object of the `tokenizers` library."""
@@ -81,9 +73,8 @@ class Splits:
             for pattern in self.patterns
             if pattern != GPT2
         ]
-        steps.append(
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in self.patterns)
-        )
+        use_regex = GPT2 in self.patterns
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
         return pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
 
 
@@ -142,78 +133,91 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     file = open_gguf(path)
     _require_covered(file)
     tokens = _tokens(file)
-    kind = file.header["tokenizer.ggml.model"]
-    splits = _splits(file) if kind == "gpt2" else None
-    backend = _sentence_piece(file, tokens) if splits is None else _byte_level(file, tokens, splits)
-    backend.add_special_tokens(_added(file, tokens, CONTROL))
-    backend.add_tokens(_added(file, tokens, USER_DEFINED))
+    vocabulary = {token: number for number, token in tokens.items()}
+    types = _value(file, "token_type")
+    control, defined = (  # tokens that are found in a text before it is split
+        [
+            AddedToken(token, normalized=False, special=kind == CONTROL)
+            for number, token in tokens.items()
+            if types[number] == kind
+        ]
+        for kind in (CONTROL, USER_DEFINED)
+    )
+    adds_begin = True
+    if _value(file, "model") == "gpt2":
+        splits = _splits(file)
+        adds_begin = splits.adds_begin
+        backend = _byte_level(file, vocabulary, splits)
+    else:
+        has_blanks = any(token.content.isspace() for token in defined)
+        backend = _sentence_piece(file, vocabulary, tokens, has_blanks)
+    backend.add_special_tokens(control)
+    backend.add_tokens(defined)
     named = {
         f"{name}_token": tokens[number]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (number := file.header.get(f"tokenizer.ggml.{key}_token_id")) in tokens
+        if (number := _value(file, f"{key}_token_id")) in tokens
     }
-    _set_ends(file, backend, named, splits.adds_begin if splits else True)
+    _set_ends(file, backend, named, adds_begin)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     tokenizer.chat_template = file.header.get("tokenizer.chat_template")
     tokenizer.name_or_path = str(path)
-    _require_same_ids(file, tokenizer, tokens)
+    if tokenizer.get_vocab() != vocabulary:
+        _refuse(file, "tokens", "does not make a tokenizer of the same ids")
     return tokenizer
+
+
+def _value(file: GgufFile, name: str, otherwise: Any = None) -> Any:
+    return file.header.get(GGML + name, otherwise)
+
+
+def _refuse(file: GgufFile, name: str, rule: str) -> NoReturn:
+    file.refuse(GGML + name, rule, WAY_OUT)
 
 
 def _require_covered(file: GgufFile) -> None:
     for key, value in file.header.items():
         if key.startswith("tokenizer.rwkv."):
             file.refuse(key, "is not read here", WAY_OUT)
-        if not key.startswith("tokenizer.ggml."):
-            continue
-        name = key.removeprefix("tokenizer.ggml.")
-        if name in READ or name.removesuffix("_token_id") in NAMES_ONLY:
+        name = key.removeprefix(GGML)
+        if name == key or name in READ or name.removesuffix("_token_id") in NAMES_ONLY:
             continue
         if value not in NEUTRAL.get(name, ()):
-            file.refuse(key, "is not applied here", WAY_OUT)
-    if file.header.get("tokenizer.ggml.model") not in ("gpt2", "llama"):
-        file.refuse("tokenizer.ggml.model", "must be gpt2 or llama", WAY_OUT)
+            _refuse(file, name, "is not applied here")
+    if _value(file, "model") not in ("gpt2", "llama"):
+        _refuse(file, "model", "must be gpt2 or llama")
 
 
 def _tokens(file: GgufFile) -> dict[int, str]:
     """Ids and tokens, without what the converter calls ids that have none: [PAD7], say."""
-    written = file.header.get("tokenizer.ggml.tokens") or []
-    if len(written) != len(_types(file)) or not written:
-        file.refuse("tokenizer.ggml.token_type", "must be there for each token", WAY_OUT)
+    written, types = _value(file, "tokens") or [], _value(file, "token_type") or []
+    if len(written) != len(types) or not written:
+        _refuse(file, "token_type", "must be there for each token")
     tokens = {
         number: token
-        for number, (token, kind) in enumerate(zip(written, _types(file)))
+        for number, (token, kind) in enumerate(zip(written, types))
         if not (kind in (UNUSED, USER_DEFINED) and token == f"[PAD{number}]")
     }
     if len(set(tokens.values())) != len(tokens):
-        file.refuse("tokenizer.ggml.tokens", "must not hold a token twice", WAY_OUT)
+        _refuse(file, "tokens", "must not hold a token twice")
     return tokens
 
 
-def _types(file: GgufFile) -> list[int]:
-    return file.header.get("tokenizer.ggml.token_type") or []
-
-
 def _splits(file: GgufFile) -> Splits:
-    pre = file.header.get("tokenizer.ggml.pre")
+    pre = _value(file, "pre")
     if pre not in PRE_TOKENIZERS:
-        file.refuse("tokenizer.ggml.pre", f"must be one of {', '.join(PRE_TOKENIZERS)}", WAY_OUT)
-    if file.header.get("tokenizer.ggml.add_space_prefix"):
-        file.refuse("tokenizer.ggml.add_space_prefix", "must be false beside gpt2", WAY_OUT)
+        _refuse(file, "pre", f"must be one of {', '.join(PRE_TOKENIZERS)}")
+    if _value(file, "add_space_prefix"):
+        _refuse(file, "add_space_prefix", "must be false beside gpt2")
     return PRE_TOKENIZERS[pre]
 
 
-def _byte_level(file: GgufFile, tokens: Mapping[int, str], splits: Splits) -> Tokenizer:
+def _byte_level(file: GgufFile, vocabulary: dict[str, int], splits: Splits) -> Tokenizer:
     """A tokenizer over bytes spelled as letters, as GPT-2's."""
-    vocabulary = {token: number for number, token in tokens.items()}
-    merges = file.header.get("tokenizer.ggml.merges")
+    merges = _merges(file)
     if not merges:
-        file.refuse("tokenizer.ggml.merges", "must be there", WAY_OUT)
-    backend = Tokenizer(
-        models.BPE(
-            vocabulary, [_pair(merge) for merge in merges], ignore_merges=splits.ignores_merges
-        )
-    )
+        _refuse(file, "merges", "must be there")
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=splits.ignores_merges))
     if splits.is_composed:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = splits.pre_tokenizer()
@@ -221,37 +225,30 @@ def _byte_level(file: GgufFile, tokens: Mapping[int, str], splits: Splits) -> To
     return backend
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    """Two tokens that are joined; the first may itself be a blank."""
-    first, _, second = merge[1:].partition(" ")
-    return merge[0] + first, second
+def _merges(file: GgufFile) -> list[tuple[str, str]]:
+    """Pairs of tokens that are joined; the first of a pair may itself be a blank."""
+    ends = ((merge, merge.index(" ", 1)) for merge in _value(file, "merges") or ())
+    return [(merge[:end], merge[end + 1 :]) for merge, end in ends]
 
 
-def _sentence_piece(file: GgufFile, tokens: Mapping[int, str]) -> Tokenizer:
+def _sentence_piece(
+    file: GgufFile, vocabulary: dict[str, int], tokens: dict[int, str], has_blanks: bool
+) -> Tokenizer:
     """A tokenizer over letters with bytes as a last resort, as Llama 2's.
 
     A blank is put before a text, and behind special tokens, as in Llama 2's tokenizer.json and in
     llama.cpp.
     """
-    vocabulary = {token: number for number, token in tokens.items()}
-    unknown = tokens.get(file.header.get("tokenizer.ggml.unknown_token_id", 0))
-    merges = file.header.get("tokenizer.ggml.merges")
-    pairs = [_pair(merge) for merge in merges] if merges else _merges_of_scores(file, tokens)
+    unknown = tokens.get(_value(file, "unknown_token_id", 0))
+    merges = _merges(file) or _merges_of_scores(file, vocabulary)
     backend = Tokenizer(
-        models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    replace = normalizers.Replace(" ", SPACE)
-    has_prefix = file.header.get("tokenizer.ggml.add_space_prefix", True)
-    blanks = [
-        token.content for token in _added(file, tokens, USER_DEFINED) if token.content.isspace()
-    ]
-    if blanks and has_prefix:  # tokenizers put a blank behind such a token, SentencePiece does not
-        file.refuse(
-            "tokenizer.ggml.add_space_prefix", "must be false beside tokens of blanks", WAY_OUT
-        )
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if has_prefix else replace
-    )
+    has_prefix = _value(file, "add_space_prefix", True)
+    if has_blanks and has_prefix:  # tokenizers put a blank behind these, SentencePiece does not
+        _refuse(file, "add_space_prefix", "must be false beside tokens of blanks")
+    prepend = [normalizers.Prepend(SPACE)] if has_prefix else []
+    backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -259,58 +256,37 @@ def _sentence_piece(file: GgufFile, tokens: Mapping[int, str]) -> Tokenizer:
     return backend
 
 
-def _merges_of_scores(file: GgufFile, tokens: Mapping[int, str]) -> list[tuple[str, str]]:
+def _merges_of_scores(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Merges in the order of a SentencePiece BPE vocabulary's scores: 0, -1, -2, ..."""
-    scores = file.header.get("tokenizer.ggml.scores") or []
-    types = _types(file)
+    scores, types = _value(file, "scores") or [], _value(file, "token_type")
     ranks = {
-        tokens[number]: score
-        for number, score in enumerate(scores)
-        if number in tokens and types[number] == NORMAL
+        token: scores[number]
+        for token, number in vocabulary.items()
+        if number < len(scores) and types[number] == NORMAL
     }
     longer = [score for token, score in ranks.items() if len(token) > 1]
     if not longer or len(set(longer)) < len(longer) / 2:
-        file.refuse("tokenizer.ggml.scores", "must order the tokens", WAY_OUT)
+        _refuse(file, "scores", "must order the tokens")
     if any(score != round(score) for score in longer):
-        file.refuse("tokenizer.ggml.scores", "must be ranks, not a unigram model's", WAY_OUT)
-    return generate_merges({token: number for number, token in tokens.items()}, ranks)
-
-
-def _added(file: GgufFile, tokens: Mapping[int, str], kind: int) -> list[AddedToken]:
-    """Tokens of one kind that are found in a text before it is split."""
-    types = _types(file)
-    return [
-        AddedToken(token, normalized=False, special=kind == CONTROL)
-        for number, token in tokens.items()
-        if types[number] == kind
-    ]
+        _refuse(file, "scores", "must be ranks, not a unigram model's")
+    return generate_merges(vocabulary, ranks)
 
 
 def _set_ends(
     file: GgufFile, backend: Tokenizer, named: Mapping[str, str], adds_begin: bool
 ) -> None:
     """Put tokens before and behind each text, where the header asks for it."""
-    begin = file.header.get("tokenizer.ggml.add_bos_token", adds_begin)
-    end = file.header.get("tokenizer.ggml.add_eos_token", False)
-    for is_asked, name in ((begin, "bos"), (end, "eos")):
+    ends: list[list[str]] = []
+    for name, is_usual in (("bos", adds_begin), ("eos", False)):
+        is_asked = _value(file, f"add_{name}_token", is_usual)
         if is_asked and f"{name}_token" not in named:
-            file.refuse(f"tokenizer.ggml.{name}_token_id", "must name a token", WAY_OUT)
-    used = [
-        named[name] for name, is_asked in (("bos_token", begin), ("eos_token", end)) if is_asked
-    ]
-    if used:
-        single = [*([named["bos_token"]] if begin else []), "$A"]
-        single += [named["eos_token"]] if end else []
+            _refuse(file, f"{name}_token_id", "must name a token")
+        ends.append([named[f"{name}_token"]] if is_asked else [])
+    first, last = ends
+    if first or last:
         backend.post_processor = processors.TemplateProcessing(
-            single=single,
-            special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(used)],
+            single=[*first, "$A", *last],
+            special_tokens=[
+                (token, backend.token_to_id(token)) for token in sorted({*first, *last})
+            ],
         )
-
-
-def _require_same_ids(
-    file: GgufFile, tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str]
-) -> None:
-    """Hold the tokenizer as it was made against the file's list."""
-    made = tokenizer.get_vocab()
-    if made != {token: number for number, token in tokens.items()}:
-        file.refuse("tokenizer.ggml.tokens", "does not make a tokenizer of the same ids", WAY_OUT)

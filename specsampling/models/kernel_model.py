@@ -27,33 +27,20 @@ from specsampling.models.gguf_file import GgufFile
 from specsampling.models.gguf_model import tensors_of
 from specsampling.models.packing import Pack, pack_model, why_not
 
-FORMATS = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 INT4 = "Q4_0"  # as a GGUF file's: groups of 32 weights with a scale
 FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K", "Q6_K")  # Q6_K: some layers of files that are mostly Q4_K
 
 
 class KernelModel:
-    """A model that the kernel decodes.
+    """A model that the kernel decodes; see `method/forward.py`, ExactModel.
 
-    Attributes:
-        config, generation_config, name_or_path: as transformers read them.
-        device: the CPU.
-        dtype: of the weights that are not quantised.
-        engine: the kernel's form of it.
+    Args:
+        outline: the model without weights, which keeps its configuration and shapes.
+        dtype: the type of the weights that are not quantised.
+        made: the kernel's form of it.
     """
 
     def __init__(self, outline: PreTrainedModel, dtype: torch.dtype, made: engine.Model):
-        """Keep the shapes of a model whose weights are the kernel's now.
-
-        Args:
-            outline: the model without weights.
-            dtype: of the weights that are not quantised.
-            made: the kernel's form of it.
-        """
         self.config: Any = outline.config
         self.generation_config: Any = outline.generation_config
         self.name_or_path = str(outline.name_or_path)
@@ -71,19 +58,16 @@ class KernelModel:
         return max(sizes, key=sizes.__getitem__)
 
     def get_input_embeddings(self) -> Any:
-        """The embedding without its weights."""
-        return self._outline.get_input_embeddings()
+        return self._outline.get_input_embeddings()  # without weights, as the head
 
     def get_output_embeddings(self) -> Any:
-        """The head without its weights."""
         return self._outline.get_output_embeddings()
 
     def make_forward(self, capacity: int) -> KernelForward:
-        """The model over a new text's cache, of so many tokens at most."""
         return KernelForward(self.engine, capacity)
 
     def first_layers(self, num_layers: int) -> KernelModel:
-        """A shallow model over the same weights: its first layers, final norm and head."""
+        """A shallow model over the same weights."""
         outline = copy.copy(self._outline)
         outline.config = copy.deepcopy(self.config)
         outline.config.num_hidden_layers = num_layers
@@ -98,37 +82,30 @@ class KernelForward:
         self._cache = model.make_cache(capacity)
 
     def prefill(self, ids: list[int]) -> None:
-        self._score(ids, 0, 0)
-
-    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
-        return self._score(ids, start, last)
+        self.over_filled(ids, 0, 0)
 
     def over_capacity(self, ids: list[int], start: int) -> Tensor:
-        return self._score(ids, start, len(ids))
+        return self.over_filled(ids, start, len(ids))
 
-    def _score(self, ids: list[int], start: int, last: int) -> Tensor:
+    def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
         return ask(self._model, engine.Request(self._cache, ids, start, last))
 
 
 def kernel_library() -> Any:
-    """The compiled kernel.
-
-    Raises:
-        KernelError: in one line, why there is none here.
-    """
-    library, problem = _look_for_kernel()
-    if problem:
-        raise KernelError(problem)
-    return library
+    """The compiled kernel, or a KernelError that says in one line why there is none here."""
+    found = _look_for_kernel()
+    if isinstance(found, str):
+        raise KernelError(found)
+    return found
 
 
 @cache
-def _look_for_kernel() -> tuple[Any, str]:
+def _look_for_kernel() -> Any:
     """The compiled kernel, or why there is none; looked for once in a process."""
     try:
-        return engine.library(cache_folder() / "kernel"), ""
+        return engine.library(cache_folder() / "kernel")
     except (KernelError, ModelError) as error:  # also a user without a folder for it
-        return None, str(error)
+        return str(error)
 
 
 def fastest_race() -> Race:
@@ -145,11 +122,6 @@ def why_no_kernel() -> str:
     return ""
 
 
-def kernel_name() -> str:
-    """What the kernel computes with here: "AVX2", "AVX-512 and AMX"."""
-    return kernel_library().kind().decode()
-
-
 def to_kernel(
     model: PreTrainedModel, quantization: str, file: GgufFile | None = None
 ) -> KernelModel:
@@ -158,8 +130,8 @@ def to_kernel(
     Args:
         model: on the CPU, as it was loaded.
         quantization: "none", "int8" or "int4" (then the head is int8).
-        file: the GGUF file that it came from: its blocks are decoded as they stand, in int4 those
-            of about 4 bit.
+        file: the GGUF file that it came from. Its blocks are decoded as they stand; with int4,
+            only blocks of about 4 bit are.
 
     Raises:
         KernelError: the kernel cannot be had, or does not know such a model.
@@ -167,22 +139,15 @@ def to_kernel(
     """
     if problem := why_not(model):
         raise KernelError(problem)
-    library = kernel_library()
+    library, dtype = kernel_library(), model.dtype
     packer = weights.Packer(library, engine.num_threads())
-    head: Any = model.get_output_embeddings()
-    is_trimmed = isinstance(head, TrimmedHead)
-    pack: Pack = partial(_pack, packer, quantization, model.dtype)
+    pack: Pack = partial(_pack, packer, quantization, dtype)
     if file is not None and quantization != "int8":
         kinds = FOUR_BIT if quantization == "int4" else tuple(weights.SCALES)
         pack = partial(_pack_tensor, packer, tensors_of(file, model), kinds, pack)
-    dtype = model.dtype
-    made = pack_model(
-        model,
-        library,
-        pack,
-        head.linear if is_trimmed else head,
-        head.token_ids if is_trimmed else None,
-    )
+    head: Any = model.get_output_embeddings()
+    heads = (head.linear, head.token_ids) if isinstance(head, TrimmedHead) else (head,)
+    made = pack_model(model, library, pack, *heads)
     nn.Module.to(model, "meta")
     return KernelModel(model, dtype, made)
 
@@ -197,7 +162,7 @@ def _pack(
     columns: Tensor | None = None,
 ) -> weights.Packed:
     """A layer in the precision asked for."""
-    format = {"none": FORMATS[dtype], "int8": "int8", "int4": INT4}[quantization]
+    format = {"int8": "int8", "int4": INT4}.get(quantization, str(dtype).removeprefix("torch."))
     if quantization == "int4" and name == "lm_head":
         format = "int8"
     bias = None if linear.bias is None else linear.bias.data
@@ -214,7 +179,7 @@ def _pack_tensor(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> weights.Packed:
-    """A layer as its GGUF file has it, if the type of its blocks is one of some kinds."""
+    """A layer as its GGUF file has it, if the type of its blocks is one of `kinds`."""
     tensor, order = find(name)
     kind = tensor.tensor_type.name
     if kind not in kinds or rows is not None or columns is not None:

@@ -1,9 +1,8 @@
 """Load a target and its draft: embedded, hub, local folder, GGUF, 8 or 4 bit.
 
-A model's spec is one word: `embedded:smollm2-135m`, a hub id, a local folder, or a
-`.gguf` file. A draft may also be `ngram` or `target-layers:N`, and `ngram+` before a model
-looks up first. Nothing is chosen silently: what `auto` became is in the pair, and the scripts
-print it.
+A model's spec is one word: `embedded:smollm2-135m`, a hub id, a local folder, or a `.gguf` file. A
+draft may also be `ngram` or `target-layers:N`; `ngram+` before a model looks up first. What `auto`
+became is in the pair, and the scripts print it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,41 +42,28 @@ LOOKUP_FIRST = "ngram+"
 
 log = logging.getLogger("specsampling")
 
-# What changes the tokens of `generate` and is no sampling: a default of each.
-GENERATE_ONLY = {
+# Settings that change the tokens of `generate` and are no sampling, with their defaults.
+GENERATE_ONLY: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
     "min_length": 0,
-    "min_new_tokens": None,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "min_new_tokens")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "suppress_tokens")),
+    **dict.fromkeys(("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A target, its draft and their tokenizer, ready to decode.
+    """A target, its draft and their tokenizer, ready to decode."""
 
-    Attributes:
-        target: the model whose distribution every output has.
-        draft: who proposes.
-        tokenizer: shared by both.
-        eos_ids: every id that ends a text; see `tokenizer.end_ids`.
-        now: the local time that chat templates see; None for the clock's.
-    """
-
-    target: Model
+    target: Model  # the model whose distribution every output has
     draft: Draft
     tokenizer: PreTrainedTokenizerBase
-    eos_ids: frozenset[int]
-    now: datetime | None = None
+    eos_ids: frozenset[int]  # every id that ends a text; see `tokenizer.end_ids`
+    now: datetime | None = None  # the local time that chat templates see; None for the clock's
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
@@ -84,19 +71,13 @@ class Pair:
         return ids[: len(ids) - num_appended(self.tokenizer)]
 
     def encode_chat(self, message: str) -> list[int]:
-        """Token ids of a user's message in the chat template, up to where the answer begins.
-
-        Raises:
-            ModelError: the tokenizer has no chat template, or one that fails.
-        """
+        """Token ids of a user's message in the chat template; see `chat.encode_chat`."""
         return encode_chat(self.tokenizer, message, self.now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids, spaces as they are, special tokens left out or not."""
         text = self.tokenizer.decode(
-            list(token_ids),
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
+            list(token_ids), skip_special_tokens, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)  # a list only for a list of lists
         return text
@@ -120,8 +101,7 @@ def load_pair(
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
-    Where both are the CPU kernel's, PyTorch computes on one thread from then on: its threads would
-    wait on the cores that the kernel's need.
+    If both are the CPU kernel's, PyTorch computes on one thread from then on.
 
     Args:
         target: a model's spec.
@@ -134,8 +114,7 @@ def load_pair(
         draft_quantization: the same for a draft model of its own.
         device_map: where each part of the target goes, as accelerate takes it; None for all of it
             on `device`, where the draft goes in any case.
-        ngram_max: longest n-gram that `ngram` looks up.
-        ngram_min: shortest.
+        ngram_max, ngram_min: the longest and the shortest n-gram that `ngram` looks up.
         model_k: the most tokens that a draft model proposes in a cycle; None for all k.
         min_confidence: see `drafts.ModelDraft`; 0 is off.
         compile: "off" leaves out the CPU kernel; "on" refuses models that it cannot decode.
@@ -161,7 +140,8 @@ def load_pair(
         min_confidence=min_confidence,
         compile=compile,
     )
-    leave_threads_to_kernel([target_model, *draft_models(draft, proposes).values()])
+    if all(map(is_exact, (target_model, *draft_models(draft, proposes).values()))):
+        torch.set_num_threads(1)  # more would wait, spinning, on the cores that the kernel's need
     return Pair(target_model, proposes, shared, end_ids(shared, target_model))
 
 
@@ -170,13 +150,10 @@ def check_tokenizers(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that a target shares with its drafts, before any weights are read.
 
-    Args:
-        target: a model's spec.
-        drafts: specs as `load_pair` takes them; those without a tokenizer are not compared.
-        tokenizer: a spec for all; then nothing is compared.
+    Specs are as `load_pair` takes them. With a `tokenizer` for all, nothing is compared.
 
     Raises:
-        ModelError: one cannot be loaded, or a draft's encodes differently.
+        ModelError: a tokenizer cannot be loaded, or a draft's encodes differently.
     """
     shared = load_tokenizer(tokenizer or target)
     for draft in drafts:
@@ -193,27 +170,21 @@ def draft_spec(draft: str) -> str:
 
 def _say_what_is_left_out(target: Model, spec: str) -> None:
     """One line each on what `generate` would do with this target and we do not."""
-    settings = target.generation_config
     changed = [
         f"{name} {value}"
         for name, default in GENERATE_ONLY.items()
-        if (value := getattr(settings, name, default)) not in (default, None)
+        if (value := getattr(target.generation_config, name, default)) not in (default, None)
     ]
     if changed:
-        log.warning(
-            "the generation config of %s has settings that are not applied here: %s",
-            spec,
-            ", ".join(changed),
-        )
+        told = "the generation config of %s has settings that are not applied here: %s"
+        log.warning(told, spec, ", ".join(changed))
     config = target.config.get_text_config(decoder=True)
     declared = next(getattr(config, name) for name in CONTEXT_NAMES if hasattr(config, name))
-    if context_limit(target) < declared:
+    if (limit := context_limit(target)) < declared:
         log.warning(
             "texts of %s end at %d tokens, not at %d: beyond that it changes the frequencies of "
             "all positions in the middle of a text",
-            spec,
-            context_limit(target),
-            declared,
+            *(spec, limit, declared),
         )
 
 
@@ -232,12 +203,8 @@ def load_draft(
 ) -> Draft:
     """Load a draft for a target that is there; see `load_pair` and `check_tokenizers`.
 
-    Args:
-        compile: see `load_pair`.
-        loaded: draft models that are there already, by spec.
-
-    Raises:
-        ModelError: in one line, what could not be loaded, why, and the way out.
+    Draft models that are there already are taken from `loaded`, by spec. A model that cannot be
+    loaded is a ModelError.
     """
     lookup = NgramDraft(ngram_max, ngram_min)
     if draft == "ngram":
@@ -262,31 +229,21 @@ def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
 
 
 def _first_layers(target: Model, spec: str) -> Model:
-    way_out = "choose draft: ngram, or a small model of the family"
+    name, way_out = f"models.draft {spec}", "choose draft: ngram, or a small model of the family"
     try:
         model = first_layers(target, int(spec.removeprefix(TARGET_LAYERS)))
     except ValueError as error:
-        raise ModelError(f"models.draft {spec}: {error}; {way_out}") from error
+        raise ModelError(f"{name}: {error}; {way_out}") from error
     except Exception as error:  # configurations that do not let their number of layers change
-        kind = target.config.model_type
-        failure = f"models.draft {spec}: {kind} models cannot be cut"
+        failure = f"{name}: {target.config.model_type} models cannot be cut"
         raise model_error(failure, error, way_out) from error
     if isinstance(model, PreTrainedModel):
-        require_decodable(model, f"models.draft {spec}")
+        require_decodable(model, name)
     return model
 
 
-def leave_threads_to_kernel(models: Sequence[Model]) -> None:
-    """Where all models are the kernel's, let PyTorch compute on one thread.
-
-    Its threads wait by spinning after each operation, on the cores that the kernel's need next.
-    """
-    if all(is_exact(model) for model in models):
-        torch.set_num_threads(1)
-
-
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the first CUDA GPU, then Apple's, then the CPU; `auto-split` begins on the first.
+    """`auto` is the first CUDA GPU, else Apple's, else the CPU; `auto-split` begins on the first.
 
     Raises:
         ModelError: the device asked for is not there.
@@ -310,13 +267,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where it can be computed in, else float16 (GPU) or float32 (CPU)."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    if device.type == "mps":
-        return torch.float16
+    if device.type != "cpu":
+        is_cuda = device.type == "cuda"
+        has_bfloat16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bfloat16 or not why_no_kernel() else torch.float32

@@ -18,12 +18,7 @@ CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
 
 
 def require_memory(purpose: str, needed: int, way_out: str) -> None:
-    """Refuse what the machine's memory cannot hold now.
-
-    Args:
-        purpose: what needs it, in words.
-        needed: bytes.
-        way_out: what a user can do.
+    """Refuse a purpose that needs more bytes than the machine's memory can hold now.
 
     Raises:
         ModelError: less is available.
@@ -37,12 +32,11 @@ def require_memory(purpose: str, needed: int, way_out: str) -> None:
 
 
 def available_bytes() -> int:
-    """What can still be taken, swap and reclaimable caches included, within all limits.
+    """The bytes that can still be taken, swap and reclaimable caches included.
 
-    These are a container's, and a process's own of its address space (`ulimit -v`).
+    A container's limit counts, and the process's own limit of its address space (`ulimit -v`).
     """
-    machine = psutil.virtual_memory().available + psutil.swap_memory().free
-    machine = min(machine, _address_space())
+    machine = min(_machine_bytes(), _address_space())
     try:
         limit, used = (
             int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
@@ -53,6 +47,10 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # no such limit: not Linux, no container, or "max"
         return machine
     return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
+
+
+def _machine_bytes() -> int:
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 def _address_space() -> int:
@@ -69,24 +67,23 @@ def _address_space() -> int:
 
 def limit_way_out() -> str:
     """What else a user can do, where a limit of the address space leaves less than there is."""
-    machine = psutil.virtual_memory().available + psutil.swap_memory().free
-    return ", or raise what `ulimit -v` shows" if _address_space() < machine else ""
+    return ", or raise what `ulimit -v` shows" if _address_space() < _machine_bytes() else ""
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device can still give: a GPU its own memory, all others the machine's."""
+    """The bytes that a device can still give: a GPU's own memory, else the machine's."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def resident_bytes() -> int:
-    """What this process has now of the machine's memory."""
+    """The bytes that this process has now of the machine's memory."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had so far: on the machine, GPUs not counted."""
+    """The most bytes that this process has had so far of the machine's memory."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

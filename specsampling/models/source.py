@@ -1,8 +1,8 @@
 """Where a model's files are: an embedded pair, a hub id, a local folder, a `.gguf` file.
 
-What reads them is transformers, kept quiet: its bars would come between the scripts' own lines,
-and its report of what it did not find is read here, since it puts random numbers there. Nothing
-here runs code that a checkpoint brings.
+transformers reads them, kept quiet: its bars would come between the scripts' own lines. It puts
+random numbers where it finds no tensor, so its report of these is read here. Nothing here runs code
+that a checkpoint brings.
 """
 
 from __future__ import annotations
@@ -27,23 +27,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from specsampling.disk import sampled_sha256
+from specsampling.models import folder as folders
 from specsampling.models.distilled import assemble
 from specsampling.models.embedded import embedded_folder
 from specsampling.models.errors import ModelError
-from specsampling.models.folder import (
-    ADAPTER,
-    SAFE_WEIGHTS,
-    base_of_adapter,
-    file_of,
-    hub_options,
-    merge_adapter,
-    read_tokenizer_file,
-    require_files,
-    require_wide,
-    safe_location,
-    stored_quantization,
-    without_adapter,
-)
 from specsampling.models.gguf_file import open_gguf
 from specsampling.models.gguf_model import gguf_config, gguf_model
 from specsampling.models.gguf_tokenizer import gguf_tokenizer
@@ -58,57 +45,49 @@ SAVED_BUFFERS = (
     *(".inv_freq", ".cos_cached", ".sin_cached", ".position_ids"),
     *(".masked_bias", ".attn.bias", ".attention.bias"),
 )
-# Where two tokenizers usually part: code, spaces, digits, other scripts.
-PROBES = (
-    "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
-    "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
-    "\tif x != y:\n\t\t  return {'a': [1, 2], \"b\": None}  # trailing   \n\n\n",
-    "x =  7\n    [\n        1,\n    22]  # a line break, blanks and a digit",
-    "naïve café – „Grüße“ 東京 Привет \U0001f600 \u00a0end",
-)
 SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for on stdin
 
 
 def model_location(spec: str) -> str:
     """What `from_pretrained` takes: a local folder or a hub id.
 
-    The folder of an embedded model is an ordinary Hugging Face folder, made at the first call;
-    other tools can load it.
+    The folder of an embedded model is an ordinary Hugging Face folder, made at the first call.
 
     Raises:
         ModelError: the embedded model is unknown or cannot be had.
     """
     if spec.startswith(EMBEDDED):
         return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder, assemble))
-    require_files(spec)
+    folders.require_files(spec)
     return spec
 
 
 def digest_of(spec: str) -> str:
-    """Tells a model's or tokenizer's files from other files of the same names.
+    """Tell a model's or tokenizer's files from other files of the same names.
 
     Returns:
         The cached folder's name of an embedded model, which holds its file's hash; the commit of
         a hub id; a hash of the files of a folder, of its adapter's base too, or of a GGUF file.
 
     Raises:
-        ModelError: the model cannot be had.
-        OSError: a file cannot be read.
+        ModelError, OSError: the model cannot be had, or a file cannot be read.
     """
     location = model_location(spec)
     if spec.startswith(EMBEDDED):
         return Path(location).name
     if is_gguf(spec):
         return sampled_sha256([Path(spec)])[:DIGEST_LETTERS]
-    base = base_of_adapter(location)
+    base = folders.base_of_adapter(location)
     behind = "" if base in (None, location) else f" on {digest_of(str(base))}"
     if not Path(location).is_dir():
-        config = file_of(location, ADAPTER) or file_of(location, "config.json")
+        config = folders.file_of(location, folders.ADAPTER) or folders.file_of(
+            location, "config.json"
+        )
         return f"{config.parent.name if config else ''}{behind}"
     files = sorted(path for path in Path(location).iterdir() if path.is_file())
-    has_safe = any(path.name in SAFE_WEIGHTS for path in files)
-    kinds = READ_FILES if has_safe else (*READ_FILES, ".bin")
-    return sampled_sha256(path for path in files if path.suffix in kinds)[:DIGEST_LETTERS] + behind
+    has_safe = any(path.name in folders.SAFE_WEIGHTS for path in files)
+    read = [p for p in files if p.suffix in READ_FILES or (p.suffix == ".bin" and not has_safe)]
+    return sampled_sha256(read)[:DIGEST_LETTERS] + behind
 
 
 def is_gguf(spec: str) -> bool:
@@ -121,10 +100,12 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     with quiet_transformers():
         if is_gguf(spec):
             return gguf_tokenizer(Path(spec))
-        if not any(file_of(location, name) for name in TOKENIZER_FILES):
-            location = base_of_adapter(location) or location
-        tokenizer = read_tokenizer_file(location, PROBES)
-        return tokenizer or AutoTokenizer.from_pretrained(location, **SAFE, **hub_options(location))
+        if not any(folders.file_of(location, name) for name in TOKENIZER_FILES):
+            location = folders.base_of_adapter(location) or location
+        tokenizer = folders.read_tokenizer_file(location)
+        return tokenizer or AutoTokenizer.from_pretrained(
+            location, **SAFE, **folders.hub_options(location)
+        )
 
 
 def read_config(spec: str) -> PreTrainedConfig:
@@ -133,8 +114,8 @@ def read_config(spec: str) -> PreTrainedConfig:
     with quiet_transformers():
         if is_gguf(spec):
             return gguf_config(open_gguf(Path(spec)))
-        location = base_of_adapter(location) or location
-        return AutoConfig.from_pretrained(location, **SAFE, **hub_options(location))
+        location = folders.base_of_adapter(location) or location
+        return AutoConfig.from_pretrained(location, **SAFE, **folders.hub_options(location))
 
 
 def read_model(spec: str, **options: Any) -> Any:
@@ -142,36 +123,35 @@ def read_model(spec: str, **options: Any) -> Any:
 
     Args:
         spec: a model's spec.
-        options: of `from_pretrained`; a GGUF file takes `dtype` alone.
+        options: those of `from_pretrained`; a GGUF file takes `dtype` alone.
 
     Raises:
         ModelError: the checkpoint lacks tensors, or has others than its configuration says.
     """
+    location = model_location(spec)
     if is_gguf(spec):
-        require_files(spec)
         with quiet_transformers():
             return gguf_model(Path(spec), **options)
-    location = model_location(spec)
-    base = base_of_adapter(location)
-    return _read_folder(location, spec, options) if base is None else _adapted(base, spec, options)
+    base = folders.base_of_adapter(location)
+    if base is None:
+        return _read_folder(location, spec, options)
+    return _adapted(base, location, spec, options)
 
 
 def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
     """A folder's or a hub id's model; its adapter, if it has one, is left out."""
-    with quiet_transformers(), without_adapter(safe_location(location)) as folder:
+    with quiet_transformers(), folders.without_adapter(folders.safe_location(location)) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
-            **SAFE,
-            **hub_options(folder),
-            **options,
+            **(SAFE | folders.hub_options(folder) | options),
         )
         model, report = loaded
-        quantization = stored_quantization(folder)
+        quantization = folders.stored_quantization(folder)
         if quantization is None or not AutoHfQuantizer.supports_quant_method(quantization):
-            require_wide(folder, set(report["unexpected_keys"]), spec)
+            folders.require_wide(folder, set(report["unexpected_keys"]), spec)
         elif getattr(model, "hf_quantizer", None) is None:
             # Dequantised; numbers that were stored without scales still have their own type.
             model = model.to(options["dtype"])
@@ -179,35 +159,30 @@ def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def _adapted(base: str, spec: str, options: dict[str, Any]) -> Any:
+def _adapted(base: str, location: str, spec: str, options: dict[str, Any]) -> Any:
     """An adapter's base with the adapter in its weights: added in float32, rounded once."""
     if "quantization_config" in options or len(options.get("device_map", {})) > 1:
         raise ModelError(
             f"{spec} is an adapter, which is neither quantised nor split while it is applied; "
             "merge it into its base with peft's merge_and_unload"
         )
-    location = model_location(spec)
     model = _read_folder(model_location(base), base, {"dtype": torch.float32})
     with quiet_transformers():
-        merged = merge_adapter(model, location, spec).to(options["dtype"])
+        merged = folders.merge_adapter(model, location, spec).to(options["dtype"])
     (device,) = options.get("device_map", {"": "cpu"}).values()
     return merged.to(device)
 
 
 def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) -> None:
-    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place.
-
-    Raises:
-        ModelError: tensors are missing, have another shape, or belong to layers or parts of
-            layers that the configuration does not have.
-    """
+    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place."""
     mismatched = [f"{name} {tuple(was)}" for name, was, *_ in report["mismatched_keys"]]
     homeless = [name for name in report["unexpected_keys"] if _has_a_place_beside(model, name)]
-    for names, problem in (
-        (report["missing_keys"], "lacks tensors that the model needs"),
-        (mismatched, "has tensors of another shape than its config.json says"),
-        (homeless, "has tensors that its config.json leaves out"),
-    ):
+    problems = {
+        "lacks tensors that the model needs": report["missing_keys"],
+        "has tensors of another shape than its config.json says": mismatched,
+        "has tensors that its config.json leaves out": homeless,
+    }
+    for problem, names in problems.items():
         if names:
             shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
             raise ModelError(
@@ -219,14 +194,14 @@ def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) ->
 def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
     """Whether a tensor that the model does not know lies inside a part that it does know.
 
-    A bias of a layer without one, a norm of its queries, scales of its numbers, or one more layer
-    in a list of layers change what the model computes. A vision tower or a saved buffer does not.
+    A bias of a layer without one, or one more layer in a list, changes what the model computes. A
+    vision tower or a saved buffer does not.
     """
     if name.endswith(SAVED_BUFFERS):
         return False
     modules = dict(model.named_modules())
     owner = name.rpartition(".")[0]
-    while owner and owner not in modules and re.sub(r"\.\d+(?=\.|$)", ".0", owner) not in modules:
+    while owner and not {owner, re.sub(r"\.\d+(?=\.|$)", ".0", owner)} & modules.keys():
         owner = owner.rpartition(".")[0]
     inside = name.removeprefix(f"{owner}.").count(".")
     is_layer = hasattr(modules.get(owner), "weight")
@@ -234,13 +209,10 @@ def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
 
 
 def _gguf_to_folder(gguf: Path, folder: Path) -> str:
-    """Keep a GGUF file's values in bfloat16, which is quickly read, in many small files.
+    """Convert a GGUF file to a folder in bfloat16, and return the hash of its tensors.
 
-    Loading maps a file into memory until the last of its layers has been packed, so small files
-    keep its peak low.
-
-    Returns:
-        The hash of its tensors.
+    Loading maps a file into memory until the last of its layers has been packed, so many small
+    files keep its peak low.
     """
     model = read_model(str(gguf), dtype=torch.bfloat16)
     with quiet_transformers():

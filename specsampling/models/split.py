@@ -1,8 +1,8 @@
 """A target over several GPUs, where no single one holds it: which layer goes where.
 
-accelerate chooses and moves what passes from one to the next; here it is asked with the memory that
-is free less what the caches and the draft will take, and held to it. Layers left to the machine's
-own memory are read anew for each call, a hundred times as slow, so only on request.
+accelerate chooses, and moves what passes from one GPU to the next. It is told the memory that is
+free less what the caches and the draft will take. Layers in the machine's own memory are read anew
+for each call, a hundred times as slow, so they are left there only on request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from specsampling.models.memory import available_bytes, gigabytes
 
 SPLIT = "auto-split"
 SPLIT_OFFLOAD = "auto-split-offload"
-OFFLOADED = ("cpu", "disk")
 
 
 def split_target(
@@ -30,13 +29,12 @@ def split_target(
 ) -> dict[str, int | str] | None:
     """Where each part of a target goes; None where the first GPU holds it beside its drafts.
 
+    A target that the GPUs do not hold is a ModelError.
+
     Args:
         target, drafts, lengths: as `estimate.need_of` takes them.
         free: bytes of each GPU.
         asked: `SPLIT` or `SPLIT_OFFLOAD`.
-
-    Raises:
-        ModelError: the GPUs do not hold it.
     """
     device = torch.device("cuda", min(free))
     alone = need_of(target, [], device, lengths)
@@ -65,9 +63,8 @@ def device_map(
     Args:
         model: its `estimate.outline`.
         free: bytes of each GPU.
-        reserved: of the first GPU's, for the draft and calls.
-        caches: of the target, which lie where its layers do.
-        weights: of the target, in the precision to come.
+        reserved: bytes of the first GPU for the draft and calls.
+        caches, weights: bytes of the target's, in the precision to come.
         machine: bytes of the machine's own memory that layers may take; 0 allows none.
 
     Raises:
@@ -76,22 +73,19 @@ def device_map(
     from accelerate import infer_auto_device_map
 
     share = weights / (weights + caches)  # of a layer's bytes, its weights
-    first = min(free)
-    limits: dict[int | str, int] = {
-        gpu: int(share * max(0, size - (reserved if gpu == first else 0)))
+    limits: dict[int | str, float] = {
+        gpu: share * max(0, size - (reserved if gpu == min(free) else 0))
         for gpu, size in free.items()
     }
     unquantized = sum(part.numel() * part.element_size() for part in set(model.parameters()))
     scale = unquantized / weights  # accelerate counts the outline's own precision
     places: dict[str, int | str] = infer_auto_device_map(
         model,
-        max_memory={
-            where: int(size * scale) for where, size in (limits | {"cpu": machine}).items()
-        },
-        no_split_module_classes=list(model._no_split_modules or ()),
+        {where: int(size * scale) for where, size in (limits | {"cpu": machine}).items()},
+        list(model._no_split_modules or ()),
     )
-    left_over = [name for name, where in places.items() if where in OFFLOADED]
-    if left_over and (not machine or any(where == "disk" for where in places.values())):
+    used = set(places.values())
+    if "disk" in used or ("cpu" in used and not machine):
         raise ModelError(
             f"models.device {SPLIT}: the target needs {gigabytes(weights + caches)} with caches, "
             f"and the GPUs have {gigabytes(sum(free.values()) - reserved)} free beside the draft; "

@@ -1,8 +1,8 @@
 """A model's decode step captured for calls of a few sizes, on a GPU.
 
 A decode call of a small model is hundreds of short operations, each launched on its own. Here the
-whole step is captured as a CUDA graph, for each number of rows, and launched at once. It is given
-to the model as its runner (`method/forward.py`), so both decoders gain.
+whole step is captured as a CUDA graph, for each number of rows, and launched at once. The model
+carries it as its runner (`method/forward.py`), so both decoders gain.
 """
 
 from __future__ import annotations
@@ -17,39 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specsampling.method.batch import BLOCK
 from specsampling.method.forward import RUNNER, Model, is_exact
 from specsampling.method.session import Session
 from specsampling.method.step import Buffers, decode_step, has_step
 from specsampling.models.errors import ModelError, is_out_of_memory, reason
 from specsampling.models.exactness import TOLERANCES
-from specsampling.models.kernel_model import kernel_name
+from specsampling.models.kernel_model import kernel_library
 
 Mode = Literal["auto", "on", "off"]
-
-BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
-
-
-def runner_kind(mode: Mode, device: torch.device) -> tuple[type[GraphRunner] | None, str]:
-    """What steps become on a device; None, and why in words, where they stay eager.
-
-    Raises:
-        ModelError: mode is "on", and they would stay so.
-    """
-    if mode == "off":
-        return None, "decoding.compile: off"
-    if device.type == "cuda":
-        return GraphRunner, ""
-    problem = f"nothing is captured on {device.type}"
-    if mode == "on":
-        raise ModelError(_refusal(problem))
-    return None, problem
-
-
-def _refusal(problem: str) -> str:
-    return (
-        f"decoding.compile on cannot be had ({problem}); choose auto, which then goes on without, "
-        "or off"
-    )
 
 
 def make_static(
@@ -69,44 +45,42 @@ def make_static(
         report: told what takes long, in one line each.
 
     Returns:
-        What was done, or why not, in words.
-
-    Raises:
-        ModelError: mode is "on", and it cannot be done.
+        What was done, or why not, in words; with "on", the latter is a ModelError.
     """
     if is_exact(model):
-        return f"the CPU kernel ({kernel_name()})"
+        return f"the CPU kernel ({kernel_library().kind().decode()})"
     assert isinstance(model, PreTrainedModel)
-    kind, problem = runner_kind(mode, model.device)
-    if kind is None:
-        return f"eager ({problem})"
     start = time.perf_counter()
-    if has_step(model):
+    problem = ""
+    if mode == "off":
+        problem = "decoding.compile: off"
+    elif model.device.type != "cuda":
+        problem = f"nothing is captured on {model.device.type}"
+    elif not has_step(model):
+        problem = f"{model.config.model_type} models keep transformers' forward"
+    else:
         capacity = -(-(capacity + max(sizes)) // BLOCK) * BLOCK
         try:
-            _prove(model, kind(model, capacity, sizes), report)
-        except Exception as error:  # whatever a compiler makes of a model
+            _prove(model, GraphRunner(model, capacity, sizes), report)
+        except Exception as error:  # whatever a capture makes of a model
+            model.__dict__.pop(RUNNER, None)
             if is_out_of_memory(error):
                 raise
             problem = reason(error)
-    else:
-        problem = f"{model.config.model_type} models keep transformers' forward"
     if not problem:
         rows = " and ".join(map(str, sorted(sizes)))
         seconds = time.perf_counter() - start
-        return f"{kind.NAME} for calls of {rows} rows ({seconds:.0f} s, not counted)"
-    model.__dict__.pop(RUNNER, None)
+        return f"captured for calls of {rows} rows ({seconds:.0f} s, not counted)"
     if mode == "on":
-        raise ModelError(_refusal(problem))
+        raise ModelError(
+            f"decoding.compile on cannot be had ({problem}); choose auto, which then goes on "
+            "without, or off"
+        )
     return f"eager ({problem})"
 
 
 def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], None]) -> None:
-    """Make a runner ready, its calls of each size held against the eager step's.
-
-    Raises:
-        RuntimeError: they differ by more than rounding.
-    """
+    """Make a runner ready; a RuntimeError tells of calls that differ from the eager step's."""
     embeddings: Any = model.get_input_embeddings()
     for size in runner.sizes:
         tokens = [(7919 * i + 1) % embeddings.num_embeddings for i in range(size)]
@@ -123,31 +97,16 @@ def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], 
 
 
 @dataclass
-class _Call:
-    """A captured call: what it reads, what it writes."""
-
-    graph: torch.cuda.CUDAGraph
-    ids: Tensor
-    positions: Tensor
-    logits: Tensor
-
-
-@dataclass
 class _Place:
     """Buffers at fixed addresses, the calls captured over them, and whose they are now."""
 
     buffers: Buffers
     owner: weakref.ref
-    calls: dict[int, _Call] = field(default_factory=dict)
+    calls: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
 
 
 class GraphRunner:
-    """The step as CUDA graphs, one for each number of rows and each text that is open at once.
-
-    See `method/forward.py`, Runner.
-    """
-
-    NAME = "captured"
+    """A `forward.Runner` of CUDA graphs, one for each number of rows and each open text."""
 
     def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
         self.capacity = capacity
@@ -172,13 +131,12 @@ class GraphRunner:
         place = next(place for place in self._places if place.buffers is buffers)
         if len(ids) not in place.calls:
             place.calls[len(ids)] = self._capture(ids, positions, buffers)
-        call = place.calls[len(ids)]
-        call.ids.copy_(ids)
-        call.positions.copy_(positions)
-        call.graph.replay()
-        return call.logits.clone()  # the next replay writes over it
+        return place.calls[len(ids)](ids, positions)
 
-    def _capture(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> _Call:
+    def _capture(
+        self, ids: Tensor, positions: Tensor, buffers: Buffers
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """A call of as many rows as these, over these buffers."""
         ids, positions = ids.clone(), positions.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -189,4 +147,11 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = decode_step(self._model, ids, positions, buffers)
-        return _Call(graph, ids, positions, logits)
+
+        def replay(new_ids: Tensor, new_positions: Tensor) -> Tensor:
+            ids.copy_(new_ids)
+            positions.copy_(new_positions)
+            graph.replay()
+            return logits.clone()  # the next replay writes over it
+
+        return replay

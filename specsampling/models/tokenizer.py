@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from specsampling.method.drafts import num_logits
 from specsampling.method.text import SEPARATORS
 from specsampling.models.errors import ModelError, model_error, way_out_of
-from specsampling.models.source import PROBES, read_tokenizer
+from specsampling.models.folder import PROBES
+from specsampling.models.source import read_tokenizer
 
 log = logging.getLogger("specsampling")
 
@@ -21,11 +21,7 @@ SPECIAL_PROBE = "<|endoftext|> <s> </s> <|im_start|>user\nhi<|im_end|>\n"
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """Load one tokenizer.
-
-    Raises:
-        ModelError: it cannot be found or loaded.
-    """
+    """Load one tokenizer; a ModelError says why it cannot be found or loaded."""
     try:
         tokenizer = read_tokenizer(spec)
         is_empty = not tokenizer(PROBES[0])["input_ids"]  # what is made where no files are
@@ -42,11 +38,10 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def require_same_tokenizer(
     target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, spec: str
 ) -> None:
-    """Compare what two tokenizers encode, not only how many tokens they have.
+    """Refuse a draft, `spec`, whose tokenizer encodes a probe otherwise than the target's.
 
     Raises:
-        ModelError: they encode a probe differently, so the ids of the draft `spec` mean nothing
-            to the target.
+        ModelError: the draft's ids mean nothing to the target.
     """
     for probe in (*PROBES, SPECIAL_PROBE):
         if target(probe)["input_ids"] == draft(probe)["input_ids"]:
@@ -65,16 +60,12 @@ def require_same_tokenizer(
 
 
 def num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens the tokenizer puts behind a text (an end of text, say).
-
-    A prompt is to be continued, so what is put behind it does not belong to it.
-    """
+    """How many special tokens the tokenizer puts behind a text; a prompt must not have them."""
     bare = tokenizer(PROBES[1], add_special_tokens=False)["input_ids"]
     dressed = tokenizer(PROBES[1])["input_ids"]
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start : start + len(bare)] == bare:
-            return len(dressed) - len(bare) - start
-    return 0
+    added = len(dressed) - len(bare)
+    starts = (i for i in range(added + 1) if dressed[i : i + len(bare)] == bare)
+    return added - next(starts, added)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
@@ -85,54 +76,35 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
     model that was tuned on the last runs into an invented next turn if only the first is heeded.
     A code model goes on to another file behind a separator, which no checkpoint names.
 
-    An id of the first that the model cannot say is left out, and a line tells of it.
+    An id of a configuration that the model cannot say is left out, and a line tells of it.
     """
     size = num_logits(model)
     config = model.config.get_text_config(decoder=True)
-    in_config = _listed(getattr(config, "eos_token_id", None))
-    named = _listed(getattr(model.generation_config, "eos_token_id", None))
-    places = {
-        "config.json": in_config,
-        "generation_config.json": [token for token in named if token not in in_config],
-    }
-    ids = {token for token in named if _is_id(token, size)}
-    ids |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
-    ids |= separator_ids(tokenizer)
-    odd = [
-        f"{token!r:.40} in {place}"
-        for place, tokens in places.items()
-        for token in tokens
-        if token is not None and not _is_id(token, size)
-    ]
+    in_config, named = (
+        ends if isinstance(ends := getattr(part, "eos_token_id", None), list) else [ends]
+        for part in (config, model.generation_config)
+    )
+
+    def is_id(token: Any) -> bool:
+        return type(token) is int and 0 <= token < size
+
+    places = [(token, "config.json") for token in in_config]
+    places += [(token, "generation_config.json") for token in named if token not in in_config]
+    odd = [f"{t!r:.40} in {place}" for t, place in places if t is not None and not is_id(t)]
+    vocabulary = tokenizer.get_vocab()  # token -> id, added tokens included
+    # SentencePiece writes a blank before a token as "▁": CodeLlama's separator is "▁<MID>".
+    separators = (f"{blank}{name}" for name in SEPARATORS for blank in ("", "▁"))
+    others = (tokenizer.eos_token_id, _end_of_turn(tokenizer), *map(vocabulary.get, separators))
+    ids = {*filter(is_id, named), *(token for token in others if token is not None)}
     if odd:
+        has_end = min(ids, default=size) < size
         log.warning(
             "eos_token_id of %s must be an integer from 0 to %d, for its vocabulary has %d tokens "
             "(got %s): left out%s",
-            model.name_or_path,
-            size - 1,
-            size,
-            ", ".join(odd),
-            "" if min(ids, default=size) < size else "; texts end only at decoding.max_new_tokens",
+            *(model.name_or_path, size - 1, size, ", ".join(odd)),
+            "" if has_end else "; texts end only at decoding.max_new_tokens",
         )
     return frozenset(ids)
-
-
-def _listed(named: Any) -> list[Any]:
-    return named if isinstance(named, list) else [named]
-
-
-def _is_id(token: Any, size: int) -> bool:
-    return type(token) is int and 0 <= token < size
-
-
-def separator_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of the separators of code models that are one token in this vocabulary.
-
-    SentencePiece writes a blank before a token as "▁": CodeLlama's is "▁<MID>".
-    """
-    vocabulary = tokenizer.get_vocab()  # token -> id, added tokens included
-    spellings = (f"{blank}{name}" for name in SEPARATORS for blank in ("", "▁"))
-    return frozenset(vocabulary[token] for token in spellings if token in vocabulary)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -147,6 +119,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     assert isinstance(text, str)
     behind = text.rpartition(answer)[2].lstrip()
-    ids: Sequence[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
     known = tokenizer.added_tokens_decoder  # id -> token
     return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
