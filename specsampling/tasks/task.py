@@ -13,32 +13,20 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt to decode.
+    """One prompt to decode, made from `text`."""
 
-    Attributes:
-        id: unique in its task; part of a row's key.
-        text: what the prompt is made from.
-        task_id: the benchmark's own name for it, where the benchmark's scorer asks for one.
-        reference: what a good answer looks like, where the task has one.
-    """
-
-    id: str
+    id: str  # unique in its task; part of a row's key
     text: str
-    task_id: str | None = None
-    reference: str | None = None
+    task_id: str | None = None  # the benchmark's own name, where its scorer asks for one
+    reference: str | None = None  # what a good answer looks like, where the task has one
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given for an example.
-
-    Attributes:
-        token_ids: the prompt's.
-        num_cut_tokens: tokens of the example's text left out so that the prompt fits.
-    """
+    """What a model is given for an example."""
 
     token_ids: list[int]
-    num_cut_tokens: int = 0
+    num_cut_tokens: int = 0  # of the example's text, left out so that the prompt fits
 
 
 class Encoder(Protocol):

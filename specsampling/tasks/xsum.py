@@ -63,9 +63,9 @@ class XSum:
             num_kept = max(num_kept - (len(prompt) - max_tokens), 0)
             text = encoder.decode(document[:num_kept]).rstrip("\N{REPLACEMENT CHARACTER}")
             if not num_kept or not text.strip():
-                request = len(encode(self._request("")))
-                solved = len(encode(self._solved + self._request("")))
-                why = self._no_room(request, solved, max_tokens, max_new_tokens)
+                empty = self._request("")
+                lengths = len(encode(empty)), len(encode(self._solved + empty))
+                why = self._no_room(*lengths, max_tokens, max_new_tokens)
                 raise PromptError(f"nothing is left of {example.id}: {why}")
             prompt = encode(self._solved + self._request(text))
         return Prompt(prompt, len(document) - num_kept)
@@ -73,11 +73,8 @@ class XSum:
     def _no_room(self, request: int, solved: int, max_tokens: int, max_new_tokens: int) -> str:
         """Names the setting that takes the document's room, and the way out.
 
-        Args:
-            request: tokens of the request without a document.
-            solved: these and the solved articles'.
-            max_tokens: of a prompt.
-            max_new_tokens: what else the context must hold.
+        `request` counts the tokens of a request without a document, `solved` those of the
+        solved articles as well.
         """
         context = max_tokens + max_new_tokens
         if request >= context - 1:  # a document and an answer need a token each
