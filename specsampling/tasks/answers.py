@@ -21,6 +21,7 @@ import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from specsampling.method.text import SEPARATORS
 from specsampling.tasks.statements import (
@@ -94,17 +95,11 @@ _MAX_HEAD = 200  # characters of a statement that say whether it is one
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences, or between a fence and the answer's end.
+    """What stands between two fences, or between a fence and the answer's end."""
 
-    Attributes:
-        text: its lines, at the margin.
-        is_python: whether the opening fence names Python, or no language.
-        is_whole: whether it is more than a beginning, a signature or another way to do the same.
-    """
-
-    text: str
-    is_python: bool
-    is_whole: bool
+    text: str  # at the margin
+    is_python: bool  # the opening fence names Python, or no language
+    is_whole: bool  # more than a beginning, a signature or another way to do the same
 
 
 def code_in(answer: str, entry_point: str) -> str:
@@ -153,9 +148,9 @@ def _first_try(code: str, entry_point: str) -> str:
 
 def _chosen(blocks: Sequence[Block], entry_point: str) -> str:
     """The code of the block that is the answer; "" if none holds Python."""
-    defining = [block for block in blocks if defines(block.text, entry_point)]
+    defining = [block for block in reversed(blocks) if defines(block.text, entry_point)]
     if defining:
-        chosen = next((block for block in reversed(defining) if block.is_whole), defining[-1])
+        chosen = next((block for block in defining if block.is_whole), defining[0])
         return _with_needed(chosen, blocks, entry_point)
     code = [block.text for block in blocks if block.is_python and block.text.strip()]
     bodies = [text for text in code if _is_body(text)]
@@ -232,7 +227,7 @@ def _inside(
 ) -> tuple[list[str], int, bool]:
     """The lines of a block, the number of the line after it, and whether it was closed.
 
-    `opening` is the fence that began it, `before` what stood in front of that fence.
+    `opening` is the fence that began the block, and `before` is what stood in front of it.
     """
     inside: list[str] = []
     quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
@@ -257,8 +252,7 @@ def _inside(
 
 def _string_ends(lines: Sequence[str], first: int, quote: str, before: str) -> bool:
     """Whether an open string ends before another block of Python begins."""
-    for number in range(first, len(lines)):
-        line = lines[number]
+    for line in islice(lines, first, None):
         if quote in line:
             return True
         fence = _FENCE.match(line)

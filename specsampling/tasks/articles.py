@@ -35,14 +35,12 @@ Cells = Mapping[str, Any]  # what a row holds in COLUMNS: text, or what is none
 def load_articles(dataset: str, split: str) -> list[Example]:
     """The articles of one split, in the order of their file.
 
+    The id of an article is the column `id`, or the row's number (from 0) if there is none.
+
     Args:
         dataset: `embedded:articles`, a local .jsonl, .csv or .parquet file, a local folder of
             such files or laid out as a hub repository, or a hub id.
         split: of a folder or a hub id; a single file is taken whole, whatever the split.
-
-    Returns:
-        One example per row: `document` as text, `summary` as reference, and as id the column
-        `id`, or the row's number (from 0) where there is none.
 
     Raises:
         TaskError: nothing is there, it cannot be read, it is empty, a column is missing or
@@ -101,15 +99,16 @@ def _files(dataset: str, split: str) -> Sequence[Path]:
         )
     if path.is_dir():
         return _of_folder(path, split)
-    if not path.exists() and path.suffix not in READERS:
-        return _of_hub(dataset, split)
-    if path.suffix not in READERS or (path.exists() and not path.is_file()):
+    is_readable = path.suffix in READERS
+    if not path.exists():
+        if not is_readable:
+            return _of_hub(dataset, split)
+        raise ValueError("Unable to find the file")
+    if not is_readable or not path.is_file():
         raise TaskError(
             f"xsum.dataset must end in {', '.join(READERS)} and be a file, if it is no folder and "
             f"no hub id (got {dataset}); convert it"
         )
-    if not path.exists():
-        raise ValueError("Unable to find the file")
     return [path]
 
 
@@ -256,8 +255,7 @@ def _open_text(path: Path) -> Iterator[Any]:
 
 def _require_columns(path: Path, names: Iterable[str]) -> None:
     found = list(names)
-    missing = [name for name in NEEDED if name not in found]
-    if missing:
+    if not set(NEEDED) <= set(found):
         some = ", ".join([*found[:8], *["..."] * (len(found) > 8)])
         raise TaskError(
             f"xsum.dataset must have the columns document and summary (got {some:.200} in {path}); "

@@ -50,17 +50,13 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_st
 
     _signal.alarm(cpu_seconds)
 
-    limits = {
-        resource.RLIMIT_CPU: cpu_seconds,
-        resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_NOFILE: 128,
-        resource.RLIMIT_CORE: 0,
-    }
+    limits = {"CPU": cpu_seconds, "FSIZE": file_bytes, "NOFILE": 128, "CORE": 0}
     if not may_start:
-        limits[resource.RLIMIT_NPROC] = 0
+        limits["NPROC"] = 0
     if sys.platform != "darwin":
-        limits[resource.RLIMIT_AS] = memory_bytes
-    for kind, limit in limits.items():
+        limits["AS"] = memory_bytes
+    for name, limit in limits.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))

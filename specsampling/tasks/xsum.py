@@ -19,11 +19,7 @@ class XSum:
     """
 
     def __init__(self, settings: XSumConfig):
-        """Read the articles.
-
-        Raises:
-            TaskError: they cannot be had, or are not what they must be.
-        """
+        """Read the articles, or raise TaskError if they are not what they must be."""
         self._settings = settings
         articles = load_articles(settings.dataset, settings.split)
         num_evaluated = len(articles) - settings.num_shots
@@ -53,7 +49,8 @@ class XSum:
         Raises:
             PromptError: nothing is left of a document, and which setting takes its place.
         """
-        encode = encoder.encode_chat if self._is_chat else encoder.encode
+        is_chat = self._settings.prompt_style == "chat"
+        encode = encoder.encode_chat if is_chat else encoder.encode
         prompt = encode(self._solved + self._request(example.text))
         if len(prompt) <= max_tokens:
             return Prompt(prompt)
@@ -97,10 +94,6 @@ class XSum:
     def completion(self, example: Example, text: str) -> str:
         """The summary: the new text up to a stop string."""
         return cut_at(text, self.stop_strings).strip()
-
-    @property
-    def _is_chat(self) -> bool:
-        return self._settings.prompt_style == "chat"
 
     def _request(self, document: str) -> str:
         return self._settings.prompt_template.replace("{document}", document)
