@@ -21,9 +21,11 @@ import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from specsampling.method.text import SEPARATORS
 from specsampling.tasks.statements import (
+    RETURNS,
     defines,
     definition_of,
     indent_of,
@@ -93,42 +95,19 @@ _MAX_HEAD = 200  # characters of a statement that say whether it is one
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences, or between a fence and the answer's end.
+    """What stands between two fences, or between a fence and the answer's end."""
 
-    Attributes:
-        info: what the opening fence says of it, "python" for example.
-        text: its lines, at the margin.
-        is_closed: whether a closing fence has come.
-        introduction: the text between the block before and this one.
-    """
-
-    info: str
-    text: str
-    is_closed: bool
-    introduction: str
-
-    @property
-    def is_python(self) -> bool:
-        return not self.info or bool(_PYTHON.match(self.info))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is more than a beginning, a signature or another way to do the same."""
-        if _ALTERNATIVE.search(self.introduction):
-            return False
-        return self.is_closed and bool(re.search(r"\b(?:return|yield|lambda)\b", self.text))
+    text: str  # at the margin
+    is_python: bool  # the opening fence names Python, or no language
+    is_whole: bool  # more than a beginning, a signature or another way to do the same
 
 
 def code_in(answer: str, entry_point: str) -> str:
     """The code of an answer with fences or prose.
 
-    Args:
-        answer: anything.
-        entry_point: the function that was asked for.
-
     Returns:
-        Code that defines `entry_point` at the margin, or, where nothing does, what may be
-        its body, indented. "" for a text without fences and prose.
+        Code that defines `entry_point` at the margin. If nothing does, what may be the
+        function's body, indented. "" for a text without fences and prose.
     """
     text, is_answer = final_part(answer)
     lines = text.split("\n")
@@ -163,21 +142,19 @@ def _first_try(code: str, entry_point: str) -> str:
     if not (is_indented or tries or _is_body(code)):
         return ""
     others = tries if is_indented else tries[1:]
-    code = code[: others[0]] if others else code
+    code = code[: min(others, default=None)]
     return code if tries and not is_indented else as_body(code)
 
 
 def _chosen(blocks: Sequence[Block], entry_point: str) -> str:
     """The code of the block that is the answer; "" if none holds Python."""
-    defining = [block for block in blocks if defines(block.text, entry_point)]
+    defining = [block for block in reversed(blocks) if defines(block.text, entry_point)]
     if defining:
-        chosen = next((block for block in reversed(defining) if block.is_whole), defining[-1])
+        chosen = next((block for block in defining if block.is_whole), defining[0])
         return _with_needed(chosen, blocks, entry_point)
     code = [block.text for block in blocks if block.is_python and block.text.strip()]
     bodies = [text for text in code if _is_body(text)]
-    if bodies:
-        return as_body(bodies[-1])
-    return code[0] if code else ""
+    return as_body(bodies[-1]) if bodies else next(iter(code), "")
 
 
 def is_prose(line: str) -> bool:
@@ -195,11 +172,8 @@ def is_prose(line: str) -> bool:
 
 
 def final_part(answer: str) -> tuple[str, bool]:
-    """An answer with plain newlines, from the end of its thoughts to the end of its turn.
-
-    Returns:
-        The text, and whether more came before it, thoughts for example.
-    """
+    """The text from the end of an answer's thoughts to the end of its turn, with plain newlines,
+    and whether more came before it."""
     text = answer.replace("\r\n", "\n").replace("\r", "\n")
     text = text.replace("\ufeff", "").replace("\u00a0", " ")
     last = _THOUGHTS_END.split(text)[-1]
@@ -216,7 +190,7 @@ def fenced_blocks(text: str) -> tuple[str, list[Block]]:
     """All text outside the blocks of an answer, and the blocks.
 
     A fence inside a triple-quoted string belongs to the code. A fence that names a language
-    begins a block also where the one before has not been closed.
+    begins a block even if the block before has not been closed.
     """
     outside: list[str] = []
     blocks: list[Block] = []
@@ -225,26 +199,27 @@ def fenced_blocks(text: str) -> tuple[str, list[Block]]:
     number = 0
     while number < len(lines):
         fence = _FENCE.match(lines[number])
-        if fence is None or not _is_fence(lines[number]):
+        is_bullet = fence and _BULLET.match(fence["before"])
+        if (
+            fence is None
+            or (fence["fence"][0] == "~" and not is_bullet)
+            or (fence["info"] and not _INFO.match(fence["info"]))  # words behind a fence
+        ):
             outside.append(lines[number])
             number += 1
             continue
-        if not _BULLET.match(fence["before"]):
+        if not is_bullet:
             outside.append(fence["before"].rstrip())
         introduction = "\n".join(outside[num_told:])
         num_told = len(outside)
         inside, number, is_closed = _inside(lines, number + 1, fence["fence"], fence["before"])
         code = _at_margin(_without_prompts(inside))
-        blocks.append(Block(fence["info"].strip(), code, is_closed, introduction))
+        is_python = not fence["info"].strip() or bool(_PYTHON.match(fence["info"].strip()))
+        is_whole = (
+            is_closed and bool(RETURNS.search(code)) and not _ALTERNATIVE.search(introduction)
+        )
+        blocks.append(Block(code, is_python, is_whole))
     return "\n".join(outside), blocks
-
-
-def _is_fence(line: str) -> bool:
-    """Whether a line outside the blocks ends in a fence, and not in words after one."""
-    fence = _FENCE.match(line)
-    if fence is None or (fence["fence"][0] == "~" and not _BULLET.match(fence["before"])):
-        return False
-    return not fence["info"] or bool(_INFO.match(fence["info"]))
 
 
 def _inside(
@@ -252,7 +227,7 @@ def _inside(
 ) -> tuple[list[str], int, bool]:
     """The lines of a block, the number of the line after it, and whether it was closed.
 
-    `opening` is the fence that began it, `before` what stood in front of that fence.
+    `opening` is the fence that began the block, and `before` is what stood in front of it.
     """
     inside: list[str] = []
     quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
@@ -277,8 +252,7 @@ def _inside(
 
 def _string_ends(lines: Sequence[str], first: int, quote: str, before: str) -> bool:
     """Whether an open string ends before another block of Python begins."""
-    for number in range(first, len(lines)):
-        line = lines[number]
+    for line in islice(lines, first, None):
         if quote in line:
             return True
         fence = _FENCE.match(line)
@@ -304,7 +278,7 @@ def _at_margin(lines: Sequence[str]) -> str:
 
 
 def _shifted(line: str, columns: int) -> str:
-    """A line further right, or left where columns are negative."""
+    """A line further right, or further left if `columns` is negative."""
     if not columns or not line.strip():
         return line
     return " " * max(0, indent_of(line) + columns) + line.lstrip(" \t\f")
@@ -354,7 +328,7 @@ def _is_code(head: str) -> bool:
 
 
 def _starts_code(line: str, at_margin: bool = False) -> bool:
-    if not line.strip() or line[0].isspace():
+    if line[:1].isspace() or not line:
         return bool(line.strip()) and not at_margin
     return _is_code(without_strings(line)[0])
 

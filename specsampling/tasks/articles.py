@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,21 +32,15 @@ DELIMITERS = ",;\t"  # a spreadsheet's export has the one of its language
 Cells = Mapping[str, Any]  # what a row holds in COLUMNS: text, or what is none
 
 
-class _BrokenFile(ValueError):
-    """A file cannot be read on: why, in one line without its name."""
-
-
 def load_articles(dataset: str, split: str) -> list[Example]:
     """The articles of one split, in the order of their file.
+
+    The id of an article is the column `id`, or the row's number (from 0) if there is none.
 
     Args:
         dataset: `embedded:articles`, a local .jsonl, .csv or .parquet file, a local folder of
             such files or laid out as a hub repository, or a hub id.
         split: of a folder or a hub id; a single file is taken whole, whatever the split.
-
-    Returns:
-        One example per row: `document` as text, `summary` as reference, and as id the column
-        `id`, or the row's number (from 0) where there is none.
 
     Raises:
         TaskError: nothing is there, it cannot be read, it is empty, a column is missing or
@@ -81,7 +76,9 @@ def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
     texts = {}
     for column in COLUMNS if has_ids else NEEDED:
         value = row.get(column)
-        if not isinstance(value, str) or _is_torn(value) or (column == "id" and not value.strip()):
+        # No tokenizer takes half a character (a lone surrogate).
+        is_torn = isinstance(value, str) and re.search(r"[\ud800-\udfff]", value)
+        if not isinstance(value, str) or is_torn or (column == "id" and not value.strip()):
             raise TaskError(
                 f"xsum.dataset must hold text in the column {column} (got {value!r:.60} in "
                 f"row {number} of {dataset}); mend the row"
@@ -89,15 +86,6 @@ def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
         texts[column] = value
     document, summary = texts["document"].strip(), texts["summary"].strip()
     return Example(texts.get("id", str(number)), document, reference=summary)
-
-
-def _is_torn(text: str) -> bool:
-    """Whether a text holds half a character (a lone surrogate), which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 # --- which files ---------------------------------------------------------------------
@@ -111,15 +99,16 @@ def _files(dataset: str, split: str) -> Sequence[Path]:
         )
     if path.is_dir():
         return _of_folder(path, split)
-    if not path.exists() and path.suffix not in READERS:
-        return _of_hub(dataset, split)
-    if path.suffix not in READERS or (path.exists() and not path.is_file()):
+    is_readable = path.suffix in READERS
+    if not path.exists():
+        if not is_readable:
+            return _of_hub(dataset, split)
+        raise ValueError("Unable to find the file")
+    if not is_readable or not path.is_file():
         raise TaskError(
             f"xsum.dataset must end in {', '.join(READERS)} and be a file, if it is no folder and "
             f"no hub id (got {dataset}); convert it"
         )
-    if not path.exists():
-        raise _BrokenFile("Unable to find the file")
     return [path]
 
 
@@ -127,11 +116,14 @@ def _of_folder(folder: Path, split: str) -> list[Path]:
     """The files of a split, by their names or by the README's list, as the hub finds them."""
     import datasets
 
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says what it prints
     try:
-        with _quiet_datasets():
-            builder = datasets.load_dataset_builder(str(folder.resolve()))
+        builder = datasets.load_dataset_builder(str(folder.resolve()))
     except Exception as error:  # of the library, of the YAML in a README, of the file system
-        raise _BrokenFile(_first_line(error)) from error
+        raise ValueError(_first_line(error)) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     splits = {str(name): files for name, files in builder.config.data_files.items()}
     if split not in splits:
         raise TaskError(
@@ -164,69 +156,45 @@ def _of_hub(dataset: str, split: str) -> list[Path]:
     return files
 
 
-@contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keep `datasets` from printing what the error says."""
-    from datasets import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 # --- what stands in a file -----------------------------------------------------------
 
 
 def _read_json_lines(path: Path) -> Iterator[Cells]:
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                value = _parse_json(line, number)
-                if not isinstance(value, dict):
-                    raise _BrokenFile(f"{path.name}, line {number}, is not a JSON object")
-                _require_columns(path, value)
-                yield {name: _literal(value[name]) for name in COLUMNS if name in value}
-
-
-def _parse_json(line: str, number: int) -> Any:
-    try:
-        # Numbers as they are written: an id of 23 digits, a summary that is 42.0.
-        return json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-    except RecursionError:
-        raise _BrokenFile(f"line {number} is nested too deeply") from None
-    except ValueError as error:
-        raise _BrokenFile(f"line {number} is not JSON: {error}") from None
-
-
-def _literal(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else value
+            if not line.strip():
+                continue
+            try:
+                # Numbers as they are written: an id of 23 digits, a summary that is 42.0.
+                value = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+            except RecursionError:
+                raise ValueError(f"line {number} is nested too deeply") from None
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{path.name}, line {number}, is not a JSON object")
+            _require_columns(path, value)
+            cells = {name: value[name] for name in COLUMNS if name in value}
+            yield {n: str(v).lower() if isinstance(v, bool) else v for n, v in cells.items()}
 
 
 def _read_csv(path: Path) -> Iterator[Cells]:
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 cut other columns off
     try:
         with _open_text(path) as file:
-            delimiter = _delimiter(file)
-            file.seek(0)
-            yield from _rows_of_csv(path, csv.reader(file, delimiter=delimiter, strict=True))
+            yield from _rows_of_csv(path, file)
     finally:
         csv.field_size_limit(before)
 
 
-def _delimiter(file: Any) -> str:
-    """The one that makes the needed columns of the first row; a comma where none does."""
-    for delimiter in DELIMITERS:
-        file.seek(0)
+def _rows_of_csv(path: Path, file: Any) -> Iterator[Cells]:
+    fitting = DELIMITERS[0]  # the one that makes the needed columns of the first row
+    for delimiter in reversed(DELIMITERS):
         with contextlib.suppress(csv.Error):
             if set(NEEDED) <= set(next(csv.reader(file, delimiter=delimiter), [])):
-                return delimiter
-    return DELIMITERS[0]
-
-
-def _rows_of_csv(path: Path, reader: Any) -> Iterator[Cells]:
+                fitting = delimiter
+        file.seek(0)
+    reader = csv.reader(file, delimiter=fitting, strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -235,7 +203,7 @@ def _rows_of_csv(path: Path, reader: Any) -> Iterator[Cells]:
         positions = {name: header.index(name) for name in COLUMNS if name in header}
         for cells in reader:
             if len(cells) > len(header):
-                raise _BrokenFile(
+                raise ValueError(
                     f"line {reader.line_num} has {len(cells)} fields, the first line "
                     f"{len(header)}: a text with a comma or a line break needs quotes"
                 )
@@ -243,7 +211,7 @@ def _rows_of_csv(path: Path, reader: Any) -> Iterator[Cells]:
                 # An empty cell, or one that is left out, is how a CSV file says nothing.
                 yield {name: "".join(cells[at : at + 1]) or None for name, at in positions.items()}
     except csv.Error as error:
-        raise _BrokenFile(f"line {reader.line_num}: {error}") from None
+        raise ValueError(f"line {reader.line_num}: {error}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Cells]:
@@ -255,19 +223,16 @@ def _read_parquet(path: Path) -> Iterator[Cells]:
             names = file.schema_arrow.names
             _require_columns(path, names)
             for batch in file.iter_batches(columns=[n for n in COLUMNS if n in names]):
-                yield from _as_text(batch, pyarrow).to_pylist()
+                columns = {}
+                for name, column in zip(batch.schema.names, batch.columns):
+                    try:
+                        columns[name] = column.cast(pyarrow.string())
+                    except pyarrow.ArrowException:
+                        problem = f"column {name} holds {column.type}, which is no text"
+                        raise ValueError(problem) from None
+                yield from pyarrow.RecordBatch.from_pydict(columns).to_pylist()
     except pyarrow.ArrowException as error:  # some are no ValueError
-        raise _BrokenFile(_first_line(error)) from error
-
-
-def _as_text(batch: Any, pyarrow: Any) -> Any:
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns):
-        try:
-            columns[name] = column.cast(pyarrow.string())
-        except pyarrow.ArrowException:
-            raise _BrokenFile(f"column {name} holds {column.type}, which is no text") from None
-    return pyarrow.RecordBatch.from_pydict(columns)
+        raise ValueError(_first_line(error)) from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Cells]]] = {
@@ -285,13 +250,12 @@ def _open_text(path: Path) -> Iterator[Any]:
             yield file
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise _BrokenFile(f"{path.name} is not UTF-8 text: it has the byte 0x{byte:02x}") from None
+        raise ValueError(f"{path.name} is not UTF-8 text: it has the byte 0x{byte:02x}") from None
 
 
 def _require_columns(path: Path, names: Iterable[str]) -> None:
     found = list(names)
-    missing = [name for name in NEEDED if name not in found]
-    if missing:
+    if not set(NEEDED) <= set(found):
         some = ", ".join([*found[:8], *["..."] * (len(found) > 8)])
         raise TaskError(
             f"xsum.dataset must have the columns document and summary (got {some:.200} in {path}); "

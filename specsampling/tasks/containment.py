@@ -72,7 +72,7 @@ else:
     def kill_left_overs(container: int, scratch: str) -> None:
         """Kill the process group; on Linux also what left it, known by its environment.
 
-        A namespace has no scratch folder and needs no search: its end is that of all in it.
+        A namespace has no scratch folder and needs no search: it ends with all in it.
         """
         with suppress(ProcessLookupError, PermissionError):  # nobody left, or only zombies
             os.killpg(container, signal.SIGKILL)

@@ -28,24 +28,29 @@ ENTER = 'echo 0 > "$0" && exec "$@"'  # 0 is whoever writes it
 def find_parent() -> str:
     """The folder in which groups may be made, "" for none; tried once per process."""
     for parent in _candidates() if sys.platform == "linux" else []:
-        with suppress(OSError), _group(parent, 64 << 20) as start:
+        with suppress(OSError), control_group(64 << 20, parent) as start:
             if subprocess.run([*start, "true"], capture_output=True).returncode == 0:
                 return parent
     return ""
 
 
 @contextmanager
-def control_group(memory_bytes: int) -> Iterator[list[str]]:
-    """A group that is gone at the end.
+def control_group(memory_bytes: int, parent: str | None = None) -> Iterator[list[str]]:
+    """Make a group in `parent`, by default in `find_parent`'s, and remove it at the end.
 
     Yields:
         What comes before a command to start it in the group; nothing where there is none.
     """
-    if not find_parent():
+    parent = find_parent() if parent is None else parent
+    if not parent:
         yield []
         return
-    with _group(find_parent(), memory_bytes) as start:
-        yield start
+    with owned_folder(parent, NAME, _remove) as folder:
+        Path(folder, "memory.max").write_text(str(memory_bytes))
+        for name, limit in (("memory.swap.max", 0), ("pids.max", MAX_THREADS)):
+            with suppress(OSError):  # a controller that is not handed down
+                Path(folder, name).write_text(str(limit))
+        yield ["/bin/sh", "-c", ENTER, f"{folder}/cgroup.procs"]
 
 
 def _candidates() -> list[str]:
@@ -56,26 +61,16 @@ def _candidates() -> list[str]:
                 own = Path(MOUNT + line.removeprefix("0::").rstrip("/"))
                 is_ours = os.geteuid() != 0 and owner_of(own.parent) == os.geteuid()
                 places = [own, own.parent] if is_ours and str(own) != MOUNT else [own]
-                return [str(place) for place in places if _hands_memory_down(place)]
+                return [
+                    str(place)
+                    for place in places
+                    if "memory" in (place / "cgroup.subtree_control").read_text().split()
+                ]
     return []
 
 
 def owner_of(place: Path) -> int:
     return place.stat().st_uid
-
-
-def _hands_memory_down(place: Path) -> bool:
-    return "memory" in (place / "cgroup.subtree_control").read_text().split()
-
-
-@contextmanager
-def _group(parent: str, memory_bytes: int) -> Iterator[list[str]]:
-    with owned_folder(parent, NAME, _remove) as folder:
-        Path(folder, "memory.max").write_text(str(memory_bytes))
-        for name, limit in (("memory.swap.max", 0), ("pids.max", MAX_THREADS)):
-            with suppress(OSError):  # a controller that is not handed down
-                Path(folder, name).write_text(str(limit))
-        yield ["/bin/sh", "-c", ENTER, f"{folder}/cgroup.procs"]
 
 
 def _remove(folder: str) -> None:

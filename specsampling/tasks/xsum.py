@@ -19,11 +19,7 @@ class XSum:
     """
 
     def __init__(self, settings: XSumConfig):
-        """Read the articles.
-
-        Raises:
-            TaskError: they cannot be had, or are not what they must be.
-        """
+        """Read the articles, or raise TaskError if they are not what they must be."""
         self._settings = settings
         articles = load_articles(settings.dataset, settings.split)
         num_evaluated = len(articles) - settings.num_shots
@@ -53,7 +49,8 @@ class XSum:
         Raises:
             PromptError: nothing is left of a document, and which setting takes its place.
         """
-        encode = encoder.encode_chat if self._is_chat else encoder.encode
+        is_chat = self._settings.prompt_style == "chat"
+        encode = encoder.encode_chat if is_chat else encoder.encode
         prompt = encode(self._solved + self._request(example.text))
         if len(prompt) <= max_tokens:
             return Prompt(prompt)
@@ -63,9 +60,9 @@ class XSum:
             num_kept = max(num_kept - (len(prompt) - max_tokens), 0)
             text = encoder.decode(document[:num_kept]).rstrip("\N{REPLACEMENT CHARACTER}")
             if not num_kept or not text.strip():
-                request = len(encode(self._request("")))
-                solved = len(encode(self._solved + self._request("")))
-                why = self._no_room(request, solved, max_tokens, max_new_tokens)
+                empty = self._request("")
+                lengths = len(encode(empty)), len(encode(self._solved + empty))
+                why = self._no_room(*lengths, max_tokens, max_new_tokens)
                 raise PromptError(f"nothing is left of {example.id}: {why}")
             prompt = encode(self._solved + self._request(text))
         return Prompt(prompt, len(document) - num_kept)
@@ -73,11 +70,8 @@ class XSum:
     def _no_room(self, request: int, solved: int, max_tokens: int, max_new_tokens: int) -> str:
         """Names the setting that takes the document's room, and the way out.
 
-        Args:
-            request: tokens of the request without a document.
-            solved: these and the solved articles'.
-            max_tokens: of a prompt.
-            max_new_tokens: what else the context must hold.
+        `request` counts the tokens of a request without a document, `solved` those of the
+        solved articles as well.
         """
         context = max_tokens + max_new_tokens
         if request >= context - 1:  # a document and an answer need a token each
@@ -100,10 +94,6 @@ class XSum:
     def completion(self, example: Example, text: str) -> str:
         """The summary: the new text up to a stop string."""
         return cut_at(text, self.stop_strings).strip()
-
-    @property
-    def _is_chat(self) -> bool:
-        return self._settings.prompt_style == "chat"
 
     def _request(self, document: str) -> str:
         return self._settings.prompt_template.replace("{document}", document)
