@@ -37,11 +37,10 @@ from specsampling.models.cache import forget_verified
 from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results.audit import audit
-from specsampling.results.meta import read_meta
-from specsampling.results.records import Key, RecordsError, Run, is_run, read_rows
-from specsampling.results.runfile import check_fresh, check_output
+from specsampling.results.records import Key, RecordsError, Run, is_run, read_meta, read_rows
+from specsampling.results.runfile import RunFile, check_fresh, check_output
 from specsampling.results.scores import Scores, write_scores
-from specsampling.results.shards import Shard, open_run_file, require_own_name, take_in
+from specsampling.results.shards import Shard, require_own_name, take_in
 from specsampling.results.tables import (
     describe_sampling,
     format_table,
@@ -247,7 +246,8 @@ def run_experiment(
     num_samples = config.sampling.num_samples
     order = [job.key for job in all_jobs(prompts, config.run.methods, num_samples)]
     name, rows = device_name(pair.target.device), there.rows if there else []
-    with open_run_file(output, meta, options.fresh, rows, ranks, name) as run_file:
+    start = output, meta, options.fresh
+    with Shard(*start, rows, ranks, name) if ranks else RunFile.open(*start) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         print(f"  rows go to {output}{more}", file=sys.stderr)
         try:

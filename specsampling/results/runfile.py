@@ -1,7 +1,7 @@
 """A run's rows, open for appending in one process at a time, and resumed after a stop.
 
 What is at the path is what counts. Another program may put another file there, or change it, at
-any moment: then rows go where the path leads if these are our rows, and are kept aside if not.
+any moment. If that file holds our rows, new rows go there; if not, they are kept aside.
 """
 
 from __future__ import annotations
@@ -37,14 +37,7 @@ from specsampling.results.meta import (
     require_own_meta,
     resumed_meta,
 )
-from specsampling.results.records import (
-    Row,
-    Source,
-    line_of,
-    prompt_hashes,
-    require_one_prompt,
-    rows_in,
-)
+from specsampling.results.records import Row, Source, line_of, require_one_prompt, rows_in
 from specsampling.results.scores import require_own_scores, scores_path
 
 
@@ -60,15 +53,13 @@ class RunFile:
     def open(cls, path: str | Path, meta: dict[str, Any], fresh: bool = False) -> RunFile:
         """Open a run to append to it, in a new file or where an earlier process stopped.
 
-        A last line that was torn by a kill is dropped, and rows that lacked memory, which are to be
-        made again. `meta` is written beside a new file;
-        a resumed one keeps its own, and with the first new row gains an entry in its list
-        `resumed`: what of `meta` is different this time (the date, a package's version).
+        A last line that was torn by a kill is dropped, and so are rows that lacked memory.
+        `meta` is written beside a new file. A resumed file keeps its own meta. With the first new
+        row this gains an entry in its list `resumed`: what is different in `meta`.
 
         Args:
             path: ends in `.jsonl`; its folder is made.
             meta: plain values; those of `meta.MUST_AGREE` must agree to resume.
-                If the hash does not, and there is a `config`, the error names the fields.
             fresh: drop the rows, meta and scores that are there.
 
         Raises:
@@ -92,7 +83,7 @@ class RunFile:
             clear_scratch(mine)
         if fresh:
             check_fresh(path)
-        require_own_companions(path)
+        _require_own_companions(path)
         data = b"" if fresh else file.readall()
         resumed = resumed_meta(path, meta) if data else None
         self.rows, num_bytes = rows_in(path, data)
@@ -109,16 +100,14 @@ class RunFile:
         self._is_meta_saved = not self.rows
         self._state = state_of(file.fileno())
         self._rewrite([row for row in self.rows if not row.lacked_memory])
-        self._hashes = prompt_hashes(path, self.rows)
+        self._hashes: dict[str, str] = {}
+        require_one_prompt(path, self.rows, self._hashes)
 
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
-        """Refuse to go on when the prompts or the data of rows that are there have changed since.
+        """Refuse to go on if the prompt or reference of a row that is there has changed since.
 
         Args:
             examples: id -> what its rows are made from now.
-
-        Raises:
-            RecordsError: a row was made from another prompt or reference.
         """
         for row in self.rows:
             now = examples.get(row.example_id, row.source)
@@ -141,7 +130,7 @@ class RunFile:
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
-        require_one_prompt(self._path, row, self._hashes)
+        require_one_prompt(self._path, [row], self._hashes)
         self._find(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:
@@ -153,7 +142,7 @@ class RunFile:
     def _write(self, rows: Sequence[Row]) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
-            write_all(self._file, b"".join(map(line_of, rows)))
+            write_all(self._file, _lines(rows))
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
@@ -163,31 +152,27 @@ class RunFile:
             self._state = state_of(self._file.fileno())
 
     def _find(self, *more: Row) -> None:
-        """Hold the open file against the path, before rows are added or put in order.
+        """Compare the open file with the one at the path, before rows are added or sorted.
 
-        An editor, `git checkout` or `mv` puts another file there. One with our rows, or with the
-        first of them, is written to from here on.
-
-        Args:
-            more: rows that are to be kept too, should there be another file, or none.
-
-        Raises:
-            RecordsError: there is; it names the file where this run's rows are now.
+        An editor, `git checkout` or `mv` puts another file there. If it holds our rows, or the
+        first of them, it is written to from here on. Otherwise our rows and `more` are kept in a
+        new file, which the RecordsError names.
         """
         if state_of(self._path) == self._state:
             return
-        what = "replaced or changed" if is_there(self._path) else "deleted"
-        if what != "deleted":
-            self._file.close()
+        self._file.close()
+        what = "deleted"
+        if is_there(self._path):
+            what = "replaced or changed"
             with suppress(OSError, RecordsError):
                 self._file = open_alone(self._path, "a+")
                 rows, num_bytes = rows_in(self._path, self._file.readall())
-                if [*map(line_of, rows)] == [*map(line_of, self.rows[: len(rows)])]:
+                if _lines(rows) == _lines(self.rows[: len(rows)]):
                     end_at(self._file, num_bytes)
                     self._write(self.rows[len(rows) :])
                     return
+            self._file.close()
         self._is_lost = True
-        self._file.close()
         if not (rows := [*self.rows, *more]):
             raise RecordsError(f"{self._path} was {what} while this run had it; start it again")
         kept = _keep(self._path, rows, self._meta)
@@ -197,13 +182,7 @@ class RunFile:
         )
 
     def note(self, **facts: Any) -> None:
-        """Add to the meta what is known only after rows were appended, if any were.
-
-        Where earlier processes have written rows, it goes into this one's entry in `resumed`.
-
-        Raises:
-            RecordsError: it cannot be written.
-        """
+        """Add facts to the meta once rows were appended; in a resumed file, to this run's entry."""
         if self._is_meta_saved and not self._is_lost:
             self._find()
             (self._meta["resumed"][-1] if "resumed" in self._meta else self._meta).update(facts)
@@ -211,11 +190,7 @@ class RunFile:
                 self._save_meta()
 
     def sort(self, order: Sequence[Key]) -> None:
-        """Put the rows into an order, all at once; those that it does not name come first.
-
-        Raises:
-            RecordsError: the file cannot be written.
-        """
+        """Put the rows into an order, all at once; those that it does not name come first."""
         places = {key: place for place, key in enumerate(order)}
         self._rewrite(sorted(self.rows, key=lambda row: places.get(row.key, -1)))
 
@@ -225,11 +200,9 @@ class RunFile:
             return
         self._find()
         with one_line_errors(self._path, "written"):
-            with replaced(self._path, b"".join(map(line_of, rows))) as file:
+            with replaced(self._path, _lines(rows)) as file:
                 self._file.close()
-            self._file = file
-            if file.closed:
-                self._file = open_alone(self._path)
+            self._file = open_alone(self._path) if file.closed else file
         self._state = state_of(self._file.fileno())
         self.rows = rows
         self.done = {row.key for row in rows}
@@ -260,13 +233,13 @@ class RunFile:
 def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
 
-    For before the minutes of loading; another process may still be faster than this one. Without
+    It saves the minutes of loading; another process may still be faster than this one. Without
     a `meta` the rows that are there are not looked at: they are to be dropped, or not known yet.
     """
     path = Path(path)
     with one_line_errors(path, "written"):
         require_plain(path)
-        require_own_companions(path)
+        _require_own_companions(path)
         require_writable_folder(path)  # the meta is written aside there, and moved
         if not is_there(path):
             return
@@ -289,12 +262,8 @@ def check_fresh(path: str | Path) -> None:
         ) from None
 
 
-def require_own_companions(path: Path) -> None:
-    """Refuse files with the names of a run's meta and scores that are none.
-
-    Raises:
-        RecordsError: a run in `path` would take their place.
-    """
+def _require_own_companions(path: Path) -> None:
+    """Refuse files with the names of a run's meta and scores that are none."""
     require_own_meta(path)
     require_own_scores(path)
 
@@ -310,13 +279,17 @@ def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> bytes:
 
 
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
-    """Put rows into a new file beside the one at `path`, with their meta; its path."""
+    """Put rows into a new file beside the one at `path`, with their meta; return its path."""
     for number in itertools.count(1):
         kept = path.with_name(f"{path.stem}.kept{number}.jsonl")
         with one_line_errors(kept, "written"), suppress(FileExistsError):
             with io.FileIO(kept, "x") as file:
-                write_all(file, b"".join(map(line_of, rows)))
+                write_all(file, _lines(rows))
                 os.fsync(file.fileno())
             replace_file(meta_path(kept), meta_bytes(meta))
             return kept
     raise AssertionError  # the count has no end
+
+
+def _lines(rows: Sequence[Row]) -> bytes:
+    return b"".join(map(line_of, rows))
