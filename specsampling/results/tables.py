@@ -16,18 +16,16 @@ import pandas as pd
 
 from specsampling.results import metrics
 from specsampling.results.audit import audit, describe_partings, partings
+from specsampling.results.lines import key_of
 from specsampling.results.records import Row, Run
 from specsampling.results.scores import Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
 
-TERMINAL_HEADERS = {  # the header's two lines
-    "method": ("", "method"),
-    "n": ("", "n"),
+TERMINAL_HEADERS = {  # the two lines of a header; another has its name on the second line
     "pass@1": ("pass@1", "[95%]"),
     "rouge1": ("rouge1", "[95%]"),
-    "tokens/s": ("", "tokens/s"),
     "speedup": ("speedup", "[95%]"),
     "end-to-end speedup": ("with", "prefill"),
     "draft acceptance rate": ("draft", "accepted"),
@@ -99,7 +97,12 @@ def summary_table(
     notes += _audit_notes(kept)
     for method, of_method in kept.items():
         if any(row.draft_call_seconds for row in of_method):
-            notes.append(_prediction(method, of_method))
+            notes.append(
+                f"{method}: alpha {metrics.per_token_acceptance(of_method):.1%}, a draft call "
+                f"takes {metrics.cost_ratio(of_method):.2f} of a target call; Leviathan et al., "
+                "Theorem 3.8, then expects a speedup of "
+                f"{metrics.predicted_speedup(of_method):.2f}"
+            )
     for other, differences in _differences(kept, scores or []).items():
         for name, difference in differences.items():
             if name not in ("rouge2", "rougeL"):
@@ -121,15 +124,6 @@ def _audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     if gaps := partings(rows.get(BASELINE, []), rows.get("reference", [])):
         notes.append(f"{BASELINE}: {describe_partings(gaps, len(rows[BASELINE]))}")
     return notes
-
-
-def _prediction(method: str, rows: Sequence[Row]) -> str:
-    """Say what theory expects of a method's acceptance and the cost of its draft."""
-    return (
-        f"{method}: alpha {metrics.per_token_acceptance(rows):.1%}, a draft call takes "
-        f"{metrics.cost_ratio(rows):.2f} of a target call; Leviathan et al., Theorem 3.8, then "
-        f"expects a speedup of {metrics.predicted_speedup(rows):.2f}"
-    )
 
 
 def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
@@ -298,13 +292,8 @@ versions: {versions}"""
 
 
 def rows_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found = {row.method for row in rows}
-    others = sorted(found - set(METHODS))
-    return {
-        method: [row for row in rows if row.method == method]
-        for method in (*METHODS, *others)
-        if method in found
-    }
+    groups = metrics.grouped((row.method, row) for row in rows)
+    return {method: groups[method] for method in (*METHODS, *sorted(groups)) if method in groups}
 
 
 def shared_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -327,11 +316,7 @@ def _is_rouge(scores: Scores) -> bool:
 def scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
     """Return the scores of `rows`, whichever kind they are."""
     keys = {row.key for row in rows}
-    return [
-        score
-        for score in scores
-        if (score["example_id"], score["method"], score["sample_index"]) in keys
-    ]
+    return [score for score in scores if key_of(score) in keys]
 
 
 def _quality_columns(rows: Sequence[Row], scores: Scores) -> dict[str, float]:
