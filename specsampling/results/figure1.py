@@ -14,17 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from specsampling.config import SPECULATIVE
-from specsampling.results import metrics
+from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure
 from specsampling.results.records import Row, Run
-from specsampling.results.tables import (
-    BASELINE,
-    aligned,
-    as_text,
-    formatted,
-    interval_columns,
-    shared_rows,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,8 +45,8 @@ def figure1_paths(folder: str | Path) -> dict[str, Path]:
 
 def over_k(run: Run) -> pd.DataFrame:
     """Make a table of a line per K, from 0 (the baseline), over the examples that all have."""
-    rows = shared_rows(run.rows)
-    by_k = {0: rows.get(BASELINE, [])}
+    rows = tables.shared_rows(run.rows)
+    by_k = {0: rows.get(tables.BASELINE, [])}
     for method, of_method in rows.items():
         found = SPECULATIVE.fullmatch(method)
         if found and (found.group("k") or "auto") != "auto":
@@ -64,7 +56,7 @@ def over_k(run: Run) -> pd.DataFrame:
     for k, of_k in sorted(by_k.items()):
         line: dict[str, Any] = {"K": k, "n": len(of_k)}
         line["ms/token"] = 1000 / metrics.tokens_per_second(of_k)
-        line |= interval_columns("speedup", metrics.speedup(by_k[0], of_k).of_totals)
+        line |= tables.interval_columns("speedup", metrics.speedup(by_k[0], of_k).of_totals)
         if k:
             line |= _cycle_columns(of_k)
             line["predicted"] = metrics.predicted_speedup(of_k)
@@ -95,21 +87,12 @@ def found_k(run: Run) -> metrics.Interval | None:
 
     K = 0 is left out: the baseline calls the target with one row, and a method that drafts cannot.
     """
-    rows = shared_rows(run.rows)
+    rows = tables.shared_rows(run.rows)
     if AUTO not in rows:
         return None
     table = over_k(run)
     best = best_k(table[table["K"] > 0])
     return metrics.speedup(rows[f"speculative@{best}"], rows[AUTO]).of_totals
-
-
-def loop_line(table: pd.DataFrame) -> tuple[float, float, float]:
-    """Fit a line to loop time over K: milliseconds at K = 0, milliseconds per K, R squared."""
-    from scipy.stats import linregress
-
-    drafting = table[table["K"] > 0]
-    fit = linregress(drafting["K"], drafting["loop ms"])
-    return float(fit.intercept), float(fit.slope), float(fit.rvalue) ** 2
 
 
 def best_k(table: pd.DataFrame) -> int:
@@ -119,19 +102,22 @@ def best_k(table: pd.DataFrame) -> int:
 
 def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
     """Turn the table of `over_k` into text."""
-    return formatted(table, FORMATS)
+    return tables.formatted(table, FORMATS)
 
 
 def describe_cell(cell: str, run: Run) -> str:
     """Say in one line where a cell is fastest."""
     table = over_k(run)
     best = table.set_index("K").loc[best_k(table)]
-    line = f"{cell}: fastest at K = {best.name}, {as_text('speedup', best['speedup'])}"
+    line = f"{cell}: fastest at K = {best.name}, {tables.as_text('speedup', best['speedup'])}"
     if found := found_k(run):
         line += f"; K found while decoding: {found:.2f} of the best fixed K's pace"
     if len(table) > 3:
-        intercept, slope, fit = loop_line(table)
-        line += f"; loop time {intercept:.1f} + {slope:.2f} K ms (R^2 {fit:.3f})"
+        from scipy.stats import linregress
+
+        drafting = table[table["K"] > 0]
+        fit = linregress(drafting["K"], drafting["loop ms"])
+        line += f"; loop time {fit.intercept:.1f} + {fit.slope:.2f} K ms (R^2 {fit.rvalue**2:.3f})"
     return line
 
 
@@ -139,7 +125,7 @@ def format_figure1(runs: Mapping[str, Run]) -> str:
     """Format every cell's table for a terminal, and explain the columns."""
     lines = []
     for cell, run in runs.items():
-        lines += [describe_cell(cell, run), *aligned(figure1_table(over_k(run)))]
+        lines += [describe_cell(cell, run), *tables.aligned(figure1_table(over_k(run)))]
     return "\n".join([*lines, "", *NOTES])
 
 
@@ -162,7 +148,7 @@ def figure1(runs: Mapping[str, Run]) -> Figure:
             axes.plot(table["K"], table[column], line, label=cell, **style)
         measured = table["ms/token"] * table["measured / predicted"]
         panels[0].plot(table["K"], measured, ":", color=colour)
-        if found := shared_rows(run.rows).get(AUTO):
+        if found := tables.shared_rows(run.rows).get(AUTO):
             num_drafted = [k for row in found for k in row.drafted] or [0]
             milliseconds = 1000 / metrics.tokens_per_second(found)
             panels[0].plot([fmean(num_drafted)], [milliseconds], "*", color=colour, markersize=11)

@@ -12,17 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from specsampling.config import SPECULATIVE
-from specsampling.results import metrics
+from specsampling.results import metrics, tables
 from specsampling.results.figure1 import CELLS
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure
 from specsampling.results.records import Run
-from specsampling.results.tables import (
-    BASELINE,
-    aligned,
-    formatted,
-    interval_columns,
-    shared_rows,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,14 +38,14 @@ def methods_table(run: Run) -> pd.DataFrame:
 
     A K found while decoding is also compared with the fastest fixed K of its draft and rule.
     """
-    rows = shared_rows(run.rows)
+    rows = tables.shared_rows(run.rows)
     parts = {method: _parts(method, run.meta["config"]["speculation"]) for method in rows}
     lines = []
     for method, of_method in rows.items():
         line: dict[str, Any] = dict(zip(("draft", "K", "rule"), parts[method], strict=True))
         line |= {"n": len(of_method), "tokens/s": metrics.tokens_per_second(of_method)}
-        line |= interval_columns(
-            "speedup", metrics.speedup(rows.get(BASELINE, []), of_method).of_totals
+        line |= tables.interval_columns(
+            "speedup", metrics.speedup(rows.get(tables.BASELINE, []), of_method).of_totals
         )
         line["tokens/call"] = metrics.block_efficiency(of_method)
         line["accepted"] = metrics.draft_acceptance_rate(of_method)
@@ -62,7 +55,9 @@ def methods_table(run: Run) -> pd.DataFrame:
             if parts[method] == (draft, "auto", rule) and k != "auto"
         ]
         fastest = max(fixed, key=metrics.tokens_per_second, default=[])
-        line |= interval_columns(AUTO_OVER_FIXED, metrics.speedup(fastest, of_method).of_totals)
+        line |= tables.interval_columns(
+            AUTO_OVER_FIXED, metrics.speedup(fastest, of_method).of_totals
+        )
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -79,12 +74,12 @@ def _parts(method: str, speculation: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def methods_text(table: pd.DataFrame) -> pd.DataFrame:
     """Turn a `methods_table` into text."""
-    return formatted(table, FORMATS)
+    return tables.formatted(table, FORMATS)
 
 
 def format_methods(table: pd.DataFrame) -> str:
     """Format a `methods_table` for a terminal."""
-    return "\n".join(aligned(methods_text(table)))
+    return "\n".join(tables.aligned(methods_text(table)))
 
 
 def methods_figure(table: pd.DataFrame, title: str) -> Figure:

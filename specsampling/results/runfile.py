@@ -14,21 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specsampling.results.files import (
-    RecordsError,
-    clear_scratch,
-    end_at,
-    is_there,
-    one_line_errors,
-    open_alone,
-    read_file,
-    replace_file,
-    replaced,
-    require_plain,
-    require_writable_folder,
-    state_of,
-    write_all,
-)
+from specsampling.results import files
+from specsampling.results.files import RecordsError, is_there, one_line_errors, open_alone
 from specsampling.results.lines import Key
 from specsampling.results.meta import (
     START_OVER,
@@ -68,7 +55,7 @@ class RunFile:
         """
         path = Path(path)
         with one_line_errors(path, "written"):
-            require_plain(path)
+            files.require_plain(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open_alone(path)
             try:
@@ -80,7 +67,7 @@ class RunFile:
     def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
         """Take over a file that was just opened; `RunFile.open` is the way in."""
         for mine in (path, meta_path(path), scores_path(path)):
-            clear_scratch(mine)
+            files.clear_scratch(mine)
         if fresh:
             check_fresh(path)
         _require_own_companions(path)
@@ -91,14 +78,14 @@ class RunFile:
         self._file = file
         self._is_lost = False
         if self.rows:
-            end_at(file, num_bytes)
-            self._meta_there = read_file(meta_path(path))
+            files.end_at(file, num_bytes)
+            self._meta_there = files.read_file(meta_path(path))
         else:
             self._meta_there = _start_over(path, file, meta)
         self.done = {row.key for row in self.rows}
         self._meta = resumed if self.rows and resumed else dict(meta)
         self._is_meta_saved = not self.rows
-        self._state = state_of(file.fileno())
+        self._state = files.state_of(file.fileno())
         self._rewrite([row for row in self.rows if not row.lacked_memory])
         self._hashes: dict[str, str] = {}
         require_one_prompt(path, self.rows, self._hashes)
@@ -142,14 +129,14 @@ class RunFile:
     def _write(self, rows: Sequence[Row]) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
-            write_all(self._file, _lines(rows))
+            files.write_all(self._file, _lines(rows))
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
                 self._file.truncate(end)
             raise
         finally:
-            self._state = state_of(self._file.fileno())
+            self._state = files.state_of(self._file.fileno())
 
     def _find(self, *more: Row) -> None:
         """Compare the open file with the one at the path, before rows are added or sorted.
@@ -158,7 +145,7 @@ class RunFile:
         first of them, it is written to from here on. Otherwise our rows and `more` are kept in a
         new file, which the RecordsError names.
         """
-        if state_of(self._path) == self._state:
+        if files.state_of(self._path) == self._state:
             return
         self._file.close()
         what = "deleted"
@@ -168,7 +155,7 @@ class RunFile:
                 self._file = open_alone(self._path, "a+")
                 rows, num_bytes = rows_in(self._path, self._file.readall())
                 if _lines(rows) == _lines(self.rows[: len(rows)]):
-                    end_at(self._file, num_bytes)
+                    files.end_at(self._file, num_bytes)
                     self._write(self.rows[len(rows) :])
                     return
             self._file.close()
@@ -200,22 +187,22 @@ class RunFile:
             return
         self._find()
         with one_line_errors(self._path, "written"):
-            with replaced(self._path, _lines(rows)) as file:
+            with files.replaced(self._path, _lines(rows)) as file:
                 self._file.close()
             self._file = open_alone(self._path) if file.closed else file
-        self._state = state_of(self._file.fileno())
+        self._state = files.state_of(self._file.fileno())
         self.rows = rows
         self.done = {row.key for row in rows}
 
     def _save_meta(self) -> None:
         """Put the meta beside the rows, in place of what this process has read or put there."""
         beside, data = meta_path(self._path), meta_bytes(self._meta)
-        if is_there(beside) and read_file(beside) not in (b"", self._meta_there):
+        if is_there(beside) and files.read_file(beside) not in (b"", self._meta_there):
             raise RecordsError(
                 f"{beside} was changed while this run had it; move it away, and the same command "
                 "goes on"
             )
-        replace_file(beside, data)
+        files.replace_file(beside, data)
         self._meta_there = data
         self._is_meta_saved = True
 
@@ -238,9 +225,9 @@ def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     """
     path = Path(path)
     with one_line_errors(path, "written"):
-        require_plain(path)
+        files.require_plain(path)
         _require_own_companions(path)
-        require_writable_folder(path)  # the meta is written aside there, and moved
+        files.require_writable_folder(path)  # the meta is written aside there, and moved
         if not is_there(path):
             return
         with open_alone(path, "r+") as file:
@@ -254,7 +241,7 @@ def check_fresh(path: str | Path) -> None:
     path = Path(path)
     try:
         if path.is_file():
-            rows_in(path, read_file(path))
+            rows_in(path, files.read_file(path))
     except RecordsError as error:
         raise RecordsError(
             f"{path} holds what is no row of a run, and --fresh would delete it ({error}); choose "
@@ -271,7 +258,7 @@ def _require_own_companions(path: Path) -> None:
 def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> bytes:
     """Drop the rows that are there and their scores, once the new meta is sure to be written."""
     data = meta_bytes(meta)
-    with replaced(meta_path(path), data) as new:
+    with files.replaced(meta_path(path), data) as new:
         file.truncate(0)
         scores_path(path).unlink(missing_ok=True)
     new.close()
@@ -284,9 +271,9 @@ def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
         kept = path.with_name(f"{path.stem}.kept{number}.jsonl")
         with one_line_errors(kept, "written"), suppress(FileExistsError):
             with io.FileIO(kept, "x") as file:
-                write_all(file, _lines(rows))
+                files.write_all(file, _lines(rows))
                 os.fsync(file.fileno())
-            replace_file(meta_path(kept), meta_bytes(meta))
+            files.replace_file(meta_path(kept), meta_bytes(meta))
             return kept
     raise AssertionError  # the count has no end
 

@@ -13,22 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from specsampling.results import metrics
+from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure
 from specsampling.results.records import Run
-from specsampling.results.tables import (
-    BASELINE,
-    METHODS,
-    aligned,
-    as_text,
-    describe_sampling,
-    interval_columns,
-    interval_names,
-    printable,
-    scores_of,
-    shared_rows,
-    summary_table,
-)
+from specsampling.results.tables import as_text, interval_columns, interval_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,9 +50,9 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
     for run in runs:
         config = run.meta["config"]
         measure = "pass@1" if config["xsum"] is None else "rouge2"
-        sampling = describe_sampling(config["sampling"])
-        rows = [row for row in run.rows if row.method in METHODS]
-        part = summary_table(rows, run.scores, sampling)
+        sampling = tables.describe_sampling(config["sampling"])
+        rows = [row for row in run.rows if row.method in tables.METHODS]
+        part = tables.summary_table(rows, run.scores, sampling)
         notes += [f"{TABLE1_MEASURES[measure]}, {sampling}: {n}" for n in part.attrs["notes"]]
         part["benchmark"] = TABLE1_MEASURES[measure]
         part["ms/token"] = 1000 / part["tokens/s"]
@@ -103,7 +91,7 @@ def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
         {"this run": table.set_index(TABLE1_KEYS), PAPER: paper_table1().set_index(TABLE1_KEYS)},
         names=["source"],
     )
-    text = printable(both)
+    text = tables.printable(both)
     for position, (name, suffix) in enumerate({"result": "", "difference": " difference"}.items()):
         rouge2, passed = text.pop(f"rouge2{suffix}"), text.pop(f"pass@1{suffix}")
         text.insert(position + 1, name, rouge2.where(rouge2 != "-", passed))
@@ -113,7 +101,7 @@ def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
 def format_table1(table: pd.DataFrame) -> str:
     """Format a `table1` for a terminal, with headings, and the paper's own below it."""
     text = table1_beside_paper(table).reset_index()
-    first, second, rule, *lines = aligned(text.drop(columns=TABLE1_HEADINGS))
+    first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS))
     shown, above = [first, second], ("", "", "")
     headings = text[TABLE1_HEADINGS].itertuples(index=False, name=None)
     for line, heading in zip(lines, headings, strict=True):
@@ -137,24 +125,11 @@ def table1_figure(table: pd.DataFrame) -> Figure:
     positions = np.arange(len(ours))
     bounds = [ours["speedup"] - ours["speedup low"], ours["speedup high"] - ours["speedup"]]
     figure, axes = new_figure()
-    axes.errorbar(
-        ours["speedup"],
-        positions,
-        xerr=np.nan_to_num(bounds),
-        fmt="D",
-        color=DARK,
-        capsize=4,
-        label="this run, with its 95% interval",
-    )
-    axes.plot(
-        paper["speedup"],
-        positions + 0.25,
-        "s",
-        color=MIDDLE,
-        markerfacecolor="white",
-        markersize=8,
-        label="the paper's, on its own models and hardware",
-    )
+    style = {"fmt": "D", "color": DARK, "capsize": 4, "label": "this run, with its 95% interval"}
+    axes.errorbar(ours["speedup"], positions, xerr=np.nan_to_num(bounds), **style)
+    style = {"color": MIDDLE, "markerfacecolor": "white", "markersize": 8}
+    label = "the paper's, on its own models and hardware"
+    axes.plot(paper["speedup"], positions + 0.25, "s", label=label, **style)
     for position, speedup, published in zip(positions, ours["speedup"], paper["speedup"]):
         label = as_text("speedup", speedup)
         axes.annotate(label, (speedup, position - 0.1), ha="center", va="bottom")
@@ -177,13 +152,11 @@ def table1_figure(table: pd.DataFrame) -> Figure:
 def _quality_differences(run: Run, measure: str) -> pd.DataFrame:
     """Tell by method how much higher the paper's measure is than the baseline's."""
     scored = {
-        method: scores_of(rows, run.scores or []) for method, rows in shared_rows(run.rows).items()
+        method: tables.scores_of(rows, run.scores or [])
+        for method, rows in tables.shared_rows(run.rows).items()
     }
-    baseline = scored.pop(BASELINE, [])
-    lines = {
-        method: interval_columns(
-            f"{measure} difference", metrics.quality_difference(scores, baseline, measure)
-        )
-        for method, scores in scored.items()
-    }
+    baseline, lines = scored.pop(tables.BASELINE, []), {}
+    for method, scores in scored.items():
+        difference = metrics.quality_difference(scores, baseline, measure)
+        lines[method] = interval_columns(f"{measure} difference", difference)
     return pd.DataFrame.from_dict(lines, orient="index")
