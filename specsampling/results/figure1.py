@@ -56,7 +56,7 @@ def over_k(run: Run) -> pd.DataFrame:
     for k, of_k in sorted(by_k.items()):
         line: dict[str, Any] = {"K": k, "n": len(of_k)}
         line["ms/token"] = 1000 / metrics.tokens_per_second(of_k)
-        line |= tables.interval_columns("speedup", metrics.speedup(by_k[0], of_k).of_totals)
+        line |= tables.speedup_columns("speedup", by_k[0], of_k)
         if k:
             line |= _cycle_columns(of_k)
             line["predicted"] = metrics.predicted_speedup(of_k)

@@ -81,10 +81,7 @@ def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
 
 
 def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
-    """Return a file's device, number, size and time of writing, or None if there is no file.
-
-    Equal states say that the file is as it was left.
-    """
+    """Return what changes with a file: device, number, size, time of writing; None for none."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
@@ -97,10 +94,8 @@ def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
     """Write a whole file aside, and move it into place after the block.
 
     At any moment either the old or the new one is there, and the block runs only if the new one
-    could be written. A link stays, and the file that it leads to is replaced.
-
-    Yields:
-        The new file, locked before anybody else can see it; it stays open if the block ends well.
+    could be written. A link stays, and the file that it leads to is replaced. The new file is
+    yielded, locked before anybody else can see it, and stays open if the block ends well.
     """
     path = Path(os.path.realpath(path))
     scratch = scratch_path(path)

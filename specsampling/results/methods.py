@@ -44,9 +44,7 @@ def methods_table(run: Run) -> pd.DataFrame:
     for method, of_method in rows.items():
         line: dict[str, Any] = dict(zip(("draft", "K", "rule"), parts[method], strict=True))
         line |= {"n": len(of_method), "tokens/s": metrics.tokens_per_second(of_method)}
-        line |= tables.interval_columns(
-            "speedup", metrics.speedup(rows.get(tables.BASELINE, []), of_method).of_totals
-        )
+        line |= tables.speedup_columns("speedup", rows.get(tables.BASELINE, []), of_method)
         line["tokens/call"] = metrics.block_efficiency(of_method)
         line["accepted"] = metrics.draft_acceptance_rate(of_method)
         fixed = [
@@ -55,9 +53,7 @@ def methods_table(run: Run) -> pd.DataFrame:
             if parts[method] == (draft, "auto", rule) and k != "auto"
         ]
         fastest = max(fixed, key=metrics.tokens_per_second, default=[])
-        line |= tables.interval_columns(
-            AUTO_OVER_FIXED, metrics.speedup(fastest, of_method).of_totals
-        )
+        line |= tables.speedup_columns(AUTO_OVER_FIXED, fastest, of_method)
         lines.append(line)
     return pd.DataFrame(lines)
 

@@ -41,17 +41,17 @@ class RunFile:
         """Open a run to append to it, in a new file or where an earlier process stopped.
 
         A last line that was torn by a kill is dropped, and so are rows that lacked memory.
-        `meta` is written beside a new file. A resumed file keeps its own meta. With the first new
-        row this gains an entry in its list `resumed`: what is different in `meta`.
+        `meta` is written beside a new file. A resumed file keeps its own meta, which must agree
+        with `meta` in `meta.MUST_AGREE`; the differences join its list `resumed`.
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: plain values; those of `meta.MUST_AGREE` must agree to resume.
+            meta: plain values.
             fresh: drop the rows, meta and scores that are there.
 
         Raises:
-            RecordsError: the rows are another configuration's, or broken, or without a meta;
-                another process has the file open; it cannot be written.
+            RecordsError: the rows cannot go on under `meta`, another process has the file open,
+                or it cannot be written.
         """
         path = Path(path)
         with one_line_errors(path, "written"):
@@ -91,11 +91,7 @@ class RunFile:
         require_one_prompt(path, self.rows, self._hashes)
 
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
-        """Refuse to go on if the prompt or reference of a row that is there has changed since.
-
-        Args:
-            examples: id -> what its rows are made from now.
-        """
+        """Refuse to go on if a row was made from another source than `examples` (by id) has."""
         for row in self.rows:
             now = examples.get(row.example_id, row.source)
             what, causes = "reference", "the data"
@@ -112,8 +108,8 @@ class RunFile:
         """Write a row; it is on the disk when this returns.
 
         Raises:
-            RecordsError: its key is there already, or it cannot be written (the disk is
-                full, say), and then no part of it stays in the file.
+            RecordsError: its key is there already, or it cannot be written as a whole; then no
+                part of it stays in the file.
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
@@ -220,8 +216,7 @@ class RunFile:
 def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
 
-    It saves the minutes of loading; another process may still be faster than this one. Without
-    a `meta` the rows that are there are not looked at: they are to be dropped, or not known yet.
+    Without a `meta` the rows that are there are not looked at.
     """
     path = Path(path)
     with one_line_errors(path, "written"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, cast, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from specsampling.results.files import RecordsError, one_line_errors, read_file, replace_file
 from specsampling.results.lines import is_torn, line_of, parse
@@ -54,9 +54,9 @@ def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
     """Read the scores of the rows in `path`; the first line says of which kind they are."""
     beside = scores_path(path)
     data = read_file(beside)
-    if b'"rouge1"' in data.partition(b"\n")[0]:
-        return cast("list[RougeScore]", parse(beside, data, get_type_hints(RougeScore))[0])
-    return cast("list[Score]", parse(beside, data, get_type_hints(Score))[0])
+    kind = RougeScore if b'"rouge1"' in data.partition(b"\n")[0] else Score
+    scores: Any = parse(beside, data, get_type_hints(kind))[0]
+    return scores
 
 
 def require_own_scores(path: str | Path) -> None:

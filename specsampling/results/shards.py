@@ -23,7 +23,6 @@ from specsampling.results.runfile import RunFile, check_output
 
 Left = tuple[dict[str, Any], list[Row]]  # a shard's meta and rows
 
-
 # Names that a run gives to the files beside its rows.
 COMPANION = re.compile(r"\.(scores|rank\d+)\.jsonl$", re.IGNORECASE)
 
@@ -77,7 +76,7 @@ class Shard:
         ranks: Ranks,
         device: str,
     ):
-        """Open this rank's file; an earlier run's was taken in before.
+        """Open this rank's file; `take_in` has emptied the one of an earlier run.
 
         Args:
             output: the run's file.
@@ -166,15 +165,10 @@ def left_shards(output: Path) -> list[Path]:
 
 
 def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
-    """Put what a run that was stopped has left in shards into its file, from every machine.
+    """Put the rows of shards that a stopped run has left into its file, from every machine.
 
-    Args:
-        output: the whole file.
-        ranks: this process among several; None for the only one.
-        fresh: delete the shards instead.
-
-    Returns:
-        Whether rows were put there, as rank 0 knows it.
+    With `fresh` the shards are deleted instead. On rank 0 the result tells whether rows were put
+    there. `ranks` is None for the only process.
     """
     found = False
     if ranks is None or ranks.index == 0:

@@ -45,17 +45,15 @@ FORMATS: dict[str, str] = {  # of a column's numbers, where they are not two pla
     "n": ".0f",
 }
 
-PUBLISHED = {  # by the earlier attempt at this reproduction: autoregressive, speculative
-    "xsum": {
-        "rouge1": [0.160, 0.159],
-        "speedup": [math.nan, 1.84],
-        "draft acceptance rate": [math.nan, 0.32],
-    },
-    "humaneval": {
-        "pass@1": [0.35, 0.40],
-        "speedup": [math.nan, 2.52],
-        "draft acceptance rate": [math.nan, 0.75],
-    },
+PUBLISHED = {  # by the earlier attempt at this reproduction: a line per method
+    "xsum": [
+        {"method": "autoregressive", "rouge1": 0.160},
+        {"method": "speculative", "rouge1": 0.159, "speedup": 1.84, "draft acceptance rate": 0.32},
+    ],
+    "humaneval": [
+        {"method": "autoregressive", "pass@1": 0.35},
+        {"method": "speculative", "pass@1": 0.40, "speedup": 2.52, "draft acceptance rate": 0.75},
+    ],
 }
 
 
@@ -84,7 +82,13 @@ def summary_table(
             line |= _quality_columns(of_method, scores)
             if (num_scored := len(scores_of(of_method, scores))) < len(of_method):
                 notes.append(f"{method}: only {num_scored} of {len(of_method)} rows are scored")
-        line |= _speed_columns(of_method, kept.get(BASELINE, []))
+        baseline = kept.get(BASELINE, [])
+        line["tokens/s"] = metrics.tokens_per_second(of_method)
+        line |= speedup_columns("speedup", baseline, of_method)
+        line |= speedup_columns("end-to-end speedup", baseline, of_method, with_prefill=True)
+        line["draft acceptance rate"] = metrics.draft_acceptance_rate(of_method)
+        line["block efficiency"] = metrics.block_efficiency(of_method)
+        line["time outside forwards"] = metrics.overhead_share(of_method)
         line["identical outputs"] = ""
         # Under sampling each method has a random stream of its own: texts must differ.
         is_greedy = sampling in ("", "greedy")
@@ -106,7 +110,7 @@ def summary_table(
     for other, differences in _differences(kept, scores or []).items():
         for name, difference in differences.items():
             if name not in ("rouge2", "rougeL"):
-                text = _interval_text(f"{name} difference", *astuple(difference))
+                text = _interval_text(f"{name} difference", difference)
                 notes.append(f"{name}, speculative less {other}: {text}")
     if errors := [row for row in rows if row.error]:
         notes.append(f"{len(errors)} texts ended in an error; the first: {errors[0].error}")
@@ -150,23 +154,18 @@ def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
         if (scores := parts[name][0].scores) is not None:
             line |= _quality_columns(rows, scores)
         line["tokens/s"] = metrics.tokens_per_second(rows)
-        line |= interval_columns(
-            "speedup", metrics.speedup(kept["the target alone"], rows).of_totals
-        )
+        line |= speedup_columns("speedup", kept["the target alone"], rows)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
     """Return a task's figures as the earlier attempt at this reproduction published them."""
-    return pd.DataFrame({"method": ["autoregressive", "speculative"], **PUBLISHED[task]})
+    return pd.DataFrame(PUBLISHED[task])
 
 
 def rouge_difference_table(rows: Sequence[Row], scores: Scores) -> pd.DataFrame:
-    """Compare the ROUGE of the speculative outputs with each other method's, paired by sample.
-
-    The difference from `reference` must be 0 in a greedy run.
-    """
+    """Compare the ROUGE of the speculative outputs with each other method's, by sample."""
     lines = []
     for other, differences in _differences(shared_rows(rows), scores).items():
         line: dict[str, Any] = {"speculative less": other}
@@ -209,8 +208,7 @@ def printable(table: pd.DataFrame) -> pd.DataFrame:
         if name.endswith((" low", " high")):
             continue
         if f"{name} low" in table:
-            intervals = zip(*(table[part] for part in interval_names(name)), strict=True)
-            columns[name] = [_interval_text(name, *interval) for interval in intervals]
+            columns[name] = [_interval_text(name, interval) for interval in _intervals(table, name)]
         else:
             columns[name] = [as_text(name, value) for value in table[name]]
     return pd.DataFrame(columns, index=table.index)
@@ -224,13 +222,16 @@ def formatted(table: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:
     text = {}
     for name, spec in formats.items():
         if f"{name} low" in table:
-            lines = table[interval_names(name)].itertuples(index=False)
-            values: Any = [metrics.Interval(*line) for line in lines]
-            empty, name = table[name].isna(), f"{name} [95%]"
+            values, heading = _intervals(table, name), f"{name} [95%]"
         else:
-            values, empty = table[name], table[name].isna()
-        text[name] = ["" if no else format(value, spec) for value, no in zip(values, empty)]
+            values, heading = list(table[name]), name
+        pairs = zip(values, table[name].isna())
+        text[heading] = ["" if is_empty else format(value, spec) for value, is_empty in pairs]
     return pd.DataFrame(text)
+
+
+def _intervals(table: pd.DataFrame, name: str) -> list[Any]:
+    return [metrics.Interval(*line) for line in table[interval_names(name)].itertuples(index=False)]
 
 
 def format_table(table: pd.DataFrame) -> str:
@@ -345,17 +346,12 @@ def _differences(
     }
 
 
-def _speed_columns(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float]:
-    decode = metrics.speedup(baseline, rows)
-    end_to_end = metrics.speedup(baseline, rows, with_prefill=True)
-    return {
-        "tokens/s": metrics.tokens_per_second(rows),
-        **interval_columns("speedup", decode.of_totals),
-        **interval_columns("end-to-end speedup", end_to_end.of_totals),
-        "draft acceptance rate": metrics.draft_acceptance_rate(rows),
-        "block efficiency": metrics.block_efficiency(rows),
-        "time outside forwards": metrics.overhead_share(rows),
-    }
+def speedup_columns(
+    name: str, baseline: Sequence[Row], rows: Sequence[Row], *, with_prefill: bool = False
+) -> dict[str, float]:
+    """Make the columns of a ratio of totals, with its bounds."""
+    compared = metrics.speedup(baseline, rows, with_prefill=with_prefill)
+    return interval_columns(name, compared.of_totals)
 
 
 def interval_columns(name: str, interval: metrics.Interval) -> dict[str, float]:
@@ -366,10 +362,10 @@ def interval_names(name: str) -> list[str]:
     return [name, f"{name} low", f"{name} high"]
 
 
-def _interval_text(name: str, estimate: float, low: float, high: float) -> str:
+def _interval_text(name: str, interval: metrics.Interval) -> str:
     """Write an estimate of column `name`, and its bounds if it has any."""
-    bounds = "" if math.isnan(low) else f" [{as_text(name, low)}, {as_text(name, high)}]"
-    return as_text(name, estimate) + bounds
+    estimate, low, high = (as_text(name, value) for value in astuple(interval))
+    return estimate if math.isnan(interval.low) else f"{estimate} [{low}, {high}]"
 
 
 def as_text(name: str, value: Any) -> str:
