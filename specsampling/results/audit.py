@@ -22,21 +22,16 @@ POWER = 0.95
 
 @dataclass(frozen=True)
 class SampledAudit:
-    """The tests of one method's sampled tokens.
+    """The tests of one method's sampled tokens, with their p-values.
 
-    Attributes:
-        num_tokens: all of them.
-        num_impossible: those with target probability 0.
-        uniform_p: p-value of the test that the transforms are uniform.
-        serial_p: p-value of the test that neighbouring tokens' transforms are uncorrelated.
-        noticeable: an error of a cumulated probability that is noticed with probability `POWER`
-            (Dvoretzky-Kiefer-Wolfowitz).
+    `noticeable` is an error of a cumulated probability that is noticed with probability `POWER`
+    (Dvoretzky-Kiefer-Wolfowitz).
     """
 
     num_tokens: int
-    num_impossible: int
-    uniform_p: float
-    serial_p: float
+    num_impossible: int  # with target probability 0
+    uniform_p: float  # that the transforms are uniform
+    serial_p: float  # that neighbouring tokens' transforms are uncorrelated
     noticeable: float
 
     @property

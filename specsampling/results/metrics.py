@@ -46,18 +46,14 @@ class Interval:
 class Speedup:
     """How many times fewer seconds per token a method takes than a baseline.
 
-    Attributes:
-        of_totals: total baseline seconds per token / total method seconds per token.
-        mean_of_ratios: mean of `per_problem`. It weighs a two-token answer like a
-            long one, so it is shown beside `of_totals` and never instead of it.
-        per_problem: example id -> ratio, where both methods made a token.
-        num_compared: (example, sample) pairs that both methods have.
+    `mean_of_ratios` weighs a two-token answer like a long one, so it is shown beside
+    `of_totals` and never instead of it.
     """
 
-    of_totals: Interval
-    mean_of_ratios: Interval
-    per_problem: dict[str, float]
-    num_compared: int
+    of_totals: Interval  # of baseline seconds per token / method seconds per token
+    mean_of_ratios: Interval  # mean of `per_problem`
+    per_problem: dict[str, float]  # example id -> ratio, where both methods made a token
+    num_compared: int  # (example, sample) pairs that both methods have
 
 
 def draft_acceptance_rate(rows: Iterable[Row]) -> float:
@@ -119,8 +115,7 @@ def predicted_speedup(rows: Sequence[Row]) -> float:
 def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
     """Count the cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
 
-    Returns:
-        [K + 1] counts, K being the most tokens that any cycle drafted.
+    There are [K + 1] counts, K being the most tokens that any cycle drafted.
     """
     cycles = _cycles(rows)
     drafting = cycles[cycles[:, 1] > 0]
@@ -179,11 +174,9 @@ def speedup(
 
 
 def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
-    """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374).
+    """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374), by k.
 
-    Returns:
-        k -> pass@k, for those `ks` that every problem has enough samples for, and for the
-        largest k that they have.
+    It is given for those `ks` that every problem has enough samples for, and for the largest k.
     """
     largest = min(Counter(score["example_id"] for score in scores).values(), default=0)
     return {
