@@ -39,7 +39,6 @@ NOTES = (
 
 
 def figure1_paths(folder: str | Path) -> dict[str, Path]:
-    """Return the file of each cell's rows."""
     return {cell: Path(folder, "figure1", f"{cell}.jsonl") for cell in CELLS}
 
 
@@ -96,12 +95,10 @@ def found_k(run: Run) -> metrics.Interval | None:
 
 
 def best_k(table: pd.DataFrame) -> int:
-    """Return the K of the least time per token."""
     return int(table["K"].iloc[int(table["ms/token"].argmin())])
 
 
 def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Turn the table of `over_k` into text."""
     return tables.formatted(table, FORMATS)
 
 

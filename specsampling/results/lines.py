@@ -44,7 +44,6 @@ def unsealed(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def line_of(values: Mapping[str, Any]) -> bytes:
-    """Write an object as a line of ours."""
     return json.dumps(sealed(values)).encode() + b"\n"
 
 

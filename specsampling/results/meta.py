@@ -27,7 +27,6 @@ START_OVER = "start over with --fresh, or choose another file with --output"
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """Read what the rows in `path` were made with."""
     beside = meta_path(Path(path))
     data = read_file(beside)
     meta = None

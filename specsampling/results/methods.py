@@ -29,7 +29,6 @@ FILLS = {"token": DARK, "block": MIDDLE}
 
 
 def methods_paths(folder: str | Path) -> dict[str, Path]:
-    """Return the file of each cell's rows."""
     return {cell: Path(folder, "methods", f"{cell}.jsonl") for cell in CELLS}
 
 
@@ -69,12 +68,10 @@ def _parts(method: str, speculation: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def methods_text(table: pd.DataFrame) -> pd.DataFrame:
-    """Turn a `methods_table` into text."""
     return tables.formatted(table, FORMATS)
 
 
 def format_methods(table: pd.DataFrame) -> str:
-    """Format a `methods_table` for a terminal."""
     return "\n".join(tables.aligned(methods_text(table)))
 
 

@@ -102,7 +102,6 @@ class Run:
 
 
 def line_of(row: Row) -> bytes:
-    """Write a row as a file holds it."""
     return lines.line_of({name: value for name, value in asdict(row).items() if value is not None})
 
 

@@ -70,7 +70,8 @@ class RunFile:
             files.clear_scratch(mine)
         if fresh:
             check_fresh(path)
-        _require_own_companions(path)
+        require_own_meta(path)
+        require_own_scores(path)
         data = b"" if fresh else file.readall()
         resumed = resumed_meta(path, meta) if data else None
         self.rows, num_bytes = rows_in(path, data)
@@ -81,7 +82,11 @@ class RunFile:
             files.end_at(file, num_bytes)
             self._meta_there = files.read_file(meta_path(path))
         else:
-            self._meta_there = _start_over(path, file, meta)
+            self._meta_there = meta_bytes(meta)
+            with files.replaced(meta_path(path), self._meta_there) as new:
+                file.truncate(0)  # once the new meta is sure to be written
+                scores_path(path).unlink(missing_ok=True)
+            new.close()
         self.done = {row.key for row in self.rows}
         self._meta = resumed if self.rows and resumed else dict(meta)
         self._is_meta_saved = not self.rows
@@ -203,7 +208,6 @@ class RunFile:
         self._is_meta_saved = True
 
     def close(self) -> None:
-        """Close the file and let another process have it."""
         self._file.close()
 
     def __enter__(self) -> RunFile:
@@ -221,7 +225,8 @@ def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     path = Path(path)
     with one_line_errors(path, "written"):
         files.require_plain(path)
-        _require_own_companions(path)
+        require_own_meta(path)
+        require_own_scores(path)
         files.require_writable_folder(path)  # the meta is written aside there, and moved
         if not is_there(path):
             return
@@ -242,22 +247,6 @@ def check_fresh(path: str | Path) -> None:
             f"{path} holds what is no row of a run, and --fresh would delete it ({error}); choose "
             "another file with --output, or delete it yourself"
         ) from None
-
-
-def _require_own_companions(path: Path) -> None:
-    """Refuse files with the names of a run's meta and scores that are none."""
-    require_own_meta(path)
-    require_own_scores(path)
-
-
-def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> bytes:
-    """Drop the rows that are there and their scores, once the new meta is sure to be written."""
-    data = meta_bytes(meta)
-    with files.replaced(meta_path(path), data) as new:
-        file.truncate(0)
-        scores_path(path).unlink(missing_ok=True)
-    new.close()
-    return data
 
 
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:

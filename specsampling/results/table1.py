@@ -103,13 +103,11 @@ def format_table1(table: pd.DataFrame) -> str:
     text = table1_beside_paper(table).reset_index()
     first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS))
     shown, above = [first, second], ("", "", "")
-    headings = text[TABLE1_HEADINGS].itertuples(index=False, name=None)
-    for line, heading in zip(lines, headings, strict=True):
-        source, benchmark, sampling = heading
-        if source != above[0]:
-            shown += [rule, f"{source}:"]
+    for line, heading in zip(lines, zip(*(text[name] for name in TABLE1_HEADINGS)), strict=True):
+        if heading[0] != above[0]:
+            shown += [rule, f"{heading[0]}:"]
         if heading != above:
-            shown.append(f"{benchmark}, {sampling}")
+            shown.append(", ".join(heading[1:]))
         above = heading
         shown.append(line)
     return "\n".join([*shown, rule, *table.attrs["notes"], PAPER_SETUP])

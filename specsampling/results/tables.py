@@ -323,10 +323,10 @@ def scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
 def _quality_columns(rows: Sequence[Row], scores: Scores) -> dict[str, float]:
     """Mean ROUGE F1 or pass@1 with intervals; larger k if every problem has enough samples."""
     scored = scores_of(rows, scores)
+    larger = {} if _is_rouge(scores) else metrics.pass_at_k(scored)
     columns: dict[str, float] = {}
     for name in metrics.ROUGE_NAMES if _is_rouge(scores) else ("pass@1",):
         columns |= interval_columns(name, metrics.quality(scored, name))
-    larger = {} if _is_rouge(scores) else metrics.pass_at_k(scored)
     return columns | {f"pass@{k}": value for k, value in larger.items() if k > 1}
 
 
@@ -349,7 +349,6 @@ def _differences(
 def speedup_columns(
     name: str, baseline: Sequence[Row], rows: Sequence[Row], *, with_prefill: bool = False
 ) -> dict[str, float]:
-    """Make the columns of a ratio of totals, with its bounds."""
     compared = metrics.speedup(baseline, rows, with_prefill=with_prefill)
     return interval_columns(name, compared.of_totals)
 
@@ -369,7 +368,6 @@ def _interval_text(name: str, interval: metrics.Interval) -> str:
 
 
 def as_text(name: str, value: Any) -> str:
-    """Write one cell of column `name`."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return "-"
     is_share = name.startswith("pass@")
