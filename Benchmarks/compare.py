@@ -20,10 +20,19 @@ if __name__ == "__main__":
 
     catch_signals()
 
+import pandas as pd
+
 from specsampling.config import ConfigError
 from specsampling.console import Parser, exit_code
-from specsampling.results.compare import compare_runs, format_comparison
-from specsampling.results.records import read_run
+from specsampling.results import metrics
+from specsampling.results.records import Row, Run, read_run
+from specsampling.results.tables import aligned, scores_of
+
+NOTE = (
+    "equal: texts of the same token ids. before: the share of the first run's tokens that stand "
+    "before the first one that differs, in all texts. Scores and their difference (first less "
+    "other) with 95% intervals over the texts that both runs have"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,8 +65,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
+    """Make a table of a line per method, over the (example, sample) pairs that both runs have.
+
+    `table.attrs["notes"]` is a list of sentences that belong under the table.
+    """
+    table = pd.DataFrame([_compare(run, other, method) for method in methods])
+    table.attrs["notes"] = [*_other_prompts(run.rows, other.rows, methods), NOTE]
+    return table
+
+
+def _other_prompts(rows: Sequence[Row], others: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """Say in a sentence which examples have different prompts in the two runs, if any have."""
+    ours, theirs = (
+        {row.example_id: row.source for row in of if row.method in methods} for of in (rows, others)
+    )
+    shared = [name for name in ours if name in theirs]
+    differ = [name for name in shared if not ours[name].has_prompt_of(theirs[name])]
+    if not differ:
+        return []
+    return [
+        f"The two runs have different prompts for {len(differ)} of {len(shared)} examples (the "
+        f"first is {differ[0]}): their texts and scores there do not answer the same question"
+    ]
+
+
+def _compare(run: Run, other: Run, method: str) -> dict[str, object]:
+    rows, others = ([row for row in of.rows if row.method == method] for of in (run, other))
+    pairs = metrics.paired(rows, others)
+    num_tokens = sum(row.num_new_tokens for row, _ in pairs)
+    num_before = sum(metrics.num_equal_tokens(row, their) for row, their in pairs)
+    line: dict[str, object] = {
+        "method": method,
+        "n": len(pairs),
+        "equal": sum(row.token_ids == their.token_ids for row, their in pairs),
+        "before": num_before / num_tokens if num_tokens else float("nan"),
+    }
+    scores = scores_of([row for row, _ in pairs], run.scores or [])
+    their_scores = scores_of([their for _, their in pairs], other.scores or [])
+    if scores and their_scores:
+        measure, name = "pass@1", "pass@1"
+        if "rouge1" in scores[0]:
+            measure, name = "rouge1", "ROUGE-1"
+        difference = metrics.quality_difference(scores, their_scores, measure)
+        line[name] = f"{metrics.quality(scores, measure):.1%}"
+        line[f"other's {name}"] = f"{metrics.quality(their_scores, measure):.1%}"
+        line[f"{name}, less other's"] = f"{difference:.1%}"
+    return line
+
+
+def format_comparison(table: pd.DataFrame) -> str:
+    """Format the table of `compare_runs` for a terminal."""
+    text = table.fillna("").astype(str)
+    text["before"] = [f"{value:.1%}" for value in table["before"]]
+    return "\n".join([*aligned(text), "", *table.attrs["notes"]])
+
+
 def methods_of(runs: Sequence) -> set[str]:
-    """Those that every run has."""
+    """Name the methods that every run has."""
     return set.intersection(*({row.method for row in run.rows} for run in runs))
 
 

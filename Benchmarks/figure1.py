@@ -36,22 +36,18 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import ConfigError, load_config
 from specsampling.console import exit_code, option_value
-from specsampling.edge import rank
 from specsampling.results.figure1 import figure1, figure1_paths, format_figure1
 from specsampling.results.figures import save_figure
-from specsampling.results.records import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     paths = figure1_paths(options.output_folder)
     paths = {cell: paths[cell] for cell in options.cells}
-    run_cells(paths, {cell: overrides_of(cell, options) for cell in paths}, options)
-    if rank():
-        return 0
-    runs = {cell: read_run(path) for cell, path in paths.items()}
-    print(f"\nFigure 1\n{format_figure1(runs)}")
-    save_figure(figure1(runs), options.output_folder / "figures", "figure1")
+    overrides = {cell: overrides_of(cell, options) for cell in paths}
+    if runs := run_cells(paths, overrides, options):
+        print(f"\nFigure 1\n{format_figure1(runs)}")
+        save_figure(figure1(runs), options.output_folder / "figures", "figure1")
     return 0
 
 

@@ -34,20 +34,16 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import load_config
 from specsampling.console import exit_code
-from specsampling.edge import rank
 from specsampling.results.methods import format_methods, methods_paths, methods_table
-from specsampling.results.records import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     paths = methods_paths(options.output_folder)
     paths = {cell: paths[cell] for cell in options.cells}
-    run_cells(paths, {cell: overrides_of(cell, options) for cell in paths}, options)
-    if rank():
-        return 0
-    for cell, path in paths.items():
-        print(f"\n{cell}\n{format_methods(methods_table(read_run(path)))}")
+    overrides = {cell: overrides_of(cell, options) for cell in paths}
+    for cell, run in run_cells(paths, overrides, options).items():
+        print(f"\n{cell}\n{format_methods(methods_table(run))}")
     return 0
 
 

@@ -788,10 +788,7 @@ def report(all_rows: Sequence[Row]) -> list[str]:
         if mine in rows and other in rows:
             ratio = metrics.speedup(rows[other], rows[mine]).of_totals
             total = metrics.speedup(rows[other], rows[mine], with_prefill=True).of_totals
-            lines.append(
-                f"{mine} / {other}: {total.estimate:.2f} [{total.low:.2f}, {total.high:.2f}], "
-                f"without prefill {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-            )
+            lines.append(f"{mine} / {other}: {total:.2f}, without prefill {ratio:.2f}")
     return lines
 
 

@@ -37,7 +37,7 @@ import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.edge import rank
-from specsampling.results.records import read_run
+from specsampling.results.records import Run, read_run
 from specsampling.results.runfile import check_output
 from specsampling.results.table1 import format_table1, table1, table1_paths
 
@@ -65,17 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = cell_parser(__doc__, num_samples=4).parse_args(arguments)
     overrides = {name: cell_overrides(cell, options) for name, cell in CELLS.items()}
     paths = table1_paths(options.output_folder)
-    run_cells(paths, overrides, options)
-    if rank():
-        return 0
-    print(f"\nTable 1\n{format_table1(table1([read_run(path) for path in paths.values()]))}")
+    if runs := run_cells(paths, overrides, options):
+        print(f"\nTable 1\n{format_table1(table1(list(runs.values())))}")
     return 0
 
 
 def run_cells(
     paths: Mapping[str, Path], overrides: Mapping[str, list[str]], options: argparse.Namespace
-) -> None:
-    """Run cells of the grid, each with what it changes in the profile, one after the other."""
+) -> dict[str, Run]:
+    """Run cells of the grid one after the other, and read their runs: on rank 0, else none."""
     for name in paths:  # a mistake is told before hours of decoding
         config = load_config(options.config, options.profile, overrides[name])
         require_task(config, CELLS[name].task)
@@ -89,6 +87,7 @@ def run_cells(
         for override in overrides[name]:
             cell_arguments += ["--set", override]
         CELLS[name].main(cell_arguments + ["--fresh"] * options.fresh)
+    return {} if rank() else {name: read_run(path) for name, path in paths.items()}
 
 
 def cell_parser(doc: str, num_samples: int) -> Parser:

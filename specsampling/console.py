@@ -27,11 +27,10 @@ from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_da
 from specsampling.ranks import Ranks
 from specsampling.results import tables
 from specsampling.results.audit import audit
-from specsampling.results.meta import read_meta
-from specsampling.results.records import RecordsError, Run, is_run, read_rows
-from specsampling.results.runfile import check_fresh, check_output
+from specsampling.results.records import RecordsError, Run, is_run, read_meta, read_rows
+from specsampling.results.runfile import RunFile, check_fresh, check_output
 from specsampling.results.scores import Scores, write_scores
-from specsampling.results.shards import Shard, open_run_file, require_own_name, take_in
+from specsampling.results.shards import Shard, require_own_name, take_in
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
@@ -189,7 +188,8 @@ def run_experiment(
     amounts = {"num_samples": num_samples, "seed": config.sampling.seed}
     amounts |= {"warmup": config.run.warmup, "batch_size": config.run.batch_size}
     name = device_name(pair.target.device)
-    with open_run_file(output, meta, options.fresh, rows, ranks, name) as run_file:
+    start = output, meta, options.fresh
+    with Shard(*start, rows, ranks, name) if ranks else RunFile.open(*start) as run_file:
         more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
         loading.say(f"  rows go to {output}{more}")
         try:

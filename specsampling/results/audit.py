@@ -1,7 +1,7 @@
-"""Whether a finished run's tokens are the target's own, by what was recorded of each.
+"""Checks by a finished run's records whether its tokens are the target's own.
 
-Sampled runs: the transforms of `method/evidence.py` must be uniform (Kolmogorov-Smirnov) and
-uncorrelated from one token to the next. Greedy runs: every token the argmax.
+In sampled runs the transforms of `method/evidence.py` must be uniform (Kolmogorov-Smirnov) and
+uncorrelated from one token to the next. In greedy runs every token must be the argmax.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specsampling.results.metrics import num_equal_tokens, paired
 from specsampling.results.records import Row
 
 FALSE_ALARM = 0.001  # how often a right rule is called wrong
@@ -21,26 +22,21 @@ POWER = 0.95
 
 @dataclass(frozen=True)
 class SampledAudit:
-    """Of one method's sampled tokens.
+    """The tests of one method's sampled tokens, with their p-values.
 
-    Attributes:
-        num_tokens: looked at.
-        num_impossible: of them, with target probability 0.
-        uniform_p: that right transforms are no more uniform than these.
-        serial_p: that those of neighbouring tokens are no less correlated.
-        noticeable: a cumulated probability that is off by this much somewhere is noticed with
-            probability `POWER` (Dvoretzky-Kiefer-Wolfowitz).
+    `noticeable` is an error of a cumulated probability that is noticed with probability `POWER`
+    (Dvoretzky-Kiefer-Wolfowitz).
     """
 
     num_tokens: int
-    num_impossible: int
-    uniform_p: float
-    serial_p: float
+    num_impossible: int  # with target probability 0
+    uniform_p: float  # that the transforms are uniform
+    serial_p: float  # that neighbouring tokens' transforms are uncorrelated
     noticeable: float
 
     @property
     def p_value(self) -> float:
-        """Of both tests together (Bonferroni)."""
+        """The p-value of both tests together (Bonferroni)."""
         return 0.0 if self.num_impossible else min(1.0, 2 * min(self.uniform_p, self.serial_p))
 
     @property
@@ -60,7 +56,7 @@ class SampledAudit:
 
 @dataclass(frozen=True)
 class GreedyAudit:
-    """Of one method's greedy tokens: those that are not the target's argmax, and how far off."""
+    """One method's greedy tokens: how far those that are no argmax fall short of it."""
 
     num_tokens: int
     shortfalls: tuple[float, ...]
@@ -79,7 +75,7 @@ class GreedyAudit:
 
 
 def audit(rows: Sequence[Row]) -> SampledAudit | GreedyAudit | None:
-    """What the tokens of one method's rows say; None where nothing was recorded."""
+    """Audit the tokens of one method's rows; None if nothing was recorded."""
     if gaps := [gap for row in rows for gap in row.gaps or ()]:
         return GreedyAudit(len(gaps), tuple(-gap for gap in gaps if gap < 0))
     texts = [row.transforms for row in rows if row.transforms]
@@ -87,15 +83,13 @@ def audit(rows: Sequence[Row]) -> SampledAudit | GreedyAudit | None:
 
 
 def audit_transforms(texts: Sequence[Sequence[float]]) -> SampledAudit:
-    """Of the transforms of some texts' tokens, each text's in its order."""
+    """Audit the transforms of some texts' tokens, each text's in its order."""
     from scipy import stats
 
     values = np.concatenate([np.asarray(text, dtype=float) for text in texts])
     possible = values[values >= 0]
-    before = np.concatenate([np.asarray(text[:-1], dtype=float) for text in texts])
-    behind = np.concatenate([np.asarray(text[1:], dtype=float) for text in texts])
-    pairs = (before >= 0) & (behind >= 0)
-    before, behind = before[pairs], behind[pairs]
+    pairs = np.array([pair for text in texts for pair in zip(text, text[1:])], dtype=float)
+    before, behind = pairs.reshape(-1, 2)[(pairs.reshape(-1, 2) >= 0).all(axis=1)].T
     has_pairs = len(before) > 2 and np.ptp(before) > 0 and np.ptp(behind) > 0
     spread = math.sqrt(math.log(2 / (FALSE_ALARM / 2))) + math.sqrt(-math.log(1 - POWER))
     return SampledAudit(
@@ -108,20 +102,15 @@ def audit_transforms(texts: Sequence[Sequence[float]]) -> SampledAudit:
 
 
 def partings(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
-    """Where two greedy methods' texts of one prompt part: the smaller gap of the two there.
+    """List the smaller gap of two greedy methods at each token where their texts part.
 
-    A small one is a near-tie, which rounding decides.
+    A small gap is a near-tie, which rounding decides.
     """
-    by_key = {(row.example_id, row.sample_index): row for row in others}
     found = []
-    for row in rows:
-        other = by_key.get((row.example_id, row.sample_index))
-        if other is None or not row.gaps or not other.gaps:
-            continue
-        pairs = enumerate(zip(row.token_ids, other.token_ids))
-        place = next((i for i, (mine, theirs) in pairs if mine != theirs), None)
-        if place is not None:
-            found.append(min(row.gaps[place], other.gaps[place]))
+    for row, other in paired(rows, others):
+        mine, theirs, place = row.gaps or [], other.gaps or [], num_equal_tokens(row, other)
+        if place < min(len(mine), len(theirs)):
+            found.append(min(mine[place], theirs[place]))
     return found
 
 

@@ -1,6 +1,6 @@
 """Figure 1 of Chen et al. 2023 over our runs: time per token, acceptance and loop time over K.
 
-Knows runs as `records` reads them; makes none (`Benchmarks/figure1.py` does).
+`Benchmarks/figure1.py` makes the runs.
 """
 
 from __future__ import annotations
@@ -8,21 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from specsampling.config import SPECULATIVE
-from specsampling.results import metrics
-from specsampling.results.figures import DARK, MIDDLE
+from specsampling.results import metrics, tables
+from specsampling.results.figures import DARK, MIDDLE, new_figure
 from specsampling.results.records import Row, Run
-from specsampling.results.tables import BASELINE, aligned, as_text, interval_columns, shared_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AUTO = "speculative@auto"
 CELLS = ("xsum-nucleus", "xsum-greedy", "humaneval-nucleus", "humaneval-greedy")
+FORMATS = {
+    **{"K": "d", "n": "d", "ms/token": ".1f", "speedup": ".2f", "accepted": ".3f", "alpha": ".3f"},
+    **{"c": ".2f", "predicted": ".2f", "measured / predicted": ".2f"},
+    **{f"{part} ms": ".1f" for part in ("loop", "draft", "target", "rest")},
+}
 NOTES = (
     "K 0 is the baseline of one token a call. alpha: accepted / tested tokens; c: draft call / "
     "target call; loop: milliseconds a cycle, of its draft calls, its target call, and the rest",
@@ -34,14 +39,13 @@ NOTES = (
 
 
 def figure1_paths(folder: str | Path) -> dict[str, Path]:
-    """Where the rows of each cell of the grid are."""
     return {cell: Path(folder, "figure1", f"{cell}.jsonl") for cell in CELLS}
 
 
 def over_k(run: Run) -> pd.DataFrame:
-    """A line per K, from 0 (the baseline), over the examples that every method has."""
-    rows = shared_rows(run.rows)
-    by_k = {0: rows.get(BASELINE, [])}
+    """Make a table of a line per K, from 0 (the baseline), over the examples that all have."""
+    rows = tables.shared_rows(run.rows)
+    by_k = {0: rows.get(tables.BASELINE, [])}
     for method, of_method in rows.items():
         found = SPECULATIVE.fullmatch(method)
         if found and (found.group("k") or "auto") != "auto":
@@ -51,7 +55,7 @@ def over_k(run: Run) -> pd.DataFrame:
     for k, of_k in sorted(by_k.items()):
         line: dict[str, Any] = {"K": k, "n": len(of_k)}
         line["ms/token"] = 1000 / metrics.tokens_per_second(of_k)
-        line |= interval_columns("speedup", metrics.speedup(by_k[0], of_k).of_totals)
+        line |= tables.speedup_columns("speedup", by_k[0], of_k)
         if k:
             line |= _cycle_columns(of_k)
             line["predicted"] = metrics.predicted_speedup(of_k)
@@ -78,11 +82,11 @@ def _cycle_columns(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def found_k(run: Run) -> metrics.Interval | None:
-    """The pace of the K found while decoding over that of the best fixed one, of 1 and more.
+    """Divide the pace of the K found while decoding by that of the best fixed K >= 1.
 
-    (K = 0, the baseline, calls the target with one row, which none that drafts at one width can.)
+    K = 0 is left out: the baseline calls the target with one row, and a method that drafts cannot.
     """
-    rows = shared_rows(run.rows)
+    rows = tables.shared_rows(run.rows)
     if AUTO not in rows:
         return None
     table = over_k(run)
@@ -90,66 +94,41 @@ def found_k(run: Run) -> metrics.Interval | None:
     return metrics.speedup(rows[f"speculative@{best}"], rows[AUTO]).of_totals
 
 
-def loop_line(table: pd.DataFrame) -> tuple[float, float, float]:
-    """Loop time over K as a line: milliseconds at K = 0, milliseconds per K, and R squared."""
-    from scipy.stats import linregress
-
-    drafting = table[table["K"] > 0]
-    fit = linregress(drafting["K"], drafting["loop ms"])
-    return float(fit.intercept), float(fit.slope), float(fit.rvalue) ** 2
-
-
 def best_k(table: pd.DataFrame) -> int:
-    """The K of the least time per token."""
     return int(table["K"].iloc[int(table["ms/token"].argmin())])
 
 
 def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
-    """An `over_k` as text."""
-    text = pd.DataFrame({"K": table["K"].astype(str), "n": table["n"].astype(str)})
-    text["ms/token"] = [f"{value:.1f}" for value in table["ms/token"]]
-    intervals = table[["speedup", "speedup low", "speedup high"]].itertuples(index=False)
-    text["speedup [95%]"] = [f"{mid:.2f} [{low:.2f}, {high:.2f}]" for mid, low, high in intervals]
-    for name, digits in {"accepted": 3, "alpha": 3, "c": 2, "predicted": 2}.items():
-        text[name] = [_number(value, digits) for value in table[name]]
-    text["measured / predicted"] = [_number(value, 2) for value in table["measured / predicted"]]
-    for name in ("loop ms", "draft ms", "target ms", "rest ms"):
-        text[name] = [_number(value, 1) for value in table[name]]
-    return text
-
-
-def _number(value: float, digits: int) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+    return tables.formatted(table, FORMATS)
 
 
 def describe_cell(cell: str, run: Run) -> str:
-    """Where a cell is fastest, in one line."""
+    """Say in one line where a cell is fastest."""
     table = over_k(run)
     best = table.set_index("K").loc[best_k(table)]
-    line = f"{cell}: fastest at K = {best.name}, {as_text('speedup', best['speedup'])}"
+    line = f"{cell}: fastest at K = {best.name}, {tables.as_text('speedup', best['speedup'])}"
     if found := found_k(run):
-        interval = f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        line += f"; K found while decoding: {interval} of the best fixed K's pace"
+        line += f"; K found while decoding: {found:.2f} of the best fixed K's pace"
     if len(table) > 3:
-        intercept, slope, fit = loop_line(table)
-        line += f"; loop time {intercept:.1f} + {slope:.2f} K ms (R^2 {fit:.3f})"
+        from scipy.stats import linregress
+
+        drafting = table[table["K"] > 0]
+        fit = linregress(drafting["K"], drafting["loop ms"])
+        line += f"; loop time {fit.intercept:.1f} + {fit.slope:.2f} K ms (R^2 {fit.rvalue**2:.3f})"
     return line
 
 
 def format_figure1(runs: Mapping[str, Run]) -> str:
-    """Every cell's table for a terminal, and what the columns are."""
+    """Format every cell's table for a terminal, and explain the columns."""
     lines = []
     for cell, run in runs.items():
-        lines += [describe_cell(cell, run), *aligned(figure1_table(over_k(run)))]
+        lines += [describe_cell(cell, run), *tables.aligned(figure1_table(over_k(run)))]
     return "\n".join([*lines, "", *NOTES])
 
 
 def figure1(runs: Mapping[str, Run]) -> Figure:
-    """The paper's three panels: time per token, acceptance rate and loop time over K."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
-    plt.close(figure)
+    """Plot the paper's three panels: time per token, acceptance rate and loop time over K."""
+    figure, panels = new_figure(3)
     titles = {
         "ms/token": "time per token (ms); K = 0: the baseline\n"
         "dotted: predicted; star: K found while decoding",
@@ -166,17 +145,14 @@ def figure1(runs: Mapping[str, Run]) -> Figure:
             axes.plot(table["K"], table[column], line, label=cell, **style)
         measured = table["ms/token"] * table["measured / predicted"]
         panels[0].plot(table["K"], measured, ":", color=colour)
-        if found := shared_rows(run.rows).get(AUTO):
-            num_drafted = [k for row in found for k in row.drafted]
-            mean_k = sum(num_drafted) / max(len(num_drafted), 1)
+        if found := tables.shared_rows(run.rows).get(AUTO):
+            num_drafted = [k for row in found for k in row.drafted] or [0]
             milliseconds = 1000 / metrics.tokens_per_second(found)
-            panels[0].plot([mean_k], [milliseconds], "*", color=colour, markersize=11)
+            panels[0].plot([fmean(num_drafted)], [milliseconds], "*", color=colour, markersize=11)
     for axes, title in zip(panels, titles.values()):
         axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("K")
+        axes.set(xlabel="K", ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_ylim(top=1)
     panels[2].legend()
     return figure

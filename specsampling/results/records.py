@@ -1,26 +1,24 @@
-"""One JSONL row per generation; `runfile.py` appends them.
+"""Rows: one line of JSON per generation, which `runfile.py` appends.
 
 A run is three files: `name.jsonl` (rows), `name.meta.json` (what made them) and
-`name.scores.jsonl` (`scores.py`). Knows nothing of models and tasks: a row is what the file
-says, its fields and types checked.
+`name.scores.jsonl` (`scores.py`). This module knows nothing of models and tasks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from specsampling.results import lines
 from specsampling.results.files import RecordsError, read_file
-from specsampling.results.lines import Key, parse
+from specsampling.results.lines import Key, hash_of
 from specsampling.results.meta import START_OVER, read_meta
 from specsampling.results.scores import Scores, read_scores, scores_path
 
 OUT_OF_MEMORY = "out of memory"  # begins such a row's error
+Sample = tuple[str, int]  # example_id, sample_index: what two methods are paired by
 
 
 class Source(NamedTuple):
@@ -32,9 +30,8 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, token_ids: Sequence[int], reference: str | None) -> Source:
-        """Where a prompt's ids are known, and so their hash."""
-        digest = hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:16]
-        return cls(len(token_ids), digest, reference)
+        """Hash a prompt's ids."""
+        return cls(len(token_ids), hash_of(list(token_ids)), reference)
 
     def has_prompt_of(self, other: Source) -> bool:
         """Whether both have the same prompt; without both hashes, one of the same length."""
@@ -75,12 +72,16 @@ class Row:
 
     @property
     def lacked_memory(self) -> bool:
-        """Whether the text could not be decoded for want of memory: a later run tries again."""
+        """Whether memory was too small for the text: a later run decodes it again."""
         return self.error is not None and self.error.startswith(OUT_OF_MEMORY)
 
     @property
     def key(self) -> Key:
         return self.example_id, self.method, self.sample_index
+
+    @property
+    def sample(self) -> Sample:
+        return self.example_id, self.sample_index
 
     @property
     def source(self) -> Source:
@@ -101,23 +102,22 @@ class Run:
 
 
 def line_of(row: Row) -> bytes:
-    """A row as it stands in a file."""
     return lines.line_of({name: value for name, value in asdict(row).items() if value is not None})
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a finished or a running run, without a last line that is torn."""
+    """Read the rows of a finished or a running run, without a last line that is torn."""
     return rows_in(Path(path), read_file(Path(path)))[0]
 
 
 def read_run(path: str | Path) -> Run:
-    """A finished or a running run, with its scores if they are there."""
+    """Read a finished or a running run, with its scores if they are there."""
     is_scored = scores_path(path).exists()
     return Run(read_rows(path), read_meta(path), read_scores(path) if is_scored else None)
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a file holds rows of a run, and not somebody else's completions."""
+    """Tell whether a file holds rows of a run, and not somebody else's completions."""
     try:
         return bool(read_rows(path))
     except RecordsError:
@@ -125,26 +125,19 @@ def is_run(path: str | Path) -> bool:
 
 
 def rows_in(path: Path, data: bytes) -> tuple[list[Row], int]:
-    """A file's rows, and how many bytes they take."""
-    values, num_bytes = parse(path, data, get_type_hints(Row))
+    """Parse a file into its rows and the number of bytes that they take."""
+    values, num_bytes = lines.parse(path, data, get_type_hints(Row))
     rows = [Row(**value) for value in values]
-    prompt_hashes(path, rows)
+    require_one_prompt(path, rows, {})
     return rows, num_bytes
 
 
-def prompt_hashes(path: Path, rows: Sequence[Row]) -> dict[str, str]:
-    """The hash of each example's prompt, which its rows must share."""
-    hashes: dict[str, str] = {}
+def require_one_prompt(path: Path, rows: Iterable[Row], hashes: dict[str, str]) -> None:
+    """Refuse rows of two prompts of one example; note each example's hash in `hashes`."""
     for row in rows:
-        require_one_prompt(path, row, hashes)
-    return hashes
-
-
-def require_one_prompt(path: Path, row: Row, hashes: dict[str, str]) -> None:
-    """Note a row's prompt, or refuse the row if its example has another one."""
-    ours = row.prompt_hash
-    if ours and hashes.setdefault(row.example_id, ours) != ours:
-        raise RecordsError(
-            f"{path} must hold rows of one prompt of {row.example_id} (got two, and texts of "
-            f"different prompts cannot be compared); {START_OVER}"
-        )
+        ours = row.prompt_hash
+        if ours and hashes.setdefault(row.example_id, ours) != ours:
+            raise RecordsError(
+                f"{path} must hold rows of one prompt of {row.example_id} (got two, and texts of "
+                f"different prompts cannot be compared); {START_OVER}"
+            )

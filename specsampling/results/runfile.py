@@ -1,7 +1,7 @@
 """A run's rows, open for appending in one process at a time, and resumed after a stop.
 
 What is at the path is what counts. Another program may put another file there, or change it, at
-any moment: then rows go where the path leads if these are our rows, and are kept aside if not.
+any moment. If that file holds our rows, new rows go there; if not, they are kept aside.
 """
 
 from __future__ import annotations
@@ -14,21 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specsampling.results.files import (
-    RecordsError,
-    clear_scratch,
-    end_at,
-    is_there,
-    one_line_errors,
-    open_alone,
-    read_file,
-    replace_file,
-    replaced,
-    require_plain,
-    require_writable_folder,
-    state_of,
-    write_all,
-)
+from specsampling.results import files
+from specsampling.results.files import RecordsError, is_there, one_line_errors, open_alone
 from specsampling.results.lines import Key
 from specsampling.results.meta import (
     START_OVER,
@@ -37,14 +24,7 @@ from specsampling.results.meta import (
     require_own_meta,
     resumed_meta,
 )
-from specsampling.results.records import (
-    Row,
-    Source,
-    line_of,
-    prompt_hashes,
-    require_one_prompt,
-    rows_in,
-)
+from specsampling.results.records import Row, Source, line_of, require_one_prompt, rows_in
 from specsampling.results.scores import require_own_scores, scores_path
 
 
@@ -60,24 +40,22 @@ class RunFile:
     def open(cls, path: str | Path, meta: dict[str, Any], fresh: bool = False) -> RunFile:
         """Open a run to append to it, in a new file or where an earlier process stopped.
 
-        A last line that was torn by a kill is dropped, and rows that lacked memory, which are to be
-        made again. `meta` is written beside a new file;
-        a resumed one keeps its own, and with the first new row gains an entry in its list
-        `resumed`: what of `meta` is different this time (the date, a package's version).
+        A last line that was torn by a kill is dropped, and so are rows that lacked memory.
+        `meta` is written beside a new file. A resumed file keeps its own meta, which must agree
+        with `meta` in `meta.MUST_AGREE`; the differences join its list `resumed`.
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: plain values; those of `meta.MUST_AGREE` must agree to resume.
-                If the hash does not, and there is a `config`, the error names the fields.
+            meta: plain values.
             fresh: drop the rows, meta and scores that are there.
 
         Raises:
-            RecordsError: the rows are another configuration's, or broken, or without a meta;
-                another process has the file open; it cannot be written.
+            RecordsError: the rows cannot go on under `meta`, another process has the file open,
+                or it cannot be written.
         """
         path = Path(path)
         with one_line_errors(path, "written"):
-            require_plain(path)
+            files.require_plain(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open_alone(path)
             try:
@@ -89,10 +67,11 @@ class RunFile:
     def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
         """Take over a file that was just opened; `RunFile.open` is the way in."""
         for mine in (path, meta_path(path), scores_path(path)):
-            clear_scratch(mine)
+            files.clear_scratch(mine)
         if fresh:
             check_fresh(path)
-        require_own_companions(path)
+        require_own_meta(path)
+        require_own_scores(path)
         data = b"" if fresh else file.readall()
         resumed = resumed_meta(path, meta) if data else None
         self.rows, num_bytes = rows_in(path, data)
@@ -100,26 +79,24 @@ class RunFile:
         self._file = file
         self._is_lost = False
         if self.rows:
-            end_at(file, num_bytes)
-            self._meta_there = read_file(meta_path(path))
+            files.end_at(file, num_bytes)
+            self._meta_there = files.read_file(meta_path(path))
         else:
-            self._meta_there = _start_over(path, file, meta)
+            self._meta_there = meta_bytes(meta)
+            with files.replaced(meta_path(path), self._meta_there) as new:
+                file.truncate(0)  # once the new meta is sure to be written
+                scores_path(path).unlink(missing_ok=True)
+            new.close()
         self.done = {row.key for row in self.rows}
         self._meta = resumed if self.rows and resumed else dict(meta)
         self._is_meta_saved = not self.rows
-        self._state = state_of(file.fileno())
+        self._state = files.state_of(file.fileno())
         self._rewrite([row for row in self.rows if not row.lacked_memory])
-        self._hashes = prompt_hashes(path, self.rows)
+        self._hashes: dict[str, str] = {}
+        require_one_prompt(path, self.rows, self._hashes)
 
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
-        """Refuse to go on when the prompts or the data of rows that are there have changed since.
-
-        Args:
-            examples: id -> what its rows are made from now.
-
-        Raises:
-            RecordsError: a row was made from another prompt or reference.
-        """
+        """Refuse to go on if a row was made from another source than `examples` (by id) has."""
         for row in self.rows:
             now = examples.get(row.example_id, row.source)
             what, causes = "reference", "the data"
@@ -136,12 +113,12 @@ class RunFile:
         """Write a row; it is on the disk when this returns.
 
         Raises:
-            RecordsError: its key is there already, or it cannot be written (the disk is
-                full, say), and then no part of it stays in the file.
+            RecordsError: its key is there already, or it cannot be written as a whole; then no
+                part of it stays in the file.
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
-        require_one_prompt(self._path, row, self._hashes)
+        require_one_prompt(self._path, [row], self._hashes)
         self._find(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:
@@ -153,41 +130,37 @@ class RunFile:
     def _write(self, rows: Sequence[Row]) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
-            write_all(self._file, b"".join(map(line_of, rows)))
+            files.write_all(self._file, _lines(rows))
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
                 self._file.truncate(end)
             raise
         finally:
-            self._state = state_of(self._file.fileno())
+            self._state = files.state_of(self._file.fileno())
 
     def _find(self, *more: Row) -> None:
-        """Hold the open file against the path, before rows are added or put in order.
+        """Compare the open file with the one at the path, before rows are added or sorted.
 
-        An editor, `git checkout` or `mv` puts another file there. One with our rows, or with the
-        first of them, is written to from here on.
-
-        Args:
-            more: rows that are to be kept too, should there be another file, or none.
-
-        Raises:
-            RecordsError: there is; it names the file where this run's rows are now.
+        An editor, `git checkout` or `mv` puts another file there. If it holds our rows, or the
+        first of them, it is written to from here on. Otherwise our rows and `more` are kept in a
+        new file, which the RecordsError names.
         """
-        if state_of(self._path) == self._state:
+        if files.state_of(self._path) == self._state:
             return
-        what = "replaced or changed" if is_there(self._path) else "deleted"
-        if what != "deleted":
-            self._file.close()
+        self._file.close()
+        what = "deleted"
+        if is_there(self._path):
+            what = "replaced or changed"
             with suppress(OSError, RecordsError):
                 self._file = open_alone(self._path, "a+")
                 rows, num_bytes = rows_in(self._path, self._file.readall())
-                if [*map(line_of, rows)] == [*map(line_of, self.rows[: len(rows)])]:
-                    end_at(self._file, num_bytes)
+                if _lines(rows) == _lines(self.rows[: len(rows)]):
+                    files.end_at(self._file, num_bytes)
                     self._write(self.rows[len(rows) :])
                     return
+            self._file.close()
         self._is_lost = True
-        self._file.close()
         if not (rows := [*self.rows, *more]):
             raise RecordsError(f"{self._path} was {what} while this run had it; start it again")
         kept = _keep(self._path, rows, self._meta)
@@ -197,13 +170,7 @@ class RunFile:
         )
 
     def note(self, **facts: Any) -> None:
-        """Add to the meta what is known only after rows were appended, if any were.
-
-        Where earlier processes have written rows, it goes into this one's entry in `resumed`.
-
-        Raises:
-            RecordsError: it cannot be written.
-        """
+        """Add facts to the meta once rows were appended; in a resumed file, to this run's entry."""
         if self._is_meta_saved and not self._is_lost:
             self._find()
             (self._meta["resumed"][-1] if "resumed" in self._meta else self._meta).update(facts)
@@ -211,11 +178,7 @@ class RunFile:
                 self._save_meta()
 
     def sort(self, order: Sequence[Key]) -> None:
-        """Put the rows into an order, all at once; those that it does not name come first.
-
-        Raises:
-            RecordsError: the file cannot be written.
-        """
+        """Put the rows into an order, all at once; those that it does not name come first."""
         places = {key: place for place, key in enumerate(order)}
         self._rewrite(sorted(self.rows, key=lambda row: places.get(row.key, -1)))
 
@@ -225,29 +188,26 @@ class RunFile:
             return
         self._find()
         with one_line_errors(self._path, "written"):
-            with replaced(self._path, b"".join(map(line_of, rows))) as file:
+            with files.replaced(self._path, _lines(rows)) as file:
                 self._file.close()
-            self._file = file
-            if file.closed:
-                self._file = open_alone(self._path)
-        self._state = state_of(self._file.fileno())
+            self._file = open_alone(self._path) if file.closed else file
+        self._state = files.state_of(self._file.fileno())
         self.rows = rows
         self.done = {row.key for row in rows}
 
     def _save_meta(self) -> None:
         """Put the meta beside the rows, in place of what this process has read or put there."""
         beside, data = meta_path(self._path), meta_bytes(self._meta)
-        if is_there(beside) and read_file(beside) not in (b"", self._meta_there):
+        if is_there(beside) and files.read_file(beside) not in (b"", self._meta_there):
             raise RecordsError(
                 f"{beside} was changed while this run had it; move it away, and the same command "
                 "goes on"
             )
-        replace_file(beside, data)
+        files.replace_file(beside, data)
         self._meta_there = data
         self._is_meta_saved = True
 
     def close(self) -> None:
-        """Close the file and let another process have it."""
         self._file.close()
 
     def __enter__(self) -> RunFile:
@@ -260,14 +220,14 @@ class RunFile:
 def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
     """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
 
-    For before the minutes of loading; another process may still be faster than this one. Without
-    a `meta` the rows that are there are not looked at: they are to be dropped, or not known yet.
+    Without a `meta` the rows that are there are not looked at.
     """
     path = Path(path)
     with one_line_errors(path, "written"):
-        require_plain(path)
-        require_own_companions(path)
-        require_writable_folder(path)  # the meta is written aside there, and moved
+        files.require_plain(path)
+        require_own_meta(path)
+        require_own_scores(path)
+        files.require_writable_folder(path)  # the meta is written aside there, and moved
         if not is_there(path):
             return
         with open_alone(path, "r+") as file:
@@ -281,7 +241,7 @@ def check_fresh(path: str | Path) -> None:
     path = Path(path)
     try:
         if path.is_file():
-            rows_in(path, read_file(path))
+            rows_in(path, files.read_file(path))
     except RecordsError as error:
         raise RecordsError(
             f"{path} holds what is no row of a run, and --fresh would delete it ({error}); choose "
@@ -289,34 +249,18 @@ def check_fresh(path: str | Path) -> None:
         ) from None
 
 
-def require_own_companions(path: Path) -> None:
-    """Refuse files with the names of a run's meta and scores that are none.
-
-    Raises:
-        RecordsError: a run in `path` would take their place.
-    """
-    require_own_meta(path)
-    require_own_scores(path)
-
-
-def _start_over(path: Path, file: io.FileIO, meta: dict[str, Any]) -> bytes:
-    """Drop the rows that are there and their scores, once the new meta is sure to be written."""
-    data = meta_bytes(meta)
-    with replaced(meta_path(path), data) as new:
-        file.truncate(0)
-        scores_path(path).unlink(missing_ok=True)
-    new.close()
-    return data
-
-
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
-    """Put rows into a new file beside the one at `path`, with their meta; its path."""
+    """Put rows into a new file beside the one at `path`, with their meta; return its path."""
     for number in itertools.count(1):
         kept = path.with_name(f"{path.stem}.kept{number}.jsonl")
         with one_line_errors(kept, "written"), suppress(FileExistsError):
             with io.FileIO(kept, "x") as file:
-                write_all(file, b"".join(map(line_of, rows)))
+                files.write_all(file, _lines(rows))
                 os.fsync(file.fileno())
-            replace_file(meta_path(kept), meta_bytes(meta))
+            files.replace_file(meta_path(kept), meta_bytes(meta))
             return kept
     raise AssertionError  # the count has no end
+
+
+def _lines(rows: Sequence[Row]) -> bytes:
+    return b"".join(map(line_of, rows))

@@ -1,11 +1,11 @@
-"""What scoring said of a run's rows: a file of its own beside them, always rewritten as a whole."""
+"""Scores of a run's rows, in a file of their own beside them that is always rewritten whole."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, cast, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from specsampling.results.files import RecordsError, one_line_errors, read_file, replace_file
 from specsampling.results.lines import is_torn, line_of, parse
@@ -43,11 +43,7 @@ def scores_path(path: str | Path) -> Path:
 
 
 def write_scores(path: str | Path, scores: Scores) -> None:
-    """Put the scores of the rows in `path` beside them, in place of earlier ones.
-
-    Raises:
-        RecordsError: what is there holds no scores, or cannot be replaced.
-    """
+    """Write the scores of the rows in `path` beside them, in place of earlier ones."""
     beside = scores_path(path)
     require_own_scores(path)
     with one_line_errors(beside, "written"):
@@ -55,20 +51,16 @@ def write_scores(path: str | Path, scores: Scores) -> None:
 
 
 def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
-    """The scores of the rows in `path`; the first line says of which kind."""
+    """Read the scores of the rows in `path`; the first line says of which kind they are."""
     beside = scores_path(path)
     data = read_file(beside)
-    if b'"rouge1"' in data.partition(b"\n")[0]:
-        return cast("list[RougeScore]", parse(beside, data, get_type_hints(RougeScore))[0])
-    return cast("list[Score]", parse(beside, data, get_type_hints(Score))[0])
+    kind = RougeScore if b'"rouge1"' in data.partition(b"\n")[0] else Score
+    scores: Any = parse(beside, data, get_type_hints(kind))[0]
+    return scores
 
 
 def require_own_scores(path: str | Path) -> None:
-    """Refuse what stands where the scores of `path` go and has lines that are none.
-
-    Raises:
-        RecordsError: it would be lost.
-    """
+    """Raise a RecordsError if the scores of `path` would replace lines that are no scores."""
     beside = scores_path(path)
     if beside.is_file() and not all(map(_is_score, read_file(beside).splitlines())):
         raise RecordsError(
@@ -78,7 +70,7 @@ def require_own_scores(path: str | Path) -> None:
 
 
 def _is_score(line: bytes) -> bool:
-    """Whether a line is a score, whole or torn."""
+    """Tell whether a line is a score, whole or torn."""
     try:
         names = set(json.loads(line))
     except (ValueError, TypeError, RecursionError):

@@ -1,8 +1,8 @@
 """A run's rows while several processes make them: a file for each, merged at the end.
 
 A shard is a run file of its own, `name.rank0003.jsonl`, on the disk of the machine that writes it.
-Its meta names the run and the rank: without that, a file of such a name is somebody else's.
-What a run that was killed has left of shards is taken in by the next one.
+Its meta names the run and the rank; without that, a file of such a name is somebody else's.
+The next run takes in the shards that a killed run has left.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.ranks import Ranks
-from specsampling.results.files import clear_scratch
-from specsampling.results.meta import changed_files, meta_path
-from specsampling.results.records import Key, RecordsError, Row, Source, read_meta, read_rows
+from specsampling.results.files import RecordsError, clear_scratch
+from specsampling.results.lines import Key
+from specsampling.results.meta import changed_files, meta_path, read_meta
+from specsampling.results.records import Row, Source, read_rows
 from specsampling.results.runfile import RunFile, check_output
 
 Left = tuple[dict[str, Any], list[Row]]  # a shard's meta and rows
-
 
 # Names that a run gives to the files beside its rows.
 COMPANION = re.compile(r"\.(scores|rank\d+)\.jsonl$", re.IGNORECASE)
@@ -32,11 +32,7 @@ def shard_path(output: Path, rank: int) -> Path:
 
 
 def require_own_name(output: Path) -> None:
-    """Refuse an output with the name of another run's scores or shard.
-
-    Raises:
-        RecordsError: it has.
-    """
+    """Raise a RecordsError if an output has the name of another run's scores or shard."""
     if found := COMPANION.search(output.name):
         raise RecordsError(
             f"--output must not end in {found[0]}, as files beside a run's rows do (got {output}); "
@@ -45,12 +41,12 @@ def require_own_name(output: Path) -> None:
 
 
 def shard_meta(meta: dict[str, Any], output: Path, rank: int) -> dict[str, Any]:
-    """A run's meta with what says of a file that it is a rank's part of it."""
+    """Add to a run's meta that a file is a rank's part of the run."""
     return {**meta, "shard_of": output.name, "rank": rank}
 
 
 def is_shard(path: Path, output: Path) -> bool:
-    """Whether a file is a rank's part of a run: its meta says so, or it has no byte and no meta."""
+    """Tell whether a file is a rank's part: by its meta, or if it has neither byte nor meta."""
     try:
         if not (meta_path(path).exists() or path.stat().st_size):
             return True
@@ -61,28 +57,6 @@ def is_shard(path: Path, output: Path) -> bool:
     if not isinstance(rank, int) or meta.get("shard_of") != output.name:
         return False
     return path.name == shard_path(output, rank).name
-
-
-def open_run_file(
-    output: Path,
-    meta: dict[str, Any],
-    fresh: bool,
-    there: Sequence[Row],
-    ranks: Ranks | None,
-    device: str,
-) -> RunFile | Shard:
-    """Where rows go: the run's file, or this rank's shard.
-
-    Args:
-        output: the run's file.
-        meta, fresh: as `RunFile.open` takes them.
-        there: rows that the file has and that stay.
-        ranks: this process among several; None for the only one.
-        device: the name of this one's, for its rows.
-    """
-    if ranks is None:
-        return RunFile.open(output, meta, fresh)
-    return Shard(output, meta, there, ranks, device, fresh)
 
 
 class Shard:
@@ -97,32 +71,37 @@ class Shard:
         self,
         output: Path,
         meta: dict[str, Any],
+        fresh: bool,
         there: Sequence[Row],
         ranks: Ranks,
         device: str,
-        fresh: bool,
     ):
+        """Open this rank's file; `take_in` has emptied the one of an earlier run.
+
+        Args:
+            output: the run's file.
+            meta, fresh: as `RunFile.open` takes them.
+            there: rows that the run's file has and that stay.
+            ranks: this process among the others.
+            device: the name of this process's device, for its rows.
+        """
         self._ranks = ranks
         self._device = device
         self._meta = meta
         self._facts: dict[str, Any] = {}
         self._whole = RunFile.open(output, meta, fresh) if ranks.index == 0 else None
         self._path = shard_path(output, ranks.index)
-        self._own = self._open_own(shard_meta(meta, output, ranks.index), output)
+        if self._path.exists() and not is_shard(self._path, output):
+            raise RecordsError(
+                f"{self._path} is in the way: rank {ranks.index} writes there, and it is no "
+                f"part of this run; move it, or choose another file with --output"
+            )
+        self._own = RunFile.open(self._path, shard_meta(meta, output, ranks.index), fresh=True)
         self.rows = list(there)
         self.done = {row.key for row in there}
 
-    def _open_own(self, meta: dict[str, Any], output: Path) -> RunFile:
-        """This rank's file; what a run of the same name has left was taken in before."""
-        if self._path.exists() and not is_shard(self._path, output):
-            raise RecordsError(
-                f"{self._path} is in the way: rank {self._ranks.index} writes there, and it is no "
-                f"part of this run; move it, or choose another file with --output"
-            )
-        return RunFile.open(self._path, meta, fresh=True)
-
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
-        """As `RunFile`'s; and every rank must have the files and the examples of rank 0."""
+        """Refuse examples as `RunFile` does, or if a rank's files or examples are not rank 0's."""
         if self._whole:
             self._whole.require_same_examples(examples)
         (first_meta, first), *others = self._ranks.gather([(self._meta, dict(examples))])
@@ -141,14 +120,14 @@ class Shard:
                     )
 
     def append(self, row: Row) -> None:
-        """As `RunFile`'s, into the shard, with the rank and its device."""
+        """Append a row to the shard, with the rank and its device."""
         row = replace(row, rank=self._ranks.index, device=self._device)
         self._own.append(row)
         self.rows.append(row)
         self.done.add(row.key)
 
     def note(self, **facts: Any) -> None:
-        """As `RunFile`'s, of the whole file; where that gains its first rows by merging, then."""
+        """Add facts to the meta of the whole file, at the latest when it gains its first rows."""
         self._facts |= facts
         if self._whole:
             self._whole.note(**self._facts)
@@ -162,7 +141,7 @@ class Shard:
             self.rows = self._whole.rows
         self._ranks.meet()
         self._own.close()
-        remove([self._path])
+        _remove([self._path])
 
     def close(self) -> None:
         self._own.close()
@@ -177,11 +156,7 @@ class Shard:
 
 
 def left_shards(output: Path) -> list[Path]:
-    """Shards of an output that no process writes any more.
-
-    Raises:
-        RecordsError: one does.
-    """
+    """List the shards of an output; raise a RecordsError if a process still writes one."""
     names = output.parent.glob(f"{glob.escape(output.stem)}.rank[0-9]*.jsonl")
     paths = sorted(path for path in names if is_shard(path, output))
     for path in paths:
@@ -190,21 +165,16 @@ def left_shards(output: Path) -> list[Path]:
 
 
 def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
-    """Put what a run that was stopped has left in shards into its file, from every machine.
+    """Put the rows of shards that a stopped run has left into its file, from every machine.
 
-    Args:
-        output: the whole file.
-        ranks: this process among several; None for the only one.
-        fresh: delete the shards instead.
-
-    Returns:
-        Whether rows were put there, as rank 0 knows it.
+    With `fresh` the shards are deleted instead. On rank 0 the result tells whether rows were put
+    there. `ranks` is None for the only process.
     """
     found = False
     if ranks is None or ranks.index == 0:
         paths = left_shards(output)
         found = _merge(output, [] if fresh else map(_read, paths))
-        remove(paths)
+        _remove(paths)
     if ranks:
         ranks.meet()  # where the disk is shared, nothing is left now
         is_elsewhere = ranks.index > 0 and ranks.local_index == 0
@@ -213,7 +183,7 @@ def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
         if ranks.index == 0:
             found = _merge(output, left) or found
         ranks.meet()
-        remove(paths)
+        _remove(paths)
     return found
 
 
@@ -239,7 +209,7 @@ def _append_new(run_file: RunFile, rows: Iterable[Row]) -> None:
             run_file.append(row)
 
 
-def remove(paths: Iterable[Path]) -> None:
+def _remove(paths: Iterable[Path]) -> None:
     """Delete shards with their metas."""
     for path in paths:
         path.unlink(missing_ok=True)

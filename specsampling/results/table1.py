@@ -1,6 +1,6 @@
 """Table 1 of Chen et al. 2023 over our runs: the paper's grid, and the paper's own figures.
 
-Knows runs as `records` reads them; makes none (`Benchmarks/table1.py` does).
+`Benchmarks/table1.py` makes the runs.
 """
 
 from __future__ import annotations
@@ -13,22 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure
 from specsampling.results.records import Run
-from specsampling.results.tables import (
-    BASELINE,
-    METHODS,
-    aligned,
-    as_text,
-    describe_sampling,
-    interval_columns,
-    interval_names,
-    printable,
-    quality_difference,
-    scores_of,
-    shared_rows,
-    summary_table,
-)
+from specsampling.results.tables import as_text, interval_columns, interval_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,23 +36,23 @@ PAPER_SETUP = "the paper's: Chinchilla 70B, draft of 4B, K = 4, 16 TPU v4; 100 s
 
 
 def table1_paths(folder: str | Path) -> dict[str, Path]:
-    """Where the rows of each cell of the grid are, in the paper's order."""
+    """Return the file of each cell's rows, in the paper's order."""
     return {cell: Path(folder, file) for cell, file in TABLE1_FILES.items()}
 
 
 def table1(runs: Sequence[Run]) -> pd.DataFrame:
-    """Table 1 of Chen et al. 2023 over our runs: a line per cell of the grid and method.
+    """Make Table 1 of Chen et al. 2023 over our runs: a line per cell of the grid and method.
 
-    A `summary_table` of each run with the paper's measure of quality (ROUGE-2 or pass@1), how
-    much higher it is than `autoregressive`'s, and `ms/token`: decode milliseconds / new tokens.
+    It joins a `summary_table` of each run, with the paper's measure of quality (ROUGE-2 or
+    pass@1), its difference from `autoregressive`'s, and decode milliseconds per new token.
     """
     parts, notes = [], []
     for run in runs:
         config = run.meta["config"]
         measure = "pass@1" if config["xsum"] is None else "rouge2"
-        sampling = describe_sampling(config["sampling"])
-        rows = [row for row in run.rows if row.method in METHODS]
-        part = summary_table(rows, run.scores, sampling)
+        sampling = tables.describe_sampling(config["sampling"])
+        rows = [row for row in run.rows if row.method in tables.METHODS]
+        part = tables.summary_table(rows, run.scores, sampling)
         notes += [f"{TABLE1_MEASURES[measure]}, {sampling}: {n}" for n in part.attrs["notes"]]
         part["benchmark"] = TABLE1_MEASURES[measure]
         part["ms/token"] = 1000 / part["tokens/s"]
@@ -81,7 +69,7 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def paper_table1() -> pd.DataFrame:
-    """Table 1 as Chen et al. 2023 published it, in the columns of `table1`: not our figures."""
+    """Return Table 1 as Chen et al. 2023 published it, in the columns of `table1`."""
     xsum, humaneval = TABLE1_MEASURES.values()
     nan = math.nan
     return pd.DataFrame(
@@ -98,12 +86,12 @@ def paper_table1() -> pd.DataFrame:
 
 
 def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
-    """A `table1` as text, the paper's own below it; `result` is the benchmark's measure."""
+    """Turn a `table1` into text, with the paper's own below; `result` is the measure."""
     both = pd.concat(
         {"this run": table.set_index(TABLE1_KEYS), PAPER: paper_table1().set_index(TABLE1_KEYS)},
         names=["source"],
     )
-    text = printable(both)
+    text = tables.printable(both)
     for position, (name, suffix) in enumerate({"result": "", "difference": " difference"}.items()):
         rouge2, passed = text.pop(f"rouge2{suffix}"), text.pop(f"pass@1{suffix}")
         text.insert(position + 1, name, rouge2.where(rouge2 != "-", passed))
@@ -111,50 +99,35 @@ def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_table1(table: pd.DataFrame) -> str:
-    """A `table1` for a terminal, under a heading per cell, and the paper's own below it."""
+    """Format a `table1` for a terminal, with headings, and the paper's own below it."""
     text = table1_beside_paper(table).reset_index()
-    first, second, rule, *lines = aligned(text.drop(columns=TABLE1_HEADINGS))
+    first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS))
     shown, above = [first, second], ("", "", "")
-    headings = text[TABLE1_HEADINGS].itertuples(index=False, name=None)
-    for line, heading in zip(lines, headings, strict=True):
-        source, benchmark, sampling = heading
-        if source != above[0]:
-            shown += [rule, f"{source}:"]
+    for line, heading in zip(lines, zip(*(text[name] for name in TABLE1_HEADINGS)), strict=True):
+        if heading[0] != above[0]:
+            shown += [rule, f"{heading[0]}:"]
         if heading != above:
-            shown.append(f"{benchmark}, {sampling}")
+            shown.append(", ".join(heading[1:]))
         above = heading
         shown.append(line)
     return "\n".join([*shown, rule, *table.attrs["notes"], PAPER_SETUP])
 
 
 def table1_figure(table: pd.DataFrame) -> Figure:
-    """The speedup in each cell of a `table1`, with its interval, beside the paper's own."""
-    keys = ["benchmark", "sampling"]
+    """Plot the speedup in each cell of a `table1`, with its interval, beside the paper's."""
     ours, paper = (
-        part[part["method"] == "speculative"].set_index(keys) for part in (table, paper_table1())
+        part[part["method"] == "speculative"].set_index(["benchmark", "sampling"])
+        for part in (table, paper_table1())
     )
     paper = paper.reindex(ours.index)
     positions = np.arange(len(ours))
     bounds = [ours["speedup"] - ours["speedup low"], ours["speedup high"] - ours["speedup"]]
     figure, axes = new_figure()
-    axes.errorbar(
-        ours["speedup"],
-        positions,
-        xerr=np.nan_to_num(bounds),
-        fmt="D",
-        color=DARK,
-        capsize=4,
-        label="this run, with its 95% interval",
-    )
-    axes.plot(
-        paper["speedup"],
-        positions + 0.25,
-        "s",
-        color=MIDDLE,
-        markerfacecolor="white",
-        markersize=8,
-        label="the paper's, on its own models and hardware",
-    )
+    style = {"fmt": "D", "color": DARK, "capsize": 4, "label": "this run, with its 95% interval"}
+    axes.errorbar(ours["speedup"], positions, xerr=np.nan_to_num(bounds), **style)
+    style = {"color": MIDDLE, "markerfacecolor": "white", "markersize": 8}
+    label = "the paper's, on its own models and hardware"
+    axes.plot(paper["speedup"], positions + 0.25, "s", label=label, **style)
     for position, speedup, published in zip(positions, ours["speedup"], paper["speedup"]):
         label = as_text("speedup", speedup)
         axes.annotate(label, (speedup, position - 0.1), ha="center", va="bottom")
@@ -163,25 +136,25 @@ def table1_figure(table: pd.DataFrame) -> Figure:
             axes.annotate(label, (published, position + 0.25), va="center")
     axes.axvline(1, color="black", linestyle="--", linewidth=1, label="as fast as the baseline")
     axes.set_yticks(positions, [",\n".join(map(str, cell)) for cell in ours.index])
-    axes.set_title("Speedup of speculative sampling, cell by cell")
-    axes.set_xlabel("speedup (baseline s/token ÷ speculative s/token)")
-    axes.set_ylabel("benchmark and sampling")
-    axes.set_xlim(left=0)
-    axes.set_ylim(len(ours) - 0.5, -0.7)
+    axes.set(
+        title="Speedup of speculative sampling, cell by cell",
+        xlabel="speedup (baseline s/token ÷ speculative s/token)",
+        ylabel="benchmark and sampling",
+        xlim=(0, None),
+        ylim=(len(ours) - 0.5, -0.7),
+    )
     figure.legend(loc="outside lower center", ncols=1)
     return figure
 
 
 def _quality_differences(run: Run, measure: str) -> pd.DataFrame:
-    """By method: how much higher the paper's measure is than the baseline's."""
+    """Tell by method how much higher the paper's measure is than the baseline's."""
     scored = {
-        method: scores_of(rows, run.scores or []) for method, rows in shared_rows(run.rows).items()
+        method: tables.scores_of(rows, run.scores or [])
+        for method, rows in tables.shared_rows(run.rows).items()
     }
-    baseline = scored.pop(BASELINE, [])
-    lines = {
-        method: interval_columns(
-            f"{measure} difference", quality_difference(scores, baseline, measure)
-        )
-        for method, scores in scored.items()
-    }
+    baseline, lines = scored.pop(tables.BASELINE, []), {}
+    for method, scores in scored.items():
+        difference = metrics.quality_difference(scores, baseline, measure)
+        lines[method] = interval_columns(f"{measure} difference", difference)
     return pd.DataFrame.from_dict(lines, orient="index")

@@ -1,8 +1,7 @@
 """Tables of a finished run, as the notebooks and the scripts show them.
 
-Tables are pandas frames of plain numbers (rates are fractions); `printable` and
-`format_table` turn them into text with percentages. Knows rows, scores and a run's
-meta; decodes nothing.
+Tables are pandas frames of plain numbers (rates are fractions). `printable` and `format_table`
+turn them into text with percentages. This module knows rows, scores and a run's meta.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ import pandas as pd
 
 from specsampling.results import metrics
 from specsampling.results.audit import audit, describe_partings, partings
+from specsampling.results.lines import key_of
 from specsampling.results.records import Row, Run
-from specsampling.results.scores import RougeScore, Score, Scores
+from specsampling.results.scores import Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
 
-TERMINAL_HEADERS = {  # the header's two lines
-    "method": ("", "method"),
-    "n": ("", "n"),
+TERMINAL_HEADERS = {  # the two lines of a header; another has its name on the second line
     "pass@1": ("pass@1", "[95%]"),
     "rouge1": ("rouge1", "[95%]"),
-    "tokens/s": ("", "tokens/s"),
     "speedup": ("speedup", "[95%]"),
     "end-to-end speedup": ("with", "prefill"),
     "draft acceptance rate": ("draft", "accepted"),
@@ -40,24 +37,30 @@ TERMINAL_HEADERS = {  # the header's two lines
     "ms/token": ("ms", "/token"),
 }
 
-PUBLISHED = {  # by the earlier attempt at this reproduction: autoregressive, speculative
-    "xsum": {
-        "rouge1": [0.160, 0.159],
-        "speedup": [math.nan, 1.84],
-        "draft acceptance rate": [math.nan, 0.32],
-    },
-    "humaneval": {
-        "pass@1": [0.35, 0.40],
-        "speedup": [math.nan, 2.52],
-        "draft acceptance rate": [math.nan, 0.75],
-    },
+FORMATS: dict[str, str] = {  # of a column's numbers, where they are not two places
+    **dict.fromkeys(metrics.ROUGE_NAMES, ".3f"),
+    "draft acceptance rate": ".1%",
+    "time outside forwards": ".1%",
+    "tokens/s": ".1f",
+    "n": ".0f",
+}
+
+PUBLISHED = {  # by the earlier attempt at this reproduction: a line per method
+    "xsum": [
+        {"method": "autoregressive", "rouge1": 0.160},
+        {"method": "speculative", "rouge1": 0.159, "speedup": 1.84, "draft acceptance rate": 0.32},
+    ],
+    "humaneval": [
+        {"method": "autoregressive", "pass@1": 0.35},
+        {"method": "speculative", "pass@1": 0.40, "speedup": 2.52, "draft acceptance rate": 0.75},
+    ],
 }
 
 
 def summary_table(
     rows: Sequence[Row], scores: Scores | None = None, sampling: str = ""
 ) -> pd.DataFrame:
-    """One line of numbers per method, every line over the same (example, sample) pairs.
+    """Make a table of a line per method, all over the same (example, sample) pairs.
 
     Pairs that a method lacks (a run stopped midway) are left out of all lines.
     `table.attrs["notes"]` is a list of sentences that belong under the table.
@@ -76,11 +79,16 @@ def summary_table(
     for method, of_method in kept.items():
         line: dict[str, Any] = {"method": method, "sampling": sampling, "n": len(of_method)}
         if scores is not None:
-            scored = scores_of(of_method, scores)
-            line |= _rouge_columns(scored) if _is_rouge(scores) else _pass_columns(scored)
-            if len(scored) < len(of_method):
-                notes.append(f"{method}: only {len(scored)} of {len(of_method)} rows are scored")
-        line |= _speed_columns(of_method, kept.get(BASELINE, []))
+            line |= _quality_columns(of_method, scores)
+            if (num_scored := len(scores_of(of_method, scores))) < len(of_method):
+                notes.append(f"{method}: only {num_scored} of {len(of_method)} rows are scored")
+        baseline = kept.get(BASELINE, [])
+        line["tokens/s"] = metrics.tokens_per_second(of_method)
+        line |= speedup_columns("speedup", baseline, of_method)
+        line |= speedup_columns("end-to-end speedup", baseline, of_method, with_prefill=True)
+        line["draft acceptance rate"] = metrics.draft_acceptance_rate(of_method)
+        line["block efficiency"] = metrics.block_efficiency(of_method)
+        line["time outside forwards"] = metrics.overhead_share(of_method)
         line["identical outputs"] = ""
         # Under sampling each method has a random stream of its own: texts must differ.
         is_greedy = sampling in ("", "greedy")
@@ -90,38 +98,40 @@ def summary_table(
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs: same token ids as method {compared_with}")
-    notes += audit_notes(kept)
+    notes += _audit_notes(kept)
     for method, of_method in kept.items():
         if any(row.draft_call_seconds for row in of_method):
-            notes.append(_prediction(method, of_method))
+            notes.append(
+                f"{method}: alpha {metrics.per_token_acceptance(of_method):.1%}, a draft call "
+                f"takes {metrics.cost_ratio(of_method):.2f} of a target call; Leviathan et al., "
+                "Theorem 3.8, then expects a speedup of "
+                f"{metrics.predicted_speedup(of_method):.2f}"
+            )
     for other, differences in _differences(kept, scores or []).items():
         for name, difference in differences.items():
             if name not in ("rouge2", "rougeL"):
-                text = _interval_text(f"{name} difference", *astuple(difference))
+                text = _interval_text(f"{name} difference", difference)
                 notes.append(f"{name}, speculative less {other}: {text}")
     if errors := [row for row in rows if row.error]:
         notes.append(f"{len(errors)} texts ended in an error; the first: {errors[0].error}")
-    cut = {row.example_id for row in rows if row.num_cut_tokens}
-    if cut:
+    if cut := {row.example_id for row in rows if row.num_cut_tokens}:
         notes.append(f"documents cut at their end to fit the context: {len(cut)}")
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
 
 
-def audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """What was recorded of the tokens says, a line per method and one of the baseline's texts."""
+def _audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Say what the records of the tokens show: a line per method, one of the baseline's texts."""
     found = {method: audit(of_method) for method, of_method in rows.items()}
     notes = [f"{method}: {of_method}" for method, of_method in found.items() if of_method]
-    if BASELINE in rows and "reference" in rows:
-        gaps = partings(rows[BASELINE], rows["reference"])
-        if gaps:
-            notes.append(f"{BASELINE}: {describe_partings(gaps, len(rows[BASELINE]))}")
+    if gaps := partings(rows.get(BASELINE, []), rows.get("reference", [])):
+        notes.append(f"{BASELINE}: {describe_partings(gaps, len(rows[BASELINE]))}")
     return notes
 
 
 def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
-    """The target alone, its draft alone, and both together: quality and speed.
+    """Make a table of the target alone, its draft alone, and both together.
 
     Args:
         run: of the pair.
@@ -132,47 +142,30 @@ def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
         "the draft alone": (draft_alone, BASELINE),
         "both: speculative": (run, "speculative"),
     }
-    groups = {
-        name: [row for row in source.rows if row.method == method]
-        for name, (source, method) in parts.items()
-    }
-    shared = set.intersection(
-        *({(row.example_id, row.sample_index) for row in rows} for rows in groups.values())
+    kept = _shared(
+        {
+            name: [row for row in source.rows if row.method == method]
+            for name, (source, method) in parts.items()
+        }
     )
     lines = []
-    for name, rows in groups.items():
-        kept = [row for row in rows if (row.example_id, row.sample_index) in shared]
-        scores = parts[name][0].scores
-        line: dict[str, Any] = {"who": name, "n": len(kept)}
-        if scores is not None:
-            scored = scores_of(kept, scores)
-            line |= _rouge_columns(scored) if _is_rouge(scores) else _pass_columns(scored)
-        line["tokens/s"] = metrics.tokens_per_second(kept)
-        speedup = metrics.speedup(groups["the target alone"], kept)
-        line |= interval_columns("speedup", speedup.of_totals)
+    for name, rows in kept.items():
+        line: dict[str, Any] = {"who": name, "n": len(rows)}
+        if (scores := parts[name][0].scores) is not None:
+            line |= _quality_columns(rows, scores)
+        line["tokens/s"] = metrics.tokens_per_second(rows)
+        line |= speedup_columns("speedup", kept["the target alone"], rows)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def _prediction(method: str, rows: Sequence[Row]) -> str:
-    """What theory makes of a method's acceptance and the cost of its draft, in a sentence."""
-    return (
-        f"{method}: alpha {metrics.per_token_acceptance(rows):.1%}, a draft call takes "
-        f"{metrics.cost_ratio(rows):.2f} of a target call; Leviathan et al., Theorem 3.8, then "
-        f"expects a speedup of {metrics.predicted_speedup(rows):.2f}"
-    )
-
-
 def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
-    """A task as the earlier attempt at this reproduction published it: not our figures."""
-    return pd.DataFrame({"method": ["autoregressive", "speculative"], **PUBLISHED[task]})
+    """Return a task's figures as the earlier attempt at this reproduction published them."""
+    return pd.DataFrame(PUBLISHED[task])
 
 
 def rouge_difference_table(rows: Sequence[Row], scores: Scores) -> pd.DataFrame:
-    """ROUGE of the speculative outputs less that of each other method, paired by sample.
-
-    One line per method that they are compared with; `reference` must give 0 in a greedy run.
-    """
+    """Compare the ROUGE of the speculative outputs with each other method's, by sample."""
     lines = []
     for other, differences in _differences(shared_rows(rows), scores).items():
         line: dict[str, Any] = {"speculative less": other}
@@ -188,10 +181,10 @@ def example_table(
     num_examples: int = 3,
     num_characters: int = 300,
 ) -> pd.DataFrame:
-    """The first examples side by side: the document's start, the reference, and the outputs.
+    """Show the first examples: the document's start, the reference, each method's first output.
 
     Args:
-        rows: of the methods wanted; of several samples, the first is shown.
+        rows: of the methods wanted.
         documents: example id -> text, for any of the examples.
         num_examples: how many to show.
         num_characters: where a document is cut.
@@ -209,21 +202,40 @@ def example_table(
 
 
 def printable(table: pd.DataFrame) -> pd.DataFrame:
-    """A table as text: percentages, intervals as "1.62 [1.51, 1.74]", "-" where nothing is."""
+    """Turn a table into text: percentages, "1.62 [1.51, 1.74]", "-" for an empty cell."""
     columns = {}
     for name in table.columns:
         if name.endswith((" low", " high")):
             continue
         if f"{name} low" in table:
-            intervals = zip(*(table[part] for part in interval_names(name)), strict=True)
-            columns[name] = [_interval_text(name, *interval) for interval in intervals]
+            columns[name] = [_interval_text(name, interval) for interval in _intervals(table, name)]
         else:
             columns[name] = [as_text(name, value) for value in table[name]]
     return pd.DataFrame(columns, index=table.index)
 
 
+def formatted(table: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:
+    """Turn the columns in `formats` into text, with "" for an empty cell.
+
+    A column with bounds becomes one of intervals, and its name gains "[95%]".
+    """
+    text = {}
+    for name, spec in formats.items():
+        if f"{name} low" in table:
+            values, heading = _intervals(table, name), f"{name} [95%]"
+        else:
+            values, heading = list(table[name]), name
+        pairs = zip(values, table[name].isna())
+        text[heading] = ["" if is_empty else format(value, spec) for value, is_empty in pairs]
+    return pd.DataFrame(text)
+
+
+def _intervals(table: pd.DataFrame, name: str) -> list[Any]:
+    return [metrics.Interval(*line) for line in table[interval_names(name)].itertuples(index=False)]
+
+
 def format_table(table: pd.DataFrame) -> str:
-    """A `summary_table` for a terminal: aligned, notes below, about 120 columns wide."""
+    """Format a `summary_table` for a terminal of 120 columns, with its notes below."""
     if table.empty:
         return "no rows to show"
     unseen = ["end-to-end speedup low", "end-to-end speedup high"]
@@ -234,7 +246,7 @@ def format_table(table: pd.DataFrame) -> str:
 
 
 def aligned(text: pd.DataFrame) -> list[str]:
-    """Lines of equal columns: the header's two, a rule, and one per line of `text`."""
+    """Align columns of text: two lines of headers, a rule, and one per line of `text`."""
     columns = []
     for name in map(str, text):
         cells = [*TERMINAL_HEADERS.get(name, ("", name)), *text[name]]
@@ -248,7 +260,7 @@ def aligned(text: pd.DataFrame) -> list[str]:
 
 
 def describe_sampling(sampling: Mapping[str, Any]) -> str:
-    """A config's `sampling` block in words: "greedy", or "temperature 0.8, top-p 0.95"."""
+    """Describe a config's `sampling` block: "greedy", or "temperature 0.8, top-p 0.95"."""
     if sampling["temperature"] == 0:
         return "greedy"
     words = [f"temperature {sampling['temperature']:g}"]
@@ -260,7 +272,7 @@ def describe_sampling(sampling: Mapping[str, Any]) -> str:
 
 
 def describe_run(meta: Mapping[str, Any]) -> str:
-    """What was run, on what, and by which command: a few lines from a run's meta."""
+    """Describe what was run, on what, and by which command, from a run's meta."""
     config = meta["config"]
     k, model_k = (config["speculation"].get(name) for name in ("k", "model_k"))
     limit = f" (at most {model_k} from a model)" if model_k else ""
@@ -281,23 +293,20 @@ versions: {versions}"""
 
 
 def rows_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found = {row.method for row in rows}
-    others = sorted(found - set(METHODS))
-    return {
-        method: [row for row in rows if row.method == method]
-        for method in (*METHODS, *others)
-        if method in found
-    }
+    groups = metrics.grouped((row.method, row) for row in rows)
+    return {method: groups[method] for method in (*METHODS, *sorted(groups)) if method in groups}
 
 
 def shared_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by method, of the (example, sample) pairs that every method has."""
-    by_method = rows_by_method(rows)
-    pairs = [{(row.example_id, row.sample_index) for row in group} for group in by_method.values()]
-    shared = set.intersection(*pairs) if pairs else set()
+    """Group rows by method, and keep the (example, sample) pairs that every method has."""
+    return _shared(rows_by_method(rows))
+
+
+def _shared(groups: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    samples = [{row.sample for row in group} for group in groups.values()]
     return {
-        method: [row for row in group if (row.example_id, row.sample_index) in shared]
-        for method, group in by_method.items()
+        name: [row for row in group if all(row.sample in of_group for of_group in samples)]
+        for name, group in groups.items()
     }
 
 
@@ -306,64 +315,42 @@ def _is_rouge(scores: Scores) -> bool:
 
 
 def scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
-    """The scores of `rows`, of the kind that they are."""
+    """Return the scores of `rows`, whichever kind they are."""
     keys = {row.key for row in rows}
-    return [
-        score
-        for score in scores
-        if (score["example_id"], score["method"], score["sample_index"]) in keys
-    ]
+    return [score for score in scores if key_of(score) in keys]
 
 
-def _pass_columns(scores: Sequence[Score]) -> dict[str, float]:
-    """pass@1 with its interval, and larger k where every problem has enough samples."""
-    larger = {f"pass@{k}": value for k, value in metrics.pass_at_k(scores).items() if k > 1}
-    return interval_columns("pass@1", metrics.pass_at_k_interval(scores, 1)) | larger
-
-
-def _rouge_columns(scores: Sequence[RougeScore]) -> dict[str, float]:
-    """Mean ROUGE F1, each with its interval."""
+def _quality_columns(rows: Sequence[Row], scores: Scores) -> dict[str, float]:
+    """Mean ROUGE F1 or pass@1 with intervals; larger k if every problem has enough samples."""
+    scored = scores_of(rows, scores)
+    larger = {} if _is_rouge(scores) else metrics.pass_at_k(scored)
     columns: dict[str, float] = {}
-    for name in metrics.ROUGE_NAMES:
-        columns |= interval_columns(name, metrics.rouge_interval(scores, name))
-    return columns
+    for name in metrics.ROUGE_NAMES if _is_rouge(scores) else ("pass@1",):
+        columns |= interval_columns(name, metrics.quality(scored, name))
+    return columns | {f"pass@{k}": value for k, value in larger.items() if k > 1}
 
 
 def _differences(
     by_method: Mapping[str, Sequence[Row]], scores: Scores
 ) -> dict[str, dict[str, metrics.Interval]]:
-    """Quality of the speculative method less each other's: method -> measure -> difference."""
+    """Subtract each other method's quality from the speculative one's, by method and measure."""
     scored = {method: scores_of(rows, scores) for method, rows in by_method.items()}
     ours = scored.pop("speculative", [])
     names: list[str] = list(metrics.ROUGE_NAMES)
     if not _is_rouge(scores):
         names = [f"pass@{k}" for k in metrics.pass_at_k(ours)]
     return {
-        method: {name: quality_difference(ours, theirs, name) for name in names}
+        method: {name: metrics.quality_difference(ours, theirs, name) for name in names}
         for method, theirs in scored.items()
         if ours
     }
 
 
-def quality_difference(scores: list[Any], others: list[Any], name: str) -> metrics.Interval:
-    """How much higher a measure is than another method's: `rouge1`, `pass@1` and so on."""
-    if name.startswith("pass@"):
-        return metrics.pass_at_k_difference(scores, others, int(name.removeprefix("pass@")))
-    (rouge_name,) = (known for known in metrics.ROUGE_NAMES if known == name)
-    return metrics.rouge_difference(scores, others, rouge_name)
-
-
-def _speed_columns(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float]:
-    decode = metrics.speedup(baseline, rows)
-    end_to_end = metrics.speedup(baseline, rows, with_prefill=True)
-    return {
-        "tokens/s": metrics.tokens_per_second(rows),
-        **interval_columns("speedup", decode.of_totals),
-        **interval_columns("end-to-end speedup", end_to_end.of_totals),
-        "draft acceptance rate": metrics.draft_acceptance_rate(rows),
-        "block efficiency": metrics.block_efficiency(rows),
-        "time outside forwards": metrics.overhead_share(rows),
-    }
+def speedup_columns(
+    name: str, baseline: Sequence[Row], rows: Sequence[Row], *, with_prefill: bool = False
+) -> dict[str, float]:
+    compared = metrics.speedup(baseline, rows, with_prefill=with_prefill)
+    return interval_columns(name, compared.of_totals)
 
 
 def interval_columns(name: str, interval: metrics.Interval) -> dict[str, float]:
@@ -374,24 +361,17 @@ def interval_names(name: str) -> list[str]:
     return [name, f"{name} low", f"{name} high"]
 
 
-def _interval_text(name: str, estimate: float, low: float, high: float) -> str:
-    """An estimate of column `name`, and its bounds if it has any."""
-    bounds = "" if math.isnan(low) else f" [{as_text(name, low)}, {as_text(name, high)}]"
-    return as_text(name, estimate) + bounds
+def _interval_text(name: str, interval: metrics.Interval) -> str:
+    """Write an estimate of column `name`, and its bounds if it has any."""
+    estimate, low, high = (as_text(name, value) for value in astuple(interval))
+    return estimate if math.isnan(interval.low) else f"{estimate} [{low}, {high}]"
 
 
 def as_text(name: str, value: Any) -> str:
-    """One cell of column `name`."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return "-"
+    is_share = name.startswith("pass@")
     if name.endswith(" difference"):
-        return f"{value:+.1%}" if name.startswith("pass@") else f"{value:+.4f}"
-    if name.startswith("pass@") or name in ("draft acceptance rate", "time outside forwards"):
-        return f"{value:.1%}"
-    if name in metrics.ROUGE_NAMES:
-        return f"{value:.3f}"
-    if name == "tokens/s":
-        return f"{value:.1f}"
-    if name == "n":
-        return f"{value:.0f}"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+        return f"{value:+.1%}" if is_share else f"{value:+.4f}"
+    default = ".1%" if is_share else ".2f" if isinstance(value, float) else ""
+    return format(value, FORMATS.get(name, default))

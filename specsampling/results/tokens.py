@@ -1,36 +1,26 @@
-"""A generation's text with its tokens coloured by their origin.
-
-Knows ids, origins and a function that decodes; no tokenizer.
-"""
+"""A generation's text with its tokens coloured by their origin."""
 
 from __future__ import annotations
 
 import html
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from specsampling.method.text import Generation
 from specsampling.results.records import Row
 
-TOKEN_MARKS = {  # a token by its origin; what is bold or underlined stays apart in greyscale
-    "accepted": '<span style="color: #1b7837">{}</span>',
-    "correction": '<b style="color: #b2182b"><u>{}</u></b>',
-    "bonus": '<b style="color: #2166ac"><i>{}</i></b>',
-    "target": "<span>{}</span>",
-}
-
-TOKEN_ORIGINS = {
-    "accepted": "drafted and accepted",
-    "correction": "the target's, after a rejection",
-    "bonus": "the target's, with nothing rejected",
-    "target": "the target's, without a draft",
+# A token's mark and meaning by its origin; bold and underlined stay apart in greyscale.
+TOKEN_MARKS = {
+    "accepted": ('<span style="color: #1b7837">{}</span>', "drafted and accepted"),
+    "correction": ('<b style="color: #b2182b"><u>{}</u></b>', "the target's, after a rejection"),
+    "bonus": ('<b style="color: #2166ac"><i>{}</i></b>', "the target's, with nothing rejected"),
+    "target": ("<span>{}</span>", "the target's, without a draft"),
 }
 
 
 def text_pieces(
     token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> list[tuple[str, str]]:
-    """The text cut into its tokens: (kind, text) of each.
+    """Cut the text into (kind, text) of each token.
 
     A character made of several tokens belongs to the token that completes it.
     """
@@ -44,21 +34,19 @@ def text_pieces(
 
 
 def tokens_html(row: Row, decode: Callable[[Sequence[int]], str]) -> str:
-    """A row's text as HTML, each token coloured by its origin, above a legend with counts.
+    """Write a row's text as HTML, its tokens coloured by origin, above a legend with counts.
 
     Args:
         row: of any method.
         decode: token ids -> text.
     """
-    generation = Generation(row.token_ids, row.finish_reason, row.accepted, row.drafted)
-    kinds = generation.kinds()
+    kinds = Generation(row.token_ids, row.finish_reason, row.accepted, row.drafted).kinds()
     pieces = text_pieces(row.token_ids, kinds, decode)
-    text = "".join(TOKEN_MARKS[kind].format(html.escape(piece)) for kind, piece in pieces)
-    counts = Counter(kinds)
+    text = "".join(TOKEN_MARKS[kind][0].format(html.escape(piece)) for kind, piece in pieces)
     legend = "; ".join(
-        f"{TOKEN_MARKS[kind].format(kind)} ({origin}): {counts[kind]}"
-        for kind, origin in TOKEN_ORIGINS.items()
-        if counts[kind]
+        f"{mark.format(kind)} ({origin}): {count}"
+        for kind, (mark, origin) in TOKEN_MARKS.items()
+        if (count := kinds.count(kind))
     )
     style = "white-space: pre-wrap; background: white; color: black; padding: 0.5em"
     return f'<p style="{style}">{text}</p>\n<p style="{style}">{legend}</p>'
