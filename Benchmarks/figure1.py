@@ -36,6 +36,7 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import ConfigError, load_config
 from specsampling.console import exit_code, option_value
+from specsampling.loading import baselines
 from specsampling.results.figure1 import figure1, figure1_paths, format_figure1
 from specsampling.results.figures import save_figure
 
@@ -70,8 +71,10 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     draft = model if is_lookup == "ngram" and model else config.models.draft
     # The formula takes a call of K + 1 rows for as long as one of 1: so are `reference`'s calls.
     is_bit_exact = config.decoding.bit_exact
-    baselines = ["autoregressive", *["reference"] * is_bit_exact]
-    methods = [*baselines, *(f"speculative@{k}" for k in [*range(1, options.k + 1), "auto"])]
+    methods = [
+        *baselines(config),
+        *(f"speculative@{k}" for k in [*range(1, options.k + 1), "auto"]),
+    ]
     return [
         *cell_overrides(CELLS[cell], options),
         f"models.draft={draft}",

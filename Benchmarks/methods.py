@@ -34,6 +34,7 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import load_config
 from specsampling.console import exit_code
+from specsampling.loading import baselines
 from specsampling.results.methods import format_methods, methods_paths, methods_table
 
 
@@ -66,9 +67,7 @@ def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     if options.layers != "0":
         drafts.append(f"target-layers:{options.layers}")
     is_greedy = CELLS[cell].temperature == 0
-    methods = ["autoregressive"]
-    if is_greedy and config.decoding.bit_exact:
-        methods.append("reference")
+    methods = baselines(config) if is_greedy else ["autoregressive"]
     k = config.largest_k
     for draft in drafts:
         choices = [f"{k}@token", "auto@token"]

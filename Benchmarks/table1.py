@@ -37,6 +37,7 @@ import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.edge import rank
+from specsampling.loading import baselines
 from specsampling.results.records import Run, read_run
 from specsampling.results.runfile import check_output
 from specsampling.results.table1 import format_table1, table1, table1_paths
@@ -127,8 +128,8 @@ def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile, as `--set` takes it."""
     num_samples = json.dumps(option_value("sampling.num_samples", options.num_samples))
     is_greedy = cell.temperature == 0
-    is_bit_exact = load_config(options.config, options.profile).decoding.bit_exact
-    methods = ["autoregressive", *["reference"] * (is_greedy and is_bit_exact), "speculative"]
+    config = load_config(options.config, options.profile)
+    methods = [*(baselines(config) if is_greedy else ["autoregressive"]), "speculative"]
     overrides = [
         f"sampling.temperature={cell.temperature}",
         "sampling.top_k=0",

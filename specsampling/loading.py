@@ -61,6 +61,27 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
     return load.Pair(target.outline, NgramDraft(), tokenizer, frozenset()), [target, *drafts]
 
 
+def baselines(config: Config) -> list[str]:
+    """Name the methods that others are compared with.
+
+    `reference` has the bits of the speculative methods' calls. Rows never meet in the CPU kernel,
+    so there `autoregressive` has them too, and `reference` would decode the same text again.
+    """
+    from specsampling.models.checkpoint import plan_model
+    from specsampling.models.kernel_model import why_no_kernel
+    from specsampling.models.load import resolve_device, resolve_dtype
+    from specsampling.models.packing import why_not
+    from specsampling.models.source import EMBEDDED
+
+    device, target = resolve_device(config.models.device), config.models.target
+    is_kernels = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
+    if is_kernels and not target.startswith(EMBEDDED):
+        dtype = resolve_dtype(config.models.dtype, device)
+        is_kernels = not why_not(plan_model(target, dtype, "none").outline)
+    needs_reference = config.decoding.bit_exact and not is_kernels
+    return ["autoregressive", *["reference"] * needs_reference]
+
+
 def drafts_named(config: Config) -> list[str]:
     """Return the drafts that the methods name, each once."""
     drafts = [method_parts(method, config).draft for method in config.run.methods]

@@ -16,7 +16,7 @@ from specsampling.console import (
     decode_one_prompt,
     exit_code,
 )
-from specsampling.loading import load_configured_pair
+from specsampling.loading import baselines, load_configured_pair
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation
 from specsampling.method.verify import VERIFIERS
@@ -30,8 +30,8 @@ CONTEXT = 1024  # of the tiny Llama's folder
 def tiny(model_folders, *overrides):
     """The demo profile over the tiny Llama, with changes."""
     folder = str(model_folders["llama-target"])
-    models = {"models.target": folder, "models.draft": "ngram", "models.dtype": "float32"}
-    return load_config(SHIPPED, "demo", overrides, {**models, "models.device": "cpu"})
+    models = {"models.draft": "ngram", "models.dtype": "float32", "models.device": "cpu"}
+    return load_config(SHIPPED, "demo", [f"models.target={folder}", *overrides], models)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,23 @@ def test_sizes_beyond_the_context_are_refused(model_folders, overrides, field):
     with pytest.raises(ConfigError) as caught:
         load_configured_pair(tiny(model_folders, *overrides))
     assert f"{field} must fit the target's context of {CONTEXT} tokens (got " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "override", "has_reference"),
+    [
+        ("llama", "run.limit=1", False),  # rows never meet in the kernel
+        ("gpt_neo", "run.limit=1", False),
+        ("gpt2", "run.limit=1", True),  # which the kernel does not know
+        ("llama", "decoding.compile=off", True),
+        ("gpt2", "decoding.bit_exact=false", False),
+    ],
+)
+def test_reference_is_decoded_where_rows_meet(model_folders, architecture, override, has_reference):
+    config = tiny(
+        model_folders, f"models.target={model_folders[f'{architecture}-target']}", override
+    )
+    assert baselines(config) == ["autoregressive", *["reference"] * has_reference]
 
 
 @pytest.mark.parametrize(

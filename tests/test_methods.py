@@ -74,7 +74,7 @@ def test_the_script_runs_every_combination(config, tmp_path, model_folders):
     paths = grid.methods_paths(tmp_path)
     sampled = {row.method for row in read_rows(paths["xsum-nucleus"])}
     greedy = {row.method for row in read_rows(paths["humaneval-greedy"])}
-    assert greedy == {"autoregressive", "reference"} | {
+    assert greedy == {"autoregressive"} | {
         f"speculative:{draft}@{k}@token"
         for draft in ("ngram", model, f"ngram+{model}", "target-layers:1")
         for k in (7, "auto")
@@ -84,7 +84,7 @@ def test_the_script_runs_every_combination(config, tmp_path, model_folders):
         for draft in (model, f"ngram+{model}", "target-layers:1")
         for k in (7, "auto")
     }
-    assert sampled == (greedy | sampled) - {"reference"}
+    assert greedy <= sampled
     assert "humaneval-greedy" in printed and "1.00 [" in printed
 
 
