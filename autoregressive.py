@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from specsampling.method.decode import decode_text
 from specsampling.method.evidence import Evidence
 from specsampling.method.forward import Model
-from specsampling.method.sampling import GREEDY, Sampling, Source, probs_from_logits, sample
+from specsampling.method.sampling import GREEDY, Randomness, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
 
@@ -23,7 +23,7 @@ def autoregressive(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    generator: Source = None,
+    generator: Randomness = None,
     width: int | None = None,
     eos_ids: Collection[int] = (),
     is_stop: StopCheck | None = None,

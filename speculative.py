@@ -24,7 +24,7 @@ from specsampling.method.drafts import Draft, DraftTerms
 from specsampling.method.evidence import Evidence
 from specsampling.method.forward import Model
 from specsampling.method.noise import Noise
-from specsampling.method.sampling import GREEDY, Sampling, Source, probs_from_logits
+from specsampling.method.sampling import GREEDY, Randomness, Sampling, probs_from_logits
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import Generation, StopCheck, Text
 from specsampling.method.verify import Verifier, verify, verify_coupled
@@ -38,7 +38,7 @@ def speculative(
     k: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    generator: Source = None,
+    generator: Randomness = None,
     width: int | None = None,
     verifier: Verifier = verify,
     eos_ids: Collection[int] = (),

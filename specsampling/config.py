@@ -37,7 +37,8 @@ MAX_NAMES = 10  # profiles that an error lists
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
     "decoding": ("compile",),  # what it came to is the meta's `steps`
-    "sampling": ("num_samples",),  # more of them continue a run: each has its own random stream
+    # More samples continue a run: each has its own randomness. Rows say what `noise` came to.
+    "sampling": ("num_samples", "noise"),
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
 
@@ -65,7 +66,8 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
 SPECULATIVE = re.compile(
-    r"speculative(:(?P<draft>.+?(?<!(?i:@auto))(?<!(?i:@token|@block))))?(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block))?"
+    r"speculative(:(?P<draft>.+?(?<!(?i:@auto))(?<!(?i:@token|@block))(?<!(?i:@coupled))))?"
+    r"(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block|coupled))?"
 )
 Method = Annotated[
     str,
@@ -76,7 +78,8 @@ Method = Annotated[
         is_word=True,
     ),
 ]
-VerifierName = Literal["token", "block"]
+VerifierName = Literal["token", "block", "coupled"]
+Noise = Literal["positional", "sequential"]
 PromptStyle = Literal["completion", "chat"]
 
 
@@ -126,6 +129,7 @@ class SamplingConfig:
     top_p: Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
     seed: Annotated[int, within(0, 2**63 - 1, "a seed has 63 bits")]
     num_samples: Annotated[int, within(1, 10_000, "each of them is decoded for every example")]
+    noise: Noise = "positional"
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,12 @@ class Config:
         """The most tokens drafted in a cycle: k, or all that fit if k is auto."""
         return self.width - 1 if self.speculation.k == "auto" else self.speculation.k
 
+    @property
+    def coupled_methods(self) -> frozenset[str]:
+        """The methods whose draft and target share their noise."""
+        names = [name for name in self.run.methods if name.startswith("speculative")]
+        return frozenset(name for name in names if method_parts(name, self).verifier == "coupled")
+
     def __post_init__(self) -> None:
         """Check the rules between fields; a ConfigError names the broken one."""
         ngrams, decoding, models = self.speculation, self.decoding, self.models
@@ -231,6 +241,9 @@ class Config:
                 rule = f"methods of K 1 to speculation.k, here {self.largest_k}"
                 way_out = "choose such a K, or raise speculation.k"
                 raise mistake("run.methods", rule, shown(method), way_out)
+        if self.sampling.noise != "positional" and self.coupled_methods:
+            rule = "positional for the rule coupled, which shares it with the baseline"
+            raise mistake("sampling.noise", rule, self.sampling.noise, "set it to positional")
         draft, precision = models.draft.removeprefix("ngram+"), models.draft_quantization
         has_weights = draft != "ngram" and not draft.startswith("target-layers:")
         if precision != "none" and not has_weights:

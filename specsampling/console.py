@@ -176,6 +176,7 @@ def run_experiment(
     pair = loading.load_configured_pair(here, device_map)
     drafts = loading.load_drafts(here, pair)
     rows = there.rows if there else []
+    positional = loading.settle_noise(config, there)
     is_pending = bool({*order} - {row.key for row in rows})
     if mode == "off":
         loading.say(f"  decode calls: eager ({why_eager})")
@@ -185,7 +186,8 @@ def run_experiment(
         loading.make_batch(here, pair, drafts, longest)
     meta["bit_exact"] = loading.self_check(here, pair, longest)
     decoders = bind_decoders(here, pair, drafts, autoregressive, speculative)
-    amounts = {"num_samples": num_samples, "seed": config.sampling.seed}
+    amounts: dict[str, Any] = {"num_samples": num_samples, "seed": config.sampling.seed}
+    amounts["positional"] = positional
     amounts |= {"warmup": config.run.warmup, "batch_size": config.run.batch_size}
     name = device_name(pair.target.device)
     start = output, meta, options.fresh
@@ -237,7 +239,7 @@ def bind_decoders(
 ) -> dict[str, Decode]:
     """Return each method's decoder with its models and settings: all that a run does not change."""
     from specsampling.method.sampling import Sampling
-    from specsampling.method.verify import VERIFIERS
+    from specsampling.method.verify import RULES
 
     warp = config.sampling
     shared: dict[str, Any] = {
@@ -256,7 +258,7 @@ def bind_decoders(
             drafts[parts.draft, parts.is_adaptive],
             k=parts.k,
             width=config.call_width,
-            verifier=VERIFIERS[parts.verifier],
+            verifier=RULES[parts.verifier],
             **shared,
         )
     return {method: decoders[method] for method in config.run.methods}
@@ -302,9 +304,7 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
         raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
 
-    import torch
-
-    from specsampling.runner import check_prompt, sample_seed
+    from specsampling.runner import check_prompt, source_of
 
     outline, planned = loading.outline_models(config)
     prompt = outline.encode_chat(options.prompt) if options.chat else outline.encode(options.prompt)
@@ -314,8 +314,8 @@ def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = N
     loading.self_check(config, pair, len(prompt) + config.decoding.max_new_tokens)
     drafts = loading.load_drafts(config, pair)
     decode = bind_decoders(config, pair, drafts, speculative, speculative)["speculative"]
-    seed = sample_seed(config.sampling.seed, options.prompt, "speculative", 0)
-    generator = torch.Generator(pair.target.device).manual_seed(seed)
+    names = config.sampling.seed, options.prompt, "speculative", 0
+    generator = source_of(pair.target.device, *names, bool(config.coupled_methods))
     generation = decode(prompt, generator=generator, is_stop=None)
     print(coloured(generation.token_ids, generation.kinds(), pair.decode))
     num_tokens, num_accepted = len(generation.token_ids), sum(generation.accepted)

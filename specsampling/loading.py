@@ -247,6 +247,20 @@ def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
     return mode, "decoding.compile: off"
 
 
+def settle_noise(config: Config, there: Run | None) -> frozenset[str]:
+    """Return the methods whose tokens are drawn with noise of their positions.
+
+    These are the methods of the rule `coupled`, and when sampling the baselines too. A run goes on
+    as it began: `there` is what an earlier process left of it.
+    """
+    baselines = frozenset({"autoregressive", "reference"})
+    is_sequential = config.sampling.noise == "sequential" or config.sampling.temperature == 0
+    rows = there.rows if there else []
+    if is_sequential or any(row.method in baselines and not row.noise for row in rows):
+        baselines = frozenset()
+    return config.coupled_methods | baselines & {*config.run.methods}
+
+
 def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool:
     """Capture the models' decode calls on a GPU, and print what became of each.
 
@@ -300,6 +314,7 @@ def _models_by_name(config: Config, pair: Pair, drafts: Drafts) -> dict[str, Mod
 def self_check(config: Config, pair: Pair, longest: int) -> str:
     """Return whether decoding is bit-exact on the loaded target, in words that are printed too."""
     from specsampling.method.forward import is_exact
+    from specsampling.models.errors import ModelError
     from specsampling.models.exactness import check_exactness
 
     check = check_exactness(pair.target, config.call_width, capacity=longest)
@@ -309,4 +324,9 @@ def self_check(config: Config, pair: Pair, longest: int) -> str:
     elif config.decoding.bit_exact:
         verdict = f"{check}, at width {config.width}"
     say(f"  bit-exact decoding: {verdict}")
+    if config.decoding.bit_exact and config.coupled_methods and not check.is_exact:
+        raise ModelError(
+            "speculation.verifier coupled needs rows with the same bits in every call (got: "
+            f"{check}); choose token, or set decoding.bit_exact: false to let texts part"
+        )
     return verdict

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -17,9 +17,12 @@ import torch
 from tqdm import tqdm
 
 from specsampling.method.batch import decode_together
+from specsampling.method.noise import Noise
+from specsampling.method.sampling import Randomness
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation, PromptError
 from specsampling.models.errors import is_out_of_memory, reason
+from specsampling.models.kernel_model import fastest_race
 from specsampling.models.load import Pair
 from specsampling.models.memory import release_memory
 from specsampling.ranks import Ranks
@@ -148,6 +151,7 @@ def run(
     num_samples: int = 1,
     warmup: int = 0,
     batch_size: int = 1,
+    positional: Collection[str] = (),
     ranks: Ranks | None = None,
 ) -> None:
     """Decode every example with every method, and append a row for each as it is finished.
@@ -163,6 +167,7 @@ def run(
         num_samples: texts per example and method.
         warmup: how many examples every method decodes first; those texts are thrown away.
         batch_size: how many texts are decoded at once, sharing each moment's seconds equally.
+        positional: the methods that draw with the noise of positions and tokens.
         ranks: this process among several; None for the only one.
 
     Raises:
@@ -175,7 +180,7 @@ def run(
     jobs = all_jobs(prompts, names, num_samples)
     pending = [job for job in jobs if job.key not in run_file.done]
     mine = share_of(pending, ranks) if ranks else pending
-    decode = partial(decode_row, pair, task, methods, seed)
+    decode = partial(decode_row, pair, task, methods, seed, positional)
     progress = Progress(run_file.rows, names)
     num_there = len(jobs) - len(pending)
     with tqdm(total=len(jobs), initial=num_there, unit="row") as bar:
@@ -194,10 +199,27 @@ def run(
             ranks.meet(lambda: bar.update(num_there + ranks.count_rows() - bar.n))
 
 
-def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int, job: Job) -> Row:
+def source_of(
+    device: torch.device, seed: int, name: str, method: str, sample_index: int, is_positional: bool
+) -> Randomness:
+    """Return a text's randomness. Noise of positions does not depend on the method."""
+    if is_positional:
+        return Noise.of(seed, name, sample_index, race=fastest_race())
+    return torch.Generator(device).manual_seed(sample_seed(seed, name, method, sample_index))
+
+
+def decode_row(
+    pair: Pair,
+    task: Task,
+    methods: Mapping[str, Decode],
+    seed: int,
+    positional: Collection[str],
+    job: Job,
+) -> Row:
     """Decode a text by its method; if memory runs out, the row says so."""
-    row_seed = sample_seed(seed, job.example.id, job.method, job.sample_index)
-    generator = torch.Generator(pair.target.device).manual_seed(row_seed)
+    is_positional = job.method in positional
+    names = job.example.id, job.method, job.sample_index
+    generator = source_of(pair.target.device, seed, *names, is_positional)
     show = partial(pair.decode, skip_special_tokens=False)  # a stop string may be a special token
     is_stop = StopStrings(task.stop_strings, show) if task.stop_strings else None
     error = ""
@@ -219,6 +241,7 @@ def decode_row(pair: Pair, task: Task, methods: Mapping[str, Decode], seed: int,
         completion=task.completion(job.example, pair.decode(text_ids)),
         seed=seed,
         task_id=job.example.task_id,
+        noise="positional" if is_positional else None,
         num_cut_tokens=job.prompt.num_cut_tokens or None,
         **Source.of(job.prompt.token_ids, job.example.reference)._asdict(),
         **vars(generation),

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
 from specsampling.method.forward import RUNNER, Model, is_exact
-from specsampling.method.sampling import Sampling, Source, probs_from_logits, sample
+from specsampling.method.sampling import Randomness, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 
 
@@ -64,7 +64,7 @@ class DraftTerms:
     vocab_size: int
     device: torch.device
     sampling: Sampling
-    source: Source
+    source: Randomness
 
     @classmethod
     def of(
@@ -72,7 +72,7 @@ class DraftTerms:
         target: Model,
         capacity: int,
         sampling: Sampling,
-        source: Source,
+        source: Randomness,
     ) -> DraftTerms:
         return cls(capacity, num_logits(target), target.device, sampling, source)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specsampling.method.distribution import Distribution, Few, Full
-from specsampling.method.sampling import Sampling, Source
+from specsampling.method.sampling import Randomness, Sampling
 
 TIE_BREAK = 1e-6  # per probability: orders what has one ratio, and hardly anything else
 IMPOSSIBLE = -1.0  # the transform of a token that the target cannot emit
@@ -30,7 +30,7 @@ class Evidence:
         gaps: when greedy; see `gap`.
     """
 
-    def __init__(self, sampling: Sampling, source: Source):
+    def __init__(self, sampling: Sampling, source: Randomness):
         self.transforms: list[float] = []
         self.gaps: list[float] = []
         self._is_greedy = sampling.is_greedy

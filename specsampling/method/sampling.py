@@ -185,11 +185,11 @@ def uniforms(num: int, generator: torch.Generator | None) -> list[float]:
     return torch.rand(num, generator=generator, device=_device(generator)).tolist()
 
 
-Source = torch.Generator | Noise | None
+Randomness = torch.Generator | Noise | None
 """Where randomness comes from: drawn in sequence, or belonging to positions and tokens."""
 
 
-def sample(probs: Distribution, source: Source, position: int = 0) -> int:
+def sample(probs: Distribution, source: Randomness, position: int = 0) -> int:
     """Draw one token id from a distribution.
 
     Args:

@@ -66,6 +66,7 @@ class Row:
     draft_call_seconds: float | None = None
     transforms: list[float] | None = None  # one per new token: see method/evidence.py
     gaps: list[float] | None = None
+    noise: str | None = None  # "positional", or None for numbers drawn in sequence
     error: str | None = None  # why the text ended early, where finish_reason is error
     rank: int | None = None  # which of several processes made it, and where
     device: str | None = None

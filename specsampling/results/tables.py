@@ -90,11 +90,18 @@ def summary_table(
         line["block efficiency"] = metrics.block_efficiency(of_method)
         line["time outside forwards"] = metrics.overhead_share(of_method)
         line["identical outputs"] = ""
-        # Under sampling each method has a random stream of its own: texts must differ.
-        is_greedy = sampling in ("", "greedy")
-        if method.startswith("speculative") and compared_with in kept and is_greedy:
+        # Texts of one seed are the same if both methods are greedy, or draw with the same noise.
+        others = kept.get(compared_with, [])
+        has_noise = all(row.noise for row in (*of_method, *others))
+        is_comparable = sampling in ("", "greedy") or has_noise
+        if method.startswith("speculative") and others and is_comparable:
             num_identical, num_compared = metrics.count_identical(of_method, kept[compared_with])
             line["identical outputs"] = f"{num_identical}/{num_compared}"
+            if has_noise and num_identical == num_compared:
+                notes.append(
+                    f"{method}: all {num_compared} sampled texts equal {compared_with}'s, token "
+                    "for token"
+                )
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs: same token ids as method {compared_with}")
