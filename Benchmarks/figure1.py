@@ -31,6 +31,7 @@ from Benchmarks.table1 import (
     cell_overrides,
     cell_parser,
     chosen_cells,
+    require_cells,
     run_cells,
     short_texts,
 )
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     paths = figure1_paths(options.output_folder)
     paths = {cell: paths[cell] for cell in options.cells}
+    require_cells(paths, options)
     overrides = {cell: overrides_of(cell, options) for cell in paths}
     if runs := run_cells(paths, overrides, options):
         print(f"\nFigure 1\n{format_figure1(runs)}")

@@ -29,6 +29,7 @@ from Benchmarks.table1 import (
     cell_overrides,
     cell_parser,
     chosen_cells,
+    require_cells,
     run_cells,
     short_texts,
 )
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     paths = methods_paths(options.output_folder)
     paths = {cell: paths[cell] for cell in options.cells}
+    require_cells(paths, options)
     overrides = {cell: overrides_of(cell, options) for cell in paths}
     for cell, run in run_cells(paths, overrides, options).items():
         print(f"\n{cell}\n{format_methods(methods_table(run))}")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,6 +64,7 @@ CELLS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = cell_parser(__doc__, num_samples=4).parse_args(arguments)
+    require_cells(CELLS, options)
     overrides = {name: cell_overrides(cell, options) for name, cell in CELLS.items()}
     paths = table1_paths(options.output_folder)
     if runs := run_cells(paths, overrides, options):
@@ -71,13 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def require_cells(cells: Iterable[str], options: argparse.Namespace) -> None:
+    """Refuse a profile that is not for the tasks of some cells, before hours of decoding."""
+    config = load_config(options.config, options.profile)
+    for cell in cells:
+        require_task(config, CELLS[cell].task)
+
+
 def run_cells(
     paths: Mapping[str, Path], overrides: Mapping[str, list[str]], options: argparse.Namespace
 ) -> dict[str, Run]:
     """Run cells of the grid one after the other, and read their runs: on rank 0, else none."""
-    for name in paths:  # a mistake is told before hours of decoding
-        config = load_config(options.config, options.profile, overrides[name])
-        require_task(config, CELLS[name].task)
+    for name in paths:  # so is a mistake in an option
+        load_config(options.config, options.profile, overrides[name])
     for path in paths.values() if rank() == 0 else ():
         check_output(path)
     for name, path in paths.items():

@@ -221,7 +221,7 @@ def test_a_lookup_goes_on_from_what_the_model_has_drafted(model_of, monkeypatch)
     model = model_of("llama")
     terms = terms_of(model)
     drafted = iter([4, 2, 6])
-    monkeypatch.setattr("specsampling.method.drafts.sample", lambda probs, _: next(drafted))
+    monkeypatch.setattr("specsampling.method.drafts.sample", lambda probs, *_: next(drafted))
     tokens = [1, 4, 2, 9, 8, 5, 1]
     proposer = AdaptiveDraft.of(CompositeDraft(NgramDraft(3, 3), ModelDraft(model))).start(terms)
     times = proposer._experience.times

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -169,7 +168,7 @@ def test_the_shipped_file_is_checked(tmp_path, monkeypatch):
     shipped.parent.mkdir()
     shipped.write_bytes(b"weights")
     monkeypatch.setattr(embedded, "DATA", tmp_path)
-    entry = replace(DRAFTS["smollm2-135m-draft"], sha256=hashlib.sha256(b"weights").hexdigest())
+    entry = DRAFTS["smollm2-135m-draft"]._replace(sha256=hashlib.sha256(b"weights").hexdigest())
     monkeypatch.setitem(DRAFTS, "a-draft", entry)
     monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "cache"))
     calls = []

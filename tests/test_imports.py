@@ -107,12 +107,13 @@ def test_light_modules_import_neither_torch_nor_transformers(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["distribution", "sampling", "verify"])
+@pytest.mark.parametrize("module", ["distribution", "noise", "sampling", "verify"])
 def test_tensor_modules_know_only_tensors(module):
     path = PACKAGE / "method" / f"{module}.py"
     assert not {name for name in imported(path) if name.startswith("transformers")}
     assert {name.rpartition(".")[0] for name in ours(path)} <= {
         "method.distribution",
+        "method.noise",
         "method.sampling",
     }
 
