@@ -100,7 +100,7 @@ def check(command: list[str], program: Path, runner: tuple[str, ...] = ()) -> st
     ran = subprocess.run([*runner, str(program)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "ERROR" not in ran.stderr and "WARNING" not in ran.stderr, ran.stderr
-    assert len(ran.stdout.splitlines()) == len(engine.FORMATS)
+    assert len(ran.stdout.splitlines()) == len(weights.FORMATS)
     print(ran.stderr)
     return ran.stdout
 
