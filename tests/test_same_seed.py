@@ -1,4 +1,4 @@
-"""Sampled runs under `speculation.verifier: coupled`: one seed, one text, however it is decoded."""
+"""With `speculation.verifier: coupled` a seed has one text, however it is decoded."""
 
 from __future__ import annotations
 
