@@ -197,6 +197,37 @@ def test_weights_of_a_gguf_file_are_those_it_defines(library, format):
 
 
 @pytest.mark.parametrize("format", BLOCKS)
+def test_rows_of_a_gguf_files_blocks_never_meet(library, format):
+    """Calls of more than 8 rows go through AMX where there is one: no test had those of Q6_K."""
+    inputs, outputs, num_rows = 768, 37, 40
+    numbers, num_bytes = BLOCKS[format]
+    rng = np.random.default_rng(1)
+    data = rng.integers(0, 256, (outputs, inputs // numbers, num_bytes)).astype(np.uint8)
+    scales = rng.uniform(0.01, 0.02, (*data.shape[:2], 2)).astype(np.float16).view(np.uint8)
+    if format == "Q6_K":
+        data[..., 208:] = scales[..., :2]
+    else:
+        size = 4 if format in ("Q4_1", "Q4_K") else 2
+        data[..., :size] = scales[..., :size]
+    packed = weights.Packer(library, 2).blocks(data.reshape(outputs, -1), format, inputs)
+    sizes = {
+        **dict.fromkeys(("heads", "key_heads"), 1),
+        **dict.fromkeys(("head_dim", "head_padded", "inner"), 32),
+        **dict.fromkeys(("positions", "positions_format", "embedding_format"), 0),
+        **{"hidden": inputs, "hidden_padded": inputs, "vocabulary": 40, "head_rows": outputs},
+    }
+    torch.manual_seed(0)
+    tensors = {"embedding": torch.randn(40, inputs), "norm": torch.ones(inputs)}
+    tensors["head_tokens"] = torch.arange(outputs, dtype=torch.int32)
+    model = engine.Model(library, [], packed, tensors, sizes, epsilon=0.0, score_scale=1.0)
+    alone = torch.cat([feed(model, [i], always(1)) for i in range(num_rows)])[:, :outputs]
+    assert alone.isfinite().all()
+    for width in (2, 7, 8, 9, 16, 17, 40):
+        together = feed(model, list(range(num_rows)), always(width))[:, :outputs]
+        assert torch.equal(together, alone), width
+
+
+@pytest.mark.parametrize("format", BLOCKS)
 def test_gguf_data_of_another_length_is_an_error(library, format):
     numbers, num_bytes = BLOCKS[format]
     packer = weights.Packer(library, 1)
