@@ -103,12 +103,14 @@ class Ranks:
         return self._add(f"rows {self._num_meetings}", num_more)
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait without a limit until every rank is here."""
+        """Wait without a limit until every rank is here; `meanwhile` runs once more then."""
         name = f"meeting {self._num_meetings}"
-        self._add(name, 1)
-        while self._add(name, 0) < self.count:
+        num_here = self._add(name, 1)
+        while num_here < self.count:
             meanwhile()
             time.sleep(POLL_SECONDS)
+            num_here = self._add(name, 0)
+        meanwhile()
         self._num_meetings += 1
 
     def from_main(self, value: Any) -> Any:

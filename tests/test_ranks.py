@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,6 +123,22 @@ def test_two_processes_write_the_file_that_one_writes(config, alone, tmp_path):
     ]
     assert read_meta(output).keys() == read_meta(alone).keys()
     assert read_rows(alone)[0].rank is None
+
+
+def test_the_last_rank_to_arrive_sees_all_rows():
+    """A bar ended at 28/30: rows that came just before the last arrival were not shown."""
+    from torch.distributed import HashStore
+
+    store, seen = HashStore(), []
+    first, last = (Ranks.__new__(Ranks) for _ in range(2))
+    for rank in (first, last):
+        rank.count, rank._store, rank._num_meetings = 2, store, 0
+    thread = threading.Thread(target=first.meet)
+    thread.start()
+    last.count_rows(3)
+    last.meet(lambda: seen.append(last.count_rows()))
+    thread.join(10)
+    assert seen[-1] == 3
 
 
 @pytest.mark.slow  # test_kills.py has one without torchrun
