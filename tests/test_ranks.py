@@ -135,6 +135,8 @@ def test_the_last_rank_to_arrive_sees_all_rows():
         rank.count, rank._store, rank._num_meetings = 2, store, 0
     thread = threading.Thread(target=first.meet)
     thread.start()
+    while not store.add("meeting 0", 0):
+        time.sleep(0.01)
     last.count_rows(3)
     last.meet(lambda: seen.append(last.count_rows()))
     thread.join(10)
