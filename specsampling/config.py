@@ -44,8 +44,10 @@ _NOT_HASHED = {
 
 _BY_K = "0 chooses it from speculation.k"
 _DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
-_OURS = re.compile(r"(ngram\+)?(embedded:|target-layers:)|ngram(\+|$)", re.IGNORECASE)
-_SMALL = " with ngram, target-layers: and embedded: in small letters"
+_OURS = re.compile(
+    r"(ngram\+)?(greedy:)?(embedded:|target-layers:)|ngram(\+|$)|greedy:", re.IGNORECASE
+)
+_SMALL = " with ngram, greedy:, target-layers: and embedded: in small letters"
 Text = Annotated[str, Rule(" that is not empty", len)]
 Spec = Annotated[
     Text,
@@ -244,7 +246,8 @@ class Config:
         if self.sampling.noise != "positional" and self.coupled_methods:
             rule = "positional for the rule coupled, which shares it with the baseline"
             raise mistake("sampling.noise", rule, self.sampling.noise, "set it to positional")
-        draft, precision = models.draft.removeprefix("ngram+"), models.draft_quantization
+        draft = models.draft.removeprefix("ngram+").removeprefix("greedy:")
+        precision = models.draft_quantization
         has_weights = draft != "ngram" and not draft.startswith("target-layers:")
         if precision != "none" and not has_weights:
             rule = f"none for the draft {models.draft}, which has no weights of its own"

@@ -517,7 +517,7 @@ def test_shipped_exp2_cpu_is_the_published_pair_for_both_experiments():
     assert config.models.draft == "ngram+embedded:qwen2.5-coder-0.5b"
     assert (config.models.dtype, config.models.device) == ("auto", "cpu")
     assert (config.models.target_quantization, config.models.draft_quantization) == ("int8", "int8")
-    assert (config.speculation.k, config.width, config.decoding.bit_exact) == (15, 16, True)
+    assert (config.speculation.k, config.width, config.decoding.bit_exact) == ("auto", 16, True)
     assert config.sampling.temperature == 0
     assert config.humaneval is not None and config.humaneval.prompt_style == "chat"
     assert config.xsum is not None and config.xsum.dataset == "embedded:articles"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy.stats import chi2
 from test_decoders import all_drafts
 
 from autoregressive import autoregressive
+from Benchmarks.identity import coupled_chance
 from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.distribution import Few
 from specsampling.method.noise import Noise
@@ -27,7 +29,6 @@ SAMPLINGS = {
     "greedy": Sampling(),
 }
 PROMPTS = ([5], [7, 3, 9, 3, 9, 3])
-NUM_TEXTS = 20_000
 
 
 def coupled(target, draft, prompt, k, noise, **options):
@@ -76,57 +77,68 @@ def test_a_text_goes_on_where_it_was_cut(model_of):
         assert whole[:cut] + rest == whole
 
 
-# --- the joint distribution of three tokens ---------------------------------------------
-
-
-def table(text: tuple[int, ...], salt: int, num_tokens: int = 3) -> Few:
-    """A distribution that depends on the text before it."""
-    rng = np.random.default_rng([salt, len(text), *text])
-    return Few(dict(enumerate(rng.dirichlet(np.ones(num_tokens)).tolist())))
-
+# --- the joint distribution of the first three tokens ------------------------------------
 
 TARGET, DRAFT = 1, 2
-TABLES = {
-    (salt, text): table(text, salt)
-    for salt in (TARGET, DRAFT)
-    for length in range(3)
-    for text in np.ndindex((3,) * length)
-}
+NUM_TOKENS = 3
+DRAFTS = ("model", "greedy", "n-gram", "composite")
 
 
-def three_tokens(k: int, noise_of, draft_salt: int = DRAFT) -> tuple[int, ...]:
-    """A text of three tokens, by cycles of the coupled rule; `noise_of` gives a call's noise."""
+@cache
+def table(model: int, whose: int, text: tuple[int, ...]) -> Few:
+    """A random model: its target's or its draft's distribution, which depends on the text."""
+    rng = np.random.default_rng([model, whose, len(text), *text])
+    return Few(dict(enumerate(rng.dirichlet(np.ones(NUM_TOKENS)).tolist())))
+
+
+@cache
+def draft_table(model: int, draft: str, text: tuple[int, ...]) -> Few:
+    """What a draft proposes from behind a text; a lookup knows an answer to some texts only."""
+    probs = table(model, DRAFT, text).probs
+    is_lookup = draft == "n-gram" or (draft == "composite" and sum(text) % 2)
+    if draft == "greedy" or is_lookup:
+        return Few({max(probs, key=probs.__getitem__): 1.0})
+    return Few(probs)
+
+
+def three_tokens(model: int, draft: str, k: int, noise_of) -> tuple[int, ...]:
+    """The first three tokens that cycles of the rule write; `noise_of` gives a call's noise."""
     text: tuple[int, ...] = ()
     num_calls = 0
     while len(text) < 3:
         noise = noise_of(num_calls)
         num_calls += 1
-        drafted: list[int] = []
-        while len(drafted) < min(k, 2 - len(text)):
-            place = len(text) + len(drafted)
-            probs = TABLES[draft_salt, (*text, *drafted)]
-            drafted.append(sample(probs, noise, place))
-        rows = [TABLES[TARGET, (*text, *drafted[:i])] for i in range(len(drafted) + 1)]
+        drafted: tuple[int, ...] = ()
+        while len(drafted) < k:
+            probs = draft_table(model, draft, text + drafted)
+            drafted += (sample(probs, noise, len(text) + len(drafted)),)
+        rows = [table(model, TARGET, text + drafted[:i]) for i in range(k + 1)]
         verdict = verify_coupled(rows, rows[:-1], drafted, noise, len(text))
         text = (*text, *drafted[: verdict.num_accepted], verdict.token)
     return text[:3]
 
 
-def p_value(texts: Counter) -> float:
-    num = sum(texts.values())
-    statistic = 0.0
-    for text in np.ndindex(3, 3, 3):
+def statistic(model: int, texts: Counter) -> float:
+    """The chi-squared of texts of three tokens, with 26 degrees of freedom."""
+    num, total = sum(texts.values()), 0.0
+    for text in np.ndindex((NUM_TOKENS,) * 3):
         mass = 1.0
         for i, token in enumerate(text):
-            mass *= TABLES[TARGET, text[:i]].at(token)
-        statistic += (texts[text] - num * mass) ** 2 / (num * mass)
-    return float(chi2.sf(statistic, 26))
+            mass *= table(model, TARGET, text[:i]).at(token)
+        total += (texts[text] - num * mass) ** 2 / (num * mass)
+    return total
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("k", range(1, 6))
 def test_three_tokens_have_the_targets_joint_distribution(k):
-    texts = Counter(three_tokens(k, lambda call, i=i: Noise((i, 77))) for i in range(NUM_TEXTS))
-    assert p_value(texts) > 1e-4
+    """200,000 texts over all K, each draft with a random model of its own."""
+    total = 0.0
+    for model, draft in enumerate(DRAFTS, start=10 * k):
+        texts = Counter(
+            three_tokens(model, draft, k, lambda call, i=i: Noise((i, 77))) for i in range(10_000)
+        )
+        total += statistic(model, texts)
+    assert chi2.sf(total, 26 * len(DRAFTS)) > 1e-4  # a false alarm in 10,000
 
 
 class SamePlace(Noise):
@@ -136,32 +148,28 @@ class SamePlace(Noise):
         return super().winner(probs, 0)
 
 
-def test_noise_shared_between_positions_is_seen():
-    texts = Counter(three_tokens(2, lambda call, i=i: SamePlace((i, 77))) for i in range(2000))
-    assert p_value(texts) < 1e-8
-
-
-def test_noise_keyed_by_the_call_is_seen():
-    """Its texts are fair samples too, but others with each draft: identity is what breaks."""
-    parted = 0
-    for i in range(200):
-        noise_of = lambda call, i=i: Noise((i, call))  # noqa: E731
-        parted += three_tokens(0, noise_of) != three_tokens(2, noise_of)
-    assert parted > 20
-    assert all(
-        three_tokens(0, lambda call, i=i: Noise((i, 5)))
-        == three_tokens(2, lambda call, i=i: Noise((i, 5)))
-        for i in range(200)
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_noise_shared_between_positions_is_seen(draft):
+    texts = Counter(
+        three_tokens(3, draft, 2, lambda call, i=i: SamePlace((i, 77))) for i in range(2000)
     )
+    assert chi2.sf(statistic(3, texts), 26) < 1e-8
 
 
-def test_acceptance_follows_the_closed_form():
-    """P(same winner) = sum over v of 1 / sum over w of max(p(w) / p(v), q(w) / q(v))."""
-    target, draft = TABLES[TARGET, ()], TABLES[DRAFT, ()]
-    wanted = sum(
-        1 / sum(max(target.at(w) / target.at(v), draft.at(w) / draft.at(v)) for w in range(3))
-        for v in range(3)
-    )
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_noise_keyed_by_the_call_is_seen(draft):
+    """Its texts are fair samples too, but others with each K: identity is what breaks."""
+    by_call = [lambda call, i=i: Noise((i, call)) for i in range(200)]
+    by_text = [lambda call, i=i: Noise((i, 5)) for i in range(200)]
+    for noises, least, most in ((by_call, 20, 200), (by_text, 0, 0)):
+        texts = [[three_tokens(3, draft, k, n) for k in (0, 2)] for n in noises]
+        assert least <= sum(one != other for one, other in texts) <= most
+
+
+@pytest.mark.parametrize("model", range(5))
+def test_acceptance_follows_the_closed_form(model):
+    target, draft = table(model, TARGET, ()), table(model, DRAFT, ())
+    wanted = coupled_chance(*(np.array(list(of.probs.values())) for of in (target, draft)))
     num = 20_000
     same = sum(
         sample(target, noise, 0) == sample(draft, noise, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
 from specsampling.method.forward import RUNNER, Model, is_exact
-from specsampling.method.sampling import Randomness, Sampling, probs_from_logits, sample
+from specsampling.method.sampling import (
+    GREEDY,
+    Randomness,
+    Sampling,
+    probs_from_logits,
+    sample,
+)
 from specsampling.method.session import Session, context_limit
 
 
@@ -94,11 +100,14 @@ class ModelDraft:
         min_confidence: a cycle's proposals end with the first for which the model gave no token
             this probability (before the warp); 0 is off. Each token proposed is verified, so
             where they end may depend on the model.
+        is_greedy: propose the most probable tokens, also where the target samples. They are
+            accepted when the target draws the very same.
     """
 
     model: Model
     max_k: int | None = None
     min_confidence: float = 0.0
+    is_greedy: bool = False
 
     def start(self, terms: DraftTerms) -> ModelProposer:
         return ModelProposer(self, terms)
@@ -107,7 +116,7 @@ class ModelDraft:
 class ModelProposer:
     def __init__(self, draft: ModelDraft, terms: DraftTerms):
         self._draft = draft
-        self._terms = terms
+        self._terms = replace(terms, sampling=GREEDY) if draft.is_greedy else terms
         self._longest = min(terms.capacity, context_limit(draft.model))
         self._session = Session(draft.model, self._longest)
         embeddings: Any = draft.model.get_input_embeddings()

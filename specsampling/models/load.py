@@ -39,6 +39,7 @@ __all__ = ["Pair", "check_tokenizers", "load_draft", "load_pair", "model_locatio
 
 TARGET_LAYERS = "target-layers:"
 LOOKUP_FIRST = "ngram+"
+DRAFTS_GREEDILY = "greedy:"
 
 log = logging.getLogger("specsampling")
 
@@ -106,7 +107,8 @@ def load_pair(
     Args:
         target: a model's spec.
         draft: a model's spec, `target-layers:N` (the target's first N layers), `ngram`, or
-            `ngram+` and a model, which is asked where the lookup finds nothing.
+            `ngram+` and a model, which is asked where the lookup finds nothing. `greedy:` before
+            a model drafts its most probable tokens, also where the target samples.
         tokenizer: a spec for both; None takes the target's and compares the draft's with it.
         dtype: "float32", "float16", "bfloat16", or "auto" (see `resolve_dtype`).
         device: "cpu", "cuda", "cuda:N", "mps", or "auto" (a GPU if there is one).
@@ -164,8 +166,13 @@ def check_tokenizers(
 
 def draft_spec(draft: str) -> str:
     """The spec of the model that a draft brings; "" where it brings none."""
-    spec = draft.removeprefix(LOOKUP_FIRST)
+    spec = _model_of(draft)
     return "" if spec == "ngram" or spec.startswith(TARGET_LAYERS) else spec
+
+
+def _model_of(draft: str) -> str:
+    """The part of a draft's name that says which model it asks."""
+    return draft.removeprefix(LOOKUP_FIRST).removeprefix(DRAFTS_GREEDILY)
 
 
 def _say_what_is_left_out(target: Model, spec: str) -> None:
@@ -209,15 +216,16 @@ def load_draft(
     lookup = NgramDraft(ngram_max, ngram_min)
     if draft == "ngram":
         return lookup
-    spec = draft.removeprefix(LOOKUP_FIRST)
+    spec = _model_of(draft)
     if loaded and spec in loaded:
         model = loaded[spec]
     elif spec.startswith(TARGET_LAYERS):
         model = _first_layers(target, spec)
     else:
         model = load_model(spec, dtype, target.device, quantization, compile=compile)
-    proposes = ModelDraft(model, model_k, min_confidence)
-    return proposes if spec == draft else CompositeDraft(lookup, proposes)
+    is_greedy = draft.removeprefix(LOOKUP_FIRST).startswith(DRAFTS_GREEDILY)
+    proposes = ModelDraft(model, model_k, min_confidence, is_greedy)
+    return CompositeDraft(lookup, proposes) if draft.startswith(LOOKUP_FIRST) else proposes
 
 
 def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
@@ -225,7 +233,7 @@ def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
     asked = loaded.model if isinstance(loaded, (CompositeDraft, AdaptiveDraft)) else loaded
     if not isinstance(asked, ModelDraft):
         return {}
-    return {draft.removeprefix(LOOKUP_FIRST): asked.model}
+    return {_model_of(draft): asked.model}
 
 
 def _first_layers(target: Model, spec: str) -> Model:
