@@ -19,11 +19,11 @@ from specsampling.results.records import read_meta, read_rows
 from specsampling.results.scores import read_scores
 from specsampling.results.table1 import table1_paths
 
-NUM_ROWS = {  # of two examples: two methods, with one sample or with three
+NUM_ROWS = {  # of two examples: two methods with one sample, or three with three samples
     "xsum-greedy": 4,
-    "xsum-nucleus": 12,
+    "xsum-nucleus": 18,
     "humaneval-greedy": 4,
-    "humaneval-nucleus": 12,
+    "humaneval-nucleus": 18,
 }
 
 
@@ -66,7 +66,9 @@ def test_the_grid_leaves_a_run_per_cell_with_the_papers_sampling(finished):
         settings[name] = (sampling["temperature"], sampling["top_p"])
         rows = read_rows(path)
         assert len(rows) == len(read_scores(path)) == num_rows
-        assert {row.method for row in rows} == {"autoregressive", "speculative"}
+        coupled = {"speculative@coupled"} if name.endswith("nucleus") else set()
+        assert {row.method for row in rows} == {"autoregressive", "speculative"} | coupled
+        assert coupled <= {"speculative@coupled" for row in rows if row.noise}
     assert settings == {
         "xsum-greedy": (0, 1),
         "xsum-nucleus": (1, 0.8),
@@ -99,6 +101,7 @@ def test_the_table_comes_last_with_the_papers_below(finished):
         "HumanEval (pass@1), greedy",
     ]
     assert ours.count("2/2") == 2  # greedy speculative outputs have the baseline's token ids
+    assert ours.count("6/6") == 2  # and so have sampled ones of the rule `coupled`
     assert "pass@3" in ours
     assert "2.46" in theirs
 
