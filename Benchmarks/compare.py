@@ -1,7 +1,7 @@
 """What changed between two runs of one task: scores, texts, and where texts part.
 
-    python Benchmarks/compare.py Results/qwen2.5-coder/results2.jsonl \\
-        Results/qwen2.5-coder-int8/results2.jsonl --methods speculative
+    python Benchmarks/compare.py Results/published/qwen-coder-bf16/results2.jsonl \\
+        Results/published/qwen-coder-int8/results2.jsonl --methods speculative
 
 For two runs that differ in a precision, a target, a version: each method that both have is compared
 over the (example, sample) pairs that both have. Speeds are not: two runs are two hours.

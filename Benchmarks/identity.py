@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config, options.profile)
     require_task(config, "humaneval")
     folder = options.output_folder / "identity"
-    paths = {setting: folder / f"{setting[0]:g}-{setting[1]:g}.jsonl" for setting in SETTINGS}
+    paths = paths_of(folder)
     if not options.show:
         for path in paths.values() if rank() == 0 else ():
             check_output(path)
@@ -129,6 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nover all settings", *tables.aligned(over_settings(whole)), sep="\n")
     print(NOTE)
     return 0
+
+
+def paths_of(folder: Path) -> dict[tuple[float, float], Path]:
+    """The file of each setting's rows."""
+    return {setting: folder / f"{setting[0]:g}-{setting[1]:g}.jsonl" for setting in SETTINGS}
 
 
 NOTE = """\

@@ -771,16 +771,8 @@ def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFi
 def report(all_rows: Sequence[Row]) -> list[str]:
     """A line per contender, and our best against the best of the others."""
     rows = shared_rows([row for row in all_rows if not row.error])
-    table = pd.DataFrame(
-        {
-            "n": {name: str(len(of)) for name, of in rows.items()},
-            "tokens/s": {name: f"{metrics.tokens_per_second(of):.1f}" for name, of in rows.items()},
-            "with prefill": {name: f"{rate_with_prefill(of):.1f}" for name, of in rows.items()},
-            "equal to its own plain text": {name: equal_to_plain(name, rows) for name in rows},
-        }
-    )
     lines = [f"{row.method}, {row.example_id}: {row.error}" for row in all_rows if row.error]
-    lines += [*aligned(table.rename_axis("contender").reset_index()), ""]
+    lines += [*aligned(table_of(rows)), ""]
     sixteen, eight, _ = (f"{family}: autoregressive" for family in OURS)
     others = (("llama.cpp",), ("OpenVINO",), PYTORCH)
     pairs = [(best(rows, ("ours",)), best(rows, family)) for family in others]
@@ -790,6 +782,19 @@ def report(all_rows: Sequence[Row]) -> list[str]:
             total = metrics.speedup(rows[other], rows[mine], with_prefill=True).of_totals
             lines.append(f"{mine} / {other}: {total:.2f}, without prefill {ratio:.2f}")
     return lines
+
+
+def table_of(rows: dict[str, list[Row]]) -> pd.DataFrame:
+    """Make a table of text with a line per contender."""
+    table = pd.DataFrame(
+        {
+            "n": {name: str(len(of)) for name, of in rows.items()},
+            "tokens/s": {name: f"{metrics.tokens_per_second(of):.1f}" for name, of in rows.items()},
+            "with prefill": {name: f"{rate_with_prefill(of):.1f}" for name, of in rows.items()},
+            "equal to its own plain text": {name: equal_to_plain(name, rows) for name in rows},
+        }
+    )
+    return table.rename_axis("contender").reset_index()
 
 
 def figure(all_rows: Sequence[Row]) -> Figure:

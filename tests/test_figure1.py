@@ -11,9 +11,9 @@ from test_records import ROW
 from test_results import META
 from test_table1 import config as config  # a fixture
 
+from Benchmarks import figure1 as grid
 from Benchmarks import figure1 as script
 from specsampling.console import exit_code
-from specsampling.results import figure1 as grid
 from specsampling.results.records import Run, read_meta, read_rows
 
 DRAFT, TARGET, REST = 0.002, 0.010, 0.0005  # seconds

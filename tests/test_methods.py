@@ -11,9 +11,9 @@ from test_records import ROW
 from test_results import META
 from test_table1 import config as config  # a fixture
 
+from Benchmarks import methods as grid
 from Benchmarks import methods as script
 from specsampling.console import exit_code
-from specsampling.results import methods as grid
 from specsampling.results.records import Run, read_rows
 
 NAMES = {"autoregressive": 1.0, "speculative:a/b@7@token": 0.5, "speculative:a/b@auto@block": 0.4}

@@ -12,9 +12,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_results import META, make_grid, make_rouge_scores, make_run, score_every_fourth
 
+from Benchmarks.table1 import TABLE1_FILES
 from specsampling.results.runfile import RunFile
 from specsampling.results.scores import write_scores
-from specsampling.results.table1 import TABLE1_FILES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "Benchmarks").glob("*.ipynb"))
@@ -93,6 +93,15 @@ def test_without_results_a_notebook_says_which_command_makes_them(
         execute(name, tmp_path, tmp_path / "Benchmarks", monkeypatch)
     assert stopped.value.ename == "SystemExit"
     assert f"`python {command}` makes them" in stopped.value.evalue
+
+
+def test_without_a_run_of_ones_own_the_published_one_is_shown(tmp_path, monkeypatch):
+    """Its figures do not take the place of the published ones."""
+    write_results(tmp_path, make_run(), "published/smollm2/results2")
+    notebook = execute("bench2.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
+    assert "shows the published rows" in "\n".join(outputs_of(notebook, "text/plain"))
+    assert len(list((tmp_path / "Results" / "figures").iterdir())) == 6
+    assert not (tmp_path / "Results" / "published" / "smollm2" / "figures").exists()
 
 
 def write_xsum_results(folder: Path, tokenizer_folder: Path, rows) -> Path:

@@ -129,7 +129,9 @@ def test_mistakes_are_one_line(arguments, words, capsys, monkeypatch):
 
 
 def test_what_a_finished_run_would_take_here():
-    lines = plan.what_rows_would_take(Path(PROJECT, "Results", "results1.jsonl"), calls(1.0))
+    lines = plan.what_rows_would_take(
+        Path(PROJECT, "Results/published/smollm2/results1.jsonl"), calls(1.0)
+    )
     assert [line.partition(":")[0] for line in lines] == [
         "autoregressive",
         "reference",

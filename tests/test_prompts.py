@@ -239,7 +239,7 @@ def test_an_older_run_goes_on_with_the_day_of_its_start(run_on):
 OURS = ("--set", "humaneval.allow_weak_sandbox=true")
 COMMITTED = sorted(
     path.with_name(path.name.replace(".meta.json", ".jsonl"))
-    for path in (PROJECT / "Results").rglob("*.meta.json")
+    for path in (PROJECT / "Results/published").rglob("*.meta.json")
 )
 
 

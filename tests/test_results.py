@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from test_metrics import make_rouge, make_row
 
+from Benchmarks import table1 as grid
 from specsampling.results import figures, metrics, tables, tokens
-from specsampling.results import table1 as grid
 from specsampling.results.records import Row, Run
 from specsampling.results.scores import RougeScore, Score
 

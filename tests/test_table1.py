@@ -13,11 +13,11 @@ from test_end_to_end import run
 from test_ranks import finish_ranks, start_ranks
 
 from Benchmarks import table1
+from Benchmarks.table1 import table1_paths
 from specsampling.config import load_config
 from specsampling.console import exit_code
 from specsampling.results.records import read_meta, read_rows
 from specsampling.results.scores import read_scores
-from specsampling.results.table1 import table1_paths
 
 NUM_ROWS = {  # of two examples: two methods with one sample, or three with three samples
     "xsum-greedy": 4,

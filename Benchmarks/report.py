@@ -1,0 +1,235 @@
+"""Write every table of results in README.md, docs/ and Results/ from the committed rows.
+
+    python Benchmarks/report.py            write the pages
+    python Benchmarks/report.py --check    only say which pages differ, with exit code 1
+
+A page holds a table between two comments. The first one names what is shown and of which file:
+
+    <!-- table: run Results/results2.jsonl -->
+    <!-- /table -->
+
+Whatever stands between them is replaced. Words around a table are written by hand, numbers in it
+never are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd
+
+from Benchmarks import figure1, identity, methods, peers, quality, table1
+from specsampling.config import ConfigError
+from specsampling.console import PROJECT, Parser, exit_code
+from specsampling.results import metrics, tables
+from specsampling.results.records import Run, read_run
+
+TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+PAGES = "README.md", "docs/*.md", "Results/README.md"
+HEADINGS = {
+    "end-to-end speedup": "with prefill",
+    "draft acceptance rate": "accepted",
+    "block efficiency": "tokens/call",
+    "time outside forwards": "outside calls",
+    "identical outputs": "identical outputs",
+}
+LEFT_OUT = [
+    *("sampling", "n", "end-to-end speedup low", "end-to-end speedup high", "rouge2 low"),
+    *("rouge2 high", "rougeL", "rougeL low", "rougeL high"),
+]
+HEADLINE = {  # of the README
+    "SmolLM2-135M with n-grams and a distilled draft": "smollm2/results2.jsonl",
+    "the same in 8 bit": "smollm2-int8/results2.jsonl",
+    "Qwen2.5-Coder 1.5B with n-grams and the 0.5B, in 8 bit": "qwen-coder-int8/results2.jsonl",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    different = []
+    for page in sorted(path for pattern in PAGES for path in PROJECT.glob(pattern)):
+        before = page.read_text()
+        if (after := written(before)) != before:
+            different.append(page.relative_to(PROJECT))
+            if not options.check:
+                page.write_text(after)
+    for name in different:
+        print(f"{name} {'differs from' if options.check else 'now has the tables of'} its rows")
+    return 1 if options.check and different else 0
+
+
+def written(page: str) -> str:
+    """A page with its tables made anew."""
+    return TABLE.sub(
+        lambda found: f"{found[1]}\n{table_of(found[2], found[3])}\n\n{found[4]}", page
+    )
+
+
+def table_of(kind: str, path: str) -> str:
+    """The Markdown of one kind of table, over a file or folder of rows."""
+    if kind not in KINDS:
+        raise ConfigError(f"a table must be one of {', '.join(KINDS)} (got {kind}); mend the page")
+    return KINDS[kind](PROJECT / path)
+
+
+def run_table(path: Path) -> str:
+    """A run: a line per method, then what was run, on which machine, and by which command."""
+    run = read_run(path)
+    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
+    table = tables.summary_table(run.rows, run.scores, sampling)
+    shown = table.drop(columns=[name for name in LEFT_OUT if name in table])
+    return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
+
+
+def caption(run: Run, num: int) -> str:
+    """What a run's table says of the run: texts, models, machine, command."""
+    meta, config = run.meta, run.meta["config"]
+    sizes = config["run"].get("batch_size", 1)
+    together = f", {sizes} texts at once" if sizes > 1 else ""
+    command = meta["command"].replace("--fresh ", "")
+    return (
+        f"{num} texts for each method, {tables.describe_sampling(config['sampling'])}, "
+        f"{meta['precision']}{together}; {meta['device_name']}, {meta['date'][:10]}. "
+        f"Command: `{command}`."
+    )
+
+
+def terminal_table(path: Path) -> str:
+    """A run as the terminal shows it."""
+    run = read_run(path)
+    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
+    table = tables.format_table(tables.summary_table(run.rows, run.scores, sampling))
+    return f"```text\n{table}\n```\n\nMachine: {run.meta['device_name']}, {run.meta['precision']}."
+
+
+def headline_table(folder: Path) -> str:
+    """The runs of `HEADLINE`: how fast, and whether the texts are the same."""
+    lines = []
+    for name, file in HEADLINE.items():
+        run = read_run(folder / file)
+        rows = tables.shared_rows(run.rows)
+        baseline, ours = rows[tables.BASELINE], rows["speculative"]
+        same, num = metrics.count_identical(ours, rows.get("reference", baseline))
+        lines.append(
+            {
+                "target and draft": name,
+                "problems": str(num),
+                "machine": f"{run.meta['device_name']}, {run.meta['precision']}",
+                "baseline tokens/s": f"{metrics.tokens_per_second(baseline):.1f}",
+                "speculative tokens/s": f"{metrics.tokens_per_second(ours):.1f}",
+                "speedup": f"{metrics.speedup(baseline, ours).of_totals:.2f}",
+                "identical outputs": f"{same} of {num}",
+            }
+        )
+    return markdown(pd.DataFrame(lines))
+
+
+def pair_table(folder: Path) -> str:
+    """A target alone, its draft alone, and both."""
+    runs = [read_run(folder / name) for name in ("results2.jsonl", "results2-draft.jsonl")]
+    return markdown(tables.printable(tables.target_and_draft_table(*runs)))
+
+
+def precision_table(path: Path) -> str:
+    rows = [quality.Quality(**json.loads(line)) for line in path.read_text().splitlines()]
+    machines = ", ".join(dict.fromkeys(row.machine for row in rows))
+    return f"{markdown(quality.table_of(rows))}\n\nMachine: {machines}."
+
+
+def peers_table(path: Path) -> str:
+    run = read_run(path)
+    rows = tables.shared_rows([row for row in run.rows if not row.error])
+    return (
+        f"{markdown(peers.table_of(rows))}\n\n{run.meta['device_name']}, {run.meta['date'][:10]}."
+    )
+
+
+def identity_table(folder: Path) -> str:
+    """What identity costs: each draft and rule, averaged over all settings."""
+    chances = identity.read_chances(folder / identity.CHANCES)
+    paths = identity.paths_of(folder)
+    parts = [identity.identity_table(read_run(path), key, chances) for key, path in paths.items()]
+    run = read_run(next(iter(paths.values())))
+    whole = pd.concat(parts)
+    return (
+        f"{markdown(identity.over_settings(whole))}\n\n{max(whole['n'])} problems in each of "
+        f"{len(paths)} settings, {run.meta['precision']}; {run.meta['device_name']}, "
+        f"{run.meta['date'][:10]}."
+    )
+
+
+def methods_table(path: Path) -> str:
+    run = read_run(path)
+    table = methods.methods_table(run)
+    return f"{markdown(methods.methods_text(table))}\n\n{caption(run, max(table['n']))}"
+
+
+def figure1_table(path: Path) -> str:
+    run = read_run(path)
+    table = figure1.over_k(run)
+    return f"{markdown(figure1.figure1_table(table))}\n\n{caption(run, max(table['n']))}"
+
+
+def table1_table(folder: Path) -> str:
+    """The paper's Table 1: our cells that have rows, and the paper's own."""
+    paths = table1.table1_paths(folder).values()
+    runs = [read_run(path) for path in paths if path.is_file()]
+    text = table1.table1_beside_paper(table1.table1(runs)).reset_index()
+    return f"{markdown(text)}\n\nThe paper's own lines are {table1.PAPER_SETUP}."
+
+
+def index_of_runs(folder: Path) -> str:
+    """Every run of a folder: what made it, and how many rows it has."""
+    lines = []
+    for beside in sorted(folder.rglob("*.meta.json")):
+        path = beside.with_name(beside.name.replace(".meta.json", ".jsonl"))
+        run = read_run(path)
+        meta = run.meta
+        rows = metrics.grouped((row.method, row) for row in run.rows)
+        lines.append(
+            {
+                "run": f"`{path.relative_to(folder)}`",
+                "rows": str(len(run.rows)),
+                "methods": str(len(rows)),
+                "machine": meta["device_name"],
+                "precision": meta["precision"],
+                "commit": meta["git_commit"],
+                "command": f"`{meta['command']}`",
+            }
+        )
+    return markdown(pd.DataFrame(lines))
+
+
+KINDS: dict[str, Callable[[Path], str]] = {
+    "terminal": terminal_table,
+    "headline": headline_table,
+    "run": run_table,
+    "pair": pair_table,
+    "precision": precision_table,
+    "peers": peers_table,
+    "identity": identity_table,
+    "methods": methods_table,
+    "figure1": figure1_table,
+    "table1": table1_table,
+    "index": index_of_runs,
+}
+
+
+def markdown(text: pd.DataFrame) -> str:
+    """A table of text in Markdown; "-" for an empty cell becomes an empty one."""
+    text = text.rename(columns=HEADINGS)
+    lines = [list(map(str, text.columns)), ["---"] * len(text.columns)]
+    lines += [["" if cell == "-" else str(cell) for cell in line] for line in text.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
