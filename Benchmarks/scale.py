@@ -1,7 +1,7 @@
 """How long a long run takes on 1, 8 or 64 processes, from the rows of a short one.
 
     python Benchmarks/scale.py Results/published/qwen-coder-int8/results2.jsonl
-    python Benchmarks/scale.py Results/published/smollm2/results2.jsonl --tokens 512 --target-ms 13.8 --draft-ms 9
+    python Benchmarks/scale.py Results/results2.jsonl --tokens 512 --target-ms 13.8 --draft-ms 9
 
 Texts are drawn from the rows and dealt to the processes as `specsampling/runner.py` deals them; the
 slowest process ends the run. Seconds are the rows' own (measured on their machine, one process),
