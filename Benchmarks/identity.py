@@ -1,7 +1,7 @@
 """What identity costs: three rules on the same prompts, beside what theory expects of them.
 
     python Benchmarks/identity.py                                the demo pair
-    python Benchmarks/identity.py --limit 4 --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B
+    python Benchmarks/identity.py --limit 4 --profile qwen-coder-cpu   Qwen2.5-Coder 1.5B with 0.5B
     python Benchmarks/identity.py --show                         only print the tables again
 
 `coupled` gives a seed one text, with any draft and without one. `token` and `block` accept more of

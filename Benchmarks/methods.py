@@ -1,7 +1,7 @@
 """Every draft, rule and choice of K beside each other, on both tasks, greedily and sampled.
 
     python Benchmarks/methods.py --limit 20                     the demo pair
-    python Benchmarks/methods.py --limit 20 --profile exp2-cpu  Qwen2.5-Coder 1.5B with 0.5B
+    python Benchmarks/methods.py --limit 20 --profile qwen-coder-cpu  Qwen2.5-Coder 1.5B with 0.5B
 
 Drafts: the profile's model, n-grams, both, and the target's own first layers. K: the profile's
 largest, and found while decoding. Rules: token by token, and, where they differ (sampling, and a

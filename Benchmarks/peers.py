@@ -1,7 +1,7 @@
 """What a user would pick instead: tokens per second of each, on one pair and one set of prompts.
 
     python Benchmarks/peers.py                      the demo pair
-    python Benchmarks/peers.py --profile exp2-cpu   Qwen2.5-Coder 1.5B with 0.5B
+    python Benchmarks/peers.py --profile qwen-coder-cpu   Qwen2.5-Coder 1.5B with 0.5B
 
 decodes a few HumanEval problems greedily. The contenders are:
 

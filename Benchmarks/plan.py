@@ -1,7 +1,7 @@
 """Will speculative sampling pay, on this machine, for this pair? Measured calls, then arithmetic.
 
     python Benchmarks/plan.py --target deepseek-coder-6.7b --draft deepseek-coder-1.3b
-    python Benchmarks/plan.py --profile exp2-cpu --validate
+    python Benchmarks/plan.py --profile qwen-coder-cpu --validate
 
 times a draft call, target calls of one to K + 1 rows and a prefill, with the profile's own models
 or with random weights in the shape of a configuration (a name below, a hub id, or a folder: its

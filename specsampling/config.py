@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,16 @@ _NOT_HASHED = {
     # More samples continue a run: each has its own randomness. Rows say what `noise` came to.
     "sampling": ("num_samples", "noise"),
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
+}
+
+TASKS = "humaneval", "xsum"  # blocks that a profile may lack
+OLD_NAMES = {
+    "demo": "smollm2-cpu",
+    "exp2-cpu": "qwen-coder-cpu",
+    "exp1-rtx3050": "gpt-neo-rtx3050",
+    "exp2-t4": "deepseek-t4",
+    "exp2-qwen-t4": "qwen-coder-t4",
+    "exp2-qwen-24gb": "qwen-coder-24gb",
 }
 
 _BY_K = "0 chooses it from speculation.k"
@@ -272,7 +282,8 @@ def load_config(
     """Read one profile of a configuration file.
 
     Args:
-        path: a YAML file: `default: NAME` and `profiles: {NAME: {block: {key: value}}}`.
+        path: a YAML file: `default: NAME`, `profiles: {NAME: {block: {key: value}}}`, and if you
+            like `defaults: {block: {key: value}}` for what a profile does not state.
         profile: its name; None takes the file's default.
         overrides: `key.path=value` each, the value in YAML; the last one wins.
         values: plain values by `key.path`; they win over the overrides.
@@ -283,11 +294,15 @@ def load_config(
     file: _File = build(_File, read_blocks(path))
     name = file.default if profile is None else profile
     if name not in file.profiles:
+        name = OLD_NAMES.get(name, name)
+    if name not in file.profiles:
         way_out = nearest(name, file.profiles) or "name it with --profile"
         names = [shown_name(key) for key in file.profiles]
         known = ", ".join(names[:MAX_NAMES] + ["..."] * (len(names) > MAX_NAMES))
         raise mistake("profile", f"one of: {known}", shown(name), way_out)
-    blocks = checked(dict, file.profiles[name], f"profiles.{shown_name(name)}")
+    blocks = _with_defaults(
+        checked(dict, file.profiles[name], f"profiles.{shown_name(name)}"), file.defaults
+    )
     for field, value in [*map(_parse_override, overrides), *(values or {}).items()]:
         *parents, key = field.split(".")
         block = blocks
@@ -296,6 +311,16 @@ def load_config(
             block = checked(dict, block.setdefault(parent, {}), above)
         block[key] = value
     return build(Config, blocks, profile=name)
+
+
+def _with_defaults(profile: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a profile's blocks with what they do not state. It has the task blocks that it names."""
+    blocks = {name: block for name, block in defaults.items() if name not in TASKS}
+    blocks |= profile
+    for name in blocks.keys() & defaults.keys():
+        if isinstance(blocks[name], dict):
+            blocks[name] = {**checked(dict, defaults[name], f"defaults.{name}"), **blocks[name]}
+    return blocks
 
 
 def require_task(config: Config, task: Literal["humaneval", "xsum"]) -> Any:
@@ -347,6 +372,7 @@ def method_parts(method: str, config: Config) -> MethodParts:
 class _File:
     default: Text
     profiles: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def read_blocks(path: str | Path) -> dict[str, Any]:
