@@ -43,6 +43,7 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import SPECULATIVE, ConfigError, load_config
 from specsampling.console import exit_code, option_value
+from specsampling.draft_name import DraftName
 from specsampling.loading import baselines
 from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure, save_figure
@@ -94,8 +95,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile: table1's, and one method for each K."""
     config = load_config(options.config, options.profile)
-    is_lookup, _, model = config.models.draft.partition("+")
-    draft = model if is_lookup == "ngram" and model else config.models.draft
+    draft = DraftName.parse(config.models.draft).model or config.models.draft
     # The formula takes a call of K + 1 rows for as long as one of 1: so are `reference`'s calls.
     is_bit_exact = config.decoding.bit_exact
     methods = [

@@ -35,6 +35,7 @@ import main_exp2
 from Benchmarks.table1 import short_texts
 from specsampling.config import SPECULATIVE, Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.draft_name import GREEDY, DraftName
 from specsampling.edge import rank
 from specsampling.loading import baselines
 from specsampling.provenance import prompt_date
@@ -44,7 +45,6 @@ from specsampling.results.runfile import check_output
 from specsampling.tasks.humaneval import HumanEval
 
 SETTINGS = [(temperature, top_p) for temperature in (0.6, 0.8, 1.0) for top_p in (1.0, 0.95)]
-GREEDY = "greedy:"
 CHANCES = "chances.jsonl"
 FORMATS = {
     **{"temperature": ".1f", "top_p": ".2f", "draft": "", "rule": "", "n": "d"},
@@ -165,8 +165,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def model_of(config: Config) -> str:
     """The model that drafts in a profile; a ConfigError if none does."""
-    model = config.models.draft.removeprefix("ngram+")
-    if model == "ngram":
+    if not (model := DraftName.parse(config.models.draft).model):
         raise ConfigError("models.draft must ask a model (got ngram); choose another profile")
     return model
 

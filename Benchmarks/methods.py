@@ -39,6 +39,7 @@ from Benchmarks.table1 import (
 )
 from specsampling.config import SPECULATIVE, load_config
 from specsampling.console import exit_code
+from specsampling.draft_name import DraftName
 from specsampling.loading import baselines
 from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure
@@ -80,8 +81,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile: table1's, and a method for each combination."""
     config = load_config(options.config, options.profile)
-    model = config.models.draft.removeprefix("ngram+")
-    drafts = ["ngram"] if model == "ngram" else ["ngram", model, f"ngram+{model}"]
+    model = DraftName.parse(config.models.draft).model
+    drafts = ["ngram", model, f"ngram+{model}"] if model else ["ngram"]
     if options.layers != "0":
         drafts.append(f"target-layers:{options.layers}")
     is_greedy = CELLS[cell].temperature == 0

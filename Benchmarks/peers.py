@@ -74,6 +74,7 @@ from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, begun, exit_code, option_value
+from specsampling.draft_name import DraftName
 from specsampling.method.text import Generation
 from specsampling.models.errors import ModelError
 from specsampling.provenance import run_meta
@@ -165,7 +166,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
-    from specsampling.models.load import LOOKUP_FIRST, model_location, resolve_dtype
+    from specsampling.models.load import model_location, resolve_dtype
     from specsampling.models.tokenizer import end_ids, load_tokenizer
 
     config = configured(options, "none")
@@ -173,7 +174,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
     dtype = resolve_dtype(config.models.dtype, device)
     target, draft = (
         AutoModelForCausalLM.from_pretrained(model_location(spec), dtype=dtype).eval()
-        for spec in (config.models.target, config.models.draft.removeprefix(LOOKUP_FIRST))
+        for spec in (config.models.target, DraftName.parse(config.models.draft).model)
     )
     eos_ids = sorted(end_ids(load_tokenizer(config.models.target), target))
     for model in (target, draft):  # no penalties: they would decode something else
@@ -420,11 +421,9 @@ def exported(spec: str, weights: str, exporter: Path | None) -> Path:
 def whole_draft(config: Config) -> str | None:
     """The spec of a draft that is a model of its own, and no part of its target; else None."""
     from specsampling.models.embedded import DRAFTS
-    from specsampling.models.load import LOOKUP_FIRST, TARGET_LAYERS
 
-    spec = config.models.draft.removeprefix(LOOKUP_FIRST)
-    is_part = spec.startswith(TARGET_LAYERS) or spec.removeprefix("embedded:") in DRAFTS
-    return None if spec == "ngram" or is_part else spec
+    spec = DraftName.parse(config.models.draft).spec
+    return None if not spec or spec.removeprefix("embedded:") in DRAFTS else spec
 
 
 def gguf_of(spec: str) -> Path | None:
@@ -517,7 +516,6 @@ def finders(config: Config, options: argparse.Namespace) -> dict[str, Callable[.
 
 def gguf_finders(config: Config, family: str) -> dict[str, Callable[..., Found]]:
     """The processes of llama.cpp; a server's setting cannot be changed, so each has its own."""
-    from specsampling.models.load import LOOKUP_FIRST
 
     if (target := gguf_of(config.models.target)) is None:
         print(f"not compared: {family} (the target is no GGUF file)")
@@ -529,7 +527,8 @@ def gguf_finders(config: Config, family: str) -> dict[str, Callable[..., Found]]
                 name = f"{family} {type_of(path)} {kind}"
                 found[name] = partial(llama_cpp_native, path=path, kind=kind)
         return found
-    draft = gguf_of(config.models.draft.removeprefix(LOOKUP_FIRST))
+    spec = DraftName.parse(config.models.draft).spec
+    draft = gguf_of(spec) if spec else None
     for path in files_of(target):
         for kind, settings in SERVER_SETTINGS.items():
             for setting in settings:

@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.loading import load_configured_pair
 from specsampling.method.distribution import Distribution, one_hot
 from specsampling.method.drafts import DraftTerms, ModelDraft, ModelProposer, num_logits
-from specsampling.method.forward import Model
+from specsampling.method.forward import Model, is_exact
 from specsampling.method.session import Session, context_limit
 from specsampling.models.checkpoint import make_fast
 from specsampling.models.load import draft_models, resolve_device, resolve_dtype
@@ -80,12 +80,14 @@ class Calls:
         baseline: the target's of one row.
         target: by K, the target's that verifies K tokens.
         prefill: of both models' prompts.
+        rows: by K, how many the target's call has.
     """
 
     draft: float
     baseline: float
     target: dict[int, float]
     prefill: float
+    rows: dict[int, int] = field(default_factory=dict)
 
     def tokens_per_second(self, acceptance: float, k: int) -> float:
         """Expected, where each token is accepted with this probability."""
@@ -111,26 +113,27 @@ def expected_tokens(acceptance: float, k: int) -> float:
 
 def measure(target: Model, draft: Model, largest_k: int, num_prompt_tokens: int) -> Calls:
     """Time the calls, one kind after the other in turn, so that a busy moment slows them all."""
-    widths = sorted({width_of(k) for k in range(1, largest_k + 1)})
-    kinds: dict[Any, Any] = {"draft": (draft, None), "baseline": (target, None)}
-    kinds |= {width: (target, width) for width in widths}
+    rows = {k: rows_of(target, k) for k in range(1, largest_k + 1)}
+    kinds: dict[Any, Any] = {"draft": (draft, 1), "baseline": (target, 1)}
+    kinds |= {num_rows: (target, num_rows) for num_rows in sorted(set(rows.values()))}
     sessions, prefill = {}, 0.0
-    tokens = some_tokens(target, draft, num_prompt_tokens)
-    for kind, (model, width) in kinds.items():
-        sessions[kind] = Session(model, num_prompt_tokens + 64, width)
+    tokens = some_tokens(target, draft, max(num_prompt_tokens, max(rows.values()) + 1))
+    for kind, (model, num_rows) in kinds.items():
+        sessions[kind] = Session(model, len(tokens) + 64, num_rows if num_rows > 1 else None)
         sessions[kind].prefill(tokens[:-1])
         if kind in ("draft", "baseline"):
             prefill += sessions[kind].forward_seconds
     seconds: dict[Any, list[float]] = {kind: [] for kind in kinds}
     for _ in range(NUM_CALLS):
         for kind, session in sessions.items():
-            session.length = num_prompt_tokens - 1
+            num_rows = kinds[kind][1]
+            session.length = len(tokens) - num_rows
             start = time.perf_counter()
-            session.score(tokens, last=1)
+            session.score(tokens, last=num_rows)
             seconds[kind].append(time.perf_counter() - start)
     median = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}
-    by_k = {k: median[width_of(k)] for k in range(1, largest_k + 1)}
-    return Calls(median["draft"], median["baseline"], by_k, prefill)
+    by_k = {k: median[num_rows] for k, num_rows in rows.items()}
+    return Calls(median["draft"], median["baseline"], by_k, prefill, rows)
 
 
 def some_tokens(target: Model, draft: Model, num: int) -> list[int]:
@@ -141,6 +144,11 @@ def some_tokens(target: Model, draft: Model, num: int) -> list[int]:
 
 def width_of(k: int) -> int:
     return (k // STEP + 1) * STEP
+
+
+def rows_of(target: Model, k: int) -> int:
+    """Rows of the target's call that verifies k tokens: as needed in the kernel, else a width."""
+    return k + 1 if is_exact(target) else width_of(k)
 
 
 # --- models --------------------------------------------------------------------------
@@ -239,7 +247,7 @@ def validate(
 
 def report(calls: Calls) -> list[str]:
     """Times, a line per acceptance, and what to do, in one sentence."""
-    widths = {width_of(k): seconds for k, seconds in calls.target.items()}
+    widths = some_sizes(calls)
     c = calls.draft / calls.baseline
     lines = [
         f"draft call {1e3 * calls.draft:.1f} ms, target call "
@@ -256,6 +264,12 @@ def report(calls: Calls) -> list[str]:
         rate = calls.tokens_per_second(acceptance, k)
         lines.append(f"{acceptance:10.2f}  {k:6}  {rate:8.1f}  {calls.speedup(acceptance):7.2f}")
     return [*lines, advice(calls)]
+
+
+def some_sizes(calls: Calls) -> dict[int, float]:
+    """Seconds of the target's calls by their rows: powers of two, and the largest."""
+    sizes = {calls.rows.get(k, width_of(k)): seconds for k, seconds in calls.target.items()}
+    return {rows: sizes[rows] for rows in sizes if rows.bit_count() == 1 or rows == max(sizes)}
 
 
 def advice(calls: Calls) -> str:
@@ -310,9 +324,9 @@ def context_figure(measured: dict[int, Calls], title: str) -> Figure:
     contexts = list(measured)
     kinds = {"draft": [1e3 * of.draft for of in measured.values()]}
     kinds["target, 1 row"] = [1e3 * of.baseline for of in measured.values()]
-    for k in measured[contexts[0]].target:
-        rows = width_of(k)
-        kinds[f"target, {rows} rows"] = [1e3 * of.target[k] for of in measured.values()]
+    for rows in some_sizes(measured[contexts[0]]):
+        times = [1e3 * some_sizes(of)[rows] for of in measured.values()]
+        kinds[f"target, {rows} rows"] = times
     for (name, times), marker in zip(kinds.items(), "osD^v<>"):
         calls.plot(contexts, times, marker=marker, markersize=4, color=DARK, label=name)
     calls.set_xscale("log", base=2)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
 
-from Benchmarks import figure1, identity, methods, peers, quality, table1
+from Benchmarks import figure1, identity, methods, peers, quality, scale, table1
 from specsampling.config import ConfigError
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.results import metrics, tables
@@ -43,6 +43,7 @@ LEFT_OUT = [
     *("sampling", "n", "end-to-end speedup low", "end-to-end speedup high", "rouge2 low"),
     *("rouge2 high", "rougeL", "rougeL low", "rougeL high"),
 ]
+NUM_TEXTS = 16_400  # 100 samples of each problem
 HEADLINE = {  # of the README
     "SmolLM2-135M with n-grams and a distilled draft": "smollm2/results2.jsonl",
     "the same in 8 bit": "smollm2-int8/results2.jsonl",
@@ -166,6 +167,19 @@ def identity_table(folder: Path) -> str:
     )
 
 
+def exactness_table(path: Path) -> str:
+    table = pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    machine = table.pop("machine").iloc[0]
+    return f"{markdown(table.astype(str))}\n\nMachine: {machine}."
+
+
+def scale_table(path: Path) -> str:
+    """Hours that the paper's 100 samples of each problem take, by a run's own seconds."""
+    run = read_run(path)
+    table = scale.table_of(run.rows, NUM_TEXTS, (1, 8, 64), 60)
+    return f"{markdown(table)}\n\nMachine: {run.meta['device_name']}, {run.meta['precision']}."
+
+
 def methods_table(path: Path) -> str:
     run = read_run(path)
     table = methods.methods_table(run)
@@ -216,6 +230,8 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "precision": precision_table,
     "peers": peers_table,
     "identity": identity_table,
+    "exactness": exactness_table,
+    "scale": scale_table,
     "methods": methods_table,
     "figure1": figure1_table,
     "table1": table1_table,

@@ -51,8 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = None if options.tokens is None else int(number("--tokens", options.tokens, 1))
     counts = [int(number("--processes", count, 1)) for count in options.processes.split(",")]
     start = number("--start", options.start, 0)
+    kind = "measured" if milliseconds is None else "simulated from the rows' numbers of calls"
+    print(f"{num_texts:,} texts of each method; seconds are {kind}")
+    rows = read_rows(options.rows)
+    table = table_of(rows, num_texts, counts, start, milliseconds, tokens)
+    print("\n".join(aligned(table)))
+    return 0
+
+
+def table_of(
+    all_rows: Sequence[Row],
+    num_texts: int,
+    counts: Sequence[int],
+    start: float,
+    milliseconds: tuple[float, ...] | None = None,
+    tokens: int | None = None,
+) -> pd.DataFrame:
+    """Make a table of text with a line per method; see the options of the same names."""
     lines = []
-    for method, rows in rows_by_method(read_rows(options.rows)).items():
+    for method, rows in rows_by_method(all_rows).items():
         rows = [row for row in rows if row.num_new_tokens]
         seconds = seconds_of(rows, milliseconds, tokens)
         line = {
@@ -65,10 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hours, idle = hours_of(seconds, num_texts, count, start)
             line[f"hours on {count}"] = f"{hours:.2f} ({idle:.0%} idle)"
         lines.append(line)
-    kind = "measured" if milliseconds is None else "simulated from the rows' numbers of calls"
-    print(f"{num_texts:,} texts of each method; seconds are {kind}")
-    print("\n".join(aligned(pd.DataFrame(lines))))
-    return 0
+    return pd.DataFrame(lines)
 
 
 def seconds_of(

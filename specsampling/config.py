@@ -27,6 +27,7 @@ from specsampling.checking import (
     shown_name,
     within,
 )
+from specsampling.draft_name import GREEDY, LOOKUPS, TARGET_LAYERS, DraftName
 from specsampling.strict_yaml import YamlError, parse_yaml
 
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
@@ -55,7 +56,9 @@ OLD_NAMES = {
 _BY_K = "0 chooses it from speculation.k"
 _DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
 _OURS = re.compile(
-    r"(ngram\+)?(greedy:)?(embedded:|target-layers:)|ngram(\+|$)|greedy:", re.IGNORECASE
+    rf"(({'|'.join(LOOKUPS)})\+)?({GREEDY})?(embedded:|{TARGET_LAYERS})"
+    rf"|({'|'.join(LOOKUPS)})(\+|$)|{GREEDY}",
+    re.IGNORECASE,
 )
 _SMALL = " with ngram, greedy:, target-layers: and embedded: in small letters"
 Text = Annotated[str, Rule(" that is not empty", len)]
@@ -256,10 +259,8 @@ class Config:
         if self.sampling.noise != "positional" and self.coupled_methods:
             rule = "positional for the rule coupled, which shares it with the baseline"
             raise mistake("sampling.noise", rule, self.sampling.noise, "set it to positional")
-        draft = models.draft.removeprefix("ngram+").removeprefix("greedy:")
         precision = models.draft_quantization
-        has_weights = draft != "ngram" and not draft.startswith("target-layers:")
-        if precision != "none" and not has_weights:
+        if precision != "none" and not DraftName.parse(models.draft).spec:
             rule = f"none for the draft {models.draft}, which has no weights of its own"
             raise mistake("models.draft_quantization", rule, precision, "set it to none")
         if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
@@ -303,8 +304,8 @@ def load_config(
     blocks = _with_defaults(
         checked(dict, file.profiles[name], f"profiles.{shown_name(name)}"), file.defaults
     )
-    for field, value in [*map(_parse_override, overrides), *(values or {}).items()]:
-        *parents, key = field.split(".")
+    for path_to, value in [*map(_parse_override, overrides), *(values or {}).items()]:
+        *parents, key = path_to.split(".")
         block = blocks
         for depth, parent in enumerate(parents, start=1):
             above = ".".join(map(shown_name, parents[:depth]))
@@ -314,7 +315,7 @@ def load_config(
 
 
 def _with_defaults(profile: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return a profile's blocks with what they do not state. It has the task blocks that it names."""
+    """Return a profile's blocks, filled with defaults. It has no task's block that it lacks."""
     blocks = {name: block for name, block in defaults.items() if name not in TASKS}
     blocks |= profile
     for name in blocks.keys() & defaults.keys():

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 def read_experiment(
     description: str | None,
-    task: Literal["xsum", "humaneval"],
+    task: Literal["xsum", "humaneval"] | None,
     file_name: str,
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, Config]:
@@ -90,7 +90,9 @@ def read_experiment(
         if rank():
             raise SystemExit(0)  # rank 0 scores
         return options, config
-    blocks: dict[str, Any] = {"humaneval": None, "xsum": None, task: require_task(config, task)}
+    blocks: dict[str, Any] = {"humaneval": None, "xsum": None}
+    if task:  # a task of one's own needs no block
+        blocks[task] = require_task(config, task)
     require_own_name(options.output)
     if rank() == 0:
         check_output(options.output)

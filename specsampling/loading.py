@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from specsampling.config import Compile, Config, ConfigError, method_parts, mistake
+from specsampling.draft_name import DraftName
 from specsampling.provenance import device_name, precision
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
 
     models = config.models
     named = [models.draft, *drafts_named(config)]
-    specs = dict.fromkeys(spec for name in named if (spec := load.draft_spec(name)))
+    specs = dict.fromkeys(spec for name in named if (spec := DraftName.parse(name).spec))
     dtype = load.resolve_dtype(models.dtype, load.resolve_device(models.device))
     tokenizer = load.check_tokenizers(models.target, list(specs), models.tokenizer)
     target = plan_model(models.target, dtype, models.target_quantization)
@@ -91,12 +92,11 @@ def drafts_named(config: Config) -> list[str]:
 def digest_files(config: Config, examples: Sequence[Example]) -> dict[str, str]:
     """Return hashes that tell a run's models and data from others of the same names."""
     from specsampling.models.checkpoint import digest_model
-    from specsampling.models.load import draft_spec
 
     models = config.models
-    specs = {"models.target": models.target, "models.draft": draft_spec(models.draft)}
+    specs = {"models.target": models.target, "models.draft": DraftName.parse(models.draft).spec}
     specs["models.tokenizer"] = models.tokenizer or ""
-    specs |= {f"draft {draft}": draft_spec(draft) for draft in drafts_named(config)}
+    specs |= {f"draft {draft}": DraftName.parse(draft).spec for draft in drafts_named(config)}
     digests = {name: digest_model(spec) for name, spec in specs.items() if spec}
     texts = json.dumps([(example.id, example.text, example.reference) for example in examples])
     return digests | {"data": hashlib.sha256(texts.encode()).hexdigest()[:16]}

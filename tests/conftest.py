@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from specsampling.config import config_as_dict, load_config
 from specsampling.kernel import engine
 
 # Threads only get in each other's way at these sizes; `all_threads` is for the tests of bits.
@@ -152,6 +153,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+def shipped_profile(name: str) -> dict[str, dict]:
+    """The blocks of a shipped profile, its defaults filled in."""
+    values = config_as_dict(load_config(PROJECT / "config.yaml", name))
+    return {block: of for block, of in values.items() if isinstance(of, dict)}
+
+
 def write_config(
     folder: Path, profile: str, pair: str, folders: dict[str, Path], blocks: dict[str, dict]
 ) -> Path:
@@ -164,8 +171,7 @@ def write_config(
         folders: of `model_folders`.
         blocks: block -> key -> value, in place of the shipped ones.
     """
-    values = yaml.safe_load((PROJECT / "config.yaml").read_text())
-    chosen = values["profiles"][profile]
+    chosen = shipped_profile(profile)
     chosen["models"] |= {
         "target": str(folders[f"{pair}-target"]),
         "draft": str(folders[f"{pair}-draft"]),
@@ -178,7 +184,7 @@ def write_config(
     for block, changes in blocks.items():
         chosen[block] |= changes
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values | {"default": profile}))
+    path.write_text(yaml.safe_dump({"default": profile, "profiles": {profile: chosen}}))
     return path
 
 

@@ -7,10 +7,12 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from conftest import shipped_profile
 
 from Benchmarks.table1 import TABLE1_FILES
 from specsampling.checking import rules_of
 from specsampling.config import (
+    OLD_NAMES,
     Config,
     ConfigError,
     config_as_dict,
@@ -22,7 +24,7 @@ from specsampling.results.records import read_meta
 
 PROJECT = Path(__file__).parents[1]
 SHIPPED = PROJECT / "config.yaml"
-DEMO = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))["profiles"]["demo"]
+DEMO = shipped_profile("demo")
 
 
 def demo(*overrides):
@@ -158,7 +160,7 @@ def test_the_way_out_is_the_broken_rules_own(override, way_out):
 
 def test_a_prompt_template_must_hold_the_document():
     template = "xsum.prompt_template=Summarise:"
-    assert "that holds {document}" in error_of(template, profile="exp1-rtx3050")
+    assert "that holds {document}" in error_of(template, profile="gpt-neo-rtx3050")
 
 
 def test_an_integer_may_stand_for_a_number_but_stays_no_integer():
@@ -417,9 +419,43 @@ def test_a_file_of_another_shape_is_refused(tmp_path, text, problem):
 
 
 def test_an_unknown_profile_is_refused_with_the_nearest():
-    message = error_of(profile="exp2-t5")
-    assert "demo, exp2-cpu, exp1-rtx3050, exp2-t4, exp2-qwen-t4, exp2-qwen-24gb" in message
-    assert "did you mean exp2-t4?" in message
+    message = error_of(profile="deepseek-t5")
+    names = "smollm2-cpu, qwen-coder-cpu, gpt-neo-rtx3050, deepseek-t4, qwen-coder-t4, "
+    assert f"{names}qwen-coder-24gb" in message
+    assert "did you mean deepseek-t4?" in message
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_old_names_of_profiles_still_mean_them(old, new):
+    """Committed runs and habits name them so."""
+    assert load_config(SHIPPED, old) == load_config(SHIPPED, new)
+    assert load_config(SHIPPED, old).profile == new
+
+
+def test_a_profile_states_what_differs_from_the_defaults(tmp_path):
+    blocks = {name: block for name, block in DEMO.items() if name != "xsum"}
+    profiles = {"a": {"models": {"draft": "ngram"}, "xsum": {}}, "b": {"humaneval": {}}}
+    values = {"default": "a", "defaults": DEMO, "profiles": profiles}
+    path = write(tmp_path, yaml.safe_dump(values))
+    first, second = load_config(path), load_config(path, "b")
+    assert first.models.draft == "ngram" and first.humaneval is None
+    assert first.xsum == load_config(SHIPPED).xsum
+    assert second.models == load_config(SHIPPED).models and second.xsum is None
+    complete = write(tmp_path, yaml.safe_dump({"default": "b", "profiles": {"b": blocks}}))
+    assert load_config(complete) == second
+
+
+@pytest.mark.parametrize(
+    ("defaults", "problem"),
+    [
+        ("3", "defaults must be a block"),
+        ("{models: 3}", "defaults.models must be a block"),
+        ("{model: {}}", "did you mean models?"),
+    ],
+)
+def test_defaults_of_another_shape_are_refused(tmp_path, defaults, problem):
+    text = f"default: a\ndefaults: {defaults}\nprofiles: {{a: {{models: {{}}}}}}"
+    assert problem in error_of(path=write(tmp_path, text), profile=None)
 
 
 def test_a_task_without_a_block_is_refused():
@@ -495,7 +531,7 @@ def test_committed_runs_can_be_continued(name, tmp_path):
 
 def test_shipped_demo_is_the_default_and_needs_no_hub():
     config = load_config(SHIPPED)
-    assert config.profile == "demo"
+    assert config.profile == "smollm2-cpu"
     assert config.models.target == "embedded:smollm2-135m"
     assert config.models.tokenizer is None
     assert (config.models.dtype, config.models.device) == ("auto", "auto")
@@ -512,7 +548,7 @@ def test_shipped_demo_is_the_default_and_needs_no_hub():
 
 
 def test_shipped_exp2_cpu_is_the_published_pair_for_both_experiments():
-    config = load_config(SHIPPED, "exp2-cpu")
+    config = load_config(SHIPPED, "qwen-coder-cpu")
     assert config.models.target == "embedded:qwen2.5-coder-1.5b"
     assert config.models.draft == "ngram+embedded:qwen2.5-coder-0.5b"
     assert (config.models.dtype, config.models.device) == ("auto", "cpu")
@@ -525,7 +561,7 @@ def test_shipped_exp2_cpu_is_the_published_pair_for_both_experiments():
 
 @pytest.mark.parametrize(
     "profile, dtype, quantization, is_exact",
-    [("exp2-qwen-t4", "float16", "int8", False), ("exp2-qwen-24gb", "bfloat16", "none", True)],
+    [("qwen-coder-t4", "float16", "int8", False), ("qwen-coder-24gb", "bfloat16", "none", True)],
 )
 def test_the_same_family_has_profiles_for_two_sizes_of_gpu(profile, dtype, quantization, is_exact):
     config = load_config(SHIPPED, profile)
@@ -537,7 +573,7 @@ def test_the_same_family_has_profiles_for_two_sizes_of_gpu(profile, dtype, quant
 
 
 def test_shipped_exp1_is_xsum_with_the_two_gpt_neos():
-    config = load_config(SHIPPED, "exp1-rtx3050")
+    config = load_config(SHIPPED, "gpt-neo-rtx3050")
     assert config.models.target == "mia-llm/gpt-neo-1.3B-xsum-roya"
     assert config.models.draft == "mia-llm/gpt-neo-125m-xsum-roya"
     assert config.models.tokenizer == "EleutherAI/gpt-neo-125m"
@@ -553,7 +589,7 @@ def test_shipped_exp1_is_xsum_with_the_two_gpt_neos():
 
 
 def test_shipped_exp2_is_humaneval_with_an_8_bit_target():
-    config = load_config(SHIPPED, "exp2-t4")
+    config = load_config(SHIPPED, "deepseek-t4")
     assert config.models.target == "deepseek-ai/deepseek-coder-6.7b-base"
     assert config.models.draft == "deepseek-ai/deepseek-coder-1.3b-base"
     assert config.models.target_quantization == "int8"

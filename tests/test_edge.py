@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import shipped_profile
 
 import main_exp1
 import main_exp2
@@ -165,8 +166,8 @@ def test_010_is_ten():
     ("arguments", "path"),
     [
         ([], "Results/results2.jsonl"),
-        (["--profile", "exp2-cpu"], "Results/exp2-cpu/results2.jsonl"),
-        (["--profile", "exp2-cpu", "--output", "a.jsonl"], "a.jsonl"),
+        (["--profile", "qwen-coder-cpu"], "Results/qwen-coder-cpu/results2.jsonl"),
+        (["--profile", "qwen-coder-cpu", "--output", "a.jsonl"], "a.jsonl"),
     ],
 )
 def test_a_profile_that_is_named_has_rows_of_its_own(arguments, path, tmp_path, monkeypatch):
@@ -178,10 +179,9 @@ def test_a_profile_that_is_named_has_rows_of_its_own(arguments, path, tmp_path, 
 
 def test_a_profiles_name_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = yaml.safe_load((PROJECT / "config.yaml").read_text(encoding="utf-8"))
     for name in ("../../up", ".hidden", "a/b:c"):
         config = tmp_path / "config.yaml"
-        profiles = {name: values["profiles"]["demo"]}
+        profiles = {name: shipped_profile("demo")}
         config.write_text(yaml.safe_dump({"default": name, "profiles": profiles}))
         arguments = ["--config", str(config), "--profile", name]
         options, _ = main_exp1.read_experiment("", "xsum", "results1.jsonl", arguments)

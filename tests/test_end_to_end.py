@@ -320,7 +320,7 @@ def test_one_prompt_is_shown_in_colours(config):
 
 
 def test_another_tasks_profile_is_refused(capsys):
-    assert exit_code(main_exp2.main, ["--profile", "exp1-rtx3050"]) == 2
+    assert exit_code(main_exp2.main, ["--profile", "gpt-neo-rtx3050"]) == 2
     assert "humaneval must be a block of profile" in capsys.readouterr().err
 
 

@@ -53,7 +53,7 @@ def config(tmp_path_factory, model_folders, articles) -> Path:
         "xsum": {"dataset": str(articles), "num_shots": 1, "stop_strings": ["\n\n\n"]},
     }
     folder = tmp_path_factory.mktemp("config")
-    return write_config(folder, "exp1-rtx3050", "gpt_neo", model_folders, blocks)
+    return write_config(folder, "gpt-neo-rtx3050", "gpt_neo", model_folders, blocks)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_scored_is_one_line(text, message, tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "exp2-t4"], "xsum must be a block of profile"),
+        (["--profile", "deepseek-t4"], "xsum must be a block of profile"),
         (["--set", "xsum.dataset=nowhere.jsonl"], "cannot load xsum.dataset nowhere.jsonl"),
         (["--set", "xsum.num_shots=-1"], "xsum.num_shots must be"),
         (["--set", "xsum.prompt_template=Summarise"], "that holds {document}"),
@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_scored_is_one_line(text, message, tmp_path, capsy
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, message, tmp_path, capsys):
     output = tmp_path / "results.jsonl"
-    arguments = ["--profile", "exp1-rtx3050", "--output", str(output), *arguments]
+    arguments = ["--profile", "gpt-neo-rtx3050", "--output", str(output), *arguments]
     assert exit_code(main_exp1.main, arguments) == 2
     printed, errors = capsys.readouterr()
     assert message in errors.splitlines()[-1]

@@ -138,7 +138,7 @@ def test_the_script_leaves_a_run_per_cell_with_every_k(config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "exp1-rtx3050"], "humaneval must be a block of profile exp1-rtx3050"),
+        (["--profile", "gpt-neo-rtx3050"], "humaneval must be a block of profile gpt-neo-rtx3050"),
         (["--k", "0"], "--k must be an integer from 1 to 64 (got 0)"),
         (["--k", "many"], "--k must be an integer"),
         (["--cells", "xsum"], "--cells must be of xsum-greedy"),

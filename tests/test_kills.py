@@ -66,7 +66,7 @@ def arguments_of(tmp_path_factory, model_folders) -> Callable[[str], list[str]]:
         }
         profile, pair, folders = "demo", "llama", dict(model_folders)
         if form == "articles":
-            profile, pair = "exp1-rtx3050", "gpt_neo"
+            profile, pair = "gpt-neo-rtx3050", "gpt_neo"
             blocks["xsum"] = {"dataset": str(articles), "num_shots": 1}
         else:
             blocks["humaneval"] = {"prompt_style": "completion", "stop_strings": ["\ndef"]}

@@ -106,7 +106,7 @@ def test_a_rerun_decodes_only_what_is_missing(finished, config):
         (["--hosts", "vllm"], "--hosts must be of transformers, llama.cpp"),
         (["--limit", "0"], "limit"),
         (["--max-new-tokens", "x"], "max_new_tokens"),
-        (["--profile", "exp1-rtx3050"], "humaneval"),
+        (["--profile", "gpt-neo-rtx3050"], "humaneval"),
     ],
 )
 def test_mistakes_are_one_line(more, words, config, tmp_path):
@@ -132,7 +132,7 @@ def names_of(profile: str, hosts: str) -> list[str]:
 
 
 def test_each_way_to_speculate_has_two_or_three_settings(everything):
-    assert names_of("exp2-cpu", "llama.cpp,llama.cpp native,OpenVINO") == [
+    assert names_of("qwen-coder-cpu", "llama.cpp,llama.cpp native,OpenVINO") == [
         *(f"llama.cpp Q4_K {kind}" for kind in ("alone", "n-grams, 7:3", "n-grams, 15:3")),
         *(f"llama.cpp Q4_K {kind}" for kind in ("n-grams, 48:12", "draft, 3", "draft, 7")),
         "llama.cpp Q4_K draft, 15",

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from specsampling.console import exit_code
 from specsampling.method.text import Generation
+from specsampling.models.checkpoint import make_fast
 
 sys.path.insert(0, str(PROJECT / "Benchmarks"))
 import plan
@@ -72,6 +73,25 @@ def test_a_pair_by_its_configurations_is_measured_and_validated(folders, capsys)
     assert printed.count("measured / predicted") == len(plan.VALIDATED)
     assert "differ" not in printed
     assert "the target alone" in printed and "peak memory" in printed
+
+
+@pytest.mark.parametrize("is_kernel", [True, False])
+def test_calls_have_the_rows_that_a_cycle_feeds(is_kernel, monkeypatch):
+    """In the kernel every call was timed with one row, so drafting seemed to cost nothing."""
+    fed = []
+    score = plan.Session.score
+
+    def record(session, tokens, last):
+        fed.append((len(tokens) - session.length, last))
+        return score(session, tokens, last)
+
+    monkeypatch.setattr(plan.Session, "score", record)
+    target = make_model("llama", context=128)
+    target = make_fast(target, "int8") if is_kernel else target
+    calls = plan.measure(target, make_model("llama", 1, context=128), 9, 40)
+    expected = {1, *range(2, 11)} if is_kernel else {1, 8, 16}
+    assert {rows for rows, _ in fed} == {last for _, last in fed} == expected
+    assert set(plan.some_sizes(calls)) == ({2, 4, 8, 10} if is_kernel else {8, 16})
 
 
 def test_predictions_are_of_calls_timed_before_and_after_the_text(monkeypatch):

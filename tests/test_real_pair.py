@@ -39,7 +39,9 @@ def task():
 
 
 @pytest.mark.parametrize(
-    "options", [("--limit", 8), ("--profile", "exp2-cpu", "--limit", 3)], ids=["demo", "exp2-cpu"]
+    "options",
+    [("--limit", 8), ("--profile", "qwen-coder-cpu", "--limit", 3)],
+    ids=["smollm2-cpu", "qwen-coder-cpu"],
 )
 def test_memory_is_known_before_it_is_spent(options, tmp_path):
     """The estimate, with what the process has before it loads, and the peak: within 10%."""

@@ -142,7 +142,7 @@ def test_without_bit_exact_decoding_nothing_is_compared_with_reference(config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "exp1-rtx3050"], "humaneval must be a block of profile exp1-rtx3050"),
+        (["--profile", "gpt-neo-rtx3050"], "humaneval must be a block of profile gpt-neo-rtx3050"),
         (["--profile", "dem"], "did you mean demo"),
         (["--num-samples", "0"], "sampling.num_samples must be"),
         (["--limit", "some"], "run.limit must be"),

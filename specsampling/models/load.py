@@ -1,8 +1,8 @@
 """Load a target and its draft: embedded, hub, local folder, GGUF, 8 or 4 bit.
 
 A model's spec is one word: `embedded:smollm2-135m`, a hub id, a local folder, or a `.gguf` file. A
-draft may also be `ngram` or `target-layers:N`; `ngram+` before a model looks up first. What `auto`
-became is in the pair, and the scripts print it.
+draft's name may have more parts (`draft_name.py`). What `auto` became is in the pair, and scripts
+print it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib import import_module
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specsampling.draft_name import LOOKUPS, TARGET_LAYERS, DraftName
 from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.forward import Model, is_exact
@@ -36,10 +38,6 @@ from specsampling.models.tokenizer import (
 )
 
 __all__ = ["Pair", "check_tokenizers", "load_draft", "load_pair", "model_location"]
-
-TARGET_LAYERS = "target-layers:"
-LOOKUP_FIRST = "ngram+"
-DRAFTS_GREEDILY = "greedy:"
 
 log = logging.getLogger("specsampling")
 
@@ -106,9 +104,7 @@ def load_pair(
 
     Args:
         target: a model's spec.
-        draft: a model's spec, `target-layers:N` (the target's first N layers), `ngram`, or
-            `ngram+` and a model, which is asked where the lookup finds nothing. `greedy:` before
-            a model drafts its most probable tokens, also where the target samples.
+        draft: a draft's name; see `draft_name.py`.
         tokenizer: a spec for both; None takes the target's and compares the draft's with it.
         dtype: "float32", "float16", "bfloat16", or "auto" (see `resolve_dtype`).
         device: "cpu", "cuda", "cuda:N", "mps", or "auto" (a GPU if there is one).
@@ -159,20 +155,9 @@ def check_tokenizers(
     """
     shared = load_tokenizer(tokenizer or target)
     for draft in drafts:
-        if tokenizer is None and (spec := draft_spec(draft)):
+        if tokenizer is None and (spec := DraftName.parse(draft).spec):
             require_same_tokenizer(shared, load_tokenizer(spec), spec)
     return shared
-
-
-def draft_spec(draft: str) -> str:
-    """The spec of the model that a draft brings; "" where it brings none."""
-    spec = _model_of(draft)
-    return "" if spec == "ngram" or spec.startswith(TARGET_LAYERS) else spec
-
-
-def _model_of(draft: str) -> str:
-    """The part of a draft's name that says which model it asks."""
-    return draft.removeprefix(LOOKUP_FIRST).removeprefix(DRAFTS_GREEDILY)
 
 
 def _say_what_is_left_out(target: Model, spec: str) -> None:
@@ -213,19 +198,24 @@ def load_draft(
     Draft models that are there already are taken from `loaded`, by spec. A model that cannot be
     loaded is a ModelError.
     """
-    lookup = NgramDraft(ngram_max, ngram_min)
-    if draft == "ngram":
+    name = DraftName.parse(draft)
+    lookup = _lookup(name.lookup)(ngram_max, ngram_min) if name.lookup else None
+    if lookup and not name.model:
         return lookup
-    spec = _model_of(draft)
-    if loaded and spec in loaded:
-        model = loaded[spec]
-    elif spec.startswith(TARGET_LAYERS):
-        model = _first_layers(target, spec)
+    if loaded and name.model in loaded:
+        model = loaded[name.model]
+    elif name.model.startswith(TARGET_LAYERS):
+        model = _first_layers(target, name.model)
     else:
-        model = load_model(spec, dtype, target.device, quantization, compile=compile)
-    is_greedy = draft.removeprefix(LOOKUP_FIRST).startswith(DRAFTS_GREEDILY)
-    proposes = ModelDraft(model, model_k, min_confidence, is_greedy)
-    return CompositeDraft(lookup, proposes) if draft.startswith(LOOKUP_FIRST) else proposes
+        model = load_model(name.model, dtype, target.device, quantization, compile=compile)
+    proposes = ModelDraft(model, model_k, min_confidence, name.is_greedy)
+    return CompositeDraft(lookup, proposes) if lookup else proposes
+
+
+def _lookup(name: str) -> type[NgramDraft]:
+    """Import the class of a registered lookup."""
+    module, _, attribute = LOOKUPS[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
@@ -233,7 +223,7 @@ def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
     asked = loaded.model if isinstance(loaded, (CompositeDraft, AdaptiveDraft)) else loaded
     if not isinstance(asked, ModelDraft):
         return {}
-    return {_model_of(draft): asked.model}
+    return {DraftName.parse(draft).model: asked.model}
 
 
 def _first_layers(target: Model, spec: str) -> Model:
