@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -267,11 +267,6 @@ class Config:
             rule = "[] for humaneval.prompt_style: chat, where the code itself holds them"
             got = shown(self.humaneval.stop_strings)
             raise mistake("humaneval.stop_strings", rule, got, "set it to []")
-        if self.humaneval is None and self.xsum is None:
-            raise ConfigError(
-                f"profile {self.profile} must hold a humaneval or an xsum block (got neither); "
-                "copy one from another profile"
-            )
 
 
 def load_config(
@@ -302,7 +297,7 @@ def load_config(
         known = ", ".join(names[:MAX_NAMES] + ["..."] * (len(names) > MAX_NAMES))
         raise mistake("profile", f"one of: {known}", shown(name), way_out)
     blocks = _with_defaults(
-        checked(dict, file.profiles[name], f"profiles.{shown_name(name)}"), file.defaults
+        checked(dict, file.profiles[name], f"profiles.{shown_name(name)}"), file.defaults or {}
     )
     for path_to, value in [*map(_parse_override, overrides), *(values or {}).items()]:
         *parents, key = path_to.split(".")
@@ -311,7 +306,11 @@ def load_config(
             above = ".".join(map(shown_name, parents[:depth]))
             block = checked(dict, block.setdefault(parent, {}), above)
         block[key] = value
-    return build(Config, blocks, profile=name)
+    config: Config = build(Config, blocks, profile=name)
+    if config.humaneval is None and config.xsum is None:
+        rule = f"profile {name} must hold a humaneval or an xsum block (got neither)"
+        raise ConfigError(f"{rule}; copy one from another profile")
+    return config
 
 
 def _with_defaults(profile: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -373,7 +372,7 @@ def method_parts(method: str, config: Config) -> MethodParts:
 class _File:
     default: Text
     profiles: dict[str, Any]
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] | None = None
 
 
 def read_blocks(path: str | Path) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             ["models.draft=ngram", "models.draft_quantization=int8"],
             "models.draft_quantization must be none",
         ),
-        (["humaneval=null", "xsum=null"], "profile demo must hold a humaneval or an xsum block"),
+        (["humaneval=null", "xsum=null"], "profile smollm2-cpu must hold a humaneval or an xsum block"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, rule):
@@ -448,7 +448,7 @@ def test_a_profile_states_what_differs_from_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("defaults", "problem"),
     [
-        ("3", "defaults must be a block"),
+        ("3", "defaults must be null or a block"),
         ("{models: 3}", "defaults.models must be a block"),
         ("{model: {}}", "did you mean models?"),
     ],
@@ -460,7 +460,7 @@ def test_defaults_of_another_shape_are_refused(tmp_path, defaults, problem):
 
 def test_a_task_without_a_block_is_refused():
     assert require_task(demo(), "humaneval").prompt_style == "chat"
-    with pytest.raises(ConfigError, match="xsum must be a block of profile demo"):
+    with pytest.raises(ConfigError, match="xsum must be a block of profile smollm2-cpu"):
         require_task(demo("xsum=null"), "xsum")
 
 

@@ -98,7 +98,7 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["--methods", "speculative,speculative"], "none twice"),
         (["--methods", "[speculative]"], "run.methods must be a list"),
         (["--methods", "speculative\n"], "--config"),
-        (["--profile", "a\nb\x1b[31m"], 'profile must be one of: demo'),
+        (["--profile", "a\nb\x1b[31m"], 'profile must be one of: smollm2-cpu'),
         (["--profile", "x" * 100_000], "profile must be one of"),
         (["--config", "a\0b"], "embedded null byte"),
         (["--config", "x" * 300], "File name too long"),

@@ -291,7 +291,7 @@ def test_all_canonical_solutions_score_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "dmo"], "did you mean demo"),
+        (["--profile", "smollm2-cp"], "did you mean smollm2-cpu"),
         (["--limit", "0"], "run.limit must be"),
         (["--methods", "speculative,magic"], "run.methods must be"),
         (["--set", "speculation.kk=3"], "did you mean speculation.k"),

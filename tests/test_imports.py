@@ -18,15 +18,25 @@ ARROWS: dict[str, set[str]] = {
     "disk": set(),
     "strict_yaml": set(),
     "checking": set(),
-    "config": {"strict_yaml", "checking"},
+    "draft_name": set(),
+    "config": {"strict_yaml", "checking", "draft_name"},
     "kernel": set(),
-    "models": {"method", "kernel", "disk"},
+    "models": {"method", "kernel", "disk", "draft_name"},
     "ranks": {"checking"},
     "results": {"ranks", "method.text", "config", "disk"},
     "tasks": {"results", "method.text", "config", "disk"},
     "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},
-    "loading": {"provenance", "tasks", "results", "models", "kernel", "method", "config"},
+    "loading": {
+        "provenance",
+        "tasks",
+        "results",
+        "models",
+        "kernel",
+        "method",
+        "config",
+        "draft_name",
+    },
     "edge": {"tasks", "results", "ranks", "models", "method", "checking"},
     "console": {
         *("edge", "loading", "provenance", "runner", "tasks", "results", "ranks", "models"),
@@ -82,7 +92,7 @@ def test_every_room_is_small_enough_to_read(path):
     assert len(path.read_text().splitlines()) < 450
 
 
-RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens", "table1")
+RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens")
 SCORING = ("sandbox", "judge", "wire", "namespace", "containment", "answers", "statements")
 SCORING += ("system_calls", "control_group", "leases")
 LIGHT = [
