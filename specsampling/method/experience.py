@@ -247,13 +247,13 @@ class Experience:
         for confidence, is_accepted in zip(cycle.confidences, verdicts):
             self.by_confidence[_bin(confidence)].see(is_accepted)
             self.model.see(is_accepted)
-        of_lookup = verdicts[cycle.lookup_from :] if cycle.lookup_matched else []
-        for position, is_accepted in enumerate(of_lookup):
+        lookup_verdicts = verdicts[cycle.lookup_from :] if cycle.lookup_matched else []
+        for position, is_accepted in enumerate(lookup_verdicts):
             self.lookup[cycle.lookup_matched].see(is_accepted)
             self.by_position[cycle.lookup_matched, position].see(is_accepted)
         if cycle.draft_calls:
             self.model_cycle.see(num_accepted + 1, 1)
-            self.tail.see(sum(of_lookup), cycle.draft_calls)
+            self.tail.see(sum(lookup_verdicts), cycle.draft_calls)
         self._count(cycle)
 
     def _count(self, cycle: Cycle) -> None:
