@@ -37,7 +37,7 @@ def find_compiler() -> list[str]:
         KernelError: there is no compiler, or this system has no POSIX threads.
     """
     if sys.platform not in SYSTEMS:
-        raise KernelError(f"it needs Linux or macOS (got {sys.platform})")
+        raise KernelError(f"the kernel needs Linux or macOS (got {sys.platform})")
     named = os.environ.get("CC", "").split()
     for command in (named, ["cc"], ["gcc"], ["clang"]):
         if command and shutil.which(command[0]):
@@ -82,11 +82,11 @@ def build(folder: Path) -> Path:
         if run.returncode:
             said = (run.stderr.strip() or f"exit code {run.returncode}").splitlines()
             problem = next((line for line in said if "error" in line), said[0])
-            raise KernelError(f"{' '.join(compiler)} cannot compile it: {problem}")
+            raise KernelError(f"{' '.join(compiler)} cannot compile the kernel: {problem}")
         library = folder / f"{name}-{digest_of(scratch)}.so"
         scratch.rename(library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"{' '.join(compiler)} cannot compile it: {error}") from error
+        raise KernelError(f"{' '.join(compiler)} cannot compile the kernel: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
     return library

@@ -77,7 +77,7 @@ def library(folder: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(build(folder)))
     except OSError as error:
-        raise KernelError(f"it cannot be loaded: {error}") from error
+        raise KernelError(f"the kernel cannot be loaded: {error}") from error
     found.kind.restype = ctypes.c_char_p
     found.open_pool.restype = ctypes.c_void_p
     found.close_pool.argtypes = [ctypes.c_void_p]

@@ -154,7 +154,7 @@ class Retry:
 
     @property
     def is_due(self) -> bool:
-        """Whether the silence has lasted long enough."""
+        """True if the silence has lasted long enough."""
         return self._num_silent >= self._patience
 
     def see(self, was_asked: bool, is_trial: bool) -> None:
@@ -213,14 +213,14 @@ class Times:
     seconds_without_model: float = 0.0
     seconds_without_lookup: float = 0.0
     model_retry: Retry = field(default_factory=Retry)
-    rows_retry: Retry = field(default_factory=Retry)  # of calls with more than two rows
-    was_slow: bool = False  # the cycle before
-    num_quick: int = 0  # cycles in a row
+    rows_retry: Retry = field(default_factory=Retry)  # for calls with more than two rows
+    was_slow: bool = False  # whether the cycle before was slow
+    num_quick: int = 0  # quick cycles in a row
 
 
 @dataclass
 class Experience:
-    """What a run has seen of its cycles so far."""
+    """The experience of a run with its cycles so far."""
 
     times: Times = field(default_factory=Times)
     # Tokens per cycle in which the model drafted.
@@ -317,7 +317,7 @@ class Experience:
 
     @property
     def is_model_due(self) -> bool:
-        """Whether the model should draft whatever it costs, so that its price becomes known."""
+        """True if the model should draft whatever it costs, so that its price becomes known."""
         times = self.times
         if times.num_model_cycles < TRIALS or times.model_retry.is_due:
             return True

@@ -22,7 +22,7 @@ from specsampling.method.noise import Noise
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a distribution is warped before a token is drawn from it.
+    """The warp of a distribution, before a token is drawn from it.
 
     Attributes:
         temperature: 0 is greedy decoding, a one-hot distribution.

@@ -148,7 +148,7 @@ class Text:
 
     @property
     def room(self) -> int:
-        """How many tokens may still come."""
+        """The number of tokens that may still come."""
         return self.limit - len(self.tokens)
 
     def fail(self, error: str) -> None:
