@@ -82,7 +82,7 @@ def speculative(
     evidence = Evidence(sampling, generator)
 
     def cycle() -> Cycle:
-        draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.room - 1))
+        draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.num_left - 1))
         logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
         target_probs = probs_from_logits(logits, sampling)  # k + 1 of them
         verdict = verifier(target_probs, draft_probs, draft_tokens, generator, len(text.tokens))

@@ -147,7 +147,7 @@ class Text:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
-    def room(self) -> int:
+    def num_left(self) -> int:
         """The number of tokens that may still come."""
         return self.limit - len(self.tokens)
 
@@ -163,7 +163,7 @@ class Text:
                 self.finish_reason = "eos"
             elif self._is_stop is not None and self._is_stop(self.new_tokens):
                 self.finish_reason = "stop"
-            elif not self.room:
+            elif not self.num_left:
                 self.finish_reason = self._limit_reason
             if self.finish_reason:
                 return
