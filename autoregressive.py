@@ -1,8 +1,8 @@
 """The baseline: autoregressive sampling (Chen et al. 2023, Algorithm 1).
 
-One target call per token, with a KV cache. `width=1` is its fastest form, the one
-that speedups are measured against. At the speculative decoder's width (`reference`
-in the rows) its outputs are what speculative outputs must equal.
+The decoder makes one target call per token, with a KV cache. Speedups are measured against its
+fastest form, `width=None`. The rows' method `reference` has the speculative decoder's width, and
+speculative outputs must equal its outputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def autoregressive(
     eos_ids: Collection[int] = (),
     is_stop: StopCheck | None = None,
 ) -> Generation:
-    """Decode one text, a token per target call.
+    """Decode one text, one token per target call.
 
     Args:
         target: the model.

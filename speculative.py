@@ -6,7 +6,7 @@ gives the very tokens that the target alone would give.
 
     python speculative.py --prompt "def is_prime(n):"
 
-decodes one prompt and shows which tokens were accepted, corrected and bonus.
+This command decodes one prompt and shows which tokens were accepted, corrected and bonus.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ def speculative(
 ) -> Generation:
     """Decode one text, up to k + 1 tokens per target call.
 
-    Differs from the paper: the draft may propose fewer than k tokens (an n-gram draft
-    without a match, or the end of the text in sight); the rule is exact for every k.
+    Differs from the paper: the draft may propose fewer than k tokens, for example near the end of
+    the text. The rule is exact for every k.
 
     Args:
         target: the model whose distribution the output has.
-        draft: who proposes (`specsampling/method/drafts.py`).
+        draft: one of those in `specsampling/method/drafts.py`.
         prompt: token ids, at least one.
         k: draft tokens per cycle, at least 1.
         max_new_tokens: exact limit on the new tokens.
         sampling: temperature, top-k and top-p of both models; greedy by default.
         generator: source of randomness, on the model's device; `Noise` for `verify_coupled`.
-        width: rows of every target call, above k (see `Session`); None for as many as needed.
+        width: rows of every target call, more than k (see `Session`); None for as many as needed.
         verifier: the rule: `verify`, `verify_block` or `verify_coupled`.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.
 
     Raises:
-        ValueError: k or width out of range, noise with another rule than `verify_coupled` or the
-            other way round, or the prompt is empty or leaves no room.
+        ValueError: k or the width is out of range, the prompt is empty or leaves no room, or only
+            one of `Noise` and `verify_coupled` is given.
     """
     if isinstance(generator, Noise) != (verifier is verify_coupled):
         raise ValueError("verify_coupled needs Noise; the other rules a torch.Generator or None")
@@ -82,7 +82,7 @@ def speculative(
     evidence = Evidence(sampling, generator)
 
     def cycle() -> Cycle:
-        draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.room - 1))
+        draft_tokens, draft_probs = proposer.propose(text.tokens, min(k, text.num_left - 1))
         logits = session.score(text.tokens + draft_tokens, last=len(draft_tokens) + 1)
         target_probs = probs_from_logits(logits, sampling)  # k + 1 of them
         verdict = verifier(target_probs, draft_probs, draft_tokens, generator, len(text.tokens))

@@ -1,6 +1,6 @@
 """Compiles the C files of this folder, once for each processor, into a folder of the user's.
 
-The compiler is the system's, else the one in the package `ziglang`. Knows nothing of models.
+The system's compiler is used, or else that in the package `ziglang`. This module knows no models.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pathlib import Path
 
 SOURCES = ("step.c", "pack.c", "race.c")
 HEADERS = ("vectors.h", "linear.h")
-# Contracted products would round otherwise in one copy of a loop than in another.
+# If products were contracted, two copies of one loop could round differently.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 NATIVE = ("-march=native",)
-FLAGS_VARIABLE = "SPECSAMPLING_KERNEL_FLAGS"  # instead of NATIVE, for tests of other processors
+FLAGS_VARIABLE = "SPECSAMPLING_KERNEL_FLAGS"  # replaces NATIVE, to test other processors
 SYSTEMS = ("linux", "darwin")
-SECONDS = 300  # that a compiler may take
+SECONDS = 300  # the most that a compiler may take
 
 
 class KernelError(Exception):
-    """The kernel cannot be had here, in one line."""
+    """The error, in one line, that the kernel cannot be used on this machine."""
 
 
 def find_compiler() -> list[str]:
-    """The command of a C compiler.
+    """Find the command of a C compiler.
 
     Raises:
-        KernelError: there is none, or the threads of this system are not those of POSIX.
+        KernelError: there is no compiler, or this system has no POSIX threads.
     """
     if sys.platform not in SYSTEMS:
-        raise KernelError(f"it needs Linux or macOS (got {sys.platform})")
+        raise KernelError(f"the kernel needs Linux or macOS (got {sys.platform})")
     named = os.environ.get("CC", "").split()
     for command in (named, ["cc"], ["gcc"], ["clang"]):
         if command and shutil.which(command[0]):
@@ -48,9 +48,9 @@ def find_compiler() -> list[str]:
 
 
 def build(folder: Path) -> Path:
-    """The shared library for this processor, compiled if it is not there yet.
+    """Find the shared library for this processor, or compile it.
 
-    Its name ends with its hash, so that a file that was cut off is made anew.
+    The library's name ends with its hash, so a damaged file is noticed and made anew.
 
     Args:
         folder: where libraries are kept.
@@ -62,43 +62,43 @@ def build(folder: Path) -> Path:
     compiler = find_compiler()
     chosen = os.environ.get(FLAGS_VARIABLE)
     flags = [*FLAGS, *(NATIVE if chosen is None else chosen.split())]
-    here = Path(__file__).parent
+    source_folder = Path(__file__).parent
     key = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
-        key.update((here / name).read_bytes())
+        key.update((source_folder / name).read_bytes())
     key.update(repr((compiler, flags, processor())).encode())
     name = f"step-{key.hexdigest()[:16]}"
-    for there in folder.glob(f"{name}-*.so"):
+    for existing in folder.glob(f"{name}-*.so"):
         with suppress(FileNotFoundError):  # another process has removed it
-            if there.stem == f"{name}-{digest_of(there)}":
-                return there
-            there.unlink()  # cut off when a disk was full, or a machine went down
+            if existing.stem == f"{name}-{digest_of(existing)}":
+                return existing
+            existing.unlink()  # it was cut off by a full disk or a crash
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}.making"
     command = [*compiler, *flags, "-shared", "-fPIC", "-o", str(scratch)]
-    command += [*(str(here / name) for name in SOURCES), "-lpthread", "-lm"]
+    command += [*(str(source_folder / name) for name in SOURCES), "-lpthread", "-lm"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if run.returncode:
             said = (run.stderr.strip() or f"exit code {run.returncode}").splitlines()
             problem = next((line for line in said if "error" in line), said[0])
-            raise KernelError(f"{' '.join(compiler)} cannot compile it: {problem}")
+            raise KernelError(f"{' '.join(compiler)} cannot compile the kernel: {problem}")
         library = folder / f"{name}-{digest_of(scratch)}.so"
         scratch.rename(library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"{' '.join(compiler)} cannot compile it: {error}") from error
+        raise KernelError(f"{' '.join(compiler)} cannot compile the kernel: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
     return library
 
 
 def digest_of(path: Path) -> str:
-    """The beginning of a file's hash."""
+    """Return the beginning of a file's hash."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def processor() -> str:
-    """What tells this processor from others: its name, and what it can do."""
+    """Describe this processor by its name and its features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""What the C files take for granted, checked before they are called.
+"""Checks what the C files take for granted, before they are called.
 
-Knows nothing of models beyond their sizes.
+This module knows nothing of models beyond their sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PLAIN_FORMATS = ("float32", "float16", "bfloat16", "int8", "Q4_0")
-# How many numbers a block of a GGUF file holds, in how many bytes.
+# The numbers and the bytes of one block of a GGUF file.
 BLOCKS = {
     "Q8_0": (32, 34),
     "Q4_0": (32, 18),
@@ -93,10 +93,10 @@ def check_layers(layers: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) 
 
 
 def check_head(head: Any, tokens: Tensor | None, sizes: Mapping[str, int]) -> None:
-    """Check that the last layer scores tokens that there are, each of them or those named.
+    """Check that the head scores all tokens of the vocabulary, or the tokens that are named.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the head has another shape, or a named token is not in the vocabulary.
     """
     rows, vocabulary = sizes["head_rows"], sizes["vocabulary"]
     check_shape("the head", head, -(-rows // 16) * 16, sizes["hidden_padded"])
@@ -118,7 +118,7 @@ def check_shape(name: str, linear: Any, outputs: int, inputs: int) -> None:
 
 
 def check_tokens(ids: Sequence[int], start: int, capacity: int, vocabulary: int) -> np.ndarray:
-    """A request's token ids, [n]. The C files check again what they can see in 32 bits.
+    """Make an array, [n], of a request's token ids. The C files see only 32 bits of each.
 
     Raises:
         ValueError: a token or a position is out of range.

@@ -1,7 +1,7 @@
-"""Models in the form that `step.c` decodes, and its calls.
+"""Models in the form that `step.c` decodes, and calls of `step.c`.
 
-A call takes rows of any texts. What it gives for a row does not depend on the other rows: see
-`step.c`. Knows nothing of files or of how weights were trained; `models/packing.py` fills it.
+A call takes rows of any texts. A row's logits do not depend on the other rows: see `step.c`. This
+module knows nothing of files or of transformers. `models/packing.py` makes its models.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ROW = np.dtype([("cache", "u8"), ("logits", "u8"), ("token", "i4"), ("position",
 
 @cache
 def library(folder: Path) -> ctypes.CDLL:
-    """The compiled C files, kept in a folder.
+    """Load the compiled C files, which are kept in a folder.
 
     Raises:
         KernelError: they cannot be compiled or loaded.
@@ -77,7 +77,7 @@ def library(folder: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(build(folder)))
     except OSError as error:
-        raise KernelError(f"it cannot be loaded: {error}") from error
+        raise KernelError(f"the kernel cannot be loaded: {error}") from error
     found.kind.restype = ctypes.c_char_p
     found.open_pool.restype = ctypes.c_void_p
     found.close_pool.argtypes = [ctypes.c_void_p]
@@ -104,14 +104,14 @@ def race(
     tokens: np.ndarray | None,
     probs: np.ndarray,
 ) -> int:
-    """The winner of an exponential race, from a key of two words and a position; see `race.c`.
+    """Find the winner of an exponential race; see `race.c`.
 
     Args:
         library: the compiled C files.
         key: two words of 32 bits.
-        position: in the text.
+        position: where the token will stand in the text.
         tokens: [n] ids, ascending; None for 0 to n - 1.
-        probs: [n], none of them NaN, one of them above 0.
+        probs: [n] numbers, none NaN and at least one above 0.
     """
     words, masses = np.array(key, np.uint32), np.ascontiguousarray(probs, np.float64)
     ids = None if tokens is None else np.ascontiguousarray(tokens, np.uint32)
@@ -124,7 +124,7 @@ def race(
 
 @dataclass(frozen=True)
 class Parts:
-    """One layer's parts, by the names of its structure."""
+    """One layer's parts, by their names in its structure."""
 
     linears: dict[str, Packed]
     norms: dict[str, Tensor]
@@ -132,13 +132,13 @@ class Parts:
 
 
 class Cache:
-    """A text's keys and values, whose memory is taken as it is filled."""
+    """A text's keys and values. The system gives memory only to the part that was written."""
 
     def __init__(self, model: Model, capacity: int):
         sizes = model.sizes
         self.capacity = padded(capacity, LANES)
         self.num_layers = sizes["num_layers"]
-        self.of_layer = tuple(sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
+        self.head_sizes = tuple(sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
         heads = sizes["num_layers"] * sizes["key_heads"] * self.capacity
         self._keys = torch.zeros(heads * sizes["head_dim"])
         self._values = torch.zeros(heads * sizes["head_padded"])
@@ -151,8 +151,8 @@ class Request(NamedTuple):
 
     cache: Cache
     ids: Sequence[int]
-    start: int  # where the first of them stands
-    last: int  # so many of them are scored
+    start: int  # the first token's position
+    last: int  # how many of the last tokens are scored
 
 
 @dataclass
@@ -160,16 +160,16 @@ class Model:
     """A model that `step.c` decodes.
 
     Attributes:
-        library: which does.
+        library: the compiled C files.
         layers: its layers' parts.
         head: the last linear layer.
         tensors: what the structure's pointers point to, by name.
         sizes: the structure's numbers, by name.
-        epsilon: of its norms.
-        score_scale: of attention.
-        rotation: cosines and sines of the first n positions, [n, head_dim / 2] each; None where
+        epsilon: the norms' epsilon.
+        score_scale: the factor of attention's products.
+        rotation: makes cosines and sines of the first n positions, [n, head_dim / 2] each; None if
             positions are not rotated.
-        size: bytes of the weights that every token passes.
+        size: bytes of the linear layers' weights.
     """
 
     library: ctypes.CDLL
@@ -204,30 +204,30 @@ class Model:
 
     @property
     def linears(self) -> list[Packed]:
-        """All of its linear layers."""
+        """All linear layers of the model."""
         return [self.head, *(part for layer in self.layers for part in layer.linears.values())]
 
     def first_layers(self, num_layers: int) -> Model:
-        """The same model with its first layers only, over the same weights."""
+        """Make a model of the first layers only, over the same weights."""
         return Model(
             *(self.library, self.layers[:num_layers], self.head, self.tensors, dict(self.sizes)),
             *(self.epsilon, self.score_scale, self.rotation),
         )
 
     def make_cache(self, capacity: int) -> Cache:
-        """An empty text's."""
+        """Make the cache of a new text."""
         made = Cache(self, capacity)
-        self._reach(made)
+        self._extend_tables(made)
         return made
 
-    def _reach(self, text: Cache) -> None:
-        """Make the tables of positions as long as a text's cache, whichever model made it.
+    def _extend_tables(self, text: Cache) -> None:
+        """Make the tables of positions at least as long as a text's cache.
 
         Raises:
-            ValueError: the cache is one for a model of another shape.
+            ValueError: the cache belongs to a model of another shape.
         """
         own = tuple(self.sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
-        if text.num_layers < len(self.layers) or text.of_layer != own:
+        if text.num_layers < len(self.layers) or text.head_sizes != own:
             raise ValueError("a cache must be of a model of the same shape")
         if self.rotation and text.capacity > self._structure.positions:
             num = padded(text.capacity, 1024)
@@ -237,10 +237,10 @@ class Model:
             self._structure.positions = num
 
     def run(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Feed tokens of some texts, together.
+        """Feed tokens of some texts together.
 
         Returns:
-            Of each request, [last, vocabulary] float32 logits.
+            [last, vocabulary] float32 logits for each request.
 
         Raises:
             ValueError: a token, a position or the number of scored rows is out of range.
@@ -256,7 +256,7 @@ class Model:
         rows = np.zeros(sum(len(request.ids) for request in requests), ROW)
         at = scored = 0
         for text, ids, start, last in requests:
-            self._reach(text)
+            self._extend_tables(text)
             own = rows[at : at + len(ids)]
             own["token"] = checking.check_tokens(ids, start, text.capacity, width)
             own["cache"] = text.address
@@ -282,7 +282,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def step(self, model: _Model, rows: np.ndarray) -> None:
-        """Run rows through a model, as many at once as there is room for.
+        """Run rows through a model, in several calls if they are too many for one.
 
         Raises:
             ValueError: a row is out of range.
@@ -311,7 +311,7 @@ _num_threads = 0
 
 
 def set_num_threads(num: int) -> None:
-    """How many threads calls run on from now; 0 for one on each core that this process has.
+    """Set how many threads calls run on; 0 means one for each core that this process may use.
 
     Raises:
         ValueError: a negative number.
@@ -326,24 +326,24 @@ def set_num_threads(num: int) -> None:
 
 
 def num_threads() -> int:
-    """How many threads calls run on: as set, as OMP_NUM_THREADS says, or one for each core."""
+    """Return how many threads calls run on: as set, as OMP_NUM_THREADS says, or one per core."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return _num_threads or (int(named) if named.isdecimal() else 0) or num_cores()
 
 
 def num_cores() -> int:
-    """Counts the cores that this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def pool_of(library: ctypes.CDLL) -> Pool:
-    """The threads of this process."""
+    """Return the pool of threads of this process, made at the first call."""
     if library._handle not in _pools:
         _pools[library._handle] = Pool(library, num_threads())
     return _pools[library._handle]
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # threads stay with the parent
+    os.register_at_fork(after_in_child=_pools.clear)  # a fork has none of its parent's threads

@@ -1,8 +1,8 @@
 /* Linear layers of rows that never meet, y = W x + b, in nine formats of weights.
 
-   An output is the sum over groups of 32 inputs, in their order. Within a group of 8-bit numbers
-   the sum is one of integers, which do not round. Then it is multiplied by the group's scales and
-   added: one operation after the other, whichever rows are computed beside this one. */
+   An output is a sum over groups of 32 inputs, in their order. A group of 8-bit numbers is summed in
+   integers, which do not round. This integer is multiplied by the group's scales and added to the
+   output. The order of these operations does not depend on the other rows. */
 
 #include "vectors.h"
 
@@ -29,21 +29,21 @@ typedef struct {
   int32_t outputs, inputs, format; /* multiples of 16 and of 32, padded with zeros */
 } Linear;
 
-/* Inputs of a linear layer in groups of 32, as floats and as whole numbers with a scale. A group
-   of all rows comes before the next group. `stride` rows fit there: those of the call, and as
-   many more as are computed with them and not looked at. */
+/* The inputs of a linear layer in groups of 32, as floats and as whole numbers with a scale. The
+   first group of all rows comes before the second. Each group has room for `stride` rows: those of
+   the call, and rows that are computed beside them and ignored. */
 typedef struct {
   float *floats;   /* [groups, stride, 32] */
   int8_t *numbers; /* [groups, stride, 32] */
   float *scales;   /* [groups, stride] */
-  int32_t *minus;  /* [groups, stride]: the sum of the numbers, and its sign turned */
-  int32_t *halves; /* [groups, stride]: the same of the first 16 */
+  int32_t *minus;  /* [groups, stride]: minus the sum of the numbers */
+  int32_t *halves; /* [groups, stride]: minus the sum of the first 16 numbers */
   float *shifts;   /* [groups, stride]: scale * sum */
   int stride;
 } Inputs;
 
 #if HAS_AMX
-static bool has_tiles; /* the system may keep them from a process */
+static bool has_tiles; /* the system may forbid them to a process */
 #endif
 
 INLINE int32_t four_of(const int8_t *numbers) {
@@ -52,10 +52,9 @@ INLINE int32_t four_of(const int8_t *numbers) {
   return four;
 }
 
-/* The scales of 16 outputs in group g of inputs. `other`: what is added once per input (Q4_1 has a
-   minimum, Q4_K one to subtract), or the scales of the group's second half (Q6_K). Formats are
-   those of GGUF files, whose scales stay as they are published: products of two of them are exact
-   in float32. */
+/* Returns the scales of 16 outputs in group g of inputs. In Q4_1 and Q4_K, `other` becomes the
+   minimum that is added once per input. In Q6_K it becomes the scales of the group's second half.
+   The scales of GGUF files are used as published: a product of two is exact in float32. */
 INLINE V scale_of(const Linear *w, int format, size_t block, int g, V *other) {
   size_t group = block * (w->inputs / GROUP) + g, whole = block * (w->inputs / 256) + g / 8;
   const uint16_t *halves = w->scales;
@@ -78,7 +77,7 @@ INLINE V scale_of(const Linear *w, int format, size_t block, int g, V *other) {
   }
 }
 
-/* y + (what a group of inputs adds to 16 outputs of a row). `second`: the sum of the second half. */
+/* Adds a group of inputs to 16 outputs y of a row. `second` is the sum of its second half. */
 INLINE V add_group(const int format, V y, Z sum, Z second, V scale, V other, float factor, float shift) {
   if (format == INT8) return vfma(vfrom(sum), vset(factor), y);
   y = vfma(vfrom(sum), vmul(scale, vset(factor)), y);
@@ -86,8 +85,8 @@ INLINE V add_group(const int format, V y, Z sum, Z second, V scale, V other, flo
   return format == Q4_1 || format == Q4_K ? vfma(other, vset(shift), y) : y;
 }
 
-/* 16 outputs of a few rows: y[row] = sum over groups of scale * (sum of products).
-   `format` and N are constants of each copy, so that only one way remains in it. */
+/* Computes 16 outputs of N rows: y[row] = sum over groups of scale * (sum of products).
+   `format` and N are constants in each inlined copy, which therefore has no branches on them. */
 INLINE void tile(const Linear *w, const int format, const int N, size_t block, const Inputs *in,
                  int row, V *found) {
   const int inputs = w->inputs, stride = in->stride; /* copies, which no store can change */
@@ -171,18 +170,18 @@ typedef struct __attribute__((packed)) {
   uint8_t rows[16];
 } TileShapes;
 
-/* Four sums, and inputs and weights, each twice. A table: GCC 12 drops stores into one on the
-   stack. */
+/* Four tiles hold sums, two inputs and two weights. The table is static, because GCC 12 drops stores
+   into one on the stack. */
 static const TileShapes SHAPES = {
     .palette = 1,
     .bytes = {64, 64, 64, 64, GROUP, GROUP, 64, 64},
     .rows = {16, 16, 16, 16, 16, 16, 8, 8},
 };
 
-/* Compilers do not know that tiles are loaded from memory: what is stored before stays before. */
+/* Compilers do not know that loading a tile reads memory. This keeps earlier stores before it. */
 #define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
 
-/* Tile k of sums: a group of those under way, or half of one. */
+/* Computes tile k of sums, for one group of inputs or half of one. */
 #define MULTIPLY(k, x_tile, w_tile)                                                       \
   if (k < num * halves) {                                                                 \
     _tile_zero(k);                                                                        \
@@ -191,8 +190,8 @@ static const TileShapes SHAPES = {
     _tile_dpbssd(k, x_tile, w_tile);                                                      \
   }
 
-/* The numbers of some groups as signed bytes. A half that has scales of its own stands beside
-   zeros: first half, zeros, second half. */
+/* Unpacks the numbers of some groups to signed bytes. In Q6_K each half of a group has its own
+   scales, so the halves stand apart: first half, zeros, second half. */
 INLINE void unpack(const int format, const uint8_t *p, int num_bytes, uint8_t *to) {
   for (int i = 0; i < num_bytes; i += 64) {
     W numbers = _mm512_loadu_si512(p + i);
@@ -207,8 +206,8 @@ INLINE void unpack(const int format, const uint8_t *p, int num_bytes, uint8_t *t
   }
 }
 
-/* As `tile`, for 16 rows and formats of whole numbers. The sums are the same integers, and what
-   becomes of them is the same, so the bits are. Four sums are under way at once. */
+/* Does the same as `tile`, for 16 rows and formats of whole numbers. The sums are the same integers
+   and are used in the same way, so the bits are the same. Four tiles are summed at once. */
 INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inputs *in, int row,
                      V *products) {
   const int groups = w->inputs / GROUP, stride = in->stride;
@@ -252,8 +251,8 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
 
 #endif
 
-/* 16 outputs of rows `row` and on; how many rows were computed. There may be more than are asked
-   for: see `stride` of Inputs. */
+/* Computes 16 outputs of the rows from `row` on, and returns how many rows were computed. These may
+   be more than asked for: see `stride` of Inputs. */
 #define OF_FORMAT(f)                                              \
   case f:                                                         \
     if (left == 1) tile(w, f, 1, block, in, row, y);              \
@@ -291,7 +290,7 @@ static int some_rows(const Linear *w, size_t block, const Inputs *in, int row, i
   return left == 1 ? 1 : TILE;
 }
 
-/* y[row] = W x[row] + b for 16 outputs, y's rows `stride` apart; added to what is there, if so. */
+/* Computes y[row] = W x[row] + b for 16 outputs, or adds it to y[row]. Rows are `stride` apart. */
 static void linear(const Linear *w, int block, const Inputs *in, int num_rows, float *y,
                    size_t stride, bool adds) {
   V found[16];

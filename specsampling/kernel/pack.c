@@ -1,13 +1,12 @@
-/* Weights as they lie in a file, into the order in which `step.c` multiplies them.
+/* Brings weights from the order of a file into the order in which `step.c` multiplies them.
 
    Numbers stand in blocks of 16 outputs: 4 inputs of each output, then the next 4. 4-bit numbers
    share bytes: of each group of 32 inputs, the low halves hold inputs 0 to 3, 8 to 11 and so on.
-   Outputs and inputs may be reordered and padded: `rows` and `columns` say which one of the
-   source stands at a place, or -1 for zeros.
+   Outputs and inputs may be reordered and padded: `rows` and `columns` give the source's output
+   or input for each place, or -1 for zeros.
 
-   A layer of plain numbers is rounded here to 8 or 4 bit, if it is asked for. A GGUF file's
-   blocks are taken apart as llama.cpp defines them (ggml-common.h), and no number in them
-   changes. */
+   Plain numbers are rounded here to 8 or 4 bit, if the format asks for it. A GGUF file's blocks
+   are taken apart as llama.cpp defines them (ggml-common.h), without changing a number. */
 
 #include "vectors.h"
 
@@ -26,7 +25,7 @@ static float float_of(const void *source, int format, size_t at) {
   return memcpy(value, &wide, 4), value[0];
 }
 
-/* To the nearest number of 16 bits, ties to even. */
+/* Rounds to the nearest float16, ties to even. */
 static uint16_t half_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
@@ -43,7 +42,7 @@ static uint16_t bfloat16_bits(float value) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* The place of a number of 8 bits. */
+/* Returns the place of an 8-bit number. */
 static size_t place8(int output, int input, int inputs) {
   return (((size_t)(output / LANES) * (inputs / 4) + input / 4) * LANES + output % LANES) * 4 + input % 4;
 }
@@ -55,15 +54,15 @@ static void put4(uint8_t *numbers, int output, int input, int inputs, int number
   numbers[at] |= (uint8_t)(number << 4 * (quad & 1));
 }
 
-/* A scale for 32 weights as whole numbers from -8 to 7: of 19 around the largest weight's, the
-   one with the smallest squared error, with each scale at its own optimum. */
+/* Finds a scale for 32 weights as whole numbers from -8 to 7. Of 19 roundings around the largest
+   weight's, each with its optimal scale, the one with the smallest squared error is taken. */
 static float scale_of_4_bits(const float *x, int8_t *chosen) {
   V a = vload(x), b = vload(x + LANES);
   float largest = 0.0f, best = -1.0f, scale = 0.0f;
   for (int i = 0; i < GROUP; i++)
     if (fabsf(x[i]) > fabsf(largest)) largest = x[i];
   memset(chosen, 0, GROUP);
-  if (fabsf(largest) < 0x1p-40f) return 0.0f; /* the scale would be none in 16 bits */
+  if (fabsf(largest) < 0x1p-40f) return 0.0f; /* the scale would be 0 in 16 bits */
   for (int step = -9; step <= 9; step++) {
     V inverse = vset(-(8.0f + 0.1f * (float)step) / largest);
     V p = vmin(vset(7.0f), vmax(vset(-8.0f), vround(vmul(a, inverse))));
@@ -76,8 +75,8 @@ static float scale_of_4_bits(const float *x, int8_t *chosen) {
   return scale;
 }
 
-/* Outputs `from` to `to` of a layer of plain numbers, [.., width] in the source. `room` holds
-   `inputs` floats. Returns 0, or 1 if a weight is no finite number, or is none in `format`. */
+/* Packs outputs `from` to `to` of a layer of plain numbers, [.., width] in the source. `room` is
+   scratch memory for `inputs` floats. Returns 1 if a weight is not finite in `format`, else 0. */
 int pack_plain(int format, const void *source, int source_format, int width, const int32_t *rows,
                const int32_t *columns, int inputs, int from, int to, uint8_t *numbers, void *scales,
                float *room) {
@@ -131,7 +130,7 @@ static uint16_t bits_at(const uint8_t *p) {
   return memcpy(&bits, p, 2), bits;
 }
 
-/* One row's numbers of a GGUF file's blocks, its halves of a scale, and its parts of one. */
+/* Packs one row of a GGUF file's blocks: its numbers, its 16-bit scales, and parts of scales. */
 static void pack_row(int format, const uint8_t *p, int output, int inputs, uint8_t *numbers,
                      uint16_t *scales, uint8_t *parts) {
   size_t block = (size_t)(output / LANES);
@@ -175,7 +174,7 @@ static void pack_row(int format, const uint8_t *p, int output, int inputs, uint8
   }
 }
 
-/* Outputs `from` to `to` of a GGUF file's tensor, whose rows have `row_bytes` bytes each. */
+/* Packs outputs `from` to `to` of a GGUF file's tensor, whose rows have `row_bytes` bytes each. */
 void pack_blocks(int format, const uint8_t *source, int64_t row_bytes, const int32_t *rows, int inputs,
                  int from, int to, uint8_t *numbers, uint16_t *scales, uint8_t *parts) {
   for (int output = from; output < to; output++)

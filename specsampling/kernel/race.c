@@ -1,12 +1,12 @@
-/* The winner of an exponential race over a vocabulary: specsampling/method/noise.py says what that
-   is, and gives the same winners without this file. Philox4x32-10 is of Salmon et al. 2011. */
+/* Finds the winner of an exponential race over a vocabulary. specsampling/method/noise.py explains
+   the race, and finds the same winner without this file. Philox4x32-10: Salmon et al. 2011. */
 
 #include <math.h>
 #include <stdint.h>
 
 enum { AT_ONCE = 256, ROUNDS = 10 };
 
-/* The first two words that Philox makes of (token, position), for tokens one after the other. */
+/* Computes the first two words that Philox makes of (token, position), for each of some tokens. */
 static void philox(const uint32_t *key, uint64_t position, const uint32_t *tokens, int num,
                    uint32_t *first, uint32_t *second) {
   for (int i = 0; i < num; i++) {
@@ -20,14 +20,14 @@ static void philox(const uint32_t *key, uint64_t position, const uint32_t *token
   }
 }
 
-/* An odd multiple of 2^-53. */
+/* Returns a number in (0, 1), an odd multiple of 2^-53. */
 static double uniform(uint32_t first, uint32_t second) {
   return (double)((uint64_t)(first >> 6) << 27 | (uint64_t)(second >> 6) << 1 | 1) * 0x1p-53;
 }
 
-/* The token with the smallest -log(1 - u) / p; of two with the same time, the lower id.
+/* Returns the token with the smallest time -log(1 - u) / p; if two have the same, the lower id.
 
-   tokens: n ids, ascending; NULL for 0 to n - 1. probs: n of them, of which one is above 0. The most
+   tokens: n ids, ascending; NULL for 0 to n - 1. probs: n numbers, at least one above 0. The most
    probable token's time is a bound. No token with u > bound * p wins, since -log(1 - u) >= u. */
 int64_t race(const uint32_t *key, uint64_t position, const uint32_t *tokens, const double *probs, int64_t n) {
   uint32_t ids[AT_ONCE], first[AT_ONCE], second[AT_ONCE];

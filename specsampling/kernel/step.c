@@ -1,24 +1,23 @@
 /* A decode step of a Llama-like model or a GPT-Neo on a CPU, in which rows never meet.
 
-   A call takes rows: a token, its position, and the cache of the text it belongs to. It gives
-   each row that asks for them its logits. What is computed for a row is one fixed sequence of
-   operations: which other rows are in the call, how many there are, and which thread computes
-   what does not enter it.
+   A call takes rows. A row is a token, its position, and the cache of its text. The call computes
+   the logits of the rows that ask for them. One fixed sequence of operations is computed for a row.
+   It depends neither on the other rows of the call nor on which thread computes what.
 
-   - A linear layer's output is the sum over groups of 32 inputs, in their order. Within a group
-     of 8-bit numbers the sum is one of integers, which do not round.
+   - A linear layer's output is a sum over groups of 32 inputs, in their order. A group of 8-bit
+     numbers is summed in integers, which do not round.
    - A row's attention goes over its own keys in blocks of 16 positions, from the first on.
    - Norms, rotary positions and activations look at one row only.
 
    So a row has the same bits alone, among 32 others, in a prefill, and on any number of threads.
    A text decoded with a draft is then the text decoded without, bit for bit.
 
-   Threads take chunks of a phase (outputs of a layer, rows, heads) when they are free, and a
-   phase begins when all chunks of the one before are done. A thread that loses its core to
-   another program holds up the others until it is back. Where that is seen, fewer threads go on,
-   and more are tried again later: how many there are changes no bits.
+   Free threads take chunks of a phase (outputs of a layer, rows, heads). A phase begins when all
+   chunks of the phase before are done. A thread that loses its core to another program holds up the
+   others. If that happens, fewer threads go on, and more are tried again later. The number of
+   threads changes no bits.
 
-   Knows nothing of files, texts or sampling. specsampling/kernel/engine.py calls it. */
+   This file knows nothing of files, texts or sampling. specsampling/kernel/engine.py calls it. */
 
 #define _GNU_SOURCE
 #include "linear.h"
@@ -72,7 +71,7 @@ typedef struct {
 
 /* --- threads -------------------------------------------------------------------------- */
 
-/* Chunks that were taken, and that are done; above 24 bits the call that they belong to. */
+/* How many chunks were taken, and how many are done. Above 24 bits stands the call's number. */
 enum { CHUNK_BITS = 24 };
 typedef struct { _Atomic uint64_t taken, done; } Phase;
 
@@ -86,7 +85,7 @@ typedef struct {
   int num_runs;
   Run runs[MOST_ROWS];
   bool as_floats, as_numbers; /* which inputs the model's layers read */
-  /* A thread that is late must not look at a model, which may be gone: it counts by these. */
+  /* A late thread uses these numbers, because the model may be gone already. */
   int num_layers, num_heads, num_units, num_groups; /* num_groups: of 32 numbers inside of the MLP */
   int output_size, down_size, head_size; /* blocks of 16 outputs that are a chunk */
   int num_output, num_down, num_head;    /* chunks */
@@ -101,9 +100,9 @@ typedef struct {
   pthread_t thread;
   uint64_t call;
   bool is_late;  /* the others have finished the call without it */
-  Phase *phase;  /* the next */
+  Phase *phase;  /* the next phase */
   float *scores; /* [QUERIES, longest text] */
-  Call own;      /* a copy: the pool's may be of the next call already */
+  Call own;      /* a copy, because the pool may hold the next call already */
 } Worker;
 
 struct Pool {
@@ -113,12 +112,12 @@ struct Pool {
   int num_workers, longest;
   Phase phases[PHASES * MOST_LAYERS + 2];
   _Atomic int num_active;       /* threads that take chunks now */
-  double retry_at, retry_after; /* microseconds: when more of them are tried, and how long after */
+  double retry_at, retry_after; /* microseconds: when more threads are tried, and the next wait */
   Worker *workers;
   pthread_mutex_t mutex;
   pthread_cond_t has_work;
   _Atomic int num_asleep;
-  /* Of all rows: the residual stream, queries, and inputs of the layers. */
+  /* The residual stream, the queries and the layers' inputs of all rows. */
   float *hidden, *queries;
   Inputs normed, seen, inner;
   int room[3]; /* the widest inputs that there is room for */
@@ -138,7 +137,7 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-/* A chunk of a phase, or -1: all are taken, or the call is over. */
+/* Takes a chunk of a phase. Returns -1 if all are taken or the call is over. */
 static int take(Phase *phase, uint64_t call, int num_chunks) {
   uint64_t seen = atomic_load_explicit(&phase->taken, memory_order_acquire);
   for (;;) {
@@ -163,7 +162,7 @@ static bool is_active(const Worker *worker) {
   return worker - worker->pool->workers < atomic_load_explicit(&worker->pool->num_active, memory_order_relaxed);
 }
 
-/* A thread has waited for long: another one has lost its core. Half of them go on. */
+/* Halves the threads, because a long wait has shown that one of them lost its core. */
 static void use_fewer_threads(Pool *pool) {
   int active = atomic_load(&pool->num_active);
   atomic_store(&pool->num_active, active > 1 ? active / 2 : 1);
@@ -175,12 +174,12 @@ static void try_more_threads(Pool *pool) {
   int active = atomic_load(&pool->num_active);
   double now = microseconds();
   if (now < pool->retry_at) return;
-  if (active == pool->num_workers) pool->retry_after = FIRST_RETRY; /* long without a long wait */
+  if (active == pool->num_workers) pool->retry_after = FIRST_RETRY; /* no long wait lately */
   else atomic_store(&pool->num_active, 2 * active < pool->num_workers ? 2 * active : pool->num_workers);
   pool->retry_at = now + pool->retry_after;
 }
 
-/* Do what others leave of a phase, and wait until all of it is done. */
+/* Runs the chunks that other threads leave, and waits until the phase is done. */
 static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
   Phase *phase = worker->phase++;
   Pool *pool = worker->pool;
@@ -204,11 +203,11 @@ static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
   }
 }
 
-/* --- inputs of linear layers, and chunks of their outputs ----------------------------------------------------------- */
+/* --- inputs of linear layers, and chunks of their outputs ------------------------------- */
 
-/* Put 32 values, a row's inputs `at` and on: as they are, and as x = scale * whole number. A
-   value that is no finite number makes the scale nan. Values that are all next to nothing become
-   zeros, for 127 over the largest would be infinite. */
+/* Stores 32 values, a row's inputs from `at` on, as floats and as whole numbers with a scale. A
+   value that is not finite makes the scale nan. If all values are tiny they become zeros, because
+   127 / largest would be infinite. */
 INLINE void put_group(const Call *call, Inputs *in, int row, int at, V a, V b) {
   size_t group = (size_t)(at / GROUP) * in->stride + row, place = group * GROUP;
   if (call->as_floats) vstore(in->floats + place, a), vstore(in->floats + place + LANES, b);
@@ -224,7 +223,7 @@ INLINE void put_group(const Call *call, Inputs *in, int row, int at, V a, V b) {
   in->minus[group] = -sum, in->halves[group] = -half;
 }
 
-/* How many blocks of 16 outputs are a chunk: some 32 KB, and a few chunks for each thread. */
+/* Returns the blocks of 16 outputs in a chunk: some 32 KB, and a few chunks for each thread. */
 static int blocks_of_chunk(const Pool *pool, const Linear *w) {
   static const float bytes[] = {4, 2, 2, 1, 1.06f, 0.56f, 0.62f, 0.58f, 1.07f};
   int blocks = w->outputs / LANES;
@@ -240,12 +239,12 @@ static int num_chunks_of(const Linear *w, int size) {
 
 /* --- the parts of a layer ---------------------------------------------------------------- */
 
-/* 1 / sqrt(x + eps); nan where x has overflowed, so that no infinite input of a norm becomes 0. */
+/* Returns 1 / sqrt(x + eps). It is nan if x has overflowed: no infinite input becomes 0. */
 INLINE float inverse_root(float x, float epsilon) {
   return x <= FLT_MAX ? 1.0f / sqrtf(x + epsilon) : NAN;
 }
 
-/* The first few of 16 numbers, and zeros. */
+/* Keeps the first few of 16 numbers, and makes the others zeros. */
 INLINE V first_of(V a, int num) {
   float values[LANES];
   vstore(values, a);
@@ -253,8 +252,8 @@ INLINE V first_of(V a, int num) {
   return vload(values);
 }
 
-/* x / sqrt(mean(x^2) + eps) * weight (RMSNorm), or with the mean taken away before, and a bias
-   added (LayerNorm). Padding of x is zero, and its weight too. */
+/* Computes x / sqrt(mean(x^2) + eps) * weight (RMSNorm). With a bias, the mean is subtracted first
+   and the bias is added last (LayerNorm). The padding of x and of the weight is zero. */
 static void norm_row(const Call *call, const float *x, const float *weight, const float *bias,
                      Inputs *out, int row) {
   const Model *m = call->model;
@@ -294,7 +293,7 @@ static void rotate(const Model *m, float *x, int position) {
   }
 }
 
-/* RMSNorm of one head (Qwen3). */
+/* Applies RMSNorm to one head (Qwen3). */
 static void norm_head(const Model *m, float *x, const float *weight) {
   V squares = vset(0.0f);
   for (int i = 0; i < m->head_padded; i += LANES) {
@@ -305,7 +304,7 @@ static void norm_head(const Model *m, float *x, const float *weight) {
   for (int i = 0; i < m->head_dim; i++) x[i] = x[i] * factor * weight[i];
 }
 
-/* What a row of a table holds, as floats: an embedding, or a learned position. */
+/* Reads 16 numbers of a table, of embeddings or of learned positions, as floats. */
 INLINE V of_table(const void *table, int format, size_t at) {
   if (format == FLOAT32) return vload((const float *)table + at);
   if (format == FLOAT16) return vhalf((const uint16_t *)table + at);
@@ -317,7 +316,7 @@ INLINE V of_table(const void *table, int format, size_t at) {
   return vload(values);
 }
 
-/* Chunk: a row. Its embedding, and the first layer's norm of it. */
+/* Chunk: one row's embedding, and the first layer's norm of it. */
 static void embed(Worker *worker, int row, int layer) {
   const Call *call = &worker->own;
   const Model *m = call->model;
@@ -336,8 +335,8 @@ static void embed(Worker *worker, int row, int layer) {
   norm_row(call, x, l->norm1, l->norm1_bias, &worker->pool->normed, row);
 }
 
-/* Chunk: a head of the queries, keys or values, for all rows: projected, normed, rotated; keys
-   and values go into the caches. */
+/* Chunk: one head of the queries, keys or values of all rows. The head is projected, and queries and
+   keys are normed and rotated. Keys and values go into the caches. */
 static void project(Worker *worker, int head, int layer) {
   const Call *call = &worker->own;
   const Model *m = call->model;
@@ -372,10 +371,10 @@ static void project(Worker *worker, int head, int layer) {
   }
 }
 
-/* Softmax(q k^T) v of up to N queries that share a key head, [dim] each.
+/* Computes softmax(q k^T) v of N queries that share a key head, [dim] each.
 
-   first, end: of the keys that each query sees. Queries go together over the blocks of 16 keys,
-   and each takes what is its own. */
+   `first` and `end` bound the keys that each query sees. All queries go over the blocks of 16 keys
+   together, and each uses only its own keys. */
 INLINE void attend(const int N, const Worker *worker, const float *keys, const float *values,
                    const float *const *query, const int *first, const int *end, V (*out)[MOST_HEAD_DIM / LANES]) {
   const Model *m = worker->own.model;
@@ -448,7 +447,7 @@ INLINE void attend(const int N, const Worker *worker, const float *keys, const f
   }
 }
 
-/* How many queries of one key head, of rows one after the other, are attended to at once. */
+/* Returns how many queries of one key head, of successive rows, are attended to at once. */
 static int queries_at_once(const Pool *pool, const Call *call) {
   const Model *m = call->model;
   int all = call->num_rows * m->heads;
@@ -515,7 +514,7 @@ static void add_attention(Worker *worker, int chunk, int layer) {
   add_blocks(worker, &call->model->layers[layer].output, &worker->pool->seen, chunk, call->output_size);
 }
 
-/* Chunk: a row. The norm before the MLP. */
+/* Chunk: one row's norm before the MLP. */
 static void norm2(Worker *worker, int row, int layer) {
   const Model *m = worker->own.model;
   const Layer *l = m->layers + layer;
@@ -523,7 +522,7 @@ static void norm2(Worker *worker, int row, int layer) {
   norm_row(&worker->own, x, l->norm2, l->norm2_bias, &worker->pool->normed, row);
 }
 
-/* Chunk: 32 numbers inside of the MLP. SwiGLU: SiLU(gate) * up (Shazeer 2020); without a gate
+/* Chunk: 32 numbers inside the MLP: SiLU(gate) * up (SwiGLU, Shazeer 2020). Without a gate they are
    gelu_new(up), which is x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))). */
 static void widen(Worker *worker, int chunk, int layer) {
   const Call *call = &worker->own;
@@ -559,7 +558,7 @@ static void add_mlp(Worker *worker, int chunk, int layer) {
   add_blocks(worker, &call->model->layers[layer].down, &worker->pool->inner, chunk, call->down_size);
 }
 
-/* Chunk: a row. The norm before the next layer's attention. */
+/* Chunk: one row's norm before the attention of a layer behind the first. */
 static void norm1(Worker *worker, int row, int layer) {
   const Model *m = worker->own.model;
   const Layer *l = m->layers + layer;
@@ -567,7 +566,7 @@ static void norm1(Worker *worker, int row, int layer) {
   norm_row(&worker->own, x, l->norm1, l->norm1_bias, &worker->pool->normed, row);
 }
 
-/* Chunk: a row whose logits are asked for. The last norm. */
+/* Chunk: the last norm of one row whose logits are asked for. */
 static void last_norm(Worker *worker, int i, int layer) {
   const Model *m = worker->own.model;
   const float *x = worker->pool->hidden + (size_t)worker->own.scored[i] * m->hidden_padded;
@@ -596,7 +595,7 @@ static void score_tokens(Worker *worker, int chunk, int layer) {
   }
 }
 
-/* One call, as each thread runs it. */
+/* Runs one thread's part of a call. */
 static void run_call(Worker *worker) {
   const Call *call = &worker->own;
   int rows = call->num_rows;
@@ -625,7 +624,7 @@ static void run_call(Worker *worker) {
 
 /* --- calls from outside ------------------------------------------------------------------- */
 
-/* Tell the threads of a call. Returns its number. */
+/* Tells the threads of a call, and returns the call's number. */
 static uint64_t publish(Pool *pool, const Call *call) {
   uint64_t words[CALL_WORDS] = {0}, number = atomic_load(&pool->call) + 2;
   memcpy(words, call, sizeof *call);
@@ -635,7 +634,7 @@ static uint64_t publish(Pool *pool, const Call *call) {
   return number;
 }
 
-/* Copy the call that is on, unless another one takes its place meanwhile. */
+/* Copies a call for a thread. Returns false if another call has taken its place meanwhile. */
 static bool copy_call(Worker *worker, uint64_t number) {
   Pool *pool = worker->pool;
   uint64_t words[CALL_WORDS];
@@ -646,7 +645,7 @@ static bool copy_call(Worker *worker, uint64_t number) {
   return true;
 }
 
-/* Wait for the next call: spin, then give way, then sleep. */
+/* Waits for the next call: spins, then yields, then sleeps. Returns false if the pool is closed. */
 static bool wait_for_call(Worker *worker) {
   Pool *pool = worker->pool;
   double start = microseconds();
@@ -711,7 +710,7 @@ static bool make_inputs(Inputs *in, int width, int num_rows, int *room) {
   return true;
 }
 
-/* Room for a call's rows, and for the scores of the longest text. No thread is in a chunk. */
+/* Makes room for a call's rows and for the longest text's scores, while no thread is in a chunk. */
 static bool make_room(Pool *pool, const Model *m, int num_rows, int longest) {
   int seen = m->heads * m->head_padded, rows = MOST_ROWS;
   bool is_made = true;
@@ -753,7 +752,7 @@ void close_pool(Pool *pool) {
   free(pool->hidden), free(pool->queries), free(pool->workers), free(pool);
 }
 
-/* A pool of threads, the caller's one of them; NULL if there is no memory for it. */
+/* Makes a pool of threads, with the caller's as one of them. Returns NULL without memory for it. */
 Pool *open_pool(int num_threads) {
   Pool *pool = num_threads > 0 ? calloc(1, sizeof(Pool)) : NULL;
   if (!pool) return NULL;
@@ -779,10 +778,10 @@ Pool *open_pool(int num_threads) {
 static bool is_whole_number(const Linear *w) { return w->numbers && w->format >= INT8; }
 static bool is_float(const Linear *w) { return w->numbers && w->format < INT8; }
 
-/* Logits of rows. Rows of one text stand one after the other, and its cache holds what comes
-   before them.
+/* Computes the logits of rows. The rows of a text stand one after the other, and its cache holds
+   all positions before them.
 
-   Returns 0, or what is wrong: -1 the number of rows, -2 a position, -3 a token, -4 memory. */
+   Returns 0, or the problem: -1 the number of rows, -2 a position, -3 a token, -4 memory. */
 int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
   if (num_rows < 1 || num_rows > MOST_ROWS || model->num_layers > MOST_LAYERS) return -1;
   Worker *own = pool->workers;
@@ -827,7 +826,7 @@ int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
     call->num_output = num_chunks_of(&first->output, call->output_size);
     call->num_down = num_chunks_of(&first->down, call->down_size);
   }
-  /* All threads round alike, whatever the caller's flushes to zero. */
+  /* All threads round alike, even if the caller's thread flushes small numbers to zero. */
   fenv_t callers;
   fegetenv(&callers), fesetenv(FE_DFL_ENV);
   own->call = publish(pool, call);

@@ -5,9 +5,9 @@
    and plain C. A linear layer's weights lie as 16 outputs x 4 inputs in a W, so that one load
    serves every row of a call.
 
-   dot_signed adds w . x for signed bytes w, in 16 outputs: four products each. Processors with
-   VNNI multiply unsigned by signed bytes. There w + 128 is multiplied, and dot_start begins with
-   -128 times the sum of x, where minus is that sum with its sign turned. dot_small does the same for bytes w below 64, which need no shift. */
+   dot_signed adds w . x for signed bytes w, four products in each of 16 outputs. VNNI multiplies
+   unsigned by signed bytes. There wsigned makes w + 128, and dot_start begins with minus 128 times
+   the sum of x. dot_small takes bytes w below 64, which need no such shift. */
 
 #include <math.h>
 #include <stdint.h>
@@ -163,8 +163,8 @@ INLINE Z dot_small(Z acc, W w, int32_t x) {
 }
 INLINE Z dot_signed(Z acc, W w, int32_t x) { return dot_small(acc, w, x); }
 #else
-/* Sums of two products of bytes must fit into 16 bits, so unsigned bytes are at most 127: the
-   sign of a weight goes to its input. */
+/* The sum of two products must fit into 16 bits, so unsigned bytes may not be large. Instead of a
+   shift, the sign of a weight is moved to its input. */
 INLINE __m256i pairs_of(__m256i acc, __m256i w, __m256i x) {
   __m256i pairs = _mm256_maddubs_epi16(w, x);
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -273,7 +273,7 @@ INLINE float from_bits(uint32_t bits) {
   memcpy(&value, &bits, 4);
   return value;
 }
-INLINE float half_of(uint16_t bits) { /* normal, zero and subnormal; infinite and nan */
+INLINE float half_of(uint16_t bits) { /* any float16: also subnormal, infinite or nan */
   uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, rest = bits & 1023;
   if (exponent == 0) return from_bits(sign | 0x3f800000) * ((float)rest * 0x1p-24f);
   return from_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | rest << 13);
@@ -312,7 +312,7 @@ INLINE Z dot_signed(Z acc, W w, int32_t x) {
 INLINE Z dot_small(Z acc, W w, int32_t x) { return dot_signed(acc, w, x); }
 #endif
 
-/* The sum of 16 floats, in one order everywhere. */
+/* Returns the sum of 16 floats, in the same order everywhere. */
 INLINE float vsum(V a) {
   float v[16];
   vstore(v, a);
@@ -321,7 +321,7 @@ INLINE float vsum(V a) {
   return v[0];
 }
 
-/* The largest of 16 floats. */
+/* Returns the largest of 16 floats. */
 INLINE float vlargest(V a) {
   float v[16];
   vstore(v, a);
@@ -329,7 +329,7 @@ INLINE float vlargest(V a) {
   return v[0];
 }
 
-/* The largest magnitude of 32 floats; nan if there is one: as bits, it is above all numbers. */
+/* Returns the largest magnitude of 32 floats. It is nan if one is: nan has the largest bits. */
 INLINE float vmagnitude(V a, V b) {
   float v[32];
   uint32_t bits[32], largest = 0;
@@ -343,10 +343,10 @@ INLINE float vmagnitude(V a, V b) {
   return value;
 }
 
-/* e^x to a few units in the last place, x clamped to where the result is a normal number:
-   x = n ln 2 + r, and a polynomial for e^r (Cephes). */
+/* Returns e^x to a few units in the last place. x is clamped to where the result is a normal number.
+   Then x = n ln 2 + r, and a polynomial gives e^r (Cephes). */
 INLINE V vexp(V x) {
-  x = vmin(vset(88.0f), vmax(vset(-87.0f), x)); /* in this order a nan stays one */
+  x = vmin(vset(88.0f), vmax(vset(-87.0f), x)); /* in this order, nan stays nan */
   V n = vround(vmul(x, vset(1.44269504f)));
   V r = vfma(n, vset(-0.693359375f), x);
   r = vfma(n, vset(2.12194440e-4f), r);
@@ -360,7 +360,7 @@ INLINE V vexp(V x) {
   return vmul(p, vpower_of_2(n));
 }
 
-/* x / (1 + e^-x): SiLU; with GELU's polynomial as the exponent, gelu_new. */
+/* Returns x / (1 + e^-exponent). It is SiLU for x, and gelu_new for GELU's polynomial. */
 INLINE V vgated(V x, V exponent) {
   return vdiv(x, vadd(vset(1.0f), vexp(vsub(vset(0.0f), exponent))));
 }

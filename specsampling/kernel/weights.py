@@ -1,6 +1,6 @@
 """Linear layers in the order in which `step.c` multiplies them.
 
-Knows nothing of models.
+This module knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from specsampling.kernel import checking
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "Q8_0": 8, "Q6_K": 8}  # else 4
-# Bytes of the scales of 16 outputs and 32 inputs (256 of a K format), and of their parts for 32.
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "Q8_0": 8, "Q6_K": 8}  # others: 4
+# Bytes of the scales of 16 outputs and 32 inputs, or 256 inputs in a K format.
 SCALES = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 64, "Q4_K": 64, "Q6_K": 32}
-PARTS = {"Q4_K": 32, "Q6_K": 32}
+PARTS = {"Q4_K": 32, "Q6_K": 32}  # bytes of the scales' parts for 16 outputs and 32 inputs
 LANES, GROUP, SUPER = 16, 32, 256
 
 
@@ -33,7 +33,7 @@ class LinearStructure(ctypes.Structure):
 
 
 def padded(size: int, step: int) -> int:
-    """The next multiple of `step`."""
+    """Round a size up to a multiple of `step`."""
     return -(-size // step) * step
 
 
@@ -46,9 +46,9 @@ class Packed:
     """A linear layer as `step.c` reads it.
 
     Attributes:
-        outputs, inputs: padded.
+        outputs, inputs: its sizes, padded.
         format: one of FORMATS.
-        numbers, scales, parts, bias: what its structure points to.
+        numbers, scales, parts, bias: the tensors that its structure points to.
     """
 
     outputs: int
@@ -92,7 +92,7 @@ class Packer:
             weight: in float32, float16 or bfloat16.
             format: "float32", "float16", "bfloat16", "int8" or "Q4_0".
             bias: [outputs].
-            rows: which output stands at each place, -1 for zeros; None for all in their order.
+            rows: the output that stands at each place, or -1 for zeros; None keeps the order.
             columns: the same for inputs.
 
         Raises:
@@ -106,11 +106,11 @@ class Packer:
         number = FORMATS.index(format)
 
         def pack(start: int, end: int) -> int:
-            room = torch.empty(packed.inputs)
+            scratch = torch.empty(packed.inputs)
             return self._library.pack_plain(
                 *(number, weight.data_ptr(), PLAIN[weight.dtype], weight.shape[1]),
                 *(rows.data_ptr(), columns.data_ptr(), packed.inputs, start, end),
-                *(packed.numbers.data_ptr(), packed.scales.data_ptr(), room.data_ptr()),
+                *(packed.numbers.data_ptr(), packed.scales.data_ptr(), scratch.data_ptr()),
             )
 
         if any(self._run(pack, packed.outputs)):
@@ -125,7 +125,7 @@ class Packer:
         bias: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Packed:
-        """Pack a GGUF file's tensor, [outputs, bytes of a row], none of its numbers changed.
+        """Pack a GGUF file's tensor, [outputs, bytes of a row], without changing its numbers.
 
         Raises:
             ValueError: a shape is wrong.
@@ -148,7 +148,7 @@ class Packer:
         return packed
 
     def _run(self, pack: Callable[[int, int], int], outputs: int) -> list[int]:
-        """Pack whole blocks of outputs on each thread: two never write to one byte."""
+        """Pack whole blocks of outputs on each thread, so that no two write to one byte."""
         step = padded(-(-outputs // (4 * self._num_threads)), LANES)
         starts = range(0, outputs, step)
         with ThreadPoolExecutor(self._num_threads) as threads:

@@ -1,1 +1,1 @@
-"""The papers: sampling, verifying, sessions, drafts. Tensors and token ids only."""
+"""Implements the papers: sampling, verifying, sessions, drafts. It sees only tensors and ids."""

@@ -62,10 +62,10 @@ class Turn:
 
     def __init__(self, lookup: NgramProposer | None, has_model: bool, experience: Experience):
         self._lookup, self._has_model, self._experience = lookup, has_model, experience
-        self.longest = 0  # what the text may grow to in this cycle
+        self.longest = 0  # tokens that the text may have after this cycle
 
-    def is_lookups(self, sequence: Sequence[int]) -> bool:
-        """Whether a lookup should go on from here, and not the model."""
+    def is_for_lookup(self, sequence: Sequence[int]) -> bool:
+        """Say whether the lookup, and not the model, should propose behind a sequence."""
         matched = self._lookup.find(sequence)[0] if self._lookup else 0
         num, expected = self._experience.lookup_plan(matched, self.longest - len(sequence))
         if not (matched and num):
@@ -85,7 +85,7 @@ class AdaptiveProposer:
         model = draft.model
         turn = self._turn = Turn(self._lookup, model is not None, draft.experience)
         self._model = CarefulProposer(model, terms, draft.experience, turn) if model else None
-        self._cycle: Cycle | None = None  # under way
+        self._cycle: Cycle | None = None  # the one under way
 
     @property
     def num_calls(self) -> int:
@@ -107,11 +107,11 @@ class AdaptiveProposer:
         if self._lookup:
             self._lookup.prefill(tokens)
             cycle.matched = self._lookup.find(tokens)[0]
-        is_lookups = self._turn.is_lookups(tokens)
+        is_for_lookup = self._turn.is_for_lookup(tokens)
         proposed: list[int] = []
         draft_probs: list[Distribution] = []
         chance = 1.0
-        if self._model and not is_lookups:
+        if self._model and not is_for_lookup:
             calls, seconds = self._model.num_calls, self._model.forward_seconds
             self._model.matched = cycle.matched
             proposed, draft_probs = self._model.propose(tokens, k)
@@ -120,7 +120,7 @@ class AdaptiveProposer:
             cycle.draft_seconds = self._model.forward_seconds - seconds
             cycle.confidences = self._model.confidences
         cycle.lookup_from = len(proposed)
-        if self._lookup and (proposed or is_lookups):
+        if self._lookup and (proposed or is_for_lookup):
             sequence = [*tokens, *proposed]
             matched = self._lookup.find(sequence)[0]
             num, _ = self._experience.lookup_plan(matched, k - len(proposed), chance)
@@ -143,14 +143,14 @@ class AdaptiveProposer:
 
 
 class CarefulProposer(ModelProposer):
-    """Drafts as long as one more token pays, and no lookup is worth more."""
+    """Drafts with a model as long as one more token pays and no lookup is worth more."""
 
     def __init__(self, draft: ModelDraft, terms: DraftTerms, experience: Experience, turn: Turn):
         super().__init__(draft, terms)
         self._experience, self._turn = experience, turn
         self.matched = 0  # tokens that a lookup found again at this cycle's start
-        self.confidences: list[float] = []  # of this cycle's proposals
-        self.chance = 1.0  # that all of them are accepted
+        self.confidences: list[float] = []  # one for each proposal of this cycle
+        self.chance = 1.0  # the chance that all these proposals are accepted
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         self.confidences, self.chance = [], 1.0
@@ -162,4 +162,4 @@ class CarefulProposer(ModelProposer):
         self.confidences.append(confidence)
         self.chance *= self._experience.chance(confidence)
         pays = self._experience.one_more_pays(self.chance, self.matched)
-        return pays and not self._turn.is_lookups(sequence)
+        return pays and not self._turn.is_for_lookup(sequence)

@@ -1,11 +1,11 @@
-"""Several texts at once: their decoders take turns, and what they ask of one model is one call.
+"""Decodes several texts at once: their decoders take turns, and share each call of a model.
 
-Each text has a decoder of its own, the same functions as for one text, in a thread of its own. One
-thread runs at a time. Where it would call a model, it waits until the others wait too. Then their
-tokens go through the model together, each text over its own cache and at its own length. So texts
-accept different numbers of tokens, and end when they end. The next one takes the place.
+Each text is decoded in a thread of its own, by the same functions as a single text. Only one thread
+runs at a time. A thread that would call a model waits until all the others wait too. Then one call
+takes the tokens of all texts. Each text has its own cache and length, so texts may accept different
+numbers of tokens. When a text ends, the next one takes its place.
 
-Knows nothing of drafts, sampling or verifying.
+This module knows nothing of drafts, sampling or verifying.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Caller(Protocol):
     """A model that takes the calls of several texts as one.
 
     Attributes:
-        size: orders models: a draft is smaller than its target.
+        size: a measure by which a draft is smaller than its target.
     """
 
     size: int
 
     def run(self, calls: list[Any]) -> list[Tensor]:
-        """What each call asks for."""
+        """Answer each call."""
 
 
 class Call(NamedTuple):
-    """Rows of a text in a `BatchRunner`."""
+    """One text's rows in a call of a `BatchRunner`."""
 
     place: int
     ids: Tensor  # [rows]
@@ -50,16 +50,16 @@ class Call(NamedTuple):
 
 
 class Stopped(BaseException):
-    """Raised in a text's thread where nobody waits for the text any more."""
+    """The order to a text's thread to end, because nobody waits for the text any more."""
 
 
 def ask(caller: Caller, call: Any) -> Tensor:
-    """Make a call, together with those of the other texts that are open, if there are any."""
-    text = getattr(_here, "text", None)
+    """Make a call, together with the calls of the other open texts, if there are any."""
+    text = getattr(_own_thread, "text", None)
     return caller.run([call])[0] if text is None else text.ask(caller, call)
 
 
-_here = threading.local()  # `text`: the one that this thread decodes
+_own_thread = threading.local()  # its `text` is the one that the thread decodes
 
 
 @dataclass(frozen=True, order=True)
@@ -67,10 +67,10 @@ class Done:
     """A text that has ended.
 
     Attributes:
-        index: of its job.
+        index: the place of its job among the jobs.
         result: what the job returned.
-        share: of the time between its start and its end, what is its own: each moment belongs to
-            the texts that were open then, in equal parts.
+        share: the part of the time from its start to its end that is its own. Each moment is
+            divided equally among the texts that were open then.
     """
 
     index: int
@@ -82,11 +82,11 @@ class BatchRunner:
     """A model's decode step for several texts; see `forward.Runner`.
 
     Attributes:
-        capacity: of each text's part of the cache.
-        num_places: how many texts there can be at once.
-        widest: of their calls, in rows.
-        width: rows of calls that always cover all places, so that a row's bits do not depend on how
-            many texts are open; None for calls that are as large as need be.
+        capacity: positions in each text's part of the cache.
+        num_places: the most texts at once.
+        widest: the most rows that a text has in a call.
+        width: rows per text of the calls that cover all places. A row's bits in them do not depend
+            on how many texts are open. None if all calls are only as large as needed.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BatchRunner:
         self.width = width
         self.num_places = num_places
         config: Any = model.config
-        self.size = config.num_hidden_layers * config.hidden_size**2  # its calls' order
+        self.size = config.num_hidden_layers * config.hidden_size**2  # see `Caller`
         self._model = model
         self._all = Buffers.of(model, capacity, num_places)
         self._places = [
@@ -115,12 +115,12 @@ class BatchRunner:
         return min(needed, self.widest)
 
     def buffers(self, capacity: int, owner: object) -> Buffers:
-        """A free place's."""
+        """Return the buffers of a free place, and keep the place for `owner`."""
         for place, old in enumerate(self._owners):
             if old is None or old() is None:
                 self._owners[place] = weakref.ref(owner)
                 for tensor in (*self._places[place].keys, *self._places[place].values):
-                    tensor.zero_()  # a nan of the last text's would outlive it
+                    tensor.zero_()  # a nan of the last text would remain
                 return self._places[place]
         raise RuntimeError(f"more than {self.num_places} texts at once")
 
@@ -129,12 +129,11 @@ class BatchRunner:
         return ask(self, Call(place, ids, positions))
 
     def run(self, calls: Collection[Call]) -> list[Tensor]:
-        """Logits of each text's rows, [rows, V], from one call.
+        """Return the logits of each text's rows, [rows, V], from one call.
 
-        Texts of fewer rows are padded behind their tokens, which is overwritten before any row
-        sees it. Places without a text, up to the last that has one or all of them (see `width`),
-        are fed a token at the very end of their part of the cache, where no text's tokens come (see
-        `install`).
+        Texts with fewer rows are padded behind their tokens. Padding is overwritten before any row
+        sees it. The call covers the places up to the last one asked for, or all (see `width`). A
+        place without a request is fed tokens at the very end of its cache, which texts never reach.
         """
         by_place = {call.place: call for call in calls}
         num_rows = max(len(call.ids) for call in calls)
@@ -166,12 +165,12 @@ def install(
     """Give a model a runner for several texts, in place of any that it has.
 
     Args:
-        model: one that `step.has_step`.
-        num_places: how many texts there can be at once.
-        longest: of them, in tokens.
-        widest: of their calls, in rows. So many positions stay free behind the longest text and
-            the padding of its last call.
-        width: rows of calls that are made bit-exact, if any.
+        model: one for which `step.has_step` is true.
+        num_places: the most texts at once.
+        longest: the tokens of the longest text.
+        widest: the most rows that a text has in a call. So many positions stay free behind the
+            longest text and the padding of its last call.
+        width: see `BatchRunner`.
     """
     capacity = -(-(longest + 2 * widest) // BLOCK) * BLOCK
     runner = BatchRunner(model, num_places, capacity, widest, width)
@@ -185,7 +184,7 @@ class _Open:
     def __init__(self, index: int, job: Callable[[], Any]):
         self.index = index
         self.started = time.perf_counter()
-        self.seconds = 0.0  # its own
+        self.seconds = 0.0  # its own part of the time, as in `Done`
         self.asked: tuple[Caller, Any] | None = None
         self.result: Any = None
         self.error: BaseException | None = None
@@ -197,7 +196,7 @@ class _Open:
         self._thread.start()
 
     def resume(self, answer: Tensor | BaseException | None = None) -> None:
-        """Let it go on with an answer, or an error, until it asks again or is over."""
+        """Let the thread go on with an answer, or an error, until it asks again or is over."""
         self.asked, self._answer = None, answer
         self._may_run.release()
         self._has_paused.acquire()
@@ -205,7 +204,7 @@ class _Open:
             self._thread.join()
 
     def ask(self, caller: Caller, call: Any) -> Tensor:
-        """Wait for a call's answer; in the text's own thread."""
+        """Wait for a call's answer. This runs in the text's own thread."""
         self.asked = caller, call
         self._has_paused.release()
         self._may_run.acquire()
@@ -216,32 +215,32 @@ class _Open:
             assert answer is not None
             return answer
         finally:
-            del answer  # an error that knew itself would keep the text's cache
+            del answer  # else an error's traceback would keep the error and the text's cache
 
     def _decode(self) -> None:
         self._may_run.acquire()
-        _here.text = self
+        _own_thread.text = self
         try:
             if not isinstance(self._answer, Stopped):
                 self.result = self._job()
-        except BaseException as error:  # the one who waits raises it
+        except BaseException as error:  # `decode_together` raises it
             self.error = error
         self.is_over = True
         self._has_paused.release()
 
 
 def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator[Done]:
-    """Run jobs, up to `size` at once, whose models take several texts.
+    """Run jobs whose models take several texts, up to `size` jobs at once.
 
-    Which model is called when several are waited for: the smallest, so that a target is called
-    when all texts have drafted.
+    If texts wait for several models, the smallest is called first. So a target is called once all
+    texts have drafted.
 
     Args:
-        jobs: each decodes a text.
-        size: how many are open at once.
+        jobs: each decodes a text. An error of one ends all.
+        size: the most jobs at once.
 
     Returns:
-        What became of each, in the order in which they ended.
+        A `Done` for each job, in the order in which they ended.
     """
     pending = enumerate(jobs)
     texts: list[_Open] = []
@@ -272,14 +271,14 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
 
 
 def _answer(texts: list[_Open]) -> None:
-    """Make one call for all who wait for the smallest model, and let them go on."""
+    """Make one call for all texts that wait for the smallest model, and let them go on."""
     asked = [(text, *text.asked) for text in texts if text.asked]
     caller = min((caller for _, caller, _ in asked), key=lambda caller: caller.size)
     asking = [(text, call) for text, whose, call in asked if whose is caller]
     try:
         with torch.inference_mode():
             logits = caller.run([call for _, call in asking])
-    except (RuntimeError, MemoryError) as error:  # each decoder's to deal with
+    except (RuntimeError, MemoryError) as error:  # each decoder deals with it
         answers: list[Any] = [type(error)(str(error)) for _ in asking]
     else:
         answers = logits

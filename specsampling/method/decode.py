@@ -1,6 +1,6 @@
-"""What the two decoders share: the prefill, cycle after cycle to the text's end, and the clock.
+"""Drives both decoders: the prefill, the cycles up to the text's end, and the clock.
 
-A decoder is one function, its cycle; this drives it. Knows nothing of sampling or verifying.
+A decoder brings one function, its cycle. This module knows nothing of sampling or verifying.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def decode_text(
     evidence: Evidence,
     proposer: Proposer | None = None,
 ) -> Generation:
-    """Prefill what holds a cache, and run cycles until the text ends.
+    """Prefill the caches, and run cycles until the text ends.
 
-    Logits that are not finite end it too: what was decoded before is kept, `finish_reason` is
-    "error", and `error` says whose logits they were.
+    Logits that are not finite also end the text. The tokens decoded before are kept,
+    `finish_reason` is "error", and `error` names the model whose logits they were.
 
     Args:
         text: the prompt; each cycle adds at least one token to it.
         session: the target's.
-        cycle: one round; None stands for one without a draft.
-        evidence: of the cycles' tokens.
-        proposer: who drafts in it, if anyone does.
+        cycle: runs one round. A decoder without a draft returns None.
+        evidence: collected by the cycles, a number per new token.
+        proposer: the draft's; None without a draft.
     """
     caches: list[Session | Proposer] = [session] if proposer is None else [session, proposer]
     cycles: list[Cycle] = []

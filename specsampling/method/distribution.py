@@ -1,9 +1,9 @@
-"""A distribution over the vocabulary, by the tokens that may be drawn from it.
+"""Distributions over the vocabulary: `Few` for a few possible tokens, `Full` for any number.
 
-Greedy choices, n-gram proposals and nuclei have few tokens: `Few` keeps these in a dictionary, and
-plain arithmetic does the rest. A model's call leaves cold caches behind, and then a tensor
-operation on eight numbers takes 30 to 60 microseconds. A plain softmax gives every token some
-probability: `Full` keeps a tensor. Both answer the same questions, so one rule serves both.
+Greedy choices, n-gram proposals and nuclei have few tokens. `Few` keeps them in a dictionary and
+computes with plain numbers, because a tensor operation on eight numbers takes tens of microseconds
+after a model's call. A plain softmax gives every token some probability, so `Full` keeps a tensor.
+Both have the same methods, so one acceptance rule serves both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 
 class NonFiniteError(ArithmeticError):
-    """A distribution made of logits that are NaN or infinite: nothing can be drawn from it."""
+    """The error that logits are NaN or infinite, so that no token can be drawn."""
 
     def __init__(self, whose: str = "target"):
         super().__init__(
@@ -32,26 +32,26 @@ class Distribution(ABC):
     """A probability, or another mass, for each token of a vocabulary.
 
     Attributes:
-        mass: the sum over all tokens: 1, up to rounding, unless it is of an `excess`.
+        mass: the sum over all tokens. It is 1, up to rounding, except for an `excess`.
     """
 
     mass: float
 
     @abstractmethod
     def at(self, token: int) -> float:
-        """The probability of a token."""
+        """Return the probability of a token."""
 
     @abstractmethod
     def excess(self, other: Distribution, weight: float = 1.0) -> Distribution:
-        """(weight * self - other)+: where this distribution has more than the other."""
+        """Return (weight * self - other)+: by how much this distribution exceeds the other."""
 
     @abstractmethod
     def normalised(self) -> Distribution:
-        """The same, with a mass of 1."""
+        """Return the same distribution with a mass of 1."""
 
     @abstractmethod
     def token_at(self, share: float) -> int:
-        """The first token at which the cumulated mass reaches a share of the whole, in (0, 1].
+        """Find the first token at which the cumulated mass reaches a share, in (0, 1], of all.
 
         A token without probability adds no mass, so it is never the first.
 
@@ -61,7 +61,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def dense(self, vocab_size: int) -> Tensor:
-        """[vocab_size] float32: the probability of every token."""
+        """Return the probability of every token, [vocab_size] float32."""
 
 
 class Few(Distribution):
@@ -85,7 +85,7 @@ class Few(Distribution):
 
     def excess(self, other: Distribution, weight: float = 1.0) -> Few:
         left = {token: weight * prob - other.at(token) for token, prob in self.probs.items()}
-        return Few({token: mass for token, mass in left.items() if not mass <= 0})  # keeps nan
+        return Few({token: mass for token, mass in left.items() if not mass <= 0})  # and nan
 
     def normalised(self) -> Few:
         mass = self.mass
@@ -139,15 +139,15 @@ class Full(Distribution):
         precise = torch.float32 if self.probs.device.type == "mps" else torch.float64
         cumulated = self.probs.cumsum(-1, dtype=precise)
         token = int(torch.searchsorted(cumulated, share * cumulated[-1]))
-        if token == len(cumulated):  # where NaN stands: behind all numbers
+        if token == len(cumulated):  # nan is sorted behind all numbers
             raise NonFiniteError
         return token
 
     def dense(self, vocab_size: int) -> Tensor:
-        missing = vocab_size - len(self.probs)  # of a draft's smaller vocabulary
+        missing = vocab_size - len(self.probs)  # a draft's vocabulary may be smaller
         return functional.pad(self.probs, (0, missing)) if missing else self.probs
 
 
 def one_hot(tokens: Sequence[int]) -> list[Distribution]:
-    """A distribution for each token, sure of it."""
+    """Make for each token a distribution that is sure of it."""
     return [Few({token: 1.0}) for token in tokens]

@@ -1,8 +1,8 @@
-"""Who proposes: a model, n-grams of the text itself, or both.
+"""Drafts: a model, n-grams of the text itself, or both.
 
-A `Draft` is loaded once and starts a `Proposer` for each text. A proposer sees only
-the text that the target has accepted and its own proposals, and hands the verifier
-the distributions that its proposals were really drawn from.
+A `Draft` is loaded once and starts a `Proposer` for each text. A proposer sees only the text that
+the target has accepted and its own proposals. With each proposal it hands the verifier the
+distribution that the proposal was really drawn from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from specsampling.method.session import Session, context_limit
 
 
 class Proposer(Protocol):
-    """Proposes for one text."""
+    """A draft at work on one text."""
 
     @property
     def num_calls(self) -> int:
@@ -41,13 +41,13 @@ class Proposer(Protocol):
         """Time inside a model, prefill included."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """See the prompt less its newest token."""
+        """Take in the prompt without its newest token."""
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         """Propose what comes after `tokens`.
 
         Returns:
-            At most k token ids, and as many distributions: what each was drawn from.
+            At most k token ids, and for each the distribution that it was drawn from.
         """
 
     def rollback(self, length: int) -> None:
@@ -56,14 +56,14 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class DraftTerms:
-    """What a target asks of whoever drafts for one of its texts.
+    """The terms on which a draft works on one of a target's texts.
 
     Attributes:
-        capacity: the longest the text can grow, in tokens.
-        vocab_size: width of the target's logits; a draft proposes no token beyond it.
-        device: where the target lies.
-        sampling: the warp, the target's own.
-        source: where all randomness comes from.
+        capacity: the most tokens that the text can have.
+        vocab_size: logits in a row of the target's; a draft proposes no token beyond them.
+        device: the target's.
+        sampling: the target's warp.
+        source: the source of all randomness.
     """
 
     capacity: int
@@ -84,24 +84,24 @@ class DraftTerms:
 
 
 class Draft(Protocol):
-    """Something that can propose for many texts."""
+    """A loaded draft, which can propose for many texts."""
 
     def start(self, terms: DraftTerms) -> Proposer:
-        """A proposer for one text."""
+        """Start a proposer for one text."""
 
 
 @dataclass(frozen=True)
 class ModelDraft:
-    """A smaller model, warped and sampled from as the target is.
+    """A smaller model, with the target's warp.
 
     Attributes:
         model: the model.
         max_k: the most tokens that it proposes in a cycle; None for as many as it is asked for.
-        min_confidence: a cycle's proposals end with the first for which the model gave no token
-            this probability (before the warp); 0 is off. Each token proposed is verified, so
-            where they end may depend on the model.
-        is_greedy: propose the most probable tokens, also where the target samples. They are
-            accepted when the target draws the very same.
+        min_confidence: a cycle's proposals end with the first one for which the model's largest
+            probability, before the warp, is below this number. That proposal is verified like all
+            others, so the output stays exact. 0 switches this off.
+        is_greedy: whether it proposes its most probable tokens even if the target samples. Each is
+            accepted as often as the target would draw it.
     """
 
     model: Model
@@ -136,14 +136,14 @@ class ModelProposer:
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         k = min(k, self._draft.max_k or k)
-        k = max(0, min(k, self._longest - len(tokens) + 1))  # a full context is silent
+        k = max(0, min(k, self._longest - len(tokens) + 1))  # none in a full context
         sequence = list(tokens)
         terms = self._terms
         draft_probs: list[Distribution] = []
         for i in range(k):
             logits = self._session.score(self._known(sequence), last=1)
-            # Vocabularies may be padded to different sizes: the target's decides. Cut before
-            # the warp, so that the distribution reported is the one sampled from.
+            # The draft's vocabulary may be padded to another size than the target's. The cut comes
+            # before the warp, so that tokens are drawn from the reported distribution.
             logits = logits[:, : terms.vocab_size]
             (probs,) = probs_from_logits(logits, terms.sampling)
             try:
@@ -156,7 +156,7 @@ class ModelProposer:
         return sequence[len(tokens) :], draft_probs
 
     def _goes_on(self, sequence: Sequence[int], logits: Tensor) -> bool:
-        """Whether to draft another token behind a sequence whose last has [1, V] logits."""
+        """Say whether to draft another token. The last one was drawn from `logits`, [1, V]."""
         limit = self._draft.min_confidence
         if limit == 0:
             return True
@@ -167,7 +167,7 @@ class ModelProposer:
         self._session.length = min(self._session.length, length)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
-        """Ids the model can embed; a padding id of a wider target is fed as its last one."""
+        """Replace padding ids of a larger target, which the model cannot embed, by its last id."""
         if self._knows_all:
             return list(tokens)
         return [min(token, self._last_id) for token in tokens]
@@ -175,14 +175,14 @@ class ModelProposer:
 
 @dataclass(frozen=True)
 class NgramDraft:
-    """Looks the newest tokens up in the text so far and proposes what followed them.
+    """A search of the text so far for its newest tokens, which proposes what followed them.
 
-    Also called prompt lookup. Its distributions are one-hot, so the verifier accepts a
-    token with exactly the target's probability for it.
+    This is also called prompt lookup. Its distributions are one-hot, so the verifier accepts a
+    token with exactly the probability that the target gives it.
 
     Attributes:
-        longest: first looks for the last `longest` tokens, then for fewer.
-        shortest: down to this many.
+        longest: the n-gram that is searched first has so many tokens.
+        shortest: the n-gram that is searched last has so many tokens.
     """
 
     longest: int = 3
@@ -193,12 +193,12 @@ class NgramDraft:
 
 
 class NgramProposer:
-    num_calls = 0  # no model, no calls
+    num_calls = 0  # a lookup calls no model
     forward_seconds = 0.0
 
     def __init__(self, longest: int, shortest: int):
         self._lengths = range(shortest, longest + 1)
-        self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> where its last follower stands
+        self._follower: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token behind it
         self._num_seen = 0
 
     def prefill(self, tokens: Sequence[int]) -> None:
@@ -213,16 +213,16 @@ class NgramProposer:
         return self.go_on(tokens, k)
 
     def go_on(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        """Propose behind tokens that may be no more than proposals themselves."""
+        """Propose more behind tokens, the last of which may be proposals themselves."""
         sequence = list(tokens)
         matched, follower = self.find(tokens)
         for i in range(follower, follower + k) if matched else ():
-            sequence.append(sequence[i])  # may be one of its own
+            sequence.append(sequence[i])  # may be a token appended here
         proposed = sequence[len(tokens) :]
         return proposed, one_hot(proposed)
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """How many of the last tokens are in the text before, and where their follower is."""
+        """Find the last tokens in the text: how many match, and the index of what followed."""
         for n in reversed(self._lengths):
             follower = self._follower.get(tuple(tokens[-n:]))
             if follower is not None:
@@ -230,16 +230,16 @@ class NgramProposer:
         return 0, 0
 
     def rollback(self, length: int) -> None:
-        """Nothing to forget: only accepted text is looked up."""
+        """Forget nothing, because only accepted text is kept."""
 
 
 @dataclass(frozen=True)
 class CompositeDraft:
-    """Looks up first, and asks the model where the text so far has no answer.
+    """A lookup, and a model that drafts if the lookup finds no matching n-gram.
 
-    A lookup costs nothing, so it may propose all k tokens of a cycle; each of the model's
-    takes a call, so `max_k` may hold it back. Who proposes depends on the accepted text
-    alone, and each proposal comes with the distribution it was drawn from: as exact as either.
+    A lookup costs nothing, so it may propose all k tokens of a cycle. Each of the model's tokens
+    takes a call, so `max_k` may limit them. The output is exact, because who proposes depends on
+    the accepted text alone, and each proposal comes with its distribution.
     """
 
     lookup: NgramDraft
@@ -276,10 +276,10 @@ class CompositeProposer:
 
 
 def first_layers(model: Model, num_layers: int) -> Model:
-    """A shallow model cut from `model`: its first layers, final norm and head.
+    """Cut a shallow model from `model`: its first layers, final norm and head.
 
-    It shares the tensors, so it needs no memory of its own. Untrained for its depth, it
-    is a weak draft; what it proposes is as exact as any other.
+    The shallow model shares the tensors, so it needs no memory of its own. It was not trained for
+    its depth, so few of its proposals are accepted.
 
     Raises:
         ValueError: `num_layers` is not between 1 and the model's own number.
@@ -300,7 +300,7 @@ def first_layers(model: Model, num_layers: int) -> Model:
 
 
 def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any:
-    """`model` with another module at a path, the modules on the way copied, the rest shared."""
+    """Copy a model with another module at a path. Modules off the path are shared."""
     clone = _shallow_copy(model)
     if isinstance(getattr(model, "config", None), PreTrainedConfig):
         is_whole = model.config.model_type == config.model_type
@@ -311,14 +311,14 @@ def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any
 
 
 def _shallow_copy(module: Any) -> Any:
-    """A new module over the same children and tensors."""
+    """Make a new module over the same children and tensors."""
     clone = copy.copy(module)
-    clone.__dict__.pop(RUNNER, None)  # it runs the original
+    clone.__dict__.pop(RUNNER, None)  # the runner runs the original
     clone._modules = dict(module._modules)
     return clone
 
 
 def num_logits(model: Model) -> int:
-    """Width of the model's output, padding included."""
+    """Count the logits in a row of a model's output, padding included."""
     head: Any = model.get_output_embeddings()
     return head.out_features

@@ -1,9 +1,9 @@
-"""What each new token says of the rule that chose it: evidence for `results/audit.py`.
+"""Evidence, for `results/audit.py`, that each new token was chosen by the right rule.
 
-If a token was drawn from the target's distribution given the text before it, its randomised
-probability integral transform is uniform on (0, 1) and independent of all before (Rosenblatt 1952;
-Brockwell 2007 for discrete variables). If it was chosen greedily, no other logit is larger.
-Knows only tensors and distributions.
+If a token was drawn from the target's distribution, its randomised probability integral transform
+is uniform on (0, 1) and independent of all earlier ones (Rosenblatt 1952; Brockwell 2007 for
+discrete variables). If a token was chosen greedily, no other token has a larger logit.
+This module knows only tensors and distributions.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 from specsampling.method.distribution import Distribution, Few, Full
 from specsampling.method.sampling import Randomness, Sampling
 
-TIE_BREAK = 1e-6  # per probability: orders what has one ratio, and hardly anything else
+TIE_BREAK = 1e-6  # times a token's probability: orders tokens of equal ratio
 IMPOSSIBLE = -1.0  # the transform of a token that the target cannot emit
 
 
 class Evidence:
-    """Of one text, a number per new token.
+    """A number for each new token of one text.
 
     Attributes:
-        transforms: when sampling; see `transform`.
-        gaps: when greedy; see `gap`.
+        transforms: the numbers of a sampled text; see `transform`.
+        gaps: the numbers of a greedy text; see `gap`.
     """
 
     def __init__(self, sampling: Sampling, source: Randomness):
         self.transforms: list[float] = []
         self.gaps: list[float] = []
         self._is_greedy = sampling.is_greedy
-        # A stream of its own: the texts are the same whether or not somebody looks on.
+        # Evidence has its own random numbers, so that collecting it does not change the text.
         self._random = random.Random(source.initial_seed() if source else 0)
 
     def add(
@@ -47,10 +47,10 @@ class Evidence:
         """Look at a cycle's new tokens.
 
         Args:
-            tokens: n of them.
-            logits: [>= n, V] of the target, row i before token i.
-            target_probs: at least n, what these logits were warped to.
-            draft_probs: k of them, what the first k proposals were drawn from, if any.
+            tokens: n token ids.
+            logits: [>= n, V] of the target; row i predicts token i.
+            target_probs: at least n distributions, made of these logits.
+            draft_probs: k distributions, from which the k proposals were drawn; none without any.
         """
         if self._is_greedy:
             rows = zip(logits[: len(tokens)], tokens)
@@ -63,9 +63,9 @@ class Evidence:
 
 
 def gap(logits: Tensor, token: int) -> float:
-    """By how much a token's logit is above every other's: [V].
+    """Return by how much a token's logit, one of [V], exceeds the largest other one.
 
-    Negative for a token that is not the argmax.
+    The gap is negative for a token that is not the argmax.
     """
     logits = logits.float()
     if logits.device.type == "cpu":  # NumPy needs no copy
@@ -80,20 +80,20 @@ def gap(logits: Tensor, token: int) -> float:
 def transform(
     token: int, target: Distribution, draft: Distribution | None, uniform: float
 ) -> float:
-    """F(y-) + u q(y) of a token y, with F the target's cumulated probability.
+    """Return F(y-) + u q(y) of a token y, where F cumulates the target's probabilities q.
 
-    F is over an order in which wrong rules show: first what the draft has more of than the
-    target, by the ratio; tokens of one ratio, and all where nothing was drafted, from the most
-    probable on. It is known before the token is, so that the transform is uniform all the same.
+    F takes tokens in an order that exposes wrong rules: by the ratio draft / target, the largest
+    first. Tokens of equal ratio, and all tokens if nothing was drafted, are ordered by probability.
+    The order is known before the token is drawn, so the transform is uniform all the same.
 
     Args:
         token: id of y.
-        target: what y should have been drawn from.
-        draft: what was drawn from in its place; None where nothing was drafted.
+        target: the distribution that y should have been drawn from.
+        draft: the draft's distribution at this position; None if nothing was drafted.
         uniform: u, in [0, 1).
 
     Returns:
-        A number in [0, 1]; `IMPOSSIBLE` where the target's probability is 0.
+        A number in [0, 1]; `IMPOSSIBLE` if the target's probability is 0.
     """
     if not target.at(token) > 0:
         return IMPOSSIBLE
@@ -102,7 +102,7 @@ def transform(
     assert isinstance(target, Full)
     probs = order = target.probs  # [V]
     if draft is not None:
-        ratios = draft.dense(len(probs)).to(probs.device) / probs  # nan where neither has any
+        ratios = draft.dense(len(probs)).to(probs.device) / probs  # nan if both are 0
         order = ratios.add_(probs, alpha=TIE_BREAK)
     # 1 before the token, u at it, 0 after it
     share = (order - order[token]).heaviside_(probs.new_tensor(uniform))

@@ -14,11 +14,11 @@ model must draft cannot be made up where lookups are fast.
 
 The estimates of time describe the machine, and the machine changes. A call may take long by
 accident, so one slow cycle is left out. A call is never fast by accident, so a cycle that is much
-faster than expected shows that the machine was busy before: all estimates of time begin anew. Who
-is silent because of a price is asked again after some cycles, at first after `PATIENCE`, later
-after ever more: no other evidence about the price can arrive.
+faster than expected shows that the machine was busy before: all estimates of time begin anew. A
+drafter that is silent because of its price brings no news about that price. So it is tried again
+after `PATIENCE` cycles, then after twice as many, and so on.
 
-Knows only numbers: no tokens, no tensors, no clock.
+This module knows only numbers: no tokens, no tensors, no clock.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ NUM_BINS = 20  # of the draft's confidence
 PRIOR = 4.0  # number of verdicts that a prior counts for
 LOOKUP_PRIOR = 0.8  # acceptance rate before any verdict: high, so that lookups are tried
 MODEL_PRIOR = 0.7  # the same for a model's token of unknown confidence
-CURIOSITY = 0.02  # share of the time that may be spent on who has not been asked for long
-PATIENCE = 16  # cycles until who is silent is asked again; doubled each time
+CURIOSITY = 0.02  # share of the time that a drafter may have that was silent for long
+PATIENCE = 16  # cycles until a silent drafter is tried again; doubled each time
 TRIALS = 2  # cycles with the model, and with nobody, before it is judged: one may meet a pause
-STALL = 3.0  # a cycle so many times slower or faster than expected is an accident, or news
-QUICK, QUICK_CYCLES = 2.0, 3  # so many cycles in a row, each so many times faster, are news too
+STALL = 3.0  # a cycle so many times slower than expected is an accident; so many faster, news
+QUICK, QUICK_CYCLES = 2.0, 3  # factor, and number of cycles in a row faster by it, that are news
 
 
 class AcceptanceRate:
@@ -51,7 +51,7 @@ class AcceptanceRate:
         self._tested += 1
 
     def estimate(self, prior: float) -> float:
-        """The share, in [0, 1]. The prior counts as much as `PRIOR` verdicts."""
+        """Return the share, in [0, 1]. The prior counts as much as `PRIOR` verdicts."""
         return (self._accepted + PRIOR * prior) / (self._tested + PRIOR)
 
 
@@ -94,7 +94,7 @@ class SecondsByRows:
         return max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * n else 0.0
 
     def at(self, rows: float) -> float:
-        """Seconds of a call of so many rows. Returns 0 if nothing has been observed."""
+        """Predict a call's seconds. Returns 0 if nothing has been observed."""
         n, x, y = self._sums[:3]
         return (y + self.slope * (n * rows - x)) / n if n else 0.0
 
@@ -128,7 +128,7 @@ class CallSeconds:
             self._more.see(rows, seconds)
 
     def at(self, rows: int) -> float:
-        """Seconds of a call of so many rows. Returns 0 if no such call has been timed."""
+        """Predict a call's seconds. Returns 0 if no such call has been timed."""
         one, more = self._one.estimate, self._more.at(rows)
         if rows == 1:
             return one or more
@@ -147,18 +147,18 @@ class CallSeconds:
 
 
 class Retry:
-    """Says when someone who is silent should be asked again: each time after twice as long."""
+    """Says when a silent drafter should be tried again: each time after twice as long."""
 
     def __init__(self) -> None:
         self._num_silent, self._patience = 0, PATIENCE
 
     @property
     def is_due(self) -> bool:
-        """Whether the silence has lasted long enough."""
+        """True if the silence has lasted long enough."""
         return self._num_silent >= self._patience
 
     def see(self, was_asked: bool, is_trial: bool) -> None:
-        """Count a cycle. Who was asked for a better reason than a trial starts to double anew."""
+        """Count a cycle. If the drafter was used, and not for a trial, doubling begins anew."""
         if not was_asked:
             self._num_silent += 1
             return
@@ -213,14 +213,14 @@ class Times:
     seconds_without_model: float = 0.0
     seconds_without_lookup: float = 0.0
     model_retry: Retry = field(default_factory=Retry)
-    rows_retry: Retry = field(default_factory=Retry)  # of calls with more than two rows
-    was_slow: bool = False  # the cycle before
-    num_quick: int = 0  # cycles in a row
+    rows_retry: Retry = field(default_factory=Retry)  # for calls with more than two rows
+    was_slow: bool = False  # whether the cycle before was slow
+    num_quick: int = 0  # quick cycles in a row
 
 
 @dataclass
 class Experience:
-    """What a run has seen of its cycles so far."""
+    """The experience of a run with its cycles so far."""
 
     times: Times = field(default_factory=Times)
     # Tokens per cycle in which the model drafted.
@@ -247,17 +247,17 @@ class Experience:
         for confidence, is_accepted in zip(cycle.confidences, verdicts):
             self.by_confidence[_bin(confidence)].see(is_accepted)
             self.model.see(is_accepted)
-        of_lookup = verdicts[cycle.lookup_from :] if cycle.lookup_matched else []
-        for position, is_accepted in enumerate(of_lookup):
+        lookup_verdicts = verdicts[cycle.lookup_from :] if cycle.lookup_matched else []
+        for position, is_accepted in enumerate(lookup_verdicts):
             self.lookup[cycle.lookup_matched].see(is_accepted)
             self.by_position[cycle.lookup_matched, position].see(is_accepted)
         if cycle.draft_calls:
             self.model_cycle.see(num_accepted + 1, 1)
-            self.tail.see(sum(of_lookup), cycle.draft_calls)
+            self.tail.see(sum(lookup_verdicts), cycle.draft_calls)
         self._count(cycle)
 
     def _count(self, cycle: Cycle) -> None:
-        """Keep account of who has been silent for how long."""
+        """Count for how long each drafter has been silent."""
         times, has_drafted = self.times, cycle.draft_calls > 0
         is_trial = self.is_model_due or times.rows_retry.is_due
         times.num_model_cycles += has_drafted
@@ -272,13 +272,13 @@ class Experience:
         times.rows_retry.see(has_rows, is_trial)
 
     def _expected(self, cycle: Cycle) -> tuple[float, float]:
-        """Seconds that a cycle's target call and its draft calls should have taken."""
+        """Predict the seconds of a cycle's target call and of its draft calls."""
         times, rows = self.times, cycle.num_proposed + 1
         draft_seconds = times.draft_call.estimate * cycle.draft_calls
         return times.target_call.at(rows), draft_seconds
 
     def _is_news(self, cycle: Cycle) -> bool:
-        """Whether a cycle shows that the machine has become faster than the estimates say.
+        """Say whether a cycle shows that the machine is faster than the estimates say.
 
         A call larger than all before is no evidence, because its expectation is a guess.
         """
@@ -286,7 +286,7 @@ class Experience:
         target_seconds, draft_seconds = self._expected(cycle)
         if cycle.num_proposed + 1 > times.target_call.most_rows:
             target_seconds = 0.0
-        # The line may fall below all times that it was made of.
+        # The fitted line may lie below all observed times.
         target_seconds = max(target_seconds, times.target_call.least_seconds)
         if STALL * cycle.target_seconds < target_seconds:
             return True
@@ -298,7 +298,7 @@ class Experience:
         return times.num_quick >= QUICK_CYCLES
 
     def _has_stalled(self, cycle: Cycle) -> bool:
-        """Whether the machine paused in a cycle. Two slow cycles in a row are believed."""
+        """Say whether the machine paused in a cycle. Two slow cycles in a row are no pause."""
         target_seconds, draft_seconds = self._expected(cycle)
         is_slow = (
             cycle.target_seconds > STALL * target_seconds > 0
@@ -317,7 +317,7 @@ class Experience:
 
     @property
     def is_model_due(self) -> bool:
-        """Whether the model should draft whatever it costs, so that its price becomes known."""
+        """True if the model should draft whatever it costs, so that its price becomes known."""
         times = self.times
         if times.num_model_cycles < TRIALS or times.model_retry.is_due:
             return True
@@ -325,33 +325,33 @@ class Experience:
 
     @property
     def _seconds_per_row(self) -> float:
-        """The price of a row behind the second, or 0 where it is time to look at it again."""
+        """The price of a row behind the second, or 0 if it is time to measure it again."""
         times = self.times
         return 0.0 if times.rows_retry.is_due else times.target_call.slope
 
     def chance(self, confidence: float) -> float:
-        """The probability that a token is accepted that the draft proposes with a confidence."""
+        """Estimate the chance that a token is accepted, from the draft's confidence in it."""
         index = _bin(confidence)
         return self.by_confidence[index].estimate((index + 0.5) / NUM_BINS)
 
     def one_more_pays(self, chance_so_far: float, matched: int = 0) -> bool:
-        """Whether the model should draft one more token.
+        """Say whether the model should draft one more token.
 
         Args:
-            chance_so_far: that all tokens before it are accepted.
+            chance_so_far: the chance that all tokens before it are accepted.
             matched: tokens that a lookup found again at the cycle's start.
         """
         return self._gain(chance_so_far, matched) > 0
 
     def turn_pays(self, most: int, matched: int = 0) -> bool:
-        """Whether the model should draft at all. The call then has more rows than one.
+        """Say whether the model should draft at all. The target call then has several rows.
 
         Args:
-            most: tokens that it may draft.
+            most: the most tokens that it may draft.
             matched: tokens that a lookup found again at the cycle's start.
         """
         times = self.times
-        if times.target_call.num_of_one < TRIALS:  # who always drafts never learns its price
+        if times.target_call.num_of_one < TRIALS:  # one row's price is not known yet
             return False
         chance, gains = 1.0, 0.0
         for _ in range(most):
@@ -364,19 +364,19 @@ class Experience:
         return gains > times.pace[matched].estimate * step
 
     def _gain(self, chance_so_far: float, matched: int) -> float:
-        """What one more token of the model adds, in tokens."""
+        """Estimate what one more token of the model adds, in tokens."""
         expected = chance_so_far * (self.model.estimate(MODEL_PRIOR) + self.tail.estimate)
         cost = self.times.draft_call.estimate + self._seconds_per_row
         return expected - self.times.pace[matched].estimate * cost
 
     def lookup_plan(self, matched: int, most: int, chance: float = 1.0) -> tuple[int, float]:
-        """How many tokens a lookup should propose, and how many of them would be accepted.
+        """Plan how many tokens a lookup proposes; also return how many it expects accepted.
 
         Args:
             matched: tokens that it found again.
-            most: tokens that it may propose.
-            chance: that all tokens before them are accepted. It is 1 where there are none, and
-                then the lookup proposes one token at least.
+            most: the most tokens that it may propose.
+            chance: the chance that all tokens before them are accepted. It is 1 if there are none,
+                and then the lookup proposes at least one token.
         """
         cost = self.times.pace[matched].estimate * self._seconds_per_row
         usual = self.lookup[matched].estimate(LOOKUP_PRIOR)
@@ -389,12 +389,12 @@ class Experience:
         return most, expected
 
     def prefers_model(self, matched: int, num_proposed: int, expected: float) -> bool:
-        """Whether the model's turn is worth more than a lookup.
+        """Say whether the model's turn is worth more than a lookup.
 
         Args:
             matched: tokens that the lookup found again.
-            num_proposed: tokens that it would propose.
-            expected: tokens of these that would be accepted.
+            num_proposed: tokens that the lookup would propose.
+            expected: how many of these would be accepted.
         """
         times = self.times
         lookup_seconds = times.target_call.at(num_proposed + 1)

@@ -1,9 +1,9 @@
-"""The ways to call a model over a preallocated cache: its own, our static step, transformers'.
+"""Three ways to call a model over a preallocated cache: its own, our static step, transformers'.
 
-Each feeds tokens that stand at `start`, either over the filled part of the cache, or over all of
-its capacity, the unfilled part masked; then the call's shape says nothing of where it stands.
+Each way feeds tokens whose first position is `start`. A call sees the filled part of the cache, or
+the whole capacity with the rest masked. The shape of the second kind does not depend on `start`.
 
-Knows nothing of lengths, time or rolling back: that is the session's.
+This module knows nothing of lengths, time or rolling back; `session.py` does.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specsampling.method.step import Buffers, decode_step, has_step, head, hidden_states
 
-RUNNER = "step_runner"  # where a model carries the `Runner` that it was given
+RUNNER = "step_runner"  # the attribute in which a model carries its `Runner`
 
 
 class Runner(Protocol):
-    """A model's decode step made ready for calls of a few sizes: compiled, or captured.
+    """A model's decode step made ready for calls of a few sizes.
 
     Attributes:
-        capacity: of the buffers that it is ready for.
+        capacity: positions in the buffers that it is ready for.
     """
 
     capacity: int
 
     def num_rows(self, needed: int) -> int:
-        """The smallest size of a call that holds `needed` tokens, or the largest there is."""
+        """Return the smallest size of call that holds `needed` tokens, or else the largest."""
 
     def buffers(self, capacity: int, owner: object) -> Buffers:
-        """A text's, its owner's as long as that is alive."""
+        """Return a text's buffers. They belong to `owner` as long as it is alive."""
 
     def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
-        """What `decode_step` gives."""
+        """Return what `decode_step` returns."""
 
 
 def runner_of(model: Model) -> Runner | None:
-    """The runner that a model was given, if any."""
+    """Return the runner that a model was given, if any."""
     return model.__dict__.get(RUNNER)
 
 
@@ -53,16 +53,16 @@ class Forward(Protocol):
         """Feed a text's first tokens, without logits."""
 
     def over_filled(self, ids: list[int], start: int, last: int) -> Tensor:
-        """[last, V] of the tokens fed, over what is filled after them."""
+        """Feed tokens over the filled part of the cache; return [last, V] logits."""
 
     def over_capacity(self, ids: list[int], start: int) -> Tensor:
-        """[len(ids), V], over the whole capacity."""
+        """Feed tokens over the whole capacity; return [len(ids), V] logits."""
 
 
 class ExactModel(Protocol):
     """A model with a forward of its own, in which rows never meet (`models/kernel_model.py`).
 
-    What it gives for a row is the same in a call of any width, so no call is padded.
+    A row's logits are the same in a call of any width, so no call is padded.
     """
 
     config: Any
@@ -76,22 +76,22 @@ class ExactModel(Protocol):
     def get_output_embeddings(self) -> Any: ...
 
     def make_forward(self, capacity: int) -> Forward:
-        """The model over a new text's cache, of so many tokens at most."""
+        """Make the model's forward over a new cache of `capacity` tokens."""
 
     def first_layers(self, num_layers: int) -> ExactModel:
-        """A shallow model: its first layers, final norm and head."""
+        """Cut a shallow model: the first layers, final norm and head."""
 
 
 Model = PreTrainedModel | ExactModel
 
 
 def is_exact(model: Model) -> TypeGuard[ExactModel]:
-    """Whether a row's bits are the same in calls of any width, whatever it was asked for."""
+    """Say whether a model has a forward in which rows never meet."""
     return hasattr(model, "make_forward")
 
 
 def forward_of(model: Model, capacity: int, context: int) -> Forward:
-    """How a model is called, with room for `capacity` tokens; its positions end at `context`."""
+    """Choose how to call a model, over a new cache of `capacity` tokens, of `context` positions."""
     if is_exact(model):
         return model.make_forward(capacity)
     assert isinstance(model, PreTrainedModel)
@@ -101,7 +101,7 @@ def forward_of(model: Model, capacity: int, context: int) -> Forward:
 
 
 class StepForward:
-    """Through our static step."""
+    """Calls a model by our static step."""
 
     def __init__(self, model: PreTrainedModel, capacity: int):
         self._model = model
@@ -124,7 +124,7 @@ class StepForward:
         return self._run(*self._placed(ids, start), self._buffers)
 
     def _placed(self, ids: list[int], start: int) -> tuple[Tensor, Tensor]:
-        """Ids and positions as tensors."""
+        """Make tensors of ids and their positions."""
         device = self._model.device
         return (
             torch.tensor(ids, device=device),
@@ -136,7 +136,7 @@ class PreallocatedLayer(CacheLayerMixin):
     """One layer's keys and values, [batch, heads, capacity, head_dim], made at the first call."""
 
     is_sliding = False  # sliding-window models keep every key; their mask hides the old ones
-    is_compileable = False  # a one-row call's mask may be dropped; not one over the whole capacity
+    is_compileable = False  # if False, transformers may drop the mask of a one-row call
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -145,7 +145,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.shows_capacity = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
+        # Zeros, because a masked nan times its weight of 0 would still be nan.
         batch, heads, _, head_dim = key_states.shape
         self.keys = key_states.new_zeros(batch, heads, self.capacity, head_dim)
         self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
@@ -174,7 +174,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class TransformersForward:
-    """Through transformers' own forward, any decoder-only model's."""
+    """Calls any decoder-only model by transformers' own forward."""
 
     def __init__(self, model: PreTrainedModel, capacity: int, context: int):
         self._model = model
@@ -190,7 +190,7 @@ class TransformersForward:
         return self._call(self._model, ids, start, False, logits_to_keep=last).logits[0]
 
     def over_capacity(self, ids: list[int], start: int) -> Tensor:
-        # The head runs on every row too: its kernel must not depend on how many are asked for.
+        # The head scores every row, because its kernel must not depend on the rows asked for.
         return self._call(self._model, ids, start, True).logits[0]
 
     def _call(
@@ -204,7 +204,7 @@ class TransformersForward:
         for layer in self._layers:
             layer.length = start
             layer.shows_capacity = layer.is_compileable = shows_capacity
-        if start + len(ids) > self._context:  # padding behind the last position there is
+        if start + len(ids) > self._context:  # padding reaches beyond the last position
             positions = torch.arange(start, start + len(ids), device=self._model.device)
             options["position_ids"] = positions.clamp(max=self._context - 1)[None]
         return module(

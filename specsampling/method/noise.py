@@ -25,7 +25,7 @@ MASK = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 STEPS = 0x9E3779B9, 0xBB67AE85  # what the key grows by in each round
-FEW = 12  # tokens up to which plain integers are faster than arrays
+FEW = 12  # up to so many tokens, plain integers are faster than arrays
 
 
 def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
@@ -48,20 +48,20 @@ def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any,
 
 
 class Race(Protocol):
-    """Finds the winner of a race; `race` does, and a compiled one may take its place."""
+    """A function that finds the winner of a race: `race`, or a compiled one in its place."""
 
     def __call__(
         self, key: tuple[int, int], position: int, tokens: np.ndarray | None, probs: np.ndarray
     ) -> int:
-        """See `race`."""
+        """Find the winner; see `race`."""
 
 
 def uniforms_at(key: tuple[int, int], position: int, tokens: Any) -> Any:
-    """A number in (0, 1) for each token: an odd multiple of 2^-53.
+    """Compute a number in (0, 1) for each token: an odd multiple of 2^-53.
 
     Args:
-        key: of the text.
-        position: in the text.
+        key: the text's.
+        position: where the token will stand in the text.
         tokens: an id, or an array of uint64.
     """
     first, second, _, _ = philox((tokens, position & MASK, position >> 32, 0), key)
@@ -70,15 +70,14 @@ def uniforms_at(key: tuple[int, int], position: int, tokens: Any) -> Any:
 
 
 def race(key: tuple[int, int], position: int, tokens: np.ndarray | None, probs: np.ndarray) -> int:
-    """The token v with the smallest E(v) / p(v), where E(v) = -log(1 - u(v)).
+    """Find the token v with the smallest E(v) / p(v), where E(v) = -log(1 - u(v)).
 
-    The smallest u is 2^-53. So the race follows p to a relative error of 2^-53 / p(v). It is exact
-    to six digits for a token of probability 1e-10. A token of probability 0 never wins, and of two
-    with the same time the lower id does.
+    The smallest u is 2^-53. So the race follows p to a relative error of 2^-53 / p(v). A token of
+    probability 0 never wins. Of two tokens with the same time, the lower id wins.
 
     Args:
-        key: of the text.
-        position: in the text.
+        key: the text's.
+        position: where the token will stand in the text.
         tokens: [n] ids, ascending; None for 0 to n - 1.
         probs: [n] float32 or float64, none of them NaN.
 
@@ -114,16 +113,16 @@ class Noise:
 
     @classmethod
     def of(cls, *names: object, race: Race = race) -> Noise:
-        """The noise that a few names stand for, such as seed, problem and sample."""
+        """Make the noise that a few names stand for, such as seed, problem and sample."""
         digest = hashlib.sha256("|".join(map(str, names)).encode()).digest()
         return cls((int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")), race)
 
     def initial_seed(self) -> int:
-        """The key as one number, as a `torch.Generator` has it."""
+        """Return the key as one number, as a `torch.Generator` does its seed."""
         return self.key[0] << 32 | self.key[1]
 
     def winner(self, probs: Distribution, position: int) -> int:
-        """The token of a position, drawn from a distribution.
+        """Draw the token of a position from a distribution.
 
         Args:
             probs: the distribution.

@@ -1,8 +1,8 @@
-"""From logits to probabilities to a token.
+"""Turns logits into probabilities, and probabilities into a token.
 
-Knows no tokenizer, no model, no cache. Every decoder and every
-draft gets its distribution here, so target and draft are warped the same way,
-and the distribution a draft reports is the one it sampled from.
+Every decoder and every draft gets its distributions here. So target and draft are warped alike,
+and a draft reports the distribution that it sampled from. This module knows no tokenizer, no
+model and no cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specsampling.method.noise import Noise
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a distribution is warped before a token is drawn from it.
+    """The warp of a distribution, before a token is drawn from it.
 
     Attributes:
         temperature: 0 is greedy decoding, a one-hot distribution.
@@ -39,31 +39,31 @@ class Sampling:
         return self.temperature < NO_TEMPERATURE
 
 
-# Below the first, dividing by the temperature may overflow unless the largest logit is taken
-# off before; below the second the temperature itself is no float32 any more.
+# Below the first, the division by the temperature may overflow unless the largest logit has been
+# subtracted. Below the second, the temperature itself is no normal float32.
 SMALL_TEMPERATURE, NO_TEMPERATURE = 1e-3, 1.2e-38
 
 GREEDY = Sampling()
 
 
-# A nucleus is looked for among the tokens that are at least so probable: first 1,000 at most.
+# A nucleus is searched among the tokens at least as probable as the first floor, then the second.
 FLOORS = (1e-3, 3e-5)
-SMALLEST = 1e-45  # what is no less is not 0
-MANY = 4096  # tokens, which a tensor holds better than a dictionary
+SMALLEST = 1e-45  # no float32 above 0 is smaller
+MANY = 4096  # more tokens than this are kept in a tensor, not in a dictionary
 
 
 def probs_from_logits(logits: Tensor, sampling: Sampling) -> Sequence[Distribution]:
-    """Warped probabilities, of float32 whatever the model's precision.
+    """Warp logits to probabilities, in float32 whatever the model's precision.
 
-    Temperature first, then top-k, then top-p (nucleus), as Hugging Face does.
+    The warp applies the temperature, then top-k, then top-p (nucleus), as Hugging Face does.
 
     Args:
         logits: [n, V], any floating dtype.
         sampling: the warp; temperature 0 gives distributions that are sure of one token.
 
     Returns:
-        n distributions. Where the largest logit is NaN or infinite, they hold NaN, which
-        `verify` never accepts and `sample` refuses.
+        n distributions. If a row's largest logit is NaN or infinite, its distribution holds NaN,
+        which `verify` never accepts and `sample` refuses.
     """
     return RowByRow(logits, sampling) if logits.device.type == "cpu" else _warped(logits, sampling)
 
@@ -71,8 +71,8 @@ def probs_from_logits(logits: Tensor, sampling: Sampling) -> Sequence[Distributi
 class RowByRow(Sequence[Distribution]):
     """The distributions of logits on a CPU, each made when it is first looked at.
 
-    After a rejection nobody looks at a call's further rows. One row at a time stays in the
-    core's own cache, so all of them take no longer than together.
+    After a rejection, a call's other rows are never looked at. Each row alone fits into the core's
+    own cache, so making all rows one by one takes no longer than making them together.
     """
 
     def __init__(self, logits: Tensor, sampling: Sampling):
@@ -121,11 +121,11 @@ def _warped(logits: Tensor, sampling: Sampling) -> list[Distribution]:
 
 
 def _first_maxima(logits: Tensor) -> tuple[list[float], list[int]]:
-    """The largest logit of each row, and the first token that has it. [n, V] float32 -> n each."""
+    """Find the largest logit of each row, [n, V] float32, and the first token that has it."""
     if logits.device.type != "cpu":
         largest, tokens = logits.max(dim=-1)
         return largest.tolist(), tokens.tolist()
-    rows = logits.numpy()  # several times as fast on a CPU
+    rows = logits.numpy()  # NumPy is several times as fast on a CPU
     first = rows.argmax(-1)
     return rows[range(len(rows)), first].tolist(), first.tolist()
 
@@ -134,8 +134,8 @@ def _nuclei(probs: Tensor, top_p: float, floors: Sequence[float] = FLOORS) -> li
     """Find in each row the smallest set of tokens whose mass reaches `top_p`; [n, V] float32 -> n.
 
     Ordering all V tokens would take longer than all else in a cycle. The tokens above a floor
-    contain the nucleus if their own mass reaches `top_p`. Of equally probable tokens the first
-    count.
+    contain the nucleus if their own mass reaches `top_p`. Of equally probable tokens, the first
+    are taken.
     """
     nuclei: list[Distribution] = []
     for row, found in zip(probs, _at_least(floors[0], probs)):
@@ -165,7 +165,7 @@ def _wide_nucleus(probs: Tensor, top_p: float) -> Full:
 
 
 def _at_least(floor: float, probs: Tensor) -> list[dict[int, float]]:
-    """The tokens of each row that are at least so probable, by ascending id: [n, V] -> n."""
+    """Find the tokens of each row that reach a probability, by ascending id: [n, V] -> n."""
     if probs.device.type == "cpu":  # NumPy finds them five times as fast
         values = probs.numpy()
         flat = np.flatnonzero(values >= floor)
@@ -181,12 +181,12 @@ def _at_least(floor: float, probs: Tensor) -> list[dict[int, float]]:
 
 
 def uniforms(num: int, generator: torch.Generator | None) -> list[float]:
-    """Random numbers in [0, 1)."""
+    """Draw random numbers in [0, 1)."""
     return torch.rand(num, generator=generator, device=_device(generator)).tolist()
 
 
 Randomness = torch.Generator | Noise | None
-"""Where randomness comes from: drawn in sequence, or belonging to positions and tokens."""
+"""A source of randomness: drawn in sequence, or tied to positions and tokens."""
 
 
 def sample(probs: Distribution, source: Randomness, position: int = 0) -> int:
@@ -194,8 +194,8 @@ def sample(probs: Distribution, source: Randomness, position: int = 0) -> int:
 
     Args:
         probs: the distribution.
-        source: a generator, from which a token is drawn by inversion; or noise, whose race at the
-            position has a winner.
+        source: a generator, by which the token is drawn by inversion, or noise, by which it is the
+            winner of the position's race.
         position: where the token will stand in its text.
 
     Raises:

@@ -1,23 +1,22 @@
-"""A model with its KV cache: score tokens, roll back.
+"""A model with its KV cache: it scores tokens and rolls back.
 
-A session holds one sequence. Its cache is preallocated, and rolling back is
-setting `length`: what lies behind it is overwritten by the next call.
+A session holds one sequence in a preallocated cache. Rolling back means setting `length`: the next
+call overwrites what lies behind it.
 
-The newest token is never in the cache. `score` gets the whole sequence, feeds
-what the cache does not hold yet and returns the last rows of logits. So a fully
-accepted cycle needs no special case: the next call feeds two tokens.
+The newest token is never in the cache. `score` gets the whole sequence, feeds the tokens that the
+cache does not hold, and returns the last rows of logits. So a fully accepted cycle needs no special
+case: the next call feeds two tokens.
 
-With a `width` every decode call has the same shape: `width` rows (real tokens
-first, padding after) over the cache's whole capacity. Each row's bits then no
-longer depend on how the tokens were grouped into calls, which is what makes
-greedy speculative decoding bit-exact in 16 bit. A model whose rows never meet
-(`forward.ExactModel`) needs none, and takes none. Without one, a call has as many
-rows as there are new tokens and sees only the filled part of the cache: the
-fastest way, used by the baseline that speedups are measured against. Where the
-model's step is compiled or captured, that is for few numbers of rows and one
-capacity: then a call has the smallest such number that holds the new tokens.
+With a `width`, every decode call has the same shape: `width` rows, real tokens first and padding
+after, over the cache's whole capacity. Then a row's bits do not depend on how tokens were grouped
+into calls, and greedy speculative decoding is bit-exact in 16 bit. A model whose rows never meet
+(`forward.ExactModel`) ignores the width.
 
-Knows nothing of sampling, drafting or text.
+Without a width, a call has as many rows as there are new tokens and sees only the filled part of
+the cache. This is the fastest way, and speedups are measured against it. A model with a runner
+(`forward.Runner`) has calls of a few sizes only, and takes the smallest that holds the new tokens.
+
+This module knows nothing of sampling, drafting or text.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Session:
         if is_exact(model):
             width = None
         if width is not None:
-            # A padded last call writes up to `width` rows; 64 keeps the kernels' blocks whole.
+            # A padded last call writes up to `width` rows. A multiple of 64 keeps blocks whole.
             capacity = -(-(capacity + width) // 64) * 64
         runner = runner_of(model)
         if runner is not None:
@@ -70,14 +69,14 @@ class Session:
         self._forward = forward_of(model, capacity, context_limit(model))
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """Feed the prompt less its newest token, in one call and without computing logits."""
+        """Feed the prompt without its newest token, in one call that computes no logits."""
         if tokens:
             with self._timed():
                 self._forward.prefill(list(tokens))
             self.length = len(tokens)
 
     def score(self, tokens: Sequence[int], last: int) -> Tensor:
-        """Feed the tokens that the cache does not hold; logits of the `last` newest.
+        """Feed the tokens that the cache does not hold, and score the `last` newest.
 
         Args:
             tokens: the whole sequence; `tokens[:length]` must be what the cache holds.
@@ -93,14 +92,14 @@ class Session:
         width = self.width
         if width is None and self._runner is not None:
             width = self._runner.num_rows(len(new))
-            while len(new) - last >= width:  # a draft that was not asked for long
+            while len(new) - last >= width:  # the draft was not used for some cycles
                 self._call(new[:width], width, 1)
                 new = new[width:]
             width = self._runner.num_rows(len(new))
         return self._call(new, width, last)
 
     def _call(self, new: list[int], width: int | None, last: int) -> Tensor:
-        """One call that feeds `new`; logits of its `last` rows."""
+        """Feed `new` in one call, and return the logits of its `last` rows."""
         rows = width or len(new)
         if not last <= len(new) <= rows or not new or self.length + rows > self.capacity:
             raise ValueError(
@@ -131,8 +130,8 @@ class Session:
 def _attention_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Leave cuDNN's attention out on a GPU: it makes a plan for every new number of keys.
 
-    A decode call of width 1 sees a key more each time, and took 50 ms for that on an H100, where
-    one of a fixed width takes 12: a baseline that slow would flatter every speedup.
+    A decode call of width 1 sees one key more each time. Its plans make it several times as slow,
+    and so slow a baseline would flatter every speedup.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -145,11 +144,11 @@ WINDOW_NAMES = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 def context_limit(model: Model) -> int:
-    """The most tokens a text can have here.
+    """Return the most tokens that a text can have.
 
-    That is how far the model's positions reach, or the edge at which it changes the frequencies
-    of all of them (LongRoPE, dynamic NTK): a key that is cached keeps its old one, and a call
-    that reaches over the edge with its padding alone would rotate its tokens by new ones.
+    Texts end at the model's last position. Some models change all frequencies at an earlier edge
+    (LongRoPE, dynamic NTK), and there texts end at the edge. Cached keys would keep the old
+    frequencies, and padding beyond the edge would already bring the new ones.
 
     Raises:
         ValueError: the configuration names no limit.
@@ -163,7 +162,7 @@ def context_limit(model: Model) -> int:
 
 
 def _frequency_edges(config: Any) -> list[int]:
-    """Text lengths beyond which positions are rotated by other frequencies than before."""
+    """List the text lengths beyond which all positions are rotated by other frequencies."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_kind = [part for part in rope.values() if isinstance(part, dict)]
     changing = [p for p in (rope, *by_layer_kind) if p.get("rope_type") in ("longrope", "dynamic")]
@@ -172,14 +171,14 @@ def _frequency_edges(config: Any) -> list[int]:
 
 
 def attention_windows(model: Model) -> list[int]:
-    """How many keys a query of a sliding or chunked layer sees, as far as the model has such."""
+    """List how many keys a query sees in the model's sliding or chunked layers, if it has any."""
     config = model.config.get_text_config(decoder=True)
     named = [getattr(config, name, None) for name in WINDOW_NAMES]
     return [window for window in named if isinstance(window, int) and window > 1]
 
 
 def synchronized_seconds(device: torch.device) -> float:
-    """The clock, read after all work queued on the device is done."""
+    """Read the clock after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,12 +1,12 @@
 """One decode call as a function of tensors alone: ids and their positions in, logits out.
 
-The caches are buffers that are written at the positions, and the mask is made of both, so no
-Python number that changes from call to call enters it. The same function therefore runs eagerly,
-compiled (`models/static.py`), and as a captured CUDA graph.
+The caches are buffers that are written at the positions. The mask is made of both. So no Python
+number that changes from call to call enters the step, and the same function runs eagerly and as a
+captured CUDA graph (`models/static.py`).
 
-Known are Llama, Qwen2, Qwen3, Mistral and GPT-Neo: what goes around their layers is here, the
-layers, norms and heads are the model's own modules, whatever these have become. Other models
-keep transformers' forward (`session.py`).
+Llama, Qwen2, Qwen3, Mistral and GPT-Neo have such a step. This module replaces what goes around
+their layers; layers, norms and heads are the model's own modules, changed or not. Other models
+keep transformers' forward (`forward.py`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-ROTATED = ("llama", "qwen2", "qwen3", "mistral")  # alike but for the layers' insides
-GROUPED = "grouped"  # begins the name of attention with a key head's query heads as its rows
-MAX_GROUPED_ROWS = 64  # of a call whose mask stands once per query head of a key head
+ROTATED = ("llama", "qwen2", "qwen3", "mistral")  # they differ only inside their layers
+GROUPED = "grouped"  # the beginning of `models.attention.NAME`
+MAX_GROUPED_ROWS = 64  # the most rows of a call whose mask is repeated as that attention needs
 
 
 class Buffers(NamedTuple):
-    """Texts' keys and values, [texts, key heads, capacity, head_dim] for each layer."""
+    """The keys and values of texts, [texts, key heads, capacity, head_dim] for each layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @classmethod
     def of(cls, model: PreTrainedModel, capacity: int, num_texts: int = 1) -> Buffers:
-        # Zeros, not empty: a masked nan is still a nan once it is multiplied by its weight of 0.
+        # Zeros, because a masked nan times its weight of 0 would still be nan.
         config: Any = model.config
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
@@ -44,7 +44,7 @@ class Buffers(NamedTuple):
         return cls(keys, values)
 
     def filled(self, num_keys: int) -> Buffers:
-        """Views of the first `num_keys` positions."""
+        """Make views of the first `num_keys` positions."""
         return Buffers(
             [keys[:, :, :num_keys] for keys in self.keys],
             [values[:, :, :num_keys] for values in self.values],
@@ -52,7 +52,7 @@ class Buffers(NamedTuple):
 
 
 class _Cache:
-    """What the layers of one call see of the buffers, as transformers' caches behave."""
+    """The buffers in one call, with as much of a transformers cache as the layers use."""
 
     def __init__(self, buffers: Buffers, positions: Tensor):
         self._buffers = buffers
@@ -70,7 +70,7 @@ class _Cache:
 
 
 def has_step(model: PreTrainedModel) -> bool:
-    """Whether a model's decode call can be one of these."""
+    """Say whether `decode_step` can decode with a model."""
     config: Any = model.config
     is_patched = "forward" in vars(model)
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -82,30 +82,30 @@ def has_step(model: PreTrainedModel) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in ROTATED
-        # These look at a call's largest position, to change all frequencies beyond an edge.
+        # These types change all frequencies when a call's largest position passes an edge.
         and rope.get("rope_type", "default") not in ("dynamic", "longrope")
         and config._attn_implementation.startswith(("sdpa", "eager", GROUPED))
     )
 
 
 def decode_step(model: PreTrainedModel, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
-    """Logits of a few tokens, which see what the buffers hold before them, and each other.
+    """Score a few tokens. Each sees the tokens before it in the buffers and in the call.
 
     Args:
-        model: one that `has_step`.
-        ids: [rows] token ids; of several texts, [texts, rows].
-        positions: of the same shape, where they stand; keys and values are written there.
-        buffers: the text's, or texts'.
+        model: one for which `has_step` is true.
+        ids: [rows] token ids of one text, or [texts, rows] of several.
+        positions: where the ids stand, in the same shape; keys and values are written there.
+        buffers: keys and values of these texts.
 
     Returns:
-        [rows, V] or [texts, rows, V], in the model's dtype or float32.
+        [rows, V] or [texts, rows, V] logits, in the model's dtype or float32.
     """
     logits = model.get_output_embeddings()(hidden_states(model, ids, positions, buffers))
     return logits if ids.dim() == 2 else logits[0]
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """[1, rows, d] -> [rows, V]."""
+    """Score hidden states, [1, rows, d] -> [rows, V]."""
     return model.get_output_embeddings()(hidden)[0]
 
 
@@ -116,12 +116,12 @@ def hidden_states(
     buffers: Buffers,
     is_filled: bool = False,
 ) -> Tensor:
-    """What `decode_step` gives to the head, [texts, rows, d].
+    """Compute what `decode_step` gives to the head, [texts, rows, d].
 
     Args:
-        model, ids, positions, buffers: as there.
-        is_filled: whether the buffers end with these tokens, which are one, or the text's first:
-            then attention needs no mask to know what a row sees.
+        model, ids, positions, buffers: see `decode_step`.
+        is_filled: whether the buffers end with these tokens, and these are either a single token
+            or the first tokens of the text. Attention then needs no mask.
     """
     config: Any = model.config
     base: Any = model.base_model
@@ -131,7 +131,7 @@ def hidden_states(
         ids, positions = ids[None], positions[None]
     embedded = model.get_input_embeddings()(ids)
     if config.model_type == "gpt_neo":
-        known = positions.clamp(max=base.wpe.num_embeddings - 1)  # padding may reach beyond
+        known = positions.clamp(max=base.wpe.num_embeddings - 1)  # padding may be beyond
         hidden = (embedded + base.wpe(known)).to(base.ln_f.weight.dtype)
         masks = {
             "global": _mask(positions, buffers.keys[0]),
@@ -155,7 +155,7 @@ def hidden_states(
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """Each layer's: "full_attention" or "sliding_attention"."""
+    """List each layer's kind: "full_attention" or "sliding_attention"."""
     if config.model_type in ("qwen2", "qwen3"):
         return config.layer_types
     is_sliding = config.model_type == "mistral" and config.sliding_window is not None
@@ -165,7 +165,7 @@ def layer_kinds(config: Any) -> list[str]:
 def _masks(
     model: PreTrainedModel, positions: Tensor, buffers: Buffers, is_filled: bool
 ) -> dict[str, Tensor | None]:
-    """A mask for each kind of layer that the model has."""
+    """Make a mask for each kind of layer that the model has."""
     config: Any = model.config
     group = 1
     if config._attn_implementation.startswith(GROUPED) and positions.shape[1] <= MAX_GROUPED_ROWS:
@@ -182,13 +182,13 @@ def _masks(
 
 
 def _mask(positions: Tensor, keys: Tensor, window: int | None = None, group: int = 1) -> Tensor:
-    """[texts, 1, group * rows, keys]: 0 where a row sees a key, else -inf, to be added.
+    """Make a mask to add, [texts, 1, group * rows, keys]: 0 where a row sees a key, else -inf.
 
     Args:
         positions: [texts, rows].
         keys: a layer's buffer.
-        window: how many keys a row sees, itself the newest; None for all before it.
-        group: query heads that share a key head and stand together as rows of one.
+        window: how many keys a row sees, its own included; None for all up to its own.
+        group: query heads that share a key head; the mask is repeated for each of them.
     """
     key = torch.arange(keys.shape[2], device=keys.device)
     is_hidden = key > positions[:, :, None]
@@ -199,7 +199,7 @@ def _mask(positions: Tensor, keys: Tensor, window: int | None = None, group: int
 
 
 def _gpt_neo_block(block: Any, hidden: Tensor, mask: Tensor | None, cache: _Cache) -> Tensor:
-    """[texts, rows, d] -> [texts, rows, d]; its attention's products are not scaled."""
+    """Run a block, [texts, rows, d] -> [texts, rows, d]. Its attention does not scale products."""
     attention = block.attn.attention
     normed = block.ln_1(hidden)
     queries, keys, values = (

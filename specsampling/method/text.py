@@ -1,8 +1,8 @@
-"""What the two decoders share: where a text ends, and what a generation is.
+"""Texts and generations as both decoders see them: where a text ends, and what it cost.
 
-The decoders see only token ids and counts here; the caller says which texts stop them, through
-a function over the new ids. What code models write between two texts stands here for those who
-know text: the tokenizer's ends and the scoring.
+The decoders see only token ids and counts. The caller says which texts stop them, by a function
+of the new ids. This module also lists the separators that code models write between two texts,
+for the tokenizer's ends and the scoring.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ SEPARATORS: tuple[str, ...] = (
     *("<|/ file |>", "<|endofmask|>", "<eom>"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
 )
-"""What code models write between two files, or between the parts of one, and never within code."""
+"""The separators that code models write between files or parts of a file, never within code."""
 
 
 class PromptError(ValueError):
-    """A prompt cannot be decoded, in one line: empty, or too long for the context."""
+    """The error, in one line, that a prompt is empty or too long for the context."""
 
 
 StopCheck = Callable[[Sequence[int]], bool]
-"""Given the new ids so far, says whether the text ends with the newest of them."""
+"""A function of the new ids so far, which says whether the text ends with the newest of them."""
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Generation:
         drafted: draft tokens proposed, one entry per cycle.
         target_calls: target forward calls after the prefill.
         draft_calls: draft forward calls after the prefill.
-        prefill_seconds: time until the prompt (less its newest token) is in the caches.
-        decode_seconds: time from there to the last token.
-        forward_seconds: the part of the two spent inside the models' forward calls.
+        prefill_seconds: time until the prompt, without its newest token, is in the caches.
+        decode_seconds: time from the end of the prefill to the last token.
+        forward_seconds: time of both spent inside the models' forward calls.
         target_call_seconds: the part of decode_seconds that the target's calls took.
-        draft_call_seconds: the draft's.
-        transforms: when sampling, one per new token: evidence of the distribution that it was drawn
-            from (`evidence.transform`).
-        gaps: when greedy: by how much its logit was the largest (`evidence.gap`).
+        draft_call_seconds: the part of decode_seconds that the draft's calls took.
+        transforms: one number per new token of a sampled text: evidence of the distribution that
+            the token was drawn from (`evidence.transform`).
+        gaps: one number per new token of a greedy text: by how much its logit was the largest.
         error: why the text could not be decoded further, in one line; None in all other cases.
     """
 
@@ -86,7 +86,7 @@ class Generation:
     error: str | None = None
 
     def kinds(self) -> list[str]:
-        """Each new token's origin: "accepted", "correction", "bonus"; "target" without a draft."""
+        """Name each token's origin: "accepted", "correction", "bonus"; "target" without drafts."""
         if not self.drafted:
             return ["target"] * len(self.token_ids)
         kinds: list[str] = []
@@ -96,10 +96,10 @@ class Generation:
 
 
 class Text:
-    """A prompt and the tokens decoded after it, up to the first of its endings.
+    """A prompt and the tokens decoded after it, up to the text's end.
 
-    Both decoders add tokens through `extend`, one by one, so that a text ends at the
-    same token whether it came alone or in the middle of a cycle.
+    Both decoders add tokens through `extend`, one by one. So a text ends at the same token, whether
+    that token came alone or in the middle of a cycle.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class Text:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
-    def room(self) -> int:
-        """How many tokens may still come."""
+    def num_left(self) -> int:
+        """The number of tokens that may still come."""
         return self.limit - len(self.tokens)
 
     def fail(self, error: str) -> None:
@@ -156,14 +156,14 @@ class Text:
         self.finish_reason, self.error = "error", error
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add tokens until the text ends; those behind its end are dropped."""
+        """Add tokens until the text ends, and drop the tokens behind its end."""
         for token in tokens:
             self.tokens.append(token)
             if token in self._eos_ids:
                 self.finish_reason = "eos"
             elif self._is_stop is not None and self._is_stop(self.new_tokens):
                 self.finish_reason = "stop"
-            elif not self.room:
+            elif not self.num_left:
                 self.finish_reason = self._limit_reason
             if self.finish_reason:
                 return

@@ -1,9 +1,9 @@
 """Accept, correct, bonus: the rules that keep the target's distribution.
 
-Three rules for one cycle: token by token (`verify`), the block as a whole (`verify_block`), and
+A cycle has one of three rules: token by token (`verify`), the block as a whole (`verify_block`), or
 equality under noise that target and draft share (`verify_coupled`). They know only distributions:
-no tokenizer, no model, no cache. Greedy decoding and n-gram drafts need no code of their own here,
-their distributions are sure of one token.
+no tokenizer, no model, no cache. Greedy decoding and n-gram drafts need no code of their own,
+because their distributions are sure of one token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from specsampling.method.sampling import sample, uniforms
 
 
 class Verdict(NamedTuple):
-    """What one cycle yields: `num_accepted` draft tokens, then `token`."""
+    """The result of one cycle: `num_accepted` draft tokens, then `token`."""
 
     num_accepted: int
     token: int  # the bonus if every draft token was accepted, else the correction
@@ -33,16 +33,16 @@ def verify(
     generator: torch.Generator | None,
     position: int = 0,
 ) -> Verdict:
-    """One cycle of modified rejection sampling (Chen et al. 2023, Algorithm 2).
+    """Run one cycle of modified rejection sampling (Chen et al. 2023, Algorithm 2).
 
-    A draft token x is accepted with probability min(1, target(x) / draft(x)). The
-    first rejection ends the cycle with a correction from the residual; if there is
-    none, the bonus comes from the target's distribution after the last draft token.
+    A draft token x is accepted with probability min(1, target(x) / draft(x)). The first rejection
+    ends the cycle with a correction from the residual. If no token is rejected, the bonus comes
+    from the target's distribution after the last draft token.
 
     Args:
-        target_probs: k + 1 of them; number i is the target's, given the text and the first i
+        target_probs: k + 1 distributions; number i is the target's, given the text and the first i
             draft tokens.
-        draft_probs: k of them; number i is what draft token i was sampled from.
+        draft_probs: k distributions; draft token i was sampled from number i.
         draft_tokens: k token ids.
         generator: source of all randomness.
         position: unused; `verify_coupled` needs it.
@@ -50,7 +50,7 @@ def verify(
     k = len(draft_tokens)
     for i, uniform in enumerate(uniforms(k, generator)):
         token, target, draft = draft_tokens[i], target_probs[i], draft_probs[i]
-        # uniform < ratio, never <=: where the target has 0, or nan, every uniform must reject.
+        # The test is uniform < ratio, never <=: a target of 0 or nan must reject every uniform.
         if not uniform * draft.at(token) < target.at(token):
             return Verdict(i, sample(residual(target, draft), generator))
     return Verdict(k, sample(target_probs[k], generator))
@@ -63,36 +63,36 @@ def verify_block(
     generator: torch.Generator | None,
     position: int = 0,
 ) -> Verdict:
-    """One cycle of block verification (Sun et al. 2025, arXiv 2403.10444, Algorithm 2).
+    """Run one cycle of block verification (Sun et al. 2025, arXiv 2403.10444, Algorithm 2).
 
-    The first i tokens have the weight w_i = min(1, w_(i-1) target / draft), w_0 = 1: what a token
-    is more probable than its draft makes up for one before it. They are accepted with probability
-    h_i = m_i / (m_i + 1 - w_i), where m_i is the mass of (w_i target - draft)+ behind them, and
-    all k with h_k = w_k. The longest accepted beginning counts, whatever was rejected within it.
-    No rule that sees the same accepts more in expectation; with one-hot drafts, so greedily too,
-    it is the token by token rule. Arguments and result as `verify`'s.
+    The first i tokens have the weight w_i = min(1, w_(i-1) target / draft), where w_0 = 1. So a
+    token that the target prefers makes up for an earlier one. The first i < k tokens are accepted
+    with probability m_i / (m_i + 1 - w_i), where m_i is the mass of (w_i target - draft)+ behind
+    them. All k are accepted with probability w_k. The longest accepted beginning counts, whatever
+    was rejected within it. No rule that sees the same accepts more in expectation. With one-hot
+    drafts this is the rule of `verify`. Arguments and result are those of `verify`.
 
     Raises:
         NonFiniteError: a target's distribution holds NaN.
     """
     k = len(draft_tokens)
-    weight, num_accepted, weight_then = 1.0, 0, 1.0
+    weight, num_accepted, accepted_weight = 1.0, 0, 1.0
     for i, uniform in enumerate(uniforms(k, generator)):
         weight = next_weight(weight, target_probs[i], draft_probs[i], draft_tokens[i])
         if weight == 0:
             break
-        chance = weight  # of all k
+        chance = weight  # the chance that all k are accepted
         if i + 1 < k:
             mass = target_probs[i + 1].excess(draft_probs[i + 1], weight).mass
             if not math.isfinite(mass):
                 raise NonFiniteError
             chance = mass / (mass + 1 - weight) if mass > 0 else 0.0
         if uniform < chance:
-            num_accepted, weight_then = i + 1, weight
+            num_accepted, accepted_weight = i + 1, weight
     if num_accepted == k:
         return Verdict(k, sample(target_probs[k], generator))
-    correction = residual(target_probs[num_accepted], draft_probs[num_accepted], weight_then)
-    return Verdict(num_accepted, sample(correction, generator))
+    target, draft = target_probs[num_accepted], draft_probs[num_accepted]
+    return Verdict(num_accepted, sample(residual(target, draft, accepted_weight), generator))
 
 
 def verify_coupled(
@@ -102,16 +102,15 @@ def verify_coupled(
     noise: Noise,
     position: int,
 ) -> Verdict:
-    """One cycle of drafter-invariant sampling (Daliri et al. 2024, arXiv 2408.07978, section 3).
+    """Run a cycle of drafter-invariant sampling (Daliri et al. 2024, arXiv 2408.07978, section 3).
 
     The token of a position is the winner of an exponential race, argmin E(v) / target(v) over the
-    tokens v. A draft runs the same race, with the same E and its own distribution. Its tokens are
-    accepted as far as they equal the target's winners, and the first that does not is replaced by
-    the winner. So the text is the one that the target writes alone. Arguments and result as
-    `verify`'s, but for two.
+    tokens v. A draft runs the same race, with the same E and its own distribution. Draft tokens
+    are accepted up to the first that is not the target's winner, and that winner replaces it. So
+    the text is the one that the target writes alone. The other arguments are those of `verify`.
 
     Args:
-        noise: what gives E, in the target as in the draft.
+        noise: the source of E for both target and draft.
         position: where the first draft token stands in the text.
     """
     k = len(draft_tokens)
@@ -130,7 +129,7 @@ RULES: Mapping[str, Verifier] = {**VERIFIERS, "coupled": verify_coupled}
 
 
 def next_weight(weight: float, target: Distribution, draft: Distribution, token: int) -> float:
-    """min(1, weight * target / draft) at a token; 0 where the target has none, or nan."""
+    """Compute min(1, weight * target / draft) at a token; 0 if the target's is 0 or nan."""
     wanted, drafted = weight * target.at(token), draft.at(token)
     if not wanted > 0:
         return 0.0
@@ -138,17 +137,17 @@ def next_weight(weight: float, target: Distribution, draft: Distribution, token:
 
 
 def residual(target: Distribution, draft: Distribution, weight: float = 1.0) -> Distribution:
-    """Distribution of the correction token after a rejection.
+    """Compute the distribution of the correction token after a rejection.
 
-    (q - p)+ of Chen et al. 2023, section 3, where q is the target.
+    The residual is (q - p)+ of Chen et al. 2023, section 3, where q is the target.
 
     Args:
         target: the target's distribution, q.
-        draft: the draft's, p.
-        weight: of the target, at most 1.
+        draft: the draft's distribution, p.
+        weight: a factor of q, at most 1.
 
     Returns:
-        A distribution of mass 1; the target's where the two are equal.
+        A distribution of mass 1. It is the target's if the two are equal.
     """
     left = target.excess(draft, weight)
     return left.normalised() if left.mass > 0 else target

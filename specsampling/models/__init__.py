@@ -1,7 +1,7 @@
-"""Models: loaded, checked, made fast.
+"""Loads models, checks them and makes them fast.
 
-What a user needs is here by name; it is imported when it is asked for, because
-`models.embedded` must open without torch.
+The names that a user needs are here. They are imported when they are asked for, because
+`models.embedded` must be importable without torch.
 """
 
 from typing import Any

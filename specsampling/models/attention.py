@@ -1,9 +1,9 @@
 """Attention of a few queries over a long cache, without copying the keys for grouped heads.
 
-Where several query heads share a key head, transformers copies keys and values once per query head
-whenever there is a mask, and a decode call of fixed width always has one. Here the queries that
-share a key head stand together as more rows of one head, which gives the same products and reads
-the cache as it lies. The mask is made with these rows once per call.
+If several query heads share a key head, transformers copies keys and values for each query head
+whenever there is a mask. A decode call of fixed width always has a mask. Here the queries that
+share a key head become more rows of one head. This gives the same products and needs no copies.
+The mask is made with these rows once per call.
 
 Calls that gain nothing from this, such as a prefill's, go to transformers' own "sdpa".
 """
@@ -19,9 +19,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "grouped_sdpa_{group}"  # by query heads per key head
-MAX_ROWS = 64  # of a decode call; a prefill has more, and its mask would be `group` times as large
-SPECIAL = ("position_bias", "softcap", "s_aux", "cache")  # transformers' own knows what they mean
+NAME = "grouped_sdpa_{group}"  # group: query heads per key head
+MAX_ROWS = 64  # the most of a decode call; a prefill's mask would become `group` times as large
+SPECIAL = ("position_bias", "softcap", "s_aux", "cache")  # options of transformers' own attention
 
 
 def grouped_sdpa(
@@ -34,21 +34,21 @@ def grouped_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with the signature of transformers' implementations.
+    """Compute attention, with the signature of transformers' implementations.
 
     Args:
         module: the attention layer.
         query: [batch, query heads, rows, head_dim].
         key, value: [batch, key heads, keys, head_dim].
         attention_mask: [batch, 1, rows, keys] or, as `grouped_mask` makes it, [batch, 1,
-            query heads / key heads * rows, keys]; True (or 0.0) where a row sees a key. None:
-            the last row sees all keys, each before it one less.
+            query heads / key heads * rows, keys]; True (or 0.0) where a row sees a key. With None,
+            the last row sees all keys, and each row before it sees one key less.
         dropout: 0 when decoding.
         scaling: the factor of the products, before the softmax.
-        options: passed on to transformers' own.
+        options: passed on to transformers' own attention.
 
     Returns:
-        [batch, rows, query heads, head_dim], and None where others return weights.
+        [batch, rows, query heads, head_dim], and None in place of attention weights.
     """
     batch, num_heads, num_rows, head_dim = query.shape
     group = num_heads // key.shape[1]
@@ -77,7 +77,7 @@ def grouped_sdpa(
 def grouped_mask(
     batch_size: int, q_length: int, *args: Any, group: int, dtype: torch.dtype, **options: Any
 ) -> Tensor | None:
-    """transformers' mask with the rows of `grouped_sdpa`: 0 where a row sees a key, else -inf."""
+    """Make a mask with the rows of `grouped_sdpa`: 0 where a row sees a key, else -inf."""
     mask = sdpa_mask(batch_size, q_length, *args, dtype=dtype, **options)
     if mask is None or q_length > MAX_ROWS:
         return mask
@@ -86,10 +86,10 @@ def grouped_mask(
 
 
 def group_heads(model: PreTrainedModel) -> None:
-    """Let a model whose layers share key heads attend so, in place; prove what it says then.
+    """Let a model whose layers share key heads attend by `grouped_sdpa`, in place.
 
-    The layers are asked, because a configuration may carry a number of key heads that its
-    architecture does not use.
+    The caller must prove the model's logits afterwards. The layers are asked, because a
+    configuration may carry a number of key heads that its architecture does not use.
     """
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return

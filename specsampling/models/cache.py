@@ -1,10 +1,10 @@
-"""The folder where models are kept that were fetched or converted: each whole, or made anew.
+"""The cache of models that were fetched or converted: a damaged folder in it is made anew.
 
 A model's folder holds a manifest with the sizes and hashes of its files. Sizes are compared at
 each start. Hashes are compared at the first start after the machine was booted, and if a file was
-written since they last agreed. A folder that does not agree is named and made again.
+written since they last agreed. A folder that does not agree is reported and made anew.
 
-Knows nothing of torch, nor of what the files hold.
+This module knows nothing of torch, nor of what the files hold.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 from specsampling.models.memory import gigabytes
 
 CACHE_VARIABLE = "SPECSAMPLING_CACHE"
-MANIFEST = "manifest.json"  # of a folder: each file's size and hash
-VERIFIED = "verified.json"  # when these were last seen to agree
+MANIFEST = "manifest.json"  # each file's size and hash
+VERIFIED = "verified.json"  # when sizes and hashes last agreed
 SCRATCH = ".making"  # ends the name of a folder that is being made
-LOCK_SECONDS = 5  # until a lock is looked at that cannot be had
-BOOT_SECONDS = 60  # by which the clock may be set without counting as another start
+LOCK_SECONDS = 5  # the wait for a lock before its file is checked
+BOOT_SECONDS = 60  # a boot time that differs by less is the same boot: clocks are set
 
 
 def cache_folder() -> Path:
-    """Where fetched and converted models are kept: $SPECSAMPLING_CACHE, else the user's cache.
+    """Return the folder of kept models: $SPECSAMPLING_CACHE, or one in the user's cache.
 
-    A user without a home folder, where a cache would be, is told so in a ModelError.
+    A user without a home folder gets a ModelError.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
@@ -63,10 +63,10 @@ def forget_verified() -> None:
 
 @contextmanager
 def made_once(folder: Path) -> Iterator[Path | None]:
-    """Where to make a folder of the cache; None if it is there. It is moved into place afterwards.
+    """Yield where to make a folder of the cache, or None if the folder is whole.
 
-    The folder is made aside: a killed first start leaves nothing half made, and the next one clears
-    what it left. A second process waits.
+    The folder is made aside and then moved into place. So a killed process leaves no half-made
+    folder, and the next process clears its scratch files. A second process waits.
 
     Raises:
         ModelError: the cache cannot be written.
@@ -83,7 +83,7 @@ def made_once(folder: Path) -> Iterator[Path | None]:
                 return
             if folder.exists():
                 say(f"{folder} is damaged ({problem}): it is made anew ...")
-            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
             try:
                 scratch.mkdir()
                 made = scratch / "folder"
@@ -94,7 +94,7 @@ def made_once(folder: Path) -> Iterator[Path | None]:
 
 
 def problem_of(folder: Path) -> str:
-    """What keeps a cached folder from being used, in words; "" where it is whole."""
+    """Say what keeps a cached folder from being used; "" if it is whole."""
     if not folder.is_dir():
         return "it is not there"
     try:
@@ -104,7 +104,7 @@ def problem_of(folder: Path) -> str:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
-    now = {}
+    written = {}
     for name, (size, _) in expected.items():
         try:
             found = (folder / name).stat()
@@ -112,8 +112,8 @@ def problem_of(folder: Path) -> str:
             return f"{name} is missing"
         if found.st_size != size:
             return f"{name} has {found.st_size} bytes, and had {size}"
-        now[name] = found.st_mtime_ns
-    if _is_verified(folder, now):
+        written[name] = found.st_mtime_ns
+    if _is_verified(folder, written):
         return ""
     total = sum(size for size, _ in expected.values())
     say(f"  verifying {folder.name} ({gigabytes(total)}) ...")
@@ -124,25 +124,25 @@ def problem_of(folder: Path) -> str:
             return f"{name} cannot be read: {error}"
         if found_digest != digest:
             return f"{name} has another hash than when it was made"
-    _mark_verified(folder, now)
+    _mark_verified(folder, written)
     return ""
 
 
-def _is_verified(folder: Path, now: dict[str, int]) -> bool:
-    """Whether the hashes agreed since the machine was started, and nothing was written since."""
+def _is_verified(folder: Path, written: dict[str, int]) -> bool:
+    """Say whether the hashes agreed since the last boot, and no file was written since."""
     try:
         mark: Any = json.loads((folder / VERIFIED).read_bytes())
-        return abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS and mark["written"] == now
+        return abs(mark["boot"] - psutil.boot_time()) < BOOT_SECONDS and mark["written"] == written
     except (OSError, ValueError, TypeError, LookupError):
         return False
 
 
-def _mark_verified(folder: Path, now: dict[str, int]) -> None:
+def _mark_verified(folder: Path, written: dict[str, int]) -> None:
     mark = folder / VERIFIED
     aside = mark.with_name(f"{mark.name}.unfinished")
-    with suppress(OSError):  # a cache that others keep: then the next start compares again
+    with suppress(OSError):  # if the cache is not writable, the next start compares again
         try:
-            aside.write_text(json.dumps({"boot": psutil.boot_time(), "written": now}))
+            aside.write_text(json.dumps({"boot": psutil.boot_time(), "written": written}))
             aside.replace(mark)
         finally:
             aside.unlink(missing_ok=True)
@@ -151,10 +151,10 @@ def _mark_verified(folder: Path, now: dict[str, int]) -> None:
 def _publish(made: Path, folder: Path) -> None:
     """Write the manifest of a folder that was made, and put the folder into its place.
 
-    If a damaged folder is there, files are replaced one by one, the manifest last: a file of the
-    user's among them stays.
+    If a damaged folder is in its place, the files in it are replaced one by one, and the manifest
+    last. A user's own files in it stay.
     """
-    for name in (MANIFEST, VERIFIED):  # copied from another folder of the cache
+    for name in (MANIFEST, VERIFIED):  # they may be copies from another folder of the cache
         (made / name).unlink(missing_ok=True)
     files = sorted(path for path in made.rglob("*") if path.is_file())
     names = [path.relative_to(made).as_posix() for path in files]
@@ -177,7 +177,7 @@ def _publish(made: Path, folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let nobody else make the folder meanwhile."""
+    """Keep other processes from making the folder meanwhile."""
     path = folder.with_name(folder.name + ".lock")
     lock = FileLock(path)
     try:
@@ -188,7 +188,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            path.open("r+").close()  # else nobody holds it: it cannot be made
+            path.open("r+").close()  # fails if the lock cannot be made at all
             lock.acquire()
     try:
         yield
@@ -206,7 +206,7 @@ def _one_line(cache: Path) -> Iterator[None]:
         if is_elsewhere and not is_out_of_memory(error):
             way_out = "see that it is there, and that you may use it"
             raise model_error(f"cannot use {place}", error, way_out) from error
-        if error.errno is None:  # a library's own, of the network, say
+        if error.errno is None:  # an error of a library, of the network for example
             raise
         way_out = f"set {CACHE_VARIABLE} to a folder that can be written, with room for the models"
         raise model_error(f"cannot write the model cache {cache}", error, way_out) from error

@@ -1,7 +1,7 @@
-"""A user's message in a model's chat template, as it reads on a given day.
+"""Puts a user's message into a model's chat template, at a given time.
 
-Some templates print today's date by `strftime_now`, which transformers defines by the clock. A run
-that takes two days, or is compared with one of another day, needs the same prompts on all days.
+Some templates print today's date by `strftime_now`, which transformers takes from the clock. A run
+that takes two days needs the same prompts on both. So do two runs that are compared.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from specsampling.models.tokenizer import QUIET
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, message: str, now: datetime | None
 ) -> list[int]:
-    """Token ids of a user's message in the chat template, up to where the answer begins.
+    """Encode a user's message in the chat template, up to where the answer begins.
 
-    The template sees `now` as the local time; None is the clock's.
+    The template takes `now` for the local time. None stands for the clock's time.
 
     Raises:
         ModelError: the tokenizer has no chat template, or one that fails.
@@ -40,7 +40,7 @@ def encode_chat(
             encoded: Any = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
             )
-    except Exception as error:  # a template is a program of the model's maker: any may come
+    except Exception as error:  # a template is a program, which may raise anything
         failure = f"the chat template of {tokenizer.name_or_path} fails"
         way_out = "choose prompt_style: completion, or mend the template"
         raise model_error(failure, error, way_out) from error
@@ -49,7 +49,7 @@ def encode_chat(
 
 @contextmanager
 def _clock_at(now: datetime) -> Iterator[None]:
-    """Let `strftime_now` read this time: a variable of its name would reach templates as text."""
+    """Let `strftime_now` read this time. A variable of that name would reach templates as text."""
     clock: Any = chat_template_utils.datetime
     module: Any = chat_template_utils
     module.datetime = SimpleNamespace(now=lambda: now)

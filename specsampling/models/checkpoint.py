@@ -1,7 +1,7 @@
-"""One checkpoint into one model: its decoding proved, then made fast.
+"""Loads one checkpoint into one model, proves its decoding, and makes it fast.
 
-A model that decodes noise does not say so. So each model is compared with itself without a cache
-before it is handed out. Faster layers are kept only if they give what transformers' own give.
+A model may decode noise without any error. So each model is compared with itself without a cache
+before it is used. Faster layers are kept only if they give the logits of transformers' own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specsampling.models.attention import group_heads
 from specsampling.models.distilled import is_distilled, trimmed
 from specsampling.models.embedded import published_file
 from specsampling.models.errors import ModelError, is_out_of_memory, model_error, reason, way_out_of
-from specsampling.models.estimate import Planned, is_kernels, outline, weight_bytes
+from specsampling.models.estimate import Planned, outline, uses_kernel, weight_bytes
 from specsampling.models.exactness import (
     Proof,
     prove_decoding,
@@ -43,8 +43,8 @@ from specsampling.models.source import (
 
 log = logging.getLogger("specsampling")
 
-# How far a fast model's logits may be from those of the model as loaded. Rounding moves them by
-# 1.4% in bfloat16; an adapter that got lost moved them by 8%. 8 and 4 bit move them more.
+# How far a fast model's logits may be from those of the model as loaded. In bfloat16 rounding moves
+# them by 1.4%, and a lost adapter by 8%. Rounding to 8 and 4 bit moves them more.
 FAST_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.04}
 ROUNDED_TOLERANCES = {"none": 0.3, "int8": 0.3, "int4": 0.7}  # none: a GGUF file's own blocks
 
@@ -61,20 +61,20 @@ def load_model(
 
     On a CPU the model goes into the kernel (`kernel_model.py`) if the kernel knows it. Otherwise
     its heads that share keys are attended to together (`attention.py`). If either fails or changes
-    what the model says, the model keeps transformers' layers, and one line says so.
+    the logits, the model keeps transformers' layers, and one line says so.
 
     Args:
         spec: a model's spec.
         dtype: the precision of its weights.
-        device: where it goes.
+        device: where the model goes.
         quantization: "none", "int8", "nf4", or on a CPU "int4".
         device_map: where its parts go, if not all of it goes there. A model in parts keeps
             transformers' layers, and accelerate moves what passes between them.
         compile: "off" leaves the kernel out; "on" refuses a model that it cannot decode.
 
     Raises:
-        ModelError: it cannot be found, loaded or quantised, lacks tensors, or cannot be decoded
-            with a cache that is rolled back, or there is too little memory.
+        ModelError: the model cannot be found, loaded or quantised, it lacks tensors or cannot be
+            decoded with a cache that is rolled back, or there is too little memory.
     """
     for_kernel = device.type == "cpu" and device_map is None and quantization != "nf4"
     if quantization == "int4" and device.type != "cpu":
@@ -88,7 +88,7 @@ def load_model(
     model = _read(spec, dtype, device, "none" if for_kernel else quantization, device_map)
     with _one_line(spec):
         num_threads = torch.get_num_threads()
-        if for_kernel:  # beside other work, two threads that wait for one another take minutes
+        if for_kernel:  # beside other work, two threads may wait minutes for each other
             torch.set_num_threads(1)
         try:
             proof = prove_without_cache(model, spec)
@@ -118,45 +118,45 @@ def load_model(
 def _no_kernel(spec: str, quantization: str, problem: str) -> str:
     what, way_out = f"put {spec} into {quantization}", "none"
     if quantization == "none":
-        what, way_out = f"decode {spec} with it", "decoding.compile: auto or off"
+        what, way_out = f"compile {spec}", "decoding.compile: auto or off"
     return f"cannot {what}: this needs the CPU kernel ({problem}); choose {way_out}"
 
 
 def _into_kernel(
     model: PreTrainedModel, proof: Proof, spec: str, quantization: str
 ) -> tuple[KernelModel | None, str]:
-    """A model in the kernel; or None, and why in words."""
+    """Bring a model into the kernel; return None and the reason if that fails."""
     path = Path(spec) if is_gguf(spec) else None
     if quantization == "int4" and spec.startswith(EMBEDDED):
-        path = published_file(spec.removeprefix(EMBEDDED))  # else its 4 bit are rounded again
+        path = published_file(spec.removeprefix(EMBEDDED))  # its own blocks, not rounded again
     if quantization == "none" and is_distilled(model):
-        quantization = "int8"  # as it is shipped
+        quantization = "int8"  # it is shipped so
     file = open_gguf(path) if path else None
     try:
         made = to_kernel(model, quantization, file)
         error = prove_decoding(made).difference(proof)
     except KernelError as problem:
         return None, str(problem)
-    except Exception as problem:  # whatever is in a checkpoint
+    except Exception as problem:  # a checkpoint can be wrong in any way
         if is_out_of_memory(problem):
             raise
-        return None, f"it fails on it ({reason(problem)})"
+        return None, f"the kernel fails on the model ({reason(problem)})"
     is_rounded = quantization != "none" or file is not None
     limit = ROUNDED_TOLERANCES[quantization] if is_rounded else FAST_TOLERANCES[made.dtype]
-    return (made, "") if error < limit else (None, f"it gives other logits (by {error:.1%})")
+    return (made, "") if error < limit else (None, f"the kernel's logits differ (by {error:.1%})")
 
 
 def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
     """Prepare a model of any weights for decoding, without a proof.
 
     Args:
-        model: on its device. It is handed out itself, or its weights are let go of.
-        quantization: as `load_model` takes it; other than "none", by the CPU kernel.
+        model: on its device. It is returned itself, or it loses its weights to the kernel.
+        quantization: as `load_model` takes it. Only the CPU kernel quantises here.
 
     Raises:
         ModelError: the kernel does not know a model that it must quantise.
     """
-    if quantization != "none" or is_kernels(model, quantization, model.device):
+    if quantization != "none" or uses_kernel(model, quantization, model.device):
         try:
             return to_kernel(model, quantization)
         except KernelError as error:
@@ -166,11 +166,11 @@ def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
 
 
 def _try_grouped(model: PreTrainedModel, proof: Proof) -> str:
-    """Group a model's heads and prove what it says then; returns what went wrong, or ""."""
+    """Group a model's heads and prove its logits. Return what went wrong, or ""."""
     try:
         group_heads(model)
         error = prove_decoding(model).difference(proof)
-    except Exception as problem:  # whatever a layer makes of what it was not written for
+    except Exception as problem:  # a layer can fail in any way
         if is_out_of_memory(problem):
             raise
         return f"fail on it ({reason(problem)})"
@@ -184,7 +184,7 @@ def _read(
     quantization: str,
     device_map: Mapping[str, int | str] | None = None,
 ) -> PreTrainedModel:
-    """A model as transformers makes it, every tensor of it from the checkpoint."""
+    """Load a model as transformers makes it, with every tensor from the checkpoint."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map or {"": device}}
     if quantization == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -206,7 +206,7 @@ def _read(
 
 
 def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Planned:
-    """A model as `load_model` would make it, without its weights.
+    """Describe a model as `load_model` would make it, without reading its weights.
 
     Raises:
         ModelError: its configuration cannot be found or read.
@@ -224,14 +224,14 @@ def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Pla
 
 
 def digest_model(spec: str) -> str:
-    """What `source.digest_of` gives; whatever goes wrong is a ModelError."""
+    """Return `source.digest_of` of a spec. Whatever goes wrong is a ModelError."""
     with _one_line(spec):
         return digest_of(spec)
 
 
 @contextlib.contextmanager
 def _one_line(spec: str) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint, as a ModelError."""
+    """Raise a ModelError for whatever is wrong with a checkpoint."""
     try:
         yield
     except ModelError:
@@ -244,9 +244,9 @@ def _one_line(spec: str) -> Iterator[None]:
 
 
 def _require_memory(spec: str, planned: Planned) -> None:
-    """Refuse a model for which a CPU's memory is not there, before minutes of reading it."""
+    """Refuse a model that does not fit into memory, before minutes of reading it."""
     if hasattr(planned.outline.config, "quantization_config"):
-        return  # its size is not known
+        return  # the model's size is not known
     way_out = "close other programs, or choose a smaller model"
     if planned.outline.dtype == torch.float32:
         way_out += ", or --dtype bfloat16, which needs half of that"

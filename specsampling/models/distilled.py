@@ -1,12 +1,12 @@
-"""A draft distilled from its target: a few layers of its own, the rest the target's.
+"""A draft distilled from its target, with a few layers of its own and the target's embedding.
 
-Such a draft is shipped without what the target already holds, its matrices in 8 bit. `assemble`
-joins it with the target's embedding to an ordinary Hugging Face folder in bfloat16, which any
-tool can load. The folder also lists the frequent tokens. `trimmed` lets the draft's head score only
-these, because the head is most of a small model's work. The verifier still sees a distribution over
-the whole vocabulary, in which the other tokens have probability 0, so outputs stay exact.
+Such a draft is shipped without the embedding, and with its matrices in 8 bit. `assemble` joins it
+with the target's embedding to an ordinary Hugging Face folder in bfloat16, which any tool can load.
+The folder also lists the frequent tokens. `trimmed` lets the draft's head score only these, because
+the head is most of a small model's work. The verifier still sees a distribution over the whole
+vocabulary, in which the other tokens have probability 0, so outputs stay exact.
 
-How one is trained: `training/distill.py`.
+`training/distill.py` trains such a draft.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specsampling.method.forward import Model
 HEAD_TOKENS = "head_tokens.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 SCALE = ".scale"
-TARGETS_OWN = ("model*.safetensors*", "config.json")  # files that the draft has its own of
+TARGETS_OWN = ("model*.safetensors*", "config.json")  # files that are not copied from it
 
 
 def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
@@ -52,7 +52,7 @@ def assemble(target_folder: Path, shipped: Path, folder: Path) -> None:
 
 
 def shrink(tensors: dict[str, Tensor], head_tokens: Tensor) -> dict[str, Tensor]:
-    """A draft as it is shipped: matrices in int8 with a scale per row, the rest in float32.
+    """Turn a draft's matrices into int8 with a scale per row, and all else into float32.
 
     The tensors are `layers.*` and `norm.weight`; the head scores the ids `head_tokens`, [H].
     """
@@ -67,7 +67,7 @@ def shrink(tensors: dict[str, Tensor], head_tokens: Tensor) -> dict[str, Tensor]
 
 
 def expand(shrunk: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """`shrink` undone, up to its rounding: the tensors in float32, and the head's ids."""
+    """Undo `shrink`, up to its rounding. Return the tensors in float32, and the head's ids."""
     tensors = {
         name: tensor.float() * shrunk[name + SCALE] if name + SCALE in shrunk else tensor.float()
         for name, tensor in shrunk.items()
@@ -88,7 +88,7 @@ class TrimmedHead(nn.Module):
         self.register_buffer("token_ids", token_ids, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[..., d] -> [..., V]."""
+        """Score hidden states, [..., d] -> [..., V]."""
         scores = self.linear(rows)
         logits = scores.new_full((*scores.shape[:-1], self.out_features), -torch.inf)
         logits[..., self.token_ids] = scores
@@ -96,7 +96,7 @@ class TrimmedHead(nn.Module):
 
 
 def trimmed(model: PreTrainedModel, location: str) -> PreTrainedModel:
-    """The model; if its folder lists its frequent tokens, with a head for these alone."""
+    """Give a model a head for its frequent tokens alone, if its folder lists them."""
     path = Path(location, HEAD_TOKENS)
     if path.is_file():
         token_ids = load_file(path)["head_tokens"].long().to(model.device)
@@ -107,5 +107,5 @@ def trimmed(model: PreTrainedModel, location: str) -> PreTrainedModel:
 
 
 def is_distilled(model: Model) -> bool:
-    """Whether a model's head is trimmed."""
+    """Say whether a model's head is trimmed."""
     return isinstance(model.get_output_embeddings(), TrimmedHead)

@@ -1,10 +1,10 @@
-"""The embedded models: real language models that need no account, and no model hub.
+"""The embedded models: real language models that need no account and no model hub.
 
-Each is a published GGUF file. It is fetched once (`fetch.py`), converted to an ordinary Hugging
-Face folder in bfloat16, the precision of the original, and kept in a cache folder (`cache.py`). The
-draft of the smallest is shipped in this package, and joined with its target there.
+Each model is a published GGUF file. It is fetched once (`fetch.py`), converted to an ordinary
+Hugging Face folder in bfloat16, and kept in the cache (`cache.py`). The smallest model also has a
+draft, whose own tensors are shipped in this package.
 
-Knows nothing of torch: the caller brings the conversions.
+This module knows nothing of torch: the caller brings the conversions.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from specsampling.models.memory import gigabytes, require_memory
 class EmbeddedModel:
     """A published model."""
 
-    licence: str  # its SPDX name
-    source: Source  # of its GGUF file
-    tensors_sha256: str  # of its tensors in bfloat16, as `source.tensors_sha256` has it
-    kept_bytes: int  # what its folder in the cache takes, and about what it takes when loaded
+    licence: str  # the licence's SPDX name
+    source: Source  # where its GGUF file can be had
+    tensors_sha256: str  # `source.tensors_sha256` of its tensors in bfloat16
+    kept_bytes: int  # the size of its folder in the cache, and about that of the loaded model
 
 
 MODELS = {
@@ -85,7 +85,7 @@ MODELS = {
 
 
 class EmbeddedDraft(NamedTuple):
-    """A file in this package: what of a draft is not its target's."""
+    """A file in this package with the tensors of a draft that are not its target's."""
 
     target: str  # a name in MODELS
     sha256: str
@@ -98,7 +98,7 @@ DRAFTS = {
 }
 DATA = Path(__file__).parent.parent / "data"
 
-FORM = "bf16-2"  # of the cached folders: another form is another folder
+FORM = "bf16-2"  # the form of the cached folders, a part of their names
 
 
 def embedded_folder(
@@ -106,7 +106,7 @@ def embedded_folder(
     convert: Callable[[Path, Path], str],
     assemble: Callable[[Path, Path, Path], None],
 ) -> Path:
-    """The Hugging Face folder of an embedded model, made at the first call.
+    """Return the Hugging Face folder of an embedded model, which the first call makes.
 
     Args:
         name: what follows `embedded:` in a model's spec.
@@ -115,7 +115,7 @@ def embedded_folder(
         assemble: makes a draft's folder (third) of its target's folder and its own file.
 
     Raises:
-        ModelError: unknown name, no network, a wrong hash, no room on the disk or in memory.
+        ModelError: the name is unknown, the network or room is missing, or a hash is wrong.
     """
     if name in MODELS:
         model = MODELS[name]
@@ -146,14 +146,14 @@ def embedded_folder(
 
 
 def published_file(name: str) -> Path | None:
-    """The GGUF file that an embedded model comes from, fetched once; None where there is none."""
+    """Return the GGUF file of an embedded model, fetched once; None for other names."""
     if name not in MODELS:
         return None
     return fetch(MODELS[name].source, cache_folder() / f"{name}.gguf")
 
 
 def cached_folder(name: str, sha256: str) -> Path:
-    """Where an embedded model is kept, once it is."""
+    """Return where an embedded model is kept, or will be."""
     return cache_folder() / f"{name}-{FORM}-{sha256[:12]}"
 
 
@@ -162,7 +162,7 @@ def _make(
 ) -> None:
     """Fetch and convert a model, if there is room for it."""
     source, downloads = model.source, folder.with_name(folder.name + ".download")
-    # The file lies beside its pieces, then beside the folder that is made of it.
+    # The file stands beside its pieces first, and then beside the folder that is made of it.
     disk_bytes = source.num_bytes + max(source.num_bytes, model.kept_bytes)
     memory_bytes = int(1.3 * model.kept_bytes) + 1_600_000_000
     say(
@@ -170,8 +170,8 @@ def _make(
         f"{gigabytes(disk_bytes)} of disk and {gigabytes(memory_bytes)} of memory; "
         f"kept as {gigabytes(model.kept_bytes)} in {folder.parent}) ..."
     )
-    there = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
-    needed, free = disk_bytes - there, shutil.disk_usage(downloads.parent).free
+    fetched = sum(path.stat().st_size for path in downloads.glob("*") if path.is_file())
+    needed, free = disk_bytes - fetched, shutil.disk_usage(downloads.parent).free
     if free < needed:
         raise ModelError(
             f"embedded:{name} needs {gigabytes(needed)} of disk space in {downloads.parent} "

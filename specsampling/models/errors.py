@@ -1,6 +1,6 @@
-"""What goes wrong with a model: its cause in one line, and the way out that fits the cause.
+"""Errors of models: the cause in one line, and the way out that fits the cause.
 
-Imports neither torch nor transformers: their errors are known by name and by what they say.
+This module imports neither torch nor transformers. Their errors are known by name and message.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 MOST_LETTERS = 300
 MEMORY_WAY_OUT = "close other programs, raise what `ulimit -v` shows, or choose a smaller model"
-# What errors without a type or a number of their own say of too little memory.
+# Messages of errors of too little memory that have no type or number of their own.
 MEMORY_WORDS = (
     "can't allocate memory",  # torch's allocator, a RuntimeError
     "not enough memory",
@@ -24,16 +24,16 @@ MEMORY_WORDS = (
 
 
 class ModelError(RuntimeError):
-    """A model cannot be had; one clear line that says why and the way out."""
+    """The error that a model cannot be had. Its one line says why, and the way out."""
 
 
 def say(line: str) -> None:
-    """Print a line about what takes long, or went otherwise than expected."""
+    """Print a line about something that takes long or is unexpected."""
     print(line, file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU or the machine had no more to give, be it only the cause of the error."""
+    """Say whether an error, or one of its causes, is too little memory of a GPU or machine."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if _is_memory(error):
@@ -53,9 +53,9 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line, with its type where the text alone says little."""
+    """Describe an exception in one line, with its type if the text alone says little."""
     first, *others = [*str(error).strip().splitlines(), ""]
-    if first.rstrip().endswith(":") and others[0]:  # a heading of what comes
+    if first.rstrip().endswith(":") and others[0]:  # only a heading
         first = f"{first.rstrip()} {others[0].strip()}"
     line = first.rstrip(".")[:MOST_LETTERS]
     if line and isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
@@ -64,14 +64,14 @@ def reason(error: BaseException) -> str:
 
 
 def model_error(failure: str, error: BaseException, way_out: str) -> ModelError:
-    """An error as one line: what failed, why, and the way out; too little memory has its own."""
+    """Make an error of what failed, why, and the way out. Too little memory has its own."""
     if is_out_of_memory(error):
         return ModelError(f"{failure}: out of memory ({reason(error)}); {MEMORY_WAY_OUT}")
     return ModelError(f"{failure} ({reason(error)}); {way_out}")
 
 
 def way_out_of(error: BaseException, spec: str) -> str:
-    """What a user can do about an error of reading a spec's files."""
+    """Say what a user can do about an error of reading a spec's files."""
     text = str(error)
     if "trust_remote_code" in text or "custom code" in text:
         return "it needs code of its own (auto_map), which is not run here; choose another model"

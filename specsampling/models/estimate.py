@@ -1,10 +1,10 @@
-"""What a pair takes of memory, from its configurations alone, before anything is loaded.
+"""Estimates a pair's memory from its configurations alone, before anything is loaded.
 
-This counts weights in the precision asked for, both caches at the lengths to come, what the widest
-calls make on their way, and on a CPU what loading takes at its peak. The process itself and a GPU
-driver's context are not counted: both are there already when free memory is asked for.
+The estimate counts the weights in the precision asked for, both caches at the lengths to come, the
+intermediate results of the largest call, and on a CPU the peak of loading. The process itself and
+a GPU driver's context are not counted, because free memory is measured beside them.
 
-Knows nothing of texts: lengths come as numbers.
+This module knows nothing of texts: lengths come as numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from specsampling.models.memory import gigabytes
 from specsampling.models.packing import why_not
 from specsampling.models.source import quiet_transformers
 
-WORKSPACE_BYTES = 200_000_000  # of CUDA's libraries, made at their first calls
+WORKSPACE_BYTES = 200_000_000  # what CUDA's libraries take at their first calls
 FLOAT = 4
-SHOWN = 50_000_000  # bytes: less is 0.0 GB
+SHOWN = 50_000_000  # bytes; fewer would be shown as 0.0 GB
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Need:
-    """What a pair takes, in bytes."""
+    """The memory that a pair takes, in bytes."""
 
     weights: int
-    caches: int  # of the texts that are decoded at once
-    calls: int  # what the widest call makes on its way
-    loading: int = 0  # the most at once while weights are read and brought into their form
-    mapped: int = 0  # pages of files among that, which the system can drop and read again
+    caches: int  # those of all texts that are decoded at once
+    calls: int  # the intermediate results of the largest call
+    loading: int = 0  # the peak while weights are read and converted
+    mapped: int = 0  # pages of files at that peak, which the system can drop and read again
 
     @property
     def decoding(self) -> int:
@@ -54,12 +54,12 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The peak of the memory."""
         return max(self.loading, self.decoding)
 
     @property
     def least(self) -> int:
-        """The memory with which it runs, if slowly while it loads."""
+        """The memory with which the pair runs, even if loading is slow."""
         return max(self.loading - self.mapped, self.decoding)
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Planned:
 
 
 def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model's modules and shapes, without weights."""
+    """Make a model's modules and shapes, without weights."""
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
@@ -89,11 +89,11 @@ def outline(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def need_of(
     target: Planned, drafts: Sequence[Planned], device: torch.device, lengths: Lengths
 ) -> Need:
-    """What a target with its draft models will take, of whom one drafts at a time."""
+    """Estimate what a target and its draft models take. One of the drafts is used at a time."""
     models = [target, *drafts]
     weights = [_weights(model, device) for model in models]
-    caches = [cache_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
-    calls = [call_bytes(model.outline, lengths, _computes_in(model, device)) for model in models]
+    caches = [cache_bytes(model.outline, lengths, _number_bytes(model, device)) for model in models]
+    calls = [call_bytes(model.outline, lengths, _number_bytes(model, device)) for model in models]
     need = Need(
         weights=sum(weights),
         caches=caches[0] + max(caches[1:], default=0),
@@ -102,7 +102,7 @@ def need_of(
     if device.type != "cpu":
         return need
     read = [_read_bytes(model.outline) for model in models]
-    loading, mapped = max(  # what is there, the checkpoint, and what is made of it
+    loading, mapped = max(  # the models so far, and the last one's checkpoint
         (sum(weights[: i + 1]) + read[i], model.is_mapped * read[i])
         for i, model in enumerate(models)
     )
@@ -112,7 +112,7 @@ def need_of(
 def ways_out(
     target: Planned, drafts: Sequence[Planned], device: torch.device, lengths: Lengths, free: int
 ) -> list[str]:
-    """Settings with which the same target would fit, each with what it would take."""
+    """List settings with which the same target would fit, and the memory that each takes."""
     quantizations = ("int8", "int4") if device.type == "cpu" else ("int8", "nf4")
     tried = [
         (f"models.target_quantization={name}", replace(target, quantization=name), drafts, lengths)
@@ -125,32 +125,32 @@ def ways_out(
         tried.append(("run.batch_size=1", target, drafts, replace(lengths, num_texts=1)))
     shorter = replace(lengths, longest=lengths.prompt + (lengths.longest - lengths.prompt) // 2)
     tried.append(("half of decoding.max_new_tokens", target, drafts, shorter))
-    needs = [(name, need_of(model, beside, device, of)) for name, model, beside, of in tried]
+    needs = [(name, need_of(model, others, device, sizes)) for name, model, others, sizes in tried]
     return [f"{name} ({gigabytes(need.total)})" for name, need in needs if need.least <= free]
 
 
 def _weights(model: Planned, device: torch.device) -> int:
     quantization = model.quantization
     is_plain = is_distilled(model.outline) and quantization == "none"
-    if is_plain and is_kernels(model.outline, "int8", device):
-        quantization = "int8"  # as it is shipped
+    if is_plain and uses_kernel(model.outline, "int8", device):
+        quantization = "int8"  # it is shipped so
     return weight_bytes(model.outline, quantization, device)
 
 
-def is_kernels(model: PreTrainedModel, quantization: str, device: torch.device) -> bool:
-    """Whether a model will be the CPU kernel's, whose caches and calls are float32."""
+def uses_kernel(model: PreTrainedModel, quantization: str, device: torch.device) -> bool:
+    """Say whether the CPU kernel, whose caches and calls are float32, will decode a model."""
     is_known = device.type == "cpu" and quantization != "nf4" and not why_not(model)
     return is_known and not why_no_kernel()
 
 
-def _computes_in(model: Planned, device: torch.device) -> int:
-    """Bytes of a number in a model's caches and calls."""
-    is_float = is_kernels(model.outline, model.quantization, device)
+def _number_bytes(model: Planned, device: torch.device) -> int:
+    """Return the bytes of a number in a model's caches and calls."""
+    is_float = uses_kernel(model.outline, model.quantization, device)
     return FLOAT if is_float else model.outline.dtype.itemsize
 
 
 def _read_bytes(model: PreTrainedModel) -> int:
-    """What is read of a checkpoint: an embedding that is no head is not, but for some rows."""
+    """Count the bytes read of a checkpoint: all but an embedding that is not the head too."""
     weights = set(model.parameters())
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()  # a trimmed one has rows of its own
@@ -160,9 +160,9 @@ def _read_bytes(model: PreTrainedModel) -> int:
 
 
 def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device) -> int:
-    """Bytes of the weights once loaded; see `kernel_model.py` for the CPU, bitsandbytes for nf4."""
+    """Count the bytes of a model's weights once they are loaded."""
     head = model.get_output_embeddings()
-    packs = is_kernels(model, quantization, device)
+    packs = uses_kernel(model, quantization, device)
     total, seen = 0, set()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -184,40 +184,40 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
     return total
 
 
-def cache_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
-    """Bytes of all keys and values over the whole capacity of each text, `computes_in` each."""
+def cache_bytes(model: PreTrainedModel, lengths: Lengths, number_bytes: int) -> int:
+    """Count the bytes of all keys and values over the whole capacity of all texts."""
     num_heads = _size(model, "num_attention_heads", 1)
     head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
     num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
-    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * computes_in
+    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * number_bytes
     return lengths.num_texts * capacity * per_token
 
 
-def call_bytes(model: PreTrainedModel, lengths: Lengths, computes_in: int) -> int:
-    """Bytes of the larger call: the prompt's through a layer, or a decode call with its logits.
+def call_bytes(model: PreTrainedModel, lengths: Lengths, number_bytes: int) -> int:
+    """Count the bytes of the larger call: a prompt in one layer, or a decode call with logits.
 
-    A number on its way through the layers takes `computes_in` bytes.
+    A number in the layers takes `number_bytes`.
     """
     hidden = _hidden_size(model)
     inner = _size(model, "intermediate_size", 4 * hidden)
     head: Any = model.get_output_embeddings()
     # The residual, its norm, queries, keys and values; gate, up and their product.
-    per_row = (6 * hidden + 3 * inner) * computes_in
-    masks = 2 * lengths.prompt**2 * computes_in if model.config.model_type == "gpt_neo" else 0
+    per_row = (6 * hidden + 3 * inner) * number_bytes
+    masks = 2 * lengths.prompt**2 * number_bytes if model.config.model_type == "gpt_neo" else 0
     prefill = lengths.prompt * per_row + masks
     rows = lengths.width * lengths.num_texts
-    # Logits, and distributions of target and draft in float32 on their way to a verdict.
-    decode = rows * (per_row + head.out_features * (computes_in + 5 * FLOAT))
+    # Logits, and the float32 distributions of target and draft that a verdict needs.
+    decode = rows * (per_row + head.out_features * (number_bytes + 5 * FLOAT))
     return max(prefill, decode)
 
 
-def _size(model: PreTrainedModel, name: str, otherwise: int) -> int:
-    """A number of the configuration; some kinds, refused once they are loaded, have none."""
+def _size(model: PreTrainedModel, name: str, default: int) -> int:
+    """Read a number of the configuration, or take `default` if it has none."""
     config: Any = model.config.get_text_config(decoder=True)
-    # Not an attribute: where layers differ, transformers refuses to give one for all of them.
+    # If layers differ, transformers refuses the attribute, but not the dictionary's entry.
     value = config.to_dict().get(config.attribute_map.get(name, name))
-    return value if isinstance(value, int) else otherwise
+    return value if isinstance(value, int) else default
 
 
 def _hidden_size(model: PreTrainedModel) -> int:

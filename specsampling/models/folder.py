@@ -3,7 +3,7 @@
 transformers loads what it can and says little of the rest. A pointer of Git LFS is a text where a
 file should be. A pickle may run code. An adapter changes the weights that lie beside it. A matrix
 of 8-bit numbers means nothing without its scales. A tokenizer's class may replace the splits that
-stand in `tokenizer.json`. Each is put right here, or refused in one line.
+stand in `tokenizer.json`. Each of these cases is corrected here, or refused in one line.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from specsampling.models.fetch import HUB_SECONDS, no_answer
 
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-SETTINGS = ("config.json", "generation_config.json")  # a converted folder has them too
+SETTINGS = ("config.json", "generation_config.json")  # copied to a converted folder
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 MERGE = "merge it into its base with peft's merge_and_unload, or pip install peft"
-MERGED_TOLERANCE = 1e-3  # of logits in float32
+MERGED_TOLERANCE = 1e-3  # the largest relative change of float32 logits
 PROBE_TOKENS = 16
-# Where two tokenizers usually part: code, spaces, digits, other scripts.
+# Texts that two tokenizers usually encode differently: code, spaces, digits, other scripts.
 PROBES = (
     "def add(a: int, b: int) -> int:\n    return a + b\n\n\nprint(add(12345, 67890))\n",
     "The quick brown fox doesn't jump over 3.14 lazy dogs; it's 2023-02-02, isn't it?",
@@ -61,7 +61,7 @@ WIDE = ("F64", "F32", "F16", "BF16")  # safetensors' names of values that need n
 
 
 def require_files(spec: str) -> None:
-    """Raise a ModelError for what is no model: nothing, a file, Git LFS pointers, a GGUF folder."""
+    """Refuse a spec that names nothing, an odd file, Git LFS pointers, or the folder of a GGUF."""
     path = Path(spec)
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_file() and not is_gguf:
@@ -85,7 +85,7 @@ def require_files(spec: str) -> None:
 
 
 def file_of(location: str, name: str) -> Path | None:
-    """A file of a folder or a hub id, fetched if need be; None where there is none."""
+    """Find a file of a folder or a hub id, fetched if needed. Returns None if there is none."""
     if Path(location).is_dir():
         path = Path(location) / name
         return path if path.is_file() else None
@@ -96,12 +96,12 @@ def file_of(location: str, name: str) -> Path | None:
 
 
 def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
-    """The files of a folder's or a hub id's weights, in order; none if it has none of that kind.
+    """List the files of a folder's or a hub id's weights, in order; [] if it has none so named.
 
     The two names are those of one file that holds all weights, and of the index of several files.
 
     Raises:
-        ModelError: the index is none, or it names a file that is not there.
+        ModelError: the index cannot be read, or it names a missing file.
     """
     whole, index = (file_of(location, name) for name in names)
     if whole or not index:
@@ -115,19 +115,19 @@ def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
     if missing := [name for name, file in files.items() if file is None]:
         raise ModelError(
             f"cannot load model {location}: {missing[0]} is missing, which {index.name} names "
-            f"({len(missing)} of {len(files)} files are); download it again"
+            f"({len(missing)} of {len(files)} files are missing); download it again"
         )
     return [file for file in files.values() if file]
 
 
 def hub_options(location: str) -> dict[str, Any]:
-    """What `from_pretrained` must be told, so that a hub out of reach is asked only once."""
+    """Return options of `from_pretrained`, so that a hub out of reach is asked only once."""
     return {} if Path(location).is_dir() or _hub_answers() else {"local_files_only": True}
 
 
 @cache
 def _hub_answers() -> bool:
-    """Whether the model hub answers; transformers alone would try each file six times."""
+    """Say whether the model hub answers. transformers alone would try each file six times."""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:
@@ -140,14 +140,14 @@ def _hub_answers() -> bool:
 
 
 def safe_location(location: str) -> str:
-    """Where a model's weights are as safetensors: a folder of the cache, if they are pickles.
+    """Return where a model has safetensors. Pickles are converted into a folder of the cache.
 
     Raises:
         ModelError: a pickle holds more than tensors, or the cache cannot be written.
     """
     if any(file_of(location, name) for name in SAFE_WEIGHTS):
         config = file_of(location, "config.json") if hub_options(location) else None
-        return str(config.parent) if config else location  # transformers asks the hub all the same
+        return str(config.parent) if config else location  # given an id, transformers asks the hub
     pickles = weight_files(location, PICKLED_WEIGHTS)
     if not pickles:
         return location
@@ -177,11 +177,11 @@ def _convert(pickles: list[Path], settings: list[Path], folder: Path) -> None:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    """A pickle's tensors; nothing in it is run, and one that holds anything else is refused."""
+    """Read a pickle's tensors without running its code. Refuse a pickle of anything else."""
     try:
         try:
             held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the form of before torch 1.6 cannot be mapped
+        except RuntimeError:  # files of before torch 1.6 cannot be mapped
             held = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
@@ -214,18 +214,18 @@ def _is_plain_tensor(value: Any) -> bool:
 
 
 def stored_quantization(location: str) -> dict[str, Any] | None:
-    """What a configuration says of how the stored numbers are scaled."""
+    """Return the `quantization_config` of a model's configuration, if it has one."""
     config = file_of(location, "config.json")
     return json.loads(config.read_text()).get("quantization_config") if config else None
 
 
 def require_wide(location: str, unexpected: set[str], spec: str) -> None:
-    """Refuse matrices of 8-bit numbers, whose scales nobody applies.
+    """Refuse matrices of 8-bit numbers, whose scales would not be applied.
 
     Args:
         location: where the weights are, which no quantiser of transformers reads.
         unexpected: names of stored tensors that the model did not take.
-        spec: what the user calls it.
+        spec: what the user calls the model.
     """
     for path in weight_files(location, SAFE_WEIGHTS):
         with safe_open(path, framework="pt") as file:
@@ -244,10 +244,10 @@ def require_wide(location: str, unexpected: set[str], spec: str) -> None:
 
 
 def base_of_adapter(location: str) -> str | None:
-    """Where the base of an adapter is; None where there is no adapter.
+    """Return where the base of an adapter is; None if there is no adapter.
 
     As in transformers and peft, the base is the folder itself if it holds weights, else what
-    `base_model_name_or_path` names. An adapter whose base is not there is refused.
+    `base_model_name_or_path` names. An adapter is refused if its base is missing.
     """
     config = file_of(location, ADAPTER)
     if config is None:
@@ -274,7 +274,7 @@ def base_of_adapter(location: str) -> str | None:
 
 @contextmanager
 def without_adapter(location: str) -> Iterator[str]:
-    """The same folder without its adapter, for which transformers would look."""
+    """Yield the same folder without its adapter, which transformers would apply."""
     if file_of(location, ADAPTER) is None:
         yield location
         return
@@ -290,8 +290,8 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
     """Add an adapter to its base's weights, in the base's precision.
 
     Raises:
-        ModelError: peft is missing, or the adapter cannot be merged, gives other logits then, or
-            has parts without a place.
+        ModelError: peft is missing, or the adapter cannot be merged, gives other logits once it is
+            merged, or has tensors without a place.
     """
     try:
         import peft
@@ -318,7 +318,7 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
             merged = adapted.merge_and_unload(safe_merge=True)
     except ModelError:
         raise
-    except Exception as error:  # of peft, for what it was not written for
+    except Exception as error:  # peft may fail in any way
         line = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the adapter {spec} cannot be merged into {base.config.name_or_path or 'its base'} "
@@ -333,7 +333,7 @@ def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrained
 
 
 def _require_all_taken(adapted: Any, stored: Path, spec: str) -> None:
-    """Refuse an adapter with tensors that its base has no place for, or without some it needs."""
+    """Refuse an adapter that has tensors without a place in its base, or lacks needed ones."""
     import peft
 
     names = set(load_file(stored) if stored.name == ADAPTER_WEIGHTS else _unpickled(stored))
@@ -347,7 +347,7 @@ def _require_all_taken(adapted: Any, stored: Path, spec: str) -> None:
 
 
 def _probe(model: Any) -> Tensor:
-    """A model's logits of a few fixed tokens."""
+    """Compute a model's logits of a few fixed tokens."""
     tokens = torch.arange(PROBE_TOKENS)[None] % model.config.vocab_size
     with torch.inference_mode():
         return model.eval()(input_ids=tokens, use_cache=False).logits
@@ -357,10 +357,10 @@ def _probe(model: Any) -> Tensor:
 
 
 def read_tokenizer_file(location: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder's or hub id's `tokenizer.json`; None where there is no such file.
+    """Read the tokenizer of a folder's or hub id's `tokenizer.json`; None without such a file.
 
-    The class that `tokenizer_config.json` names may have splits and tokens of its own, so it is
-    not used. The special tokens, the chat template and the tokens around a text come from there.
+    The special tokens, the chat template and the tokens around a text are those of
+    `tokenizer_config.json`. The class that it names may have its own splits, so it is not used.
 
     Raises:
         ModelError: one of `PROBES` is encoded otherwise than the file says.
@@ -384,7 +384,7 @@ def read_tokenizer_file(location: str) -> PreTrainedTokenizerBase | None:
                 "again, or set models.tokenizer"
             )
     if tokenizer.eos_token is None:  # no file names the ends of texts: the tokenizer's class may
-        with suppress(Exception):  # a class that brings its code, say: then no more is known
+        with suppress(Exception):  # the class may bring its own code, which is not run
             named = AutoTokenizer.from_pretrained(
                 location, trust_remote_code=False, **hub_options(location)
             )

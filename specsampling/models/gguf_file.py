@@ -1,6 +1,6 @@
-"""A GGUF file as it lies on the disk: its header's keys, its tensors, and how it is refused.
+"""Opens a GGUF file: its header's keys and its tensors, or a refusal in one line.
 
-This module knows what no language model's file may hold. `gguf_model` and `gguf_tokenizer` know
+This module refuses what no language model's file may hold. `gguf_model` and `gguf_tokenizer` know
 what the keys mean. The `gguf` package, llama.cpp's own, reads the file.
 """
 
@@ -17,7 +17,7 @@ from specsampling.models.errors import ModelError
 
 WAY_OUT = "choose the model's folder or hub id instead, or a file that was converted from it anew"
 
-# Namespaces of llama.cpp that change the model, apart from the architecture's own.
+# Namespaces of keys, apart from those of architectures, that change the model in llama.cpp.
 OTHER_PARTS = ("adapter", "clip", "control_vector")
 
 
@@ -38,7 +38,7 @@ class GgufFile:
     """A GGUF file's header, by its keys, and tensors, by name, as the `gguf` package reads them.
 
     Raises:
-        ModelError: it is a part of a whole, or no language model's.
+        ModelError: the file is damaged, is a part of a whole, or holds no language model.
     """
 
     def __init__(self, path: Path):
@@ -70,9 +70,9 @@ class GgufFile:
             if key.partition(".")[0] in others:
                 self.refuse(key, f"does not belong to a {self.architecture} model")
 
-    def own(self, key: str, otherwise: Any = None) -> Any:
-        """The value of a key of the architecture."""
-        return self.header.get(f"{self.architecture}.{key}", otherwise)
+    def own(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key of the architecture."""
+        return self.header.get(f"{self.architecture}.{key}", default)
 
     def refuse(self, key: str, rule: str, way_out: str = WAY_OUT) -> NoReturn:
         """Refuse the file for one key of its header, with its value."""
@@ -92,7 +92,7 @@ class GgufFile:
         raise ModelError(f"cannot load {self.path}: it {problem}{shown}; {WAY_OUT}")
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor's values in float32, if the `gguf` package can undo their type."""
+        """Return a tensor's values in float32. Refuse types that `gguf` cannot dequantise."""
         tensor = self.tensors[name]
         try:
             return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
@@ -106,6 +106,6 @@ def _open(path: Path, size: int, modified: int) -> GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Open a file, or raise a ModelError; a large vocabulary takes seconds, so files are kept."""
-    there = path.stat()
-    return _open(path, there.st_size, there.st_mtime_ns)
+    """Open a file, or raise a ModelError. A large vocabulary takes seconds, so files are kept."""
+    status = path.stat()
+    return _open(path, status.st_size, status.st_mtime_ns)

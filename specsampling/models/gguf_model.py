@@ -1,9 +1,9 @@
 """Makes a transformers model of a GGUF file: all that its header says is applied, or refused.
 
-A header states a model's sizes and positions in llama.cpp's words. A key that is skipped makes
-another model without a word, and so does a tensor that has no place. So each key of the
-architecture is looked up in `ARCHITECTURES`, and each tensor must be taken. Anything else is
-refused in one line. Values are dequantised in float32 and rounded once.
+A header states a model's sizes and positions in llama.cpp's words. If a key or a tensor were
+skipped, the result would be another model, without an error. So each key of the architecture is
+looked up in `ARCHITECTURES`, and each tensor must have a place. Anything else is refused in one
+line. Values are dequantised in float32 and rounded once.
 
 Sources: llama.cpp's converter (`conversion/base.py`, `llama.py`, `qwen.py`, `gpt2.py`,
 `granite.py`), which writes these keys, and its reader (`src/llama-model.cpp`).
@@ -25,20 +25,20 @@ from specsampling.models.gguf_file import GgufFile, open_gguf
 
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"
-ROPE_THETA = 10_000.0  # llama.cpp's, where a file names none
-LOW_FREQUENCY, HIGH_FREQUENCY = 1.0, 4.0  # of Llama 3.1, 3.2 and 3.3
+ROPE_THETA = 10_000.0  # llama.cpp's, if a file names none
+LOW_FREQUENCY, HIGH_FREQUENCY = 1.0, 4.0  # those of Llama 3.1, 3.2 and 3.3
 LLAMA3_CONTEXT = 8192
-ROUNDING = 1e-5  # of a frequency in float32
+ROUNDING = 1e-5  # the relative error of a frequency in float32
 
 
 class Architecture(NamedTuple):
-    """How a GGUF architecture is written as a transformers configuration."""
+    """The way in which a GGUF architecture is written as a transformers configuration."""
 
     model_type: str  # its name in transformers
     fields: Mapping[str, str]  # header keys without prefix, and their configuration fields
     optional: tuple[str, ...] = ("vocab_size", "attention.head_count_kv")  # may be left out
     defaults: Mapping[str, Any] = {}  # configuration fields that differ from the class's own
-    biases: Mapping[str, tuple[str, ...]] = {}  # fields, and a block's tensors that stand for them
+    biases: Mapping[str, tuple[str, ...]] = {}  # configuration fields, and tensors that show them
     has_rope: bool = True  # whether positions are rotated
     interleaves: bool = False  # whether the converter reorders the rows of queries and keys
 
@@ -96,7 +96,7 @@ ROPE_KEYS = (
     *(f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length")),
     *(f"rope.scaling.yarn_{name}" for name in ("ext_factor", "beta_fast", "beta_slow")),
 )
-# Keys that change nothing where they have one of these values.
+# Keys that change nothing if they have one of these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -114,7 +114,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def gguf_config(file: GgufFile) -> PreTrainedConfig:
-    """The configuration that a file's header and its tensors' names stand for.
+    """Make the configuration that a file's header and its tensors' names describe.
 
     Raises:
         ModelError: a key is missing, or one that changes the model is not covered.
@@ -141,7 +141,7 @@ def _config(file: GgufFile) -> PreTrainedConfig:
     _require_covered(file, {*architecture.fields, *rope_keys})
     if architecture.has_rope:
         fields |= _positions(file, fields)
-    for name, tensors in architecture.biases.items():  # no key says so, their tensors do
+    for name, tensors in architecture.biases.items():  # no key names biases
         fields[name] = any(f"blk.0.{tensor}" in file.tensors for tensor in tensors)
     fields |= _vocabulary(file, fields)
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
@@ -167,7 +167,7 @@ def _require_covered(file: GgufFile, taken: set[str]) -> None:
 
 
 def _vocabulary(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The vocabulary's size, and the tokens that begin and end texts."""
+    """Find the vocabulary's size, and the tokens that begin and end texts."""
     if EMBEDDING not in file.tensors:
         file.refuse_file("lacks tensors that the model needs", [EMBEDDING])
     num_rows = int(file.tensors[EMBEDDING].shape[-1])
@@ -190,7 +190,7 @@ def _vocabulary(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positions(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary positions: the size of a head, the base, and what stretches them."""
+    """Describe the rotary positions: the size of a head, the base, and the scaling."""
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     head_dim = _same_for_all_layers(file, "attention.key_length") or hidden // heads
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -209,12 +209,12 @@ def _positions(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
-    """`rope.scaling.*` as transformers' `rope_parameters`; nothing where it scales nothing."""
+    """Translate `rope.scaling.*` to transformers' `rope_parameters`; {} if nothing is scaled."""
     factor = file.own("rope.scaling.factor") or file.own("rope.scale_linear")
-    kind = file.own("rope.scaling.type", "linear")  # as llama.cpp's reader has it
+    kind = file.own("rope.scaling.type", "linear")  # llama.cpp's default
     if kind not in ("none", "linear", "yarn"):
         file.refuse_own("rope.scaling.type", "must be one of none, linear, yarn")
-    extent = file.own("rope.scaling.yarn_ext_factor", -1.0)  # -1 stands for what the type says
+    extent = file.own("rope.scaling.yarn_ext_factor", -1.0)  # -1: as the type says
     if extent not in ((1.0, -1.0) if kind == "yarn" else (0.0, -1.0)):
         file.refuse_own("rope.scaling.yarn_ext_factor", f"must be {float(kind == 'yarn')} here")
     if kind == "linear" and factor and factor != 1.0:
@@ -234,10 +234,10 @@ def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
-    """The `llama3` parameters that a file's factors of the frequencies come from.
+    """Find the `llama3` parameters that gave a file's factors of the frequencies.
 
-    The converter writes factors, not parameters (`LlamaModel.generate_extra_tensors`). Their
-    largest is the scaling factor. The published models differ only in this and in the original
+    The converter writes factors, not parameters (`LlamaModel.generate_extra_tensors`). The largest
+    factor is the scaling factor. The published models differ only in this and in the original
     context, so each context that may have given the factors is tried.
 
     Raises:
@@ -251,7 +251,7 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
         inverse = 1 / factors
         smooth = (inverse - inverse.min()) / (1 - inverse.min())
         contexts = (LOW_FREQUENCY + smooth * span) * 2 * math.pi / frequencies
-        # On the two plateaus, where a factor is 1 or the largest, it tells nothing of the context.
+        # A factor of 1, or one equal to the largest, tells nothing of the context.
         between = (factors > 1 + ROUNDING) & (factors < largest * (1 - ROUNDING))
         for context in (LLAMA3_CONTEXT, *contexts[between].round().long().tolist()):
             turns = context * frequencies / (2 * math.pi)  # in the original context
@@ -272,7 +272,7 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
 
 
 def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A GGUF file's model, its weights in `dtype`; see `gguf_config` and `_state` for errors."""
+    """Load a GGUF file's model in `dtype`; see `gguf_config` and `_state` for errors."""
     file = open_gguf(path)
     config = gguf_config(file)
     with torch.device("meta"):
@@ -289,7 +289,7 @@ def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A file's tensors under the names of `model`, its outline, as `dtype`.
+    """Convert a file's tensors to `dtype`, under the names of `model`, the outline.
 
     Raises:
         ModelError: a tensor is missing, has no place in the model, or another shape.
@@ -320,8 +320,8 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
 def tensors_of(file: GgufFile, model: PreTrainedModel) -> Callable[[str], tuple[Any, Tensor]]:
     """Make a function that finds a linear layer's tensor in a file, by its name in the model.
 
-    It gives the tensor as the `gguf` package reads it, and which of its rows is each of the
-    layer's.
+    The function returns the tensor as the `gguf` package reads it, and for each row of the layer
+    the number of the tensor's row.
     """
     by_name = {theirs: ours for ours, theirs in _names(file, model).items()}
 
@@ -338,7 +338,7 @@ def tensors_of(file: GgufFile, model: PreTrainedModel) -> Callable[[str], tuple[
 
 
 def _names(file: GgufFile, model: PreTrainedModel) -> dict[str, str]:
-    """The file's tensor names and the model's for the same tensors."""
+    """Map the file's tensor names to the model's names of the same tensors."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[file.architecture], model.config.num_hidden_layers)
     tied = set(model.all_tied_weights_keys)
@@ -347,7 +347,7 @@ def _names(file: GgufFile, model: PreTrainedModel) -> dict[str, str]:
 
 
 def _heads(config: Any, name: str) -> int:
-    """The heads of a tensor of queries or keys; 0 for others."""
+    """Count the heads of a tensor of queries or keys; 0 for other tensors."""
     if ".q_proj." in name:
         return config.num_attention_heads
     return config.num_key_value_heads if ".k_proj." in name else 0

@@ -1,8 +1,8 @@
-"""A GGUF file's tokenizer, with the splits that its header names.
+"""Makes a GGUF file's tokenizer, with the splits that its header names.
 
 A header holds a vocabulary, merges and, in `tokenizer.ggml.pre`, a name for how text is split
-before it is merged. Another split gives other tokens, and the model then continues a text that
-nobody wrote. So a name that is not in `PRE_TOKENIZERS` is refused.
+before it is merged. Other splits give other tokens, which the model would continue badly. So a
+name that is not in `PRE_TOKENIZERS` is refused.
 
 Sources: llama.cpp's `src/llama-vocab.cpp`, which maps names to splits, and the `tokenizer.json` of
 the model that the converter took each name from (`convert_hf_to_gguf_update.py`). If the two
@@ -32,7 +32,7 @@ from specsampling.models.gguf_file import GgufFile, open_gguf
 
 GGML = "tokenizer.ggml."
 WAY_OUT = "set models.tokenizer to the model's folder or hub id"
-SPACE = "\u2581"  # SentencePiece's
+SPACE = "\u2581"  # SentencePiece's blank
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.TokenType
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -57,7 +57,7 @@ EACH_DIGIT = "digits"  # `Digits(individual_digits=True)`
 
 
 class Splits(NamedTuple):
-    """How a byte-level tokenizer cuts text before merging."""
+    """The way in which a byte-level tokenizer cuts text before merging."""
 
     patterns: tuple[str, ...]  # expressions applied one after the other, `EACH_DIGIT` or `GPT2`
     is_composed: bool = False  # whether text is put into Unicode's composed form (NFC) first
@@ -65,7 +65,7 @@ class Splits(NamedTuple):
     adds_begin: bool = False  # whether texts begin with the "bos" token, if the header is silent
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
-        """The same as an object of the `tokenizers` library."""
+        """Make the splits as an object of the `tokenizers` library."""
         steps: list[Any] = [
             pre_tokenizers.Digits(individual_digits=True)
             if pattern == EACH_DIGIT
@@ -125,10 +125,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """A GGUF file's tokenizer, as transformers uses it.
+    """Make a GGUF file's tokenizer, as transformers uses it.
 
     Raises:
-        ModelError: its header says what is not covered.
+        ModelError: a key of the header, or its value, is not covered.
     """
     file = open_gguf(path)
     _require_covered(file)
@@ -167,8 +167,8 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _value(file: GgufFile, name: str, otherwise: Any = None) -> Any:
-    return file.header.get(GGML + name, otherwise)
+def _value(file: GgufFile, name: str, default: Any = None) -> Any:
+    return file.header.get(GGML + name, default)
 
 
 def _refuse(file: GgufFile, name: str, rule: str) -> NoReturn:
@@ -189,7 +189,7 @@ def _require_covered(file: GgufFile) -> None:
 
 
 def _tokens(file: GgufFile) -> dict[int, str]:
-    """Ids and tokens, without what the converter calls ids that have none: [PAD7], say."""
+    """Map ids to tokens, without the converter's names of unused ids, such as [PAD7]."""
     written, types = _value(file, "tokens") or [], _value(file, "token_type") or []
     if len(written) != len(types) or not written:
         _refuse(file, "token_type", "must be there for each token")
@@ -213,7 +213,7 @@ def _splits(file: GgufFile) -> Splits:
 
 
 def _byte_level(file: GgufFile, vocabulary: dict[str, int], splits: Splits) -> Tokenizer:
-    """A tokenizer over bytes spelled as letters, as GPT-2's."""
+    """Make a tokenizer over bytes spelled as letters, like GPT-2's."""
     merges = _merges(file)
     if not merges:
         _refuse(file, "merges", "must be there")
@@ -226,7 +226,7 @@ def _byte_level(file: GgufFile, vocabulary: dict[str, int], splits: Splits) -> T
 
 
 def _merges(file: GgufFile) -> list[tuple[str, str]]:
-    """Pairs of tokens that are joined; the first of a pair may itself be a blank."""
+    """List the pairs of tokens that are joined. The first of a pair may be a blank."""
     ends = ((merge, merge.index(" ", 1)) for merge in _value(file, "merges") or ())
     return [(merge[:end], merge[end + 1 :]) for merge, end in ends]
 
@@ -234,7 +234,7 @@ def _merges(file: GgufFile) -> list[tuple[str, str]]:
 def _sentence_piece(
     file: GgufFile, vocabulary: dict[str, int], tokens: dict[int, str], has_blanks: bool
 ) -> Tokenizer:
-    """A tokenizer over letters with bytes as a last resort, as Llama 2's.
+    """Make a tokenizer over letters with bytes as a last resort, like Llama 2's.
 
     A blank is put before a text, and behind special tokens, as in Llama 2's tokenizer.json and in
     llama.cpp.
@@ -245,7 +245,7 @@ def _sentence_piece(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     has_prefix = _value(file, "add_space_prefix", True)
-    if has_blanks and has_prefix:  # tokenizers put a blank behind these, SentencePiece does not
+    if has_blanks and has_prefix:  # only `tokenizers` puts a blank behind tokens of blanks
         _refuse(file, "add_space_prefix", "must be false beside tokens of blanks")
     prepend = [normalizers.Prepend(SPACE)] if has_prefix else []
     backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
@@ -257,7 +257,7 @@ def _sentence_piece(
 
 
 def _merges_of_scores(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Merges in the order of a SentencePiece BPE vocabulary's scores: 0, -1, -2, ..."""
+    """List merges in the order of a SentencePiece BPE vocabulary's scores: 0, -1, -2, ..."""
     scores, types = _value(file, "scores") or [], _value(file, "token_type")
     ranks = {
         token: scores[number]
@@ -275,7 +275,7 @@ def _merges_of_scores(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[
 def _set_ends(
     file: GgufFile, backend: Tokenizer, named: Mapping[str, str], adds_begin: bool
 ) -> None:
-    """Put tokens before and behind each text, where the header asks for it."""
+    """Put tokens before and behind each text, if the header asks for them."""
     ends: list[list[str]] = []
     for name, is_usual in (("bos", adds_begin), ("eos", False)):
         is_asked = _value(file, f"add_{name}_token", is_usual)

@@ -1,7 +1,7 @@
 """A model in the CPU kernel, as decoders see it.
 
-Its rows never meet (`kernel/step.c`), so a call is as wide as it needs to be, and every width,
-every batch and every number of threads gives the same bits.
+Rows never meet in the kernel (`kernel/step.c`). So a call has only as many rows as needed, and
+every width, every batch and every number of threads gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from specsampling.models.gguf_file import GgufFile
 from specsampling.models.gguf_model import tensors_of
 from specsampling.models.packing import Pack, pack_model, why_not
 
-INT4 = "Q4_0"  # as a GGUF file's: groups of 32 weights with a scale
+INT4 = "Q4_0"  # a format of GGUF files: groups of 32 weights with a scale
 FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K", "Q6_K")  # Q6_K: some layers of files that are mostly Q4_K
 
 
@@ -37,7 +37,7 @@ class KernelModel:
     Args:
         outline: the model without weights, which keeps its configuration and shapes.
         dtype: the type of the weights that are not quantised.
-        made: the kernel's form of it.
+        made: the model in the kernel's form.
     """
 
     def __init__(self, outline: PreTrainedModel, dtype: torch.dtype, made: engine.Model):
@@ -58,7 +58,7 @@ class KernelModel:
         return max(sizes, key=sizes.__getitem__)
 
     def get_input_embeddings(self) -> Any:
-        return self._outline.get_input_embeddings()  # without weights, as the head
+        return self._outline.get_input_embeddings()  # without weights, like the head
 
     def get_output_embeddings(self) -> Any:
         return self._outline.get_output_embeddings()
@@ -67,7 +67,7 @@ class KernelModel:
         return KernelForward(self.engine, capacity)
 
     def first_layers(self, num_layers: int) -> KernelModel:
-        """A shallow model over the same weights."""
+        """Make a shallow model over the same weights."""
         outline = copy.copy(self._outline)
         outline.config = copy.deepcopy(self.config)
         outline.config.num_hidden_layers = num_layers
@@ -75,7 +75,7 @@ class KernelModel:
 
 
 class KernelForward:
-    """A text in the kernel; see `method/forward.py`, Forward."""
+    """The kernel's forward over one text; see `method/forward.py`, Forward."""
 
     def __init__(self, model: engine.Model, capacity: int):
         self._model = model
@@ -92,7 +92,7 @@ class KernelForward:
 
 
 def kernel_library() -> Any:
-    """The compiled kernel, or a KernelError that says in one line why there is none here."""
+    """Return the compiled kernel, or raise a KernelError that says why there is none."""
     found = _look_for_kernel()
     if isinstance(found, str):
         raise KernelError(found)
@@ -101,20 +101,20 @@ def kernel_library() -> Any:
 
 @cache
 def _look_for_kernel() -> Any:
-    """The compiled kernel, or why there is none; looked for once in a process."""
+    """Return the compiled kernel, or why there is none. A process looks only once."""
     try:
         return engine.library(cache_folder() / "kernel")
-    except (KernelError, ModelError) as error:  # also a user without a folder for it
+    except (KernelError, ModelError) as error:  # a ModelError if there is no cache folder
         return str(error)
 
 
 def fastest_race() -> Race:
-    """The compiled race where there is a kernel, else NumPy's: both have the same winners."""
+    """Return the compiled race, or NumPy's without a kernel. Both find the same winners."""
     return race if why_no_kernel() else partial(engine.race, kernel_library())
 
 
 def why_no_kernel() -> str:
-    """Why there is no kernel on this machine, in one line; "" where there is one."""
+    """Say in one line why there is no kernel on this machine; "" if there is one."""
     try:
         kernel_library()
     except KernelError as error:
@@ -125,16 +125,16 @@ def why_no_kernel() -> str:
 def to_kernel(
     model: PreTrainedModel, quantization: str, file: GgufFile | None = None
 ) -> KernelModel:
-    """Bring a model into the kernel; its own weights are let go of.
+    """Bring a model into the kernel, and free the model's own weights.
 
     Args:
         model: on the CPU, as it was loaded.
         quantization: "none", "int8" or "int4" (then the head is int8).
-        file: the GGUF file that it came from. Its blocks are decoded as they stand; with int4,
-            only blocks of about 4 bit are.
+        file: the GGUF file that the model came from. Its blocks stay as they are. With int4, only
+            blocks of about 4 bit do.
 
     Raises:
-        KernelError: the kernel cannot be had, or does not know such a model.
+        KernelError: the kernel is missing, or does not know such a model.
         ValueError: a weight is not finite.
     """
     if problem := why_not(model):
@@ -161,7 +161,7 @@ def _pack(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> weights.Packed:
-    """A layer in the precision asked for."""
+    """Pack a layer in the precision asked for."""
     format = {"int8": "int8", "int4": INT4}.get(quantization, str(dtype).removeprefix("torch."))
     if quantization == "int4" and name == "lm_head":
         format = "int8"
@@ -173,17 +173,17 @@ def _pack_tensor(
     packer: weights.Packer,
     find: Callable[[str], tuple[Any, Tensor]],
     kinds: tuple[str, ...],
-    otherwise: Pack,
+    pack_rounded: Pack,
     name: str,
     linear: nn.Linear,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> weights.Packed:
-    """A layer as its GGUF file has it, if the type of its blocks is one of `kinds`."""
+    """Pack a layer as its GGUF file has it, if the type of its blocks is one of `kinds`."""
     tensor, order = find(name)
     kind = tensor.tensor_type.name
     if kind not in kinds or rows is not None or columns is not None:
-        return otherwise(name, linear, rows, columns)
+        return pack_rounded(name, linear, rows, columns)
     bias = None
     if linear.bias is not None:  # a module's biases are in its own order
         bias = torch.zeros(len(order)).index_put((order,), linear.bias.data.float())

@@ -1,7 +1,7 @@
-"""Load a target and its draft: embedded, hub, local folder, GGUF, 8 or 4 bit.
+"""Loads a target and its draft: embedded, hub, local folder, GGUF, 8 or 4 bit.
 
 A model's spec is one word: `embedded:smollm2-135m`, a hub id, a local folder, or a `.gguf` file. A
-draft's name may have more parts (`draft_name.py`). What `auto` became is in the pair, and scripts
+draft's name may have more parts (`draft_name.py`). The pair shows what `auto` became, and scripts
 print it.
 """
 
@@ -41,7 +41,7 @@ __all__ = ["Pair", "check_tokenizers", "load_draft", "load_pair", "model_locatio
 
 log = logging.getLogger("specsampling")
 
-# Settings that change the tokens of `generate` and are no sampling, with their defaults.
+# Settings beside the warp that change the tokens of `generate`, with their defaults.
 GENERATE_ONLY: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -65,16 +65,16 @@ class Pair:
     now: datetime | None = None  # the local time that chat templates see; None for the clock's
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
+        """Encode a prompt, with the special tokens that the tokenizer puts before it."""
         ids = self.tokenizer(text, **QUIET)["input_ids"]
         return ids[: len(ids) - num_appended(self.tokenizer)]
 
     def encode_chat(self, message: str) -> list[int]:
-        """Token ids of a user's message in the chat template; see `chat.encode_chat`."""
+        """Encode a user's message in the chat template; see `chat.encode_chat`."""
         return encode_chat(self.tokenizer, message, self.now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids, spaces as they are, special tokens left out or not."""
+        """Decode token ids to text, with spaces as they are."""
         text = self.tokenizer.decode(
             list(token_ids), skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -100,7 +100,7 @@ def load_pair(
 ) -> Pair:
     """Load a target, a draft and the tokenizer they share.
 
-    If both are the CPU kernel's, PyTorch computes on one thread from then on.
+    If the CPU kernel decodes both, PyTorch computes on one thread from then on.
 
     Args:
         target: a model's spec.
@@ -108,7 +108,7 @@ def load_pair(
         tokenizer: a spec for both; None takes the target's and compares the draft's with it.
         dtype: "float32", "float16", "bfloat16", or "auto" (see `resolve_dtype`).
         device: "cpu", "cuda", "cuda:N", "mps", or "auto" (a GPU if there is one).
-        target_quantization: "none", "int8" or "nf4" (needs the extra `quant`).
+        target_quantization: "none", "int8", "nf4" (needs the extra `quant`), or on a CPU "int4".
         draft_quantization: the same for a draft model of its own.
         device_map: where each part of the target goes, as accelerate takes it; None for all of it
             on `device`, where the draft goes in any case.
@@ -126,8 +126,8 @@ def load_pair(
     target_model = load_model(
         target, chosen_dtype, chosen_device, target_quantization, device_map, compile
     )
-    _say_what_is_left_out(target_model, target)
-    proposes = load_draft(
+    _warn_of_settings(target_model, target)
+    loaded_draft = load_draft(
         draft,
         target_model,
         chosen_dtype,
@@ -138,15 +138,15 @@ def load_pair(
         min_confidence=min_confidence,
         compile=compile,
     )
-    if all(map(is_exact, (target_model, *draft_models(draft, proposes).values()))):
-        torch.set_num_threads(1)  # more would wait, spinning, on the cores that the kernel's need
-    return Pair(target_model, proposes, shared, end_ids(shared, target_model))
+    if all(map(is_exact, (target_model, *draft_models(draft, loaded_draft).values()))):
+        torch.set_num_threads(1)  # more would spin on cores that the kernel's threads need
+    return Pair(target_model, loaded_draft, shared, end_ids(shared, target_model))
 
 
 def check_tokenizers(
     target: str, drafts: Sequence[str], tokenizer: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that a target shares with its drafts, before any weights are read.
+    """Return the tokenizer that a target shares with its drafts, before any weights are read.
 
     Specs are as `load_pair` takes them. With a `tokenizer` for all, nothing is compared.
 
@@ -160,16 +160,16 @@ def check_tokenizers(
     return shared
 
 
-def _say_what_is_left_out(target: Model, spec: str) -> None:
-    """One line each on what `generate` would do with this target and we do not."""
+def _warn_of_settings(target: Model, spec: str) -> None:
+    """Warn of settings that `generate` would apply, and of texts that end before the context."""
     changed = [
         f"{name} {value}"
         for name, default in GENERATE_ONLY.items()
         if (value := getattr(target.generation_config, name, default)) not in (default, None)
     ]
     if changed:
-        told = "the generation config of %s has settings that are not applied here: %s"
-        log.warning(told, spec, ", ".join(changed))
+        message = "the generation config of %s has settings that are not applied here: %s"
+        log.warning(message, spec, ", ".join(changed))
     config = target.config.get_text_config(decoder=True)
     declared = next(getattr(config, name) for name in CONTEXT_NAMES if hasattr(config, name))
     if (limit := context_limit(target)) < declared:
@@ -193,9 +193,9 @@ def load_draft(
     compile: str = "auto",
     loaded: Mapping[str, Model] | None = None,
 ) -> Draft:
-    """Load a draft for a target that is there; see `load_pair` and `check_tokenizers`.
+    """Load a draft for a loaded target; see `load_pair` and `check_tokenizers`.
 
-    Draft models that are there already are taken from `loaded`, by spec. A model that cannot be
+    Draft models that are loaded already are taken from `loaded`, by spec. A model that cannot be
     loaded is a ModelError.
     """
     name = DraftName.parse(draft)
@@ -208,8 +208,8 @@ def load_draft(
         model = _first_layers(target, name.model)
     else:
         model = load_model(name.model, dtype, target.device, quantization, compile=compile)
-    proposes = ModelDraft(model, model_k, min_confidence, name.is_greedy)
-    return CompositeDraft(lookup, proposes) if lookup else proposes
+    model_draft = ModelDraft(model, model_k, min_confidence, name.is_greedy)
+    return CompositeDraft(lookup, model_draft) if lookup else model_draft
 
 
 def _lookup(name: str) -> type[NgramDraft]:
@@ -219,7 +219,7 @@ def _lookup(name: str) -> type[NgramDraft]:
 
 
 def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
-    """The model that a loaded draft asks, by its spec, if it asks one."""
+    """Return the model of a loaded draft by its spec; {} if it has none."""
     asked = loaded.model if isinstance(loaded, (CompositeDraft, AdaptiveDraft)) else loaded
     if not isinstance(asked, ModelDraft):
         return {}
@@ -232,7 +232,7 @@ def _first_layers(target: Model, spec: str) -> Model:
         model = first_layers(target, int(spec.removeprefix(TARGET_LAYERS)))
     except ValueError as error:
         raise ModelError(f"{name}: {error}; {way_out}") from error
-    except Exception as error:  # configurations that do not let their number of layers change
+    except Exception as error:  # some configurations do not let their number of layers change
         failure = f"{name}: {target.config.model_type} models cannot be cut"
         raise model_error(failure, error, way_out) from error
     if isinstance(model, PreTrainedModel):
@@ -241,10 +241,10 @@ def _first_layers(target: Model, spec: str) -> Model:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the first CUDA GPU, else Apple's, else the CPU; `auto-split` begins on the first.
+    """Choose a device. `auto` is a CUDA GPU, else Apple's, else the CPU; a split begins on GPU 0.
 
     Raises:
-        ModelError: the device asked for is not there.
+        ModelError: the device asked for is missing.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -262,7 +262,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where it can be computed in, else float16 (GPU) or float32 (CPU)."""
+    """Choose a dtype. `auto` is bfloat16 if it is fast, else float16 (GPU) or float32 (CPU)."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type != "cpu":

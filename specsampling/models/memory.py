@@ -1,4 +1,4 @@
-"""How much memory there is, and whether it suffices: asked before minutes of loading."""
+"""Measures how much memory is free, and whether it suffices, before minutes of loading."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def require_memory(purpose: str, needed: int, way_out: str) -> None:
 
 
 def available_bytes() -> int:
-    """The bytes that can still be taken, swap and reclaimable caches included.
+    """Return the bytes that can still be taken, swap and reclaimable caches included.
 
-    A container's limit counts, and the process's own limit of its address space (`ulimit -v`).
+    A container's limit counts, and so does the limit of this process's memory (`ulimit -v`).
     """
     machine = min(_machine_bytes(), _address_space())
     try:
@@ -54,7 +54,7 @@ def _machine_bytes() -> int:
 
 
 def _address_space() -> int:
-    """What this process may still map; more than any machine has where there is no limit."""
+    """Return the bytes that this process may still map; `sys.maxsize` without a limit."""
     if sys.platform == "win32":
         return sys.maxsize
     import resource
@@ -66,24 +66,24 @@ def _address_space() -> int:
 
 
 def limit_way_out() -> str:
-    """What else a user can do, where a limit of the address space leaves less than there is."""
+    """Name one more way out if `ulimit -v` allows less memory than the machine has."""
     return ", or raise what `ulimit -v` shows" if _address_space() < _machine_bytes() else ""
 
 
 def free_bytes(device: torch.device) -> int:
-    """The bytes that a device can still give: a GPU's own memory, else the machine's."""
+    """Return the bytes that a device can still give: a GPU's own memory, else the machine's."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def resident_bytes() -> int:
-    """The bytes that this process has now of the machine's memory."""
+    """Return the bytes that this process has now of the machine's memory."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes() -> int:
-    """The most bytes that this process has had so far of the machine's memory."""
+    """Return the most bytes that this process has had so far of the machine's memory."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
@@ -93,7 +93,7 @@ def peak_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give back what only torch's caches and dead cycles of objects hold."""
+    """Give back memory that only torch's caches and unreachable objects hold."""
     import torch
 
     gc.collect()

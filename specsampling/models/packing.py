@@ -1,9 +1,9 @@
-"""A transformers model's weights in the form that the CPU kernel decodes.
+"""Brings a transformers model's weights into the form that the CPU kernel decodes.
 
-The kernel knows Llama, Mistral, Qwen2 and Qwen3, whose layers differ in little, and GPT-Neo. What
-else a configuration may ask for is looked up here: a model that needs more keeps PyTorch.
+The kernel knows Llama, Mistral, Qwen2 and Qwen3, whose layers differ in little, and GPT-Neo. If a
+configuration asks for something that the kernel does not have, the model keeps PyTorch.
 
-Knows nothing of decoding.
+This module knows nothing of decoding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Pack = Callable[..., weights.Packed]  # name, module, rows and columns -> a laye
 
 
 class Form(NamedTuple):
-    """Where a kind of model keeps its parts: the kernel's names, and paths within a layer."""
+    """The parts of a kind of model: the kernel's names for them, and paths within a layer."""
 
     layers: str
     norm: str
@@ -66,41 +66,41 @@ FORMS = {
 
 
 def why_not(model: PreTrainedModel) -> str:
-    """What keeps a model from the kernel, in words; "" where nothing does."""
+    """Say what keeps a model from the kernel; "" if nothing does."""
     config: Any = model.config
     base: Any = model.base_model
     kind = config.model_type
     if kind not in FORMS:
-        return f"it does not know {kind} models"
+        return f"the kernel does not know {kind} models"
     if not type(model).__module__.startswith("transformers.models."):
         return f"{type(model).__name__} is a class of its own"
     if changed := [name for name, part in model.named_modules() if _is_hooked(part)]:
         return f"{changed[0] or kind} computes something of its own"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in CHANGING or rope.get("partial_rotary_factor", 1) != 1:
-        return f"positions of the type {rope.get('rope_type')}"
+        return f"the kernel does not know positions of the type {rope.get('rope_type')}"
     dim = head_dim_of(config)
     if dim % 2 or dim > MOST_HEAD_DIM or config.num_hidden_layers > MOST_LAYERS:
-        return f"heads of {dim} numbers in {config.num_hidden_layers} layers"
+        return f"the kernel takes no heads of {dim} numbers in {config.num_hidden_layers} layers"
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")
     form = FORMS[kind]
     if activation not in form.activations:
-        return f"the activation {activation}"
+        return f"the kernel does not know the activation {activation}"
     for layer in base.get_submodule(form.layers):
         for linear in map(layer.get_submodule, form.linears.values()):
             if type(linear) is not nn.Linear:
-                return f"layers of the class {type(linear).__name__}"
+                return f"the kernel does not know layers of the class {type(linear).__name__}"
     return ""
 
 
 def head_dim_of(config: Any) -> int:
-    """The size of an attention head."""
+    """Return the size of an attention head."""
     own = getattr(config, "head_dim", None)
     return own or config.hidden_size // config.num_attention_heads
 
 
 def _is_hooked(part: nn.Module) -> bool:
-    """Whether more than a module's own class says what it computes."""
+    """Say whether a module computes something other than its class does."""
     hooks = (part._forward_hooks, part._forward_pre_hooks)
     return any(hooks) or "forward" in vars(part)
 
@@ -118,7 +118,7 @@ def pack_model(
         pack: makes a layer of a linear module's name, the module, and the order of its rows and
             columns.
         head: the last linear layer.
-        head_tokens: [n] ids that the head scores, if these are not all.
+        head_tokens: [n] ids that the head scores; None if it scores all.
     """
     config: Any = model.config
     base: Any = model.base_model
@@ -176,7 +176,7 @@ def pack_model(
 
 
 def _order(num: int, size: int) -> Tensor | None:
-    """The order of `num` parts of one size, each padded to whole groups; None without padding."""
+    """Order `num` parts of one size, each padded to whole groups; None if none needs padding."""
     places = torch.arange(weights.padded(size, weights.GROUP))
     if len(places) == size:
         return None
@@ -184,7 +184,7 @@ def _order(num: int, size: int) -> Tensor | None:
 
 
 def _norms(owner: nn.Module, paths: dict[str, str]) -> dict[str, Tensor]:
-    """The weights of some norms and their biases, by the kernel's names, padded, in float32."""
+    """Collect the weights and biases of some norms by the kernel's names, padded, in float32."""
     found = {}
     for name, norm in ((name, owner.get_submodule(path)) for name, path in paths.items()):
         found[name] = _pad(norm.weight.float())
@@ -194,13 +194,13 @@ def _norms(owner: nn.Module, paths: dict[str, str]) -> dict[str, Tensor]:
 
 
 def _pad(weight: Any) -> Tensor:
-    """[..., d] -> [..., d padded to whole groups]; a copy, which keeps no checkpoint's file."""
+    """Copy a weight, [..., d], with d padded to whole groups. A copy keeps no checkpoint open."""
     missing = weights.padded(weight.shape[-1], weights.GROUP) - weight.shape[-1]
     return nn.functional.pad(weight.data, (0, missing)) if missing else weight.data.clone()
 
 
 def _rotation(rotary: nn.Module, num: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the first positions, [num, head_dim / 2] each."""
+    """Compute cosines and sines of the first positions, [num, head_dim / 2] each."""
     with torch.inference_mode():
         cos, sin = rotary(torch.zeros(1, 1, 1), torch.arange(num)[None])
     half = cos.shape[-1] // 2

@@ -1,8 +1,8 @@
-"""Where a model's files are: an embedded pair, a hub id, a local folder, a `.gguf` file.
+"""Finds and reads a model's files: an embedded pair, a hub id, a local folder, a `.gguf` file.
 
-transformers reads them, kept quiet: its bars would come between the scripts' own lines. It puts
-random numbers where it finds no tensor, so its report of these is read here. Nothing here runs code
-that a checkpoint brings.
+transformers reads the files without its bars, which would come between the scripts' own lines. If a
+tensor is missing, transformers makes it of random numbers, so this module reads its report. No code
+that a checkpoint brings is run.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from specsampling.models.gguf_tokenizer import gguf_tokenizer
 
 EMBEDDED = "embedded:"
 SHARD_SIZE = "256MB"
-READ_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of a folder
+READ_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # what a folder's digest covers
 DIGEST_LETTERS = 16
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-# Ends of names of what older versions saved, and models compute: no part of a checkpoint.
+# Ends of names of buffers that some checkpoints hold although models compute them.
 SAVED_BUFFERS = (
     *(".inv_freq", ".cos_cached", ".sin_cached", ".position_ids"),
     *(".masked_bias", ".attn.bias", ".attention.bias"),
 )
-SAFE = {"trust_remote_code": False}  # else a checkpoint's own code is asked for on stdin
+SAFE = {"trust_remote_code": False}  # else transformers asks on stdin whether to run code
 
 
 def model_location(spec: str) -> str:
-    """What `from_pretrained` takes: a local folder or a hub id.
+    """Return what `from_pretrained` takes: a local folder or a hub id.
 
     The folder of an embedded model is an ordinary Hugging Face folder, made at the first call.
 
@@ -66,8 +66,8 @@ def digest_of(spec: str) -> str:
     """Tell a model's or tokenizer's files from other files of the same names.
 
     Returns:
-        The cached folder's name of an embedded model, which holds its file's hash; the commit of
-        a hub id; a hash of the files of a folder, of its adapter's base too, or of a GGUF file.
+        For an embedded model the name of its cached folder, for a hub id the commit, and for a
+        folder or a GGUF file a hash. An adapter's digest includes that of its base.
 
     Raises:
         ModelError, OSError: the model cannot be had, or a file cannot be read.
@@ -95,7 +95,7 @@ def is_gguf(spec: str) -> bool:
 
 
 def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """A spec's tokenizer: the GGUF file's, `tokenizer.json`'s, or what transformers makes."""
+    """Read a spec's tokenizer: a GGUF file's, `tokenizer.json`'s, or what transformers makes."""
     location = model_location(spec)
     with quiet_transformers():
         if is_gguf(spec):
@@ -109,7 +109,7 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 
 
 def read_config(spec: str) -> PreTrainedConfig:
-    """A spec's configuration."""
+    """Read a spec's configuration."""
     location = model_location(spec)
     with quiet_transformers():
         if is_gguf(spec):
@@ -119,7 +119,7 @@ def read_config(spec: str) -> PreTrainedConfig:
 
 
 def read_model(spec: str, **options: Any) -> Any:
-    """A spec's model, every tensor of it from the checkpoint, and every adapter in its weights.
+    """Read a spec's model, with every tensor from the checkpoint and any adapter merged in.
 
     Args:
         spec: a model's spec.
@@ -139,12 +139,12 @@ def read_model(spec: str, **options: Any) -> Any:
 
 
 def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
-    """A folder's or a hub id's model; its adapter, if it has one, is left out."""
+    """Read a folder's or a hub id's model without its adapter."""
     with quiet_transformers(), folders.without_adapter(folders.safe_location(location)) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, by name
+            ignore_mismatched_sizes=True,  # the report names them
             output_loading_info=True,
             **(SAFE | folders.hub_options(folder) | options),
         )
@@ -153,14 +153,14 @@ def _read_folder(location: str, spec: str, options: dict[str, Any]) -> Any:
         if quantization is None or not AutoHfQuantizer.supports_quant_method(quantization):
             folders.require_wide(folder, set(report["unexpected_keys"]), spec)
         elif getattr(model, "hf_quantizer", None) is None:
-            # Dequantised; numbers that were stored without scales still have their own type.
+            # The model is dequantised, but numbers stored without scales keep their own type.
             model = model.to(options["dtype"])
         _require_whole(model, report, spec)
     return model
 
 
 def _adapted(base: str, location: str, spec: str, options: dict[str, Any]) -> Any:
-    """An adapter's base with the adapter in its weights: added in float32, rounded once."""
+    """Read an adapter's base and merge the adapter into it, in float32 and rounded once."""
     if "quantization_config" in options or len(options.get("device_map", {})) > 1:
         raise ModelError(
             f"{spec} is an adapter, which is neither quantised nor split while it is applied; "
@@ -174,9 +174,9 @@ def _adapted(base: str, location: str, spec: str, options: dict[str, Any]) -> An
 
 
 def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) -> None:
-    """Refuse a checkpoint that leaves a tensor to chance, or holds one that has no place."""
+    """Refuse a checkpoint that lacks a tensor, or holds one that has no place in the model."""
     mismatched = [f"{name} {tuple(was)}" for name, was, *_ in report["mismatched_keys"]]
-    homeless = [name for name in report["unexpected_keys"] if _has_a_place_beside(model, name)]
+    homeless = [name for name in report["unexpected_keys"] if _is_in_known_part(model, name)]
     problems = {
         "lacks tensors that the model needs": report["missing_keys"],
         "has tensors of another shape than its config.json says": mismatched,
@@ -191,8 +191,8 @@ def _require_whole(model: PreTrainedModel, report: dict[str, Any], spec: str) ->
             )
 
 
-def _has_a_place_beside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor that the model does not know lies inside a part that it does know.
+def _is_in_known_part(model: PreTrainedModel, name: str) -> bool:
+    """Say whether a tensor that the model does not know lies inside a part that it knows.
 
     A bias of a layer without one, or one more layer in a list, changes what the model computes. A
     vision tower or a saved buffer does not.
@@ -222,7 +222,7 @@ def _gguf_to_folder(gguf: Path, folder: Path) -> str:
 
 
 def tensors_sha256(model: PreTrainedModel) -> str:
-    """One hash of all names, shapes, types and values of a model's parameters."""
+    """Hash all names, shapes, types and values of a model's parameters."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

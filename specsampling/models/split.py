@@ -1,8 +1,8 @@
-"""A target over several GPUs, where no single one holds it: which layer goes where.
+"""Splits a target over several GPUs if the first one cannot hold it.
 
-accelerate chooses, and moves what passes from one GPU to the next. It is told the memory that is
-free less what the caches and the draft will take. Layers in the machine's own memory are read anew
-for each call, a hundred times as slow, so they are left there only on request.
+accelerate chooses the GPU of each layer, and moves what passes from one GPU to the next. It is told
+the free memory, less the memory that the caches and the draft will take. Layers in the machine's
+own memory are read anew for each call, which is very slow, so they stay there only on request.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def split_target(
     free: Mapping[int, int],
     asked: str,
 ) -> dict[str, int | str] | None:
-    """Where each part of a target goes; None where the first GPU holds it beside its drafts.
+    """Choose where each part of a target goes; None if the first GPU holds target and drafts.
 
-    A target that the GPUs do not hold is a ModelError.
+    A target that the GPUs cannot hold is a ModelError.
 
     Args:
         target, drafts, lengths: as `estimate.need_of` takes them.
@@ -58,21 +58,21 @@ def device_map(
     weights: int,
     machine: int = 0,
 ) -> dict[str, int | str]:
-    """Where each part of a target goes.
+    """Choose where each part of a target goes.
 
     Args:
-        model: its `estimate.outline`.
+        model: the target's `estimate.outline`.
         free: bytes of each GPU.
         reserved: bytes of the first GPU for the draft and calls.
-        caches, weights: bytes of the target's, in the precision to come.
+        caches, weights: bytes of the target's caches and weights, in the precision to come.
         machine: bytes of the machine's own memory that layers may take; 0 allows none.
 
     Raises:
-        ModelError: they do not hold it.
+        ModelError: the GPUs cannot hold the target.
     """
     from accelerate import infer_auto_device_map
 
-    share = weights / (weights + caches)  # of a layer's bytes, its weights
+    share = weights / (weights + caches)  # the weights' share of a layer's bytes
     limits: dict[int | str, float] = {
         gpu: share * max(0, size - (reserved if gpu == min(free) else 0))
         for gpu, size in free.items()

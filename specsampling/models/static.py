@@ -1,8 +1,8 @@
-"""A model's decode step captured for calls of a few sizes, on a GPU.
+"""Captures a model's decode step on a GPU, for calls of a few sizes.
 
 A decode call of a small model is hundreds of short operations, each launched on its own. Here the
 whole step is captured as a CUDA graph, for each number of rows, and launched at once. The model
-carries it as its runner (`method/forward.py`), so both decoders gain.
+carries the graphs as its runner (`method/forward.py`), so both decoders gain.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def make_static(
         mode: "on" must succeed, "auto" says why it did not, "off" does nothing.
         capacity: the longest text to come, in tokens.
         sizes: numbers of rows; what a call feeds is padded to the next.
-        report: told what takes long, in one line each.
+        report: is called with one line before each step that takes long.
 
     Returns:
-        What was done, or why not, in words; with "on", the latter is a ModelError.
+        What was done, or why nothing was done. With "on", the second is a ModelError.
     """
     if is_exact(model):
         return f"the CPU kernel ({kernel_library().kind().decode()})"
@@ -62,7 +62,7 @@ def make_static(
         capacity = -(-(capacity + max(sizes)) // BLOCK) * BLOCK
         try:
             _prove(model, GraphRunner(model, capacity, sizes), report)
-        except Exception as error:  # whatever a capture makes of a model
+        except Exception as error:  # a capture can fail in any way
             model.__dict__.pop(RUNNER, None)
             if is_out_of_memory(error):
                 raise
@@ -73,14 +73,14 @@ def make_static(
         return f"captured for calls of {rows} rows ({seconds:.0f} s, not counted)"
     if mode == "on":
         raise ModelError(
-            f"decoding.compile on cannot be had ({problem}); choose auto, which then goes on "
-            "without, or off"
+            f"decoding.compile on cannot be had ({problem}); choose auto, which decodes eagerly "
+            "then, or off"
         )
     return f"eager ({problem})"
 
 
 def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], None]) -> None:
-    """Make a runner ready; a RuntimeError tells of calls that differ from the eager step's."""
+    """Make a runner ready. Raise a RuntimeError if its logits differ from the eager step's."""
     embeddings: Any = model.get_input_embeddings()
     for size in runner.sizes:
         tokens = [(7919 * i + 1) % embeddings.num_embeddings for i in range(size)]
@@ -98,7 +98,7 @@ def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], 
 
 @dataclass
 class _Place:
-    """Buffers at fixed addresses, the calls captured over them, and whose they are now."""
+    """Buffers at fixed addresses, the calls captured over them, and their present owner."""
 
     buffers: Buffers
     owner: weakref.ref
@@ -122,7 +122,7 @@ class GraphRunner:
             if place.owner() is None and place.buffers.keys[0].shape[2] == capacity:
                 place.owner = weakref.ref(owner)
                 for tensor in (*place.buffers.keys, *place.buffers.values):
-                    tensor.zero_()  # a nan of the last text's would outlive it
+                    tensor.zero_()  # a nan of the last text would remain
                 return place.buffers
         self._places.append(_Place(Buffers.of(self._model, capacity), weakref.ref(owner)))
         return self._places[-1].buffers
@@ -136,7 +136,7 @@ class GraphRunner:
     def _capture(
         self, ids: Tensor, positions: Tensor, buffers: Buffers
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """A call of as many rows as these, over these buffers."""
+        """Capture a call of as many rows as `ids` has, over these buffers."""
         ids, positions = ids.clone(), positions.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

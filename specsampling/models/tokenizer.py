@@ -1,4 +1,4 @@
-"""The tokenizer that a pair shares: loaded, compared, and asked where a turn ends."""
+"""Loads the tokenizer that a pair shares, compares it, and finds the ids that end texts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from specsampling.models.source import read_tokenizer
 
 log = logging.getLogger("specsampling")
 
-QUIET = {"verbose": False}  # no warning of a long text: the caller cuts it or says so
+QUIET = {"verbose": False}  # no warning of a long text, which the caller cuts or reports
 
 SPECIAL_PROBE = "<|endoftext|> <s> </s> <|im_start|>user\nhi<|im_end|>\n"
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """Load one tokenizer; a ModelError says why it cannot be found or loaded."""
+    """Load one tokenizer, or raise a ModelError that says why it cannot be loaded."""
     try:
         tokenizer = read_tokenizer(spec)
-        is_empty = not tokenizer(PROBES[0])["input_ids"]  # what is made where no files are
+        is_empty = not tokenizer(PROBES[0])["input_ids"]  # made when there are no files
     except ModelError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
@@ -38,7 +38,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def require_same_tokenizer(
     target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, spec: str
 ) -> None:
-    """Refuse a draft, `spec`, whose tokenizer encodes a probe otherwise than the target's.
+    """Refuse a draft, `spec`, whose tokenizer encodes some text otherwise than the target's.
 
     Raises:
         ModelError: the draft's ids mean nothing to the target.
@@ -60,7 +60,7 @@ def require_same_tokenizer(
 
 
 def num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens the tokenizer puts behind a text; a prompt must not have them."""
+    """Count the special tokens that the tokenizer puts behind a text, as no prompt may have."""
     bare = tokenizer(PROBES[1], add_special_tokens=False)["input_ids"]
     dressed = tokenizer(PROBES[1])["input_ids"]
     added = len(dressed) - len(bare)
@@ -69,14 +69,14 @@ def num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
-    """Every id that ends a text, wherever it is written down.
+    """Collect every id that ends a text.
 
     A checkpoint names its ends in up to three places that need not agree: the generation config,
-    the tokenizer's end of text, and the token that the chat template puts behind an answer. A
-    model that was tuned on the last runs into an invented next turn if only the first is heeded.
-    A code model goes on to another file behind a separator, which no checkpoint names.
+    the tokenizer's end of text, and the token that the chat template puts behind an answer. If one
+    were ignored, a model could go on with an invented next turn. A code model writes a separator
+    and goes on with another file, and no checkpoint names the separators.
 
-    An id of a configuration that the model cannot say is left out, and a line tells of it.
+    An id that is not in the vocabulary is left out, and a warning names it.
     """
     size = num_logits(model)
     config = model.config.get_text_config(decoder=True)
@@ -90,25 +90,25 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
 
     places = [(token, "config.json") for token in in_config]
     places += [(token, "generation_config.json") for token in named if token not in in_config]
-    odd = [f"{t!r:.40} in {place}" for t, place in places if t is not None and not is_id(t)]
+    invalid = [f"{t!r:.40} in {place}" for t, place in places if t is not None and not is_id(t)]
     vocabulary = tokenizer.get_vocab()  # token -> id, added tokens included
     # SentencePiece writes a blank before a token as "▁": CodeLlama's separator is "▁<MID>".
     separators = (f"{blank}{name}" for name in SEPARATORS for blank in ("", "▁"))
     others = (tokenizer.eos_token_id, _end_of_turn(tokenizer), *map(vocabulary.get, separators))
     ids = {*filter(is_id, named), *(token for token in others if token is not None)}
-    if odd:
+    if invalid:
         has_end = min(ids, default=size) < size
         log.warning(
             "eos_token_id of %s must be an integer from 0 to %d, for its vocabulary has %d tokens "
             "(got %s): left out%s",
-            *(model.name_or_path, size - 1, size, ", ".join(odd)),
+            *(model.name_or_path, size - 1, size, ", ".join(invalid)),
             "" if has_end else "; texts end only at decoding.max_new_tokens",
         )
     return frozenset(ids)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts right behind an answer, if there is one."""
+    """Find the special token that the chat template puts right behind an answer, if any."""
     if not tokenizer.chat_template:
         return None
     answer = "specsampling"
