@@ -1,7 +1,7 @@
-"""What to run: `config.yaml`, read strictly into frozen dataclasses.
+"""Reads `config.yaml`, which says what to run, strictly into frozen dataclasses.
 
-The dataclasses are the schema: a field's type says what may stand there, and its `Rule`s narrow the
-values. This module checks how a value looks, not whether a model or a GPU is there.
+The dataclasses are the schema: a field's type and its `Rule`s say which values are allowed. This
+module checks the form of a value. It does not check whether a model or a GPU exists.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from specsampling.checking import (
 from specsampling.strict_yaml import YamlError, parse_yaml
 
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
-MAX_FILE_BYTES = 200_000  # some hundred profiles; far more than that is another kind of file
+MAX_FILE_BYTES = 200_000  # room for some hundred profiles; a larger file is of another kind
 MAX_NAMES = 10  # profiles that an error lists
 
 # These choose which rows are made or limit their scoring. They change no row.
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
-    "decoding": ("compile",),  # what it came to is the meta's `steps`
-    # More samples continue a run: each has its own randomness. Rows say what `noise` came to.
+    "decoding": ("compile",),  # the meta records its effect in `steps`
+    # A run may gain samples, because each has its own randomness. Each row records its noise.
     "sampling": ("num_samples", "noise"),
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
@@ -100,7 +100,7 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. `ngram_*` concern lookups, and `m*` models with a fixed k."""
+    """The settings of drafting: `ngram_*` for lookups, `m*` for models with a fixed k."""
 
     k: K | Literal["auto"]
     model_k: Annotated[int, at_least(1, "null is as many as k"), _DRAFTED] | None
@@ -112,7 +112,7 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """Where decoding ends, and how a decode call is made. A `width` of 0 is chosen from k."""
+    """The end of decoding, and the form of its calls. A `width` of 0 is chosen from k."""
 
     max_new_tokens: Annotated[int, within(1, 10_000_000, "no model's context is longer")]
     bit_exact: bool
@@ -136,7 +136,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The rows to make. A `limit` of None is every example; torch chooses if `threads` is 0."""
+    """The rows to make. A `limit` of None takes all examples; 0 `threads` leave it to torch."""
 
     methods: Annotated[
         tuple[Method, ...],
@@ -158,7 +158,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class HumanEvalConfig:
-    """How a problem is asked, where the answer ends, and the sandbox's limits."""
+    """The form of a prompt, the end of an answer, and the sandbox's limits."""
 
     prompt_style: PromptStyle
     stop_strings: tuple[Text, ...]
@@ -175,7 +175,7 @@ class HumanEvalConfig:
 
 @dataclass(frozen=True)
 class XSumConfig:
-    """Which articles, how a summary is asked for, and where it ends."""
+    """The articles, the prompt that asks for a summary, and the summary's end."""
 
     dataset: Spec
     split: Text
@@ -202,13 +202,13 @@ class Config:
 
     @property
     def width(self) -> int:
-        """Rows of a padded decode call: the configured ones, or the next multiple of 8 above k."""
+        """Rows of a padded decode call: `decoding.width`, or the next multiple of 8 above k."""
         k = 0 if self.speculation.k == "auto" else self.speculation.k
         return self.decoding.width or (k // WIDTH_STEP + 1) * WIDTH_STEP
 
     @property
     def call_width(self) -> int | None:
-        """Rows of every decode call; None for as many as there are new tokens."""
+        """Rows of every decode call; None if a call has a row for each new token only."""
         return self.width if self.decoding.bit_exact else self.decoding.width or None
 
     @property
@@ -273,8 +273,8 @@ def load_config(
 
     Args:
         path: a YAML file: `default: NAME` and `profiles: {NAME: {block: {key: value}}}`.
-        profile: its name; None takes the file's default.
-        overrides: `key.path=value` each, the value in YAML; the last one wins.
+        profile: the profile's name; None takes the file's default.
+        overrides: `key.path=value` each, with the value in YAML; later ones win.
         values: plain values by `key.path`; they win over the overrides.
 
     Raises:
@@ -320,17 +320,17 @@ def config_hash(config: Config) -> str:
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
     for block, key, default in (("speculation", "verifier", "token"), ("run", "batch_size", 1)):
         if values[block][key] == default:
-            del values[block][key]  # runs without this field have the same hash
+            del values[block][key]  # a default is left out of the hash
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class MethodParts:
-    """The parts of a method's name; `draft` is "" and the others are the profile's if not named."""
+    """The parts of a method's name. Unnamed parts are the profile's; an unnamed draft is ""."""
 
     draft: str
     k: int
-    is_adaptive: bool  # then k is the most that a cycle drafts
+    is_adaptive: bool  # if so, k is the most that a cycle drafts
     verifier: VerifierName
 
 
@@ -357,7 +357,7 @@ def read_blocks(path: str | Path) -> dict[str, Any]:
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise OSError(0, "not a file")  # a pipe would be waited for, a device never ends
+            raise OSError(0, "not a file")  # reading a pipe or a device may never end
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
