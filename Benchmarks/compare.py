@@ -29,9 +29,9 @@ from specsampling.results.records import Row, Run, read_run
 from specsampling.results.tables import aligned, scores_of
 
 NOTE = (
-    "Equal texts have the same token ids. The column before shows which share of the first run's "
-    "tokens comes before the first difference, over all texts. Scores, and the first run's minus "
-    "the other's, have 95% intervals over the texts that both runs have"
+    "equal counts the texts with the same token ids. before is the share of the first run's tokens "
+    "that come before the first difference, over all texts. Scores and differences (first run "
+    "minus other) have 95% intervals over the texts that both runs have"
 )
 
 

@@ -73,7 +73,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, begun, exit_code, option_value
+from specsampling.console import PROJECT, Parser, exit_code, option_value, read_existing_run
 from specsampling.method.text import Generation
 from specsampling.models.errors import ModelError
 from specsampling.provenance import run_meta
@@ -100,7 +100,7 @@ BASELINES = {  # the plain decoding of each family
 }
 OURS = {"ours in 16 bit": "none", "ours in 8 bit": "int8", "ours in 4 bit": "int4"}
 FAMILIES = ("transformers", "llama.cpp", "llama.cpp native", "OpenVINO", *OURS)
-PACKAGES = {  # what a family needs, and how to get it
+PACKAGES = {  # a family's package, and its installation
     "llama.cpp": ("xllamacpp", 'pip install ".[peers]"'),
     "llama.cpp native": (
         "llama_cpp",
@@ -384,7 +384,7 @@ def exported(spec: str, weights: str, exporter: Path | None) -> Path:
     """Return a model's OpenVINO folder in the cache; let optimum-intel export it if missing.
 
     Args:
-        spec: a model's spec, whose files are a Hugging Face folder.
+        spec: the spec of a model in a Hugging Face folder.
         weights: a name in `OPENVINO_FORMATS`.
         exporter: the Python interpreter of an environment that has optimum-intel.
 
@@ -562,7 +562,7 @@ def openvino_finders(
     return found
 
 
-# --- what is decoded -----------------------------------------------------------------
+# --- the prompts ---------------------------------------------------------------------
 
 
 def configured(options: argparse.Namespace, quantization: str) -> Config:
@@ -666,7 +666,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     config = configured(options, "none")
     require_task(config, "humaneval")
-    _, options.now = begun(options.output, options.fresh)  # the contenders' processes need it
+    _, options.now = read_existing_run(options.output, options.fresh)  # for the contenders
     meta = meta_of(config, options.now)
     check_fresh(options.output) if options.fresh else check_output(options.output, meta)
     prompts = prompts_of(config, options.now)
@@ -740,7 +740,7 @@ def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFi
         bar.set_description(f"warm-up: {name}")
         try:
             problem = decoders[name](first).error
-        except ConfigError as error:  # its process ended
+        except ConfigError as error:  # the contender's process ended
             problem = str(error)
         if problem:
             tqdm.write(f"not compared: {name}: {problem}")

@@ -285,8 +285,9 @@ def what_rows_would_take(path: Path, calls: Calls) -> list[str]:
         predicted = sum(
             row.target_calls * call + row.draft_calls * calls.draft + calls.prefill for row in rows
         )
-        took = f"took {sum(row.prefill_seconds + row.decode_seconds for row in rows):.0f} s"
-        lines.append(f"{method}: {took}, and would take {predicted:.0f} s here ({len(rows)} rows)")
+        measured = sum(row.prefill_seconds + row.decode_seconds for row in rows)
+        times = f"took {measured:.0f} s, and would take about {predicted:.0f} s here"
+        lines.append(f"{method}: the run {times} ({len(rows)} rows)")
     return lines
 
 

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 def mistake(field: str, rule: str, got: object, way_out: str = "") -> ConfigError:
-    """Return the error of a field; `got` is its value as the file has it."""
+    """Return the error of a field; `got` is the field's value as the file has it."""
     return ConfigError(f"{field} must be {rule} (got {got}){f'; {way_out}' if way_out else ''}")
 
 
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
     words: str
     check: Callable[[Any], object]
-    way_out: str = ""  # what may help if the rule is broken
+    way_out: str = ""  # advice if the rule is broken
     is_word: bool = False  # capitals and surrounding blanks are typing slips
 
     def way_out_for(self, value: Any) -> str:
@@ -79,14 +79,14 @@ def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any
 
 @dataclass
 class _Misfit(Exception):
-    """A value does not fit its type hint; `rule` is the rule that it breaks, if it breaks one."""
+    """A mismatch of a value and its type hint; `rule` is the broken rule, if there is one."""
 
     way_out: str
     rule: Rule | None = None
 
 
 def checked(hint: Any, value: Any, path: str) -> Any:
-    """Return the value as the type hint holds it; a ConfigError names `path` if it does not fit."""
+    """Convert the value to its type hint; a ConfigError names `path` if the value does not fit."""
     try:
         return _convert(hint, value, path)
     except _Misfit as misfit:
@@ -161,7 +161,7 @@ def _words(hint: Any, broken: Rule | None = None) -> str:
     return _TYPES[dict if is_dataclass(kind) else kind][0]
 
 
-_TYPES = {  # the type in words, and what may help if something else is given
+_TYPES = {  # the type in words, and advice if another type is given
     str: ("a string", "text in quotes is always a string"),
     int: ("an integer", "write digits 0 to 9 only, without quotes"),
     float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),

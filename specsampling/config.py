@@ -43,7 +43,7 @@ _NOT_HASHED = {
 }
 
 _BY_K = "0 chooses it from speculation.k"
-_DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
+_DRAFTED = at_most(1024, "a cycle drafts and scores all of them, and many hardly ever pay off")
 _OURS = re.compile(
     r"(ngram\+)?(greedy:)?(embedded:|target-layers:)|ngram(\+|$)|greedy:", re.IGNORECASE
 )
@@ -63,7 +63,7 @@ Device = Annotated[
     ),
 ]
 K = Annotated[int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED]
-Ngram = Annotated[int, within(1, 64, "each length is looked up, and long ones hardly ever repeat")]
+Ngram = Annotated[int, within(1, 64, "each length is looked up, and long n-grams rarely repeat")]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
@@ -87,7 +87,7 @@ PromptStyle = Literal["completion", "chat"]
 
 @dataclass(frozen=True)
 class ModelsConfig:
-    """The two models and their precision. If `tokenizer` is None, it is the target's own."""
+    """The two models and their precision. A `tokenizer` of None is the target's own."""
 
     target: Spec
     draft: Spec
@@ -103,7 +103,7 @@ class SpeculationConfig:
     """The settings of drafting: `ngram_*` for lookups, `m*` for models with a fixed k."""
 
     k: K | Literal["auto"]
-    model_k: Annotated[int, at_least(1, "null is as many as k"), _DRAFTED] | None
+    model_k: Annotated[int, at_least(1, "null means as many as k"), _DRAFTED] | None
     min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Ngram
     ngram_min: Ngram
@@ -165,7 +165,7 @@ class HumanEvalConfig:
     timeout_seconds: Annotated[
         float,
         Rule(" > 0", lambda seconds: seconds > 0),
-        at_most(86_400, "a day; one program that hangs would stop all scoring for so long"),
+        at_most(86_400, "one program that hangs would stop all scoring for a day"),
     ]
     memory_mb: Annotated[
         int, within(64, 1_048_576, "a tebibyte is no limit", "a Python process needs 64 to start")
@@ -227,7 +227,7 @@ class Config:
         ngrams, decoding, models = self.speculation, self.decoding, self.models
         if ngrams.ngram_min > ngrams.ngram_max:
             rule = f"<= speculation.ngram_max, here {ngrams.ngram_max}"
-            way_out = "lower the one or raise the other"
+            way_out = "lower it, or raise speculation.ngram_max"
             raise mistake("speculation.ngram_min", rule, ngrams.ngram_min, way_out)
         if 0 < decoding.width <= max(1, self.largest_k):
             rule = f"0 or >= speculation.k + 1, here {self.largest_k + 1}"
@@ -244,7 +244,7 @@ class Config:
                 way_out = "choose such a K, or raise speculation.k"
                 raise mistake("run.methods", rule, shown(method), way_out)
         if self.sampling.noise != "positional" and self.coupled_methods:
-            rule = "positional for the rule coupled, which shares it with the baseline"
+            rule = "positional for the rule coupled, which shares noise with the baseline"
             raise mistake("sampling.noise", rule, self.sampling.noise, "set it to positional")
         draft = models.draft.removeprefix("ngram+").removeprefix("greedy:")
         precision = models.draft_quantization
@@ -253,7 +253,7 @@ class Config:
             rule = f"none for the draft {models.draft}, which has no weights of its own"
             raise mistake("models.draft_quantization", rule, precision, "set it to none")
         if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
-            rule = "[] for humaneval.prompt_style: chat, where the code itself holds them"
+            rule = "[] for humaneval.prompt_style: chat, because code may hold such strings"
             got = shown(self.humaneval.stop_strings)
             raise mistake("humaneval.stop_strings", rule, got, "set it to []")
         if self.humaneval is None and self.xsum is None:

@@ -47,7 +47,7 @@ SHORTCUTS = "run.methods", "run.limit", "sampling.seed", "models.device", "model
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line each, and which prints the description as it is."""
+    """A parser with errors of one line, which prints its description unchanged."""
 
     def __init__(self, description: str | None):
         as_it_is = argparse.RawDescriptionHelpFormatter
@@ -156,7 +156,7 @@ def run_experiment(
     if ranks:
         models = replace(models, device=ranks.device(models.device))
     was_stopped = take_in(output, ranks, options.fresh)
-    existing_run, now = begun(output, options.fresh, ranks)
+    existing_run, now = read_existing_run(output, options.fresh, ranks)
     mode, why_eager = loading.settle_steps(config, existing_run)
     meta = run_meta(config, mode, now)
     meta["files"] = loading.digest_files(config, task.examples())
@@ -217,7 +217,7 @@ def run_experiment(
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
-def begun(
+def read_existing_run(
     output: Path, fresh: bool, ranks: Ranks | None = None
 ) -> tuple[Run | None, datetime.datetime]:
     """Return what an earlier process left of a run, and the run's `prompt_date`.

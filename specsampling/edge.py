@@ -57,7 +57,7 @@ def _is_number(text: str) -> bool:
 
 
 def rank() -> int:
-    """Return this process's rank. Rank 0 is the only process, or the one that speaks."""
+    """Return this process's rank: 0 for a single process, or for the one that prints."""
     variables = launched_by()
     return int(os.environ[variables[0]]) if variables else 0
 
@@ -81,7 +81,7 @@ class _Signals:
         if self.may_raise and self.code is None:
             self.code, self.since = code, time.monotonic()
             raise Stopped
-        # Nothing is open while importing and at the very end.
+        # Ending at once is safe while importing and at the very end: nothing is open.
         if not self.may_raise or time.monotonic() - self.since > PATIENCE_SECONDS:
             try:  # an exception could surface in any code
                 os.write(2, f"{STOPPED}\n".encode())
@@ -115,17 +115,17 @@ def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     if limit == resource.RLIM_INFINITY:
         return
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own reserves 1 GB
-    alone = DECODING_BYTES
+    base_bytes = DECODING_BYTES
     for argument in sys.argv[1:]:
         if argument.startswith(("--score", "--help", "-h")):
-            alone = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
-    told = os.environ.get("OMP_NUM_THREADS", "")
+            base_bytes = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
+    thread_count = os.environ.get("OMP_NUM_THREADS", "")
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    threads = int(told) if _is_number(told) and int(told) else num_cores
-    needed = alone + threads * THREAD_BYTES
+    threads = int(thread_count) if _is_number(thread_count) and int(thread_count) else num_cores
+    needed = base_bytes + threads * THREAD_BYTES
     if limit < needed:
-        fewer = ", or set OMP_NUM_THREADS=1" if limit >= alone + THREAD_BYTES else ""
+        fewer = ", or set OMP_NUM_THREADS=1" if limit >= base_bytes + THREAD_BYTES else ""
         _say(
             f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the "
             f"libraries and {threads} threads (got {limit / 1e9:.1f} GB); raise it{fewer}"
@@ -178,12 +178,12 @@ def _code_of(error: BaseException) -> int:
     if not line and isinstance(error, OSError):
         _give_up_output()
         line = (
-            f"error: the system refused something ({error}); check the paths, your rights to "
+            f"error: the system refused an operation ({error}); check the paths, your rights to "
             "them, and the space on the disk"
         )
     if not line:
         if rank():
-            sys.stderr = sys.__stderr__  # a bug is told on every rank
+            sys.stderr = sys.__stderr__  # every rank reports a bug
         raise error
     _say(line)
     return MISTAKE

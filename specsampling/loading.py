@@ -74,11 +74,11 @@ def baselines(config: Config) -> list[str]:
     from specsampling.models.source import EMBEDDED
 
     device, target = resolve_device(config.models.device), config.models.target
-    is_kernels = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
-    if is_kernels and not target.startswith(EMBEDDED):
+    uses_kernel = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
+    if uses_kernel and not target.startswith(EMBEDDED):
         dtype = resolve_dtype(config.models.dtype, device)
-        is_kernels = not why_not(plan_model(target, dtype, "none").outline)
-    needs_reference = config.decoding.bit_exact and not is_kernels
+        uses_kernel = not why_not(plan_model(target, dtype, "none").outline)
+    needs_reference = config.decoding.bit_exact and not uses_kernel
     return ["autoregressive", *["reference"] * needs_reference]
 
 
@@ -111,7 +111,7 @@ def settle_memory(
     `num_sharing` processes share this machine's memory equally.
 
     Returns:
-        Where each part of the target goes, if several GPUs share it, and the expected peak in
+        The device of each part of the target, if several GPUs share it, and the expected peak in
             words, if it is estimated.
 
     Raises:
@@ -236,11 +236,11 @@ def settle_steps(config: Config, existing_run: Run | None) -> tuple[Compile, str
     from specsampling.models.load import resolve_device
 
     mode, size = config.decoding.compile, config.run.batch_size
-    is_gpus_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
-    if is_gpus_batch and mode == "on":
+    is_gpu_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
+    if is_gpu_batch and mode == "on":
         way_out = "set one of the two, or compile: auto"
         raise mistake("run.batch_size", "1 for decoding.compile: on with a GPU", size, way_out)
-    if mode == "auto" and is_gpus_batch:
+    if mode == "auto" and is_gpu_batch:
         return "off", "run.batch_size: several texts at once"
     if mode == "auto" and existing_run is not None and not existing_run.meta.get("steps"):
         return "off", "as in the rows that the file has"

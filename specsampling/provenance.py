@@ -99,7 +99,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Return the most that this process has taken of the machine's memory and of its GPU's."""
+    """Return this process's peak memory on the machine and on its GPU, in words."""
     import torch
 
     from specsampling.models.memory import gigabytes, peak_bytes

@@ -131,7 +131,7 @@ def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
 
 
 def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
-    """Yield jobs that are decoded together: one method's, over a block of pairs.
+    """Yield groups of jobs that are decoded together: one method over a block of pairs.
 
     A block has more pairs than a batch has places, since some texts end early.
     """
@@ -160,10 +160,10 @@ def run(
     the run goes on.
 
     Args:
-        pair, task, prompts: what is decoded, and by which models.
+        pair, task, prompts: the models, and what they decode.
         methods: the decoders by name, in the order of the table.
         run_file: where rows go.
-        seed: the whole run's; see `sample_seed`.
+        seed: the seed of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
         warmup: how many examples every method decodes first; those texts are thrown away.
         batch_size: how many texts are decoded at once. They share the seconds equally.
@@ -269,7 +269,7 @@ def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> i
 
 
 class Progress:
-    """Running totals for the progress bar: tokens/s of each method, acceptance so far."""
+    """The running totals for the progress bar: each method's tokens/s, and the acceptance."""
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str]):
         self._tokens = dict.fromkeys(names, 0)

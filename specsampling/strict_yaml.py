@@ -40,7 +40,7 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML document; None for an empty one.
 
     Raises:
-        YamlError: a syntax error, a key twice, a key that is no word, a tag, a merge key, an
+        YamlError: a syntax error, a repeated key, a key that is no word, a tag, a merge key, an
             alias to its own parent, or more depth, values or digits than any configuration has.
     """
     try:
@@ -69,11 +69,11 @@ def scalar(text: str) -> Any:
 
 
 class _Builder:
-    """Turns the events of one document into its value."""
+    """A builder of one document's value from PyYAML's events."""
 
     def __init__(self, text: str):
         self._events: Any = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._anchors: dict[str, tuple[Any, int]] = {}  # value, and how many values are in it
+        self._anchors: dict[str, tuple[Any, int]] = {}  # a value, and its number of values
         self._num_values = 0
 
     def document(self) -> Any:
@@ -83,7 +83,7 @@ class _Builder:
         value = self._value(next(self._events), 0)
         next(self._events)  # the document ends
         if not isinstance(event := next(self._events), yaml.StreamEndEvent):
-            _fail(event, "a second document begins (---), and one is read")
+            _fail(event, "a second document begins (---), and only one is read")
         return value
 
     def _value(self, event: Any, depth: int) -> Any:

@@ -169,7 +169,7 @@ class Shards:
                 for row, text in enumerate(texts)
                 if name.startswith("eval-") or not self._decontamination.finds(text)
             ]
-            none = made.tokens[0][:0], made.hidden[0][:0]  # a shard may be left without rows
+            none = made.tokens[0][:0], made.hidden[0][:0]  # a shard may have no rows
             tensors = {
                 "lengths": torch.tensor([len(made.tokens[row]) for row in kept]).int(),
                 "num_prompt_tokens": torch.tensor([made.num_prompt_tokens[r] for r in kept]).int(),

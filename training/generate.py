@@ -72,7 +72,7 @@ def generate(
 
     column = torch.arange(longest, device=device)
     sees = (column <= column[:, None]) & (column >= padding[:, None, None])
-    sees |= torch.eye(longest, dtype=torch.bool, device=device)  # padding sees itself: no nan
+    sees |= torch.eye(longest, dtype=torch.bool, device=device)  # else padding is NaN
     hidden = model.base_model(
         input_ids=ids,
         attention_mask=sees[:, None],

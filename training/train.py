@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 EVALUATIONS = ("eval-humaneval", "eval-articles", "eval-code")
 EVALUATED_TOGETHER = 16
-HEAD_ROWS = 256  # of logits at a time
+HEAD_ROWS = 256  # rows of logits computed at a time
 CHUNK = 256  # sequences that are sorted by length together
 
 

@@ -116,6 +116,6 @@ def partings(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
 
 def describe_partings(gaps: Sequence[float], num_texts: int) -> str:
     return (
-        f"{len(gaps)} of {num_texts} texts differ from reference's. Where they first do, the two "
-        f"best logits are {statistics.median(gaps):.2g} apart (median) and at most {max(gaps):.2g}"
+        f"{len(gaps)} of {num_texts} texts differ from reference's. At the first difference, the "
+        f"two best logits are {statistics.median(gaps):.2g} apart (median), at most {max(gaps):.2g}"
     )

@@ -51,11 +51,11 @@ def require_writable_folder(path: Path) -> None:
     folder = Path(os.path.realpath(path)).parent
     while not is_there(folder):
         folder = folder.parent
-    tempfile.TemporaryFile(dir=folder).close()  # `os.access` says yes to root everywhere
+    tempfile.TemporaryFile(dir=folder).close()  # `os.access` allows root everything
 
 
 def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
-    """Open a file for this process alone, at its start.
+    """Open a file at its start, for this process alone.
 
     Another process may put a new file at the path before the lock is taken. The lock would then
     be on a file that nobody sees any more, so the new file is opened instead.
@@ -91,7 +91,7 @@ def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
 
 @contextmanager
 def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
-    """Write a whole file aside, and move it into place after the block.
+    """Write a whole file under another name, and move it into place after the block.
 
     At any moment either the old or the new file is at the path. The block runs only if the new file
     could be written. If the path is a link, the link stays, and its file is replaced. The new file
@@ -106,7 +106,7 @@ def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
         write_all(file, data)
         os.fsync(file.fileno())
         yield file
-        if sys.platform == "win32":  # where an open file cannot be moved
+        if sys.platform == "win32":  # Windows cannot move an open file
             file.close()
         scratch.replace(path)
         sync(path.parent)
@@ -117,7 +117,7 @@ def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file in one step."""
+    """Replace a whole file in one step."""
     with replaced(path, data) as file:
         pass
     file.close()
@@ -156,8 +156,8 @@ def _require_own(scratch: Path) -> None:
     with suppress(FileNotFoundError), scratch.open("rb") as file:
         if file.read(1) not in (b"", b"{"):
             raise RecordsError(
-                f"{scratch} is in the way and not of this program; move it, or choose another "
-                "file with --output"
+                f"{scratch} must be a file of this program, because it is replaced (got another "
+                "file); move it, or choose another file with --output"
             )
 
 

@@ -15,9 +15,9 @@ from typing import Any, get_args, get_origin
 
 from specsampling.results.files import RecordsError
 
-BEGINNING = b'{"example_id": '  # of each line
+BEGINNING = b'{"example_id": '  # the beginning of each line
 
-SEAL = "sha256"  # the field that holds it
+SEAL = "sha256"  # the field that holds the seal
 CHANGED = "was changed after it was written"
 
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
@@ -28,7 +28,7 @@ def key_of(values: Mapping[str, Any]) -> Key:
 
 
 def hash_of(value: Any) -> str:
-    """Hash plain values: 16 hexadecimal digits."""
+    """Return a hash of plain values, in 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 

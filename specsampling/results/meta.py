@@ -56,7 +56,7 @@ def require_own_meta(path: Path) -> None:
         problem = str(error)
     if problem:
         raise RecordsError(
-            f"{beside} must be the meta of a run, which would take its place ({problem}); move it "
+            f"{beside} must be a run's meta, because a run would replace it ({problem}); move it "
             "away, or choose another file with --output"
         )
 
@@ -71,7 +71,7 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         names = (*MUST_AGREE, "config")
         was, now = ({name: values.get(name) for name in names} for values in (old, meta))
         raise RecordsError(
-            f"{path} is another run's: {', '.join(_differences(was, now))}; {START_OVER}"
+            f"{path} belongs to another run: {', '.join(_differences(was, now))}; {START_OVER}"
         )
     if others := sorted(changed_files(old, meta)):
         raise RecordsError(

@@ -1,4 +1,4 @@
-"""Rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
+"""Computes rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
 
 This module knows rows and scores, and nothing about files, tables, figures, models or tasks.
 Rates are fractions in [0, 1]. A number that does not exist (no tokens, nothing drafted) is NaN.
@@ -44,7 +44,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times fewer seconds per token a method takes than a baseline.
+    """The ratio of a baseline's seconds per token to a method's: above 1, the method is faster.
 
     `mean_of_ratios` weighs a two-token answer like a long one, so it is shown beside
     `of_totals` and never instead of it.
@@ -189,7 +189,7 @@ def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
 def quality(scores: Sequence[Any], name: str) -> Interval:
     """Return the mean of a measure, such as "rouge1" or "pass@1", over one method's scores.
 
-    ROUGE is averaged over samples, pass@k over the problems with k samples or more.
+    ROUGE is averaged over samples, and pass@k over the problems with k samples or more.
     The bootstrap draws problems.
     """
     if name.startswith("pass@"):
@@ -230,7 +230,7 @@ def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Int
     if num_problems == 1:
         return Interval(estimate, math.nan, math.nan)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    chunk = 100  # resamples at a time: all at once would take gigabytes on XSum's 11,334 articles
+    chunk = 100  # resamples at a time: all of XSum's at once would take gigabytes
     means = []
     for _ in range(NUM_RESAMPLES // chunk):
         draws = generator.integers(num_problems, size=(chunk, num_problems))

@@ -18,7 +18,7 @@ from specsampling.results.meta import START_OVER, read_meta
 from specsampling.results.scores import Scores, read_scores, scores_path
 
 OUT_OF_MEMORY = "out of memory"  # begins the error of a row that lacked memory
-Sample = tuple[str, int]  # example_id, sample_index: what two methods are paired by
+Sample = tuple[str, int]  # example_id and sample_index, by which methods are paired
 
 
 class Source(NamedTuple):
@@ -67,7 +67,7 @@ class Row:
     transforms: list[float] | None = None  # one per new token: see method/evidence.py
     gaps: list[float] | None = None
     noise: str | None = None  # "positional", or None for numbers drawn in sequence
-    error: str | None = None  # why the text ended early, where finish_reason is error
+    error: str | None = None  # the reason, if finish_reason is error
     rank: int | None = None  # the process that made the row, if there are several
     device: str | None = None
 

@@ -46,7 +46,7 @@ class RunFile:
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: plain values.
+            meta: what makes the rows, as plain values.
             fresh: drop existing rows, meta and scores.
 
         Raises:
@@ -119,7 +119,7 @@ class RunFile:
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
         require_one_prompt(self._path, [row], self._hashes)
-        self._find(row)
+        self._check_path(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:
                 self._save_meta()
@@ -139,7 +139,7 @@ class RunFile:
         finally:
             self._state = files.state_of(self._file.fileno())
 
-    def _find(self, *more: Row) -> None:
+    def _check_path(self, *more: Row) -> None:
         """Compare the open file with the one at the path, before rows are added or sorted.
 
         An editor, `git checkout` or `mv` may put another file there. If the new file holds our
@@ -162,17 +162,17 @@ class RunFile:
             self._file.close()
         self._is_lost = True
         if not (rows := [*self.rows, *more]):
-            raise RecordsError(f"{self._path} was {what} while this run had it; start it again")
+            raise RecordsError(f"{self._path} was {what} while the run had it; start the run again")
         kept = _keep(self._path, rows, self._meta)
         raise RecordsError(
-            f"{self._path} was {what} while this run wrote to it, and was left as it is; the run's "
-            f"{len(rows)} rows are in {kept}, their meta beside it: move both back to go on"
+            f"{self._path} was {what} while this run wrote to it, and is left unchanged; the run's "
+            f"{len(rows)} rows are in {kept}, with their meta beside it: move both back to go on"
         )
 
     def note(self, **facts: Any) -> None:
         """Add facts to the meta (in a resumed file to this run's entry), if rows were appended."""
         if self._is_meta_saved and not self._is_lost:
-            self._find()
+            self._check_path()
             (self._meta["resumed"][-1] if "resumed" in self._meta else self._meta).update(facts)
             with one_line_errors(self._path, "written"):
                 self._save_meta()
@@ -186,7 +186,7 @@ class RunFile:
         """Replace all rows of the file in one step."""
         if rows == self.rows:
             return
-        self._find()
+        self._check_path()
         with one_line_errors(self._path, "written"):
             with files.replaced(self._path, _lines(rows)) as file:
                 self._file.close()
@@ -227,7 +227,7 @@ def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
         files.require_plain(path)
         require_own_meta(path)
         require_own_scores(path)
-        files.require_writable_folder(path)  # the meta is written aside there, and moved
+        files.require_writable_folder(path)  # the meta is written there, then moved
         if not is_there(path):
             return
         with open_alone(path, "r+") as file:
@@ -244,7 +244,7 @@ def check_fresh(path: str | Path) -> None:
             rows_in(path, files.read_file(path))
     except RecordsError as error:
         raise RecordsError(
-            f"{path} holds what is no row of a run, and --fresh would delete it ({error}); choose "
+            f"{path} holds lines that are no rows, and --fresh would delete them ({error}); choose "
             "another file with --output, or delete it yourself"
         ) from None
 

@@ -64,8 +64,8 @@ def require_own_scores(path: str | Path) -> None:
     beside = scores_path(path)
     if beside.is_file() and not all(map(_is_score, read_file(beside).splitlines())):
         raise RecordsError(
-            f"{beside} holds what is no score, and scores would take its place; move it away, or "
-            "choose another file for the rows"
+            f"{beside} holds lines that are no scores, and scores would replace them; move it "
+            "away, or choose another file for the rows"
         )
 
 

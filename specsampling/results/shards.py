@@ -80,9 +80,9 @@ class Shard:
 
         Args:
             output: the run's file.
-            meta, fresh: as `RunFile.open` takes them.
+            meta, fresh: the arguments of `RunFile.open`.
             existing_rows: rows that the run's file has and that stay.
-            ranks: this process among the others.
+            ranks: this process's place among the others.
             device: the name of this process's device, for its rows.
         """
         self._ranks = ranks
@@ -93,8 +93,8 @@ class Shard:
         self._path = shard_path(output, ranks.index)
         if self._path.exists() and not is_shard(self._path, output):
             raise RecordsError(
-                f"{self._path} is in the way: rank {ranks.index} writes there, and it is no "
-                f"part of this run; move it, or choose another file with --output"
+                f"{self._path} must be a file of this run, because rank {ranks.index} writes there "
+                "(got another file); move it, or choose another file with --output"
             )
         self._own = RunFile.open(self._path, shard_meta(meta, output, ranks.index), fresh=True)
         self.rows = list(existing_rows)

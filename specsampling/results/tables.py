@@ -45,7 +45,7 @@ FORMATS: dict[str, str] = {  # for columns that do not show two decimal places
     "n": ".0f",
 }
 
-PUBLISHED = {  # figures of another reproduction, a line per method
+PUBLISHED = {  # by the earlier attempt at this reproduction, a line per method
     "xsum": [
         {"method": "autoregressive", "rouge1": 0.160},
         {"method": "speculative", "rouge1": 0.159, "speedup": 1.84, "draft acceptance rate": 0.32},
@@ -167,7 +167,7 @@ def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
 
 
 def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
-    """Return a task's figures as another reproduction of the paper published them."""
+    """Return a task's figures as the earlier attempt at this reproduction published them."""
     return pd.DataFrame(PUBLISHED[task])
 
 
@@ -201,7 +201,7 @@ def example_table(
         for row in [row for row in of_method if row.sample_index == 0][:num_examples]:
             document = documents.get(row.example_id, "")
             start = textwrap.shorten(document, num_characters, placeholder=" ...")
-            if start == "...":  # no word fits: scripts without spaces are one long word
+            if start == "...":  # no word fits: a text without spaces is one word
                 start = f"{document.strip()[: num_characters - 4]} ..."
             line = {"document": start, "reference summary": row.reference}
             lines.setdefault(row.example_id, line)[method] = row.completion

@@ -106,8 +106,8 @@ def code_in(answer: str, entry_point: str) -> str:
     """Return the code of an answer with fences or prose.
 
     Returns:
-        Code that defines `entry_point` at the margin. If nothing does, what may be the
-        function's body, indented. "" for a text without fences and prose.
+        Code that defines `entry_point` at the margin, else what may be the function's body,
+        indented. "" for a text without fences and prose.
     """
     text, is_answer = final_part(answer)
     lines = text.split("\n")
@@ -203,7 +203,7 @@ def fenced_blocks(text: str) -> tuple[str, list[Block]]:
         if (
             fence is None
             or (fence["fence"][0] == "~" and not is_bullet)
-            or (fence["info"] and not _INFO.match(fence["info"]))  # words behind a fence
+            or (fence["info"] and not _INFO.match(fence["info"]))  # other words follow the fence
         ):
             outside.append(lines[number])
             number += 1
@@ -227,7 +227,7 @@ def _inside(
 ) -> tuple[list[str], int, bool]:
     """Return a block's lines, the number of the line after it, and whether it was closed.
 
-    `opening` is the fence that began the block, and `before` is what stood in front of it.
+    `opening` is the fence that began the block, and `before` is the text in front of the fence.
     """
     inside: list[str] = []
     quote, is_text = "", False  # is_text: the open string ends, so fences belong to it

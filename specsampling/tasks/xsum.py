@@ -12,7 +12,7 @@ from specsampling.tasks.task import Encoder, Example, Prompt, TaskError, cut_at
 
 
 class XSum:
-    """Articles to summarise: `completion` continues the prompt, `chat` answers it.
+    """The articles to summarise: `completion` continues the prompt, `chat` answers it.
 
     With `num_shots` N, the data set's last N articles stand with their summaries in every prompt,
     and are never evaluated themselves.
