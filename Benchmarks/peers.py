@@ -22,8 +22,8 @@ Each way to speculate runs with two or three settings. A setting is a number of 
     pip install ".[peers]"
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install ".[peers-native]" --no-binary llama-cpp-python
 
-The second command builds llama.cpp with your compiler. GCC 12 drops stores that set up AMX. Its
-program then ends with a segmentation fault on a processor that has AMX. With that compiler, set
+The second command builds llama.cpp with your compiler. GCC 12 drops stores that set up AMX, and
+the result ends with a segmentation fault on a processor that has AMX. With that compiler, set
 CXXFLAGS="-fno-tree-dse -fno-dse" too.
 
 optimum-intel needs an older transformers than ours. Give it an environment of its own, and name
@@ -176,7 +176,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
         for spec in (config.models.target, config.models.draft.removeprefix(LOOKUP_FIRST))
     )
     eos_ids = sorted(end_ids(load_tokenizer(config.models.target), target))
-    for model in (target, draft):  # penalties would decode something else
+    for model in (target, draft):  # penalties would change the text
         model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids[0])
     limit = config.decoding.max_new_tokens
 
@@ -247,7 +247,7 @@ def llama_cpp(
     kind: str,
     setting: tuple[int, ...],
 ) -> Found:
-    """Yield a llama.cpp server, alone in its process: six in one had a third of the speed."""
+    """Yield a llama.cpp server, alone in its process: six in one had a third of the speed each."""
     import xllamacpp
     from xllamacpp import common_speculative_type as kinds
 
@@ -313,7 +313,7 @@ def llama_cpp_native(options: argparse.Namespace, path: Path, kind: str) -> Foun
 
     def decode(prompt: list[int], draft: Any) -> Generation:
         model.draft_model = draft
-        model.reset()  # else a start that two prompts share is computed once
+        model.reset()  # else a common start of two prompts is computed once
         ids: list[int] = []
         start = end_of_prefill = time.perf_counter()
         for token in model.generate(prompt, temp=0.0):

@@ -38,7 +38,7 @@ MOST_DIGITS = 9
 
 
 def launched_by() -> tuple[str, str] | None:
-    """Return the names of the rank's and the number of ranks' variables; None without a launch.
+    """Return the variables that hold the rank and the number of ranks; None if there is one.
 
     Both must hold numbers. Under SLURM, only an `srun` of several tasks is a launch: batch scripts
     and `salloc` shells do not set SLURM_STEP_NUM_TASKS above 1. A shell of `srun --pty` sets

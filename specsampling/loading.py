@@ -145,7 +145,7 @@ def settle_memory(
             f"choose {', or '.join(fitting) or 'smaller models'}{limit_way_out()}"
         )
     if need.total > free:
-        say("  memory: loading will be slow, because checkpoint and models do not fit together")
+        say("  memory: loading will be slow, because checkpoint and model do not fit at once")
     if device.type == "cpu":
         return None, gigabytes(resident_bytes() + need.total)
     return None, f"{gigabytes(need.total)} of {device}"

@@ -103,7 +103,7 @@ class Ranks:
         return self._add(f"rows {self._num_meetings}", num_more)
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait without a time limit for every rank; call `meanwhile` again and again until then."""
+        """Wait without a time limit until every rank waits; call `meanwhile` again and again."""
         name = f"meeting {self._num_meetings}"
         num_here = self._add(name, 1)
         while num_here < self.count:

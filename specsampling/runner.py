@@ -126,7 +126,7 @@ def _grouped(jobs: Iterable[Job], key: Callable[[Job], object]) -> list[list[Job
 
 
 def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
-    """Return a rank's jobs: its (example, sample) pairs, dealt in turn, with all their methods."""
+    """Return a rank's jobs: its (example, sample) pairs, dealt in turn, with all methods."""
     return [job for pair in _grouped(jobs, Job.pair)[ranks.index :: ranks.count] for job in pair]
 
 
@@ -162,7 +162,6 @@ def run(
     Args:
         pair, task, prompts: the models, and what they decode.
         methods: the decoders by name, in the order of the table.
-        run_file: where rows go.
         seed: the seed of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
         warmup: how many examples every method decodes first; those texts are thrown away.

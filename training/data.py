@@ -1,7 +1,7 @@
 """Runs the data stage: the target answers prompts and reads texts, batch by batch.
 
 A shard is the file of one batch. It holds the token sequences and the target's final hidden states,
-from which all its distributions follow (`generate.py`). Shards named eval-* are for evaluation
+from which the target's distributions follow (`generate.py`). Shards named eval-* are for evaluation
 only. All others leave out what overlaps with HumanEval or the demo's articles.
 """
 

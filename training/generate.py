@@ -53,7 +53,6 @@ def generate(
         model: a Llama-like model.
         prompts: P lists of token ids.
         temperatures: 0 is greedy.
-        max_new_tokens: the longest answer.
         eos_ids: ids that end an answer, and stay in the answer.
         generator: source of randomness, on the model's device.
 

@@ -39,7 +39,6 @@ def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str,
     """Read the objects of a JSONL file, packed with gzip or not, without its blank lines.
 
     Args:
-        path: the file.
         fields: the names and types that each object must hold, perhaps among others.
 
     Raises:

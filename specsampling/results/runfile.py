@@ -46,7 +46,6 @@ class RunFile:
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: what makes the rows, as plain values.
             fresh: drop existing rows, meta and scores.
 
         Raises:

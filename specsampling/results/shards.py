@@ -79,7 +79,6 @@ class Shard:
         """Open this rank's file; `take_in` has emptied the one of an earlier run.
 
         Args:
-            output: the run's file.
             meta, fresh: the arguments of `RunFile.open`.
             existing_rows: rows that the run's file has and that stay.
             ranks: this process's place among the others.

@@ -66,7 +66,6 @@ def summary_table(
     `table.attrs["notes"]` is a list of sentences that belong under the table.
 
     Args:
-        rows: a run's rows, of any methods.
         scores: pass or fail per row, or ROUGE; None leaves their columns out.
         sampling: how tokens were chosen, in the words of `describe_sampling`.
     """
@@ -132,6 +131,8 @@ def _audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
     """Return each method's audit in a line, and one that compares the baseline with reference."""
     found = {method: audit(of_method) for method, of_method in rows.items()}
     notes = [f"{method}: {of_method}" for method, of_method in found.items() if of_method]
+    if any("uniform p" in note for note in notes):
+        notes.append("lossless means that neither p tells the tokens from samples of the target")
     if gaps := partings(rows.get(BASELINE, []), rows.get("reference", [])):
         notes.append(f"{BASELINE}: {describe_partings(gaps, len(rows[BASELINE]))}")
     return notes
@@ -193,7 +194,6 @@ def example_table(
     Args:
         rows: rows of the methods to show.
         documents: example id -> text, for some or all of the examples.
-        num_examples: how many to show.
         num_characters: where a document is cut.
     """
     lines: dict[str, dict[str, str | None]] = {}

@@ -43,8 +43,8 @@ def load_articles(dataset: str, split: str) -> list[Example]:
         split: the split of a folder or a hub id; a single file is read whole.
 
     Raises:
-        TaskError: the data set is missing, unreadable or empty, a column is missing or holds no
-            text, an id is used twice, or only some rows have ids.
+        TaskError: the data set is missing, unreadable or empty. A column is missing or holds no
+            text. An id is used twice, or only some rows have ids.
     """
     try:
         paths = _files(dataset, split)

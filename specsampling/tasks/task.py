@@ -65,8 +65,8 @@ class Task(Protocol):
 class StopStrings:
     """A check, after each new token, whether a stop string is complete.
 
-    Only the newest tokens are decoded. Each token holds at least one byte of text, so a stop
-    string that the newest token completes lies within as many tokens as it has bytes.
+    Only the newest tokens are decoded. Each token holds at least one byte of text. So a stop
+    string that was just completed lies within as many tokens as it has bytes.
     """
 
     MARGIN = 4  # tokens before the string, in case the first one starts inside a character

@@ -2,9 +2,8 @@
 
 A value travels as what it holds, never as an object: exact numbers, text, bytes, lists, tuples,
 sets, dicts, ranges, fractions, decimals, iterators. A subclass (a Counter, a named tuple, a text
-with an `__eq__` of its own) is sent as the content of its base type, read with the base type's
-own methods. Anything else arrives as an object that equals nothing. So does a result that is too
-deep (a cycle) or too large.
+with an `__eq__` of its own) is sent as its base type, whose methods read the content. Anything
+else arrives as an object that equals nothing. So does a result that is too deep or too large.
 
 Reading a value executes nothing, unlike pickle. Size and depth are bounded on both sides, and
 the reader trusts nothing that it is sent.

@@ -43,8 +43,8 @@ class XSum:
     ) -> Prompt:
         """Return the solved articles and the request. A document that is too long loses its end.
 
-        The document is cut between tokens, again and again until the whole fits, because a text may
-        have a few tokens more or less inside its template.
+        The document is cut between tokens until the whole fits. One cut may not be enough, because
+        a text may have a few tokens more or less inside its template.
 
         Raises:
             PromptError: nothing is left of a document. The error names the setting to change.
