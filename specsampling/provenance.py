@@ -1,4 +1,4 @@
-"""What a run is made with: configuration, device, precision, versions, commit."""
+"""Records what a run is made with: configuration, device, precision, versions, commit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PACKAGES = (
 )
 
 
-def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
+def prompt_date(existing_meta: Mapping[str, Any] | None) -> datetime.datetime:
     """Return the local time that chat templates see: the start of the run, even if it is resumed.
 
-    `there` is the meta of a begun run. A ConfigError says that it has no date.
+    `existing_meta` is the meta of a resumed run. A ConfigError says that it has no date.
     """
-    if there is None:
+    if existing_meta is None:
         return datetime.datetime.now().replace(microsecond=0)
-    text = there.get("prompt_date", there.get("date"))  # older runs have the start in UTC
+    text = existing_meta.get("prompt_date", existing_meta.get("date"))  # `date` is in UTC
     try:
         return datetime.datetime.fromisoformat(text).replace(tzinfo=None)
     except (TypeError, ValueError):
@@ -42,7 +42,7 @@ def prompt_date(there: Mapping[str, Any] | None) -> datetime.datetime:
 def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str, Any]:
     """Return what a run's rows are made with, for its `.meta.json`, before a model is loaded.
 
-    `steps` is what became of `decoding.compile`, and `now` is the run's `prompt_date`.
+    `steps` is the settled `decoding.compile`, and `now` is the run's `prompt_date`.
     """
     import torch
 
@@ -68,7 +68,7 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
 
 
 def _steps(mode: Compile, device: torch.device) -> str:
-    """Say in a word what makes decode calls; "" for PyTorch's operations one by one."""
+    """Return "kernel" or "captured"; "" if decode calls run PyTorch's operations one by one."""
     from specsampling.models.kernel_model import why_no_kernel
 
     if mode == "off" or (device.type == "cpu" and why_no_kernel()):
@@ -99,7 +99,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Return the most that this process has taken of the machine's memory and of its GPU's."""
+    """Return this process's peak memory on the machine and on its GPU, in words."""
     import torch
 
     from specsampling.models.memory import gigabytes, peak_bytes

@@ -1,9 +1,9 @@
-"""One run on several processes: all GPUs of a machine, or several machines.
+"""Coordinates the processes of one run, on all GPUs of a machine or on several machines.
 
-`accelerate launch`, `torchrun`, `mpirun` or `srun` starts the processes, and accelerate tells them
-of each other. Each rank decodes its share of the (example, sample) pairs, all methods of a pair,
-into a shard of its own beside the output. Rank 0 merges the shards. Ranks that wait for each other
-ask rank 0's store, since a collective call would give up after half an hour.
+`accelerate launch`, `torchrun`, `mpirun` or `srun` starts the processes, and accelerate connects
+them. Each rank decodes its share of the (example, sample) pairs with all methods, into its own
+shard beside the output. Rank 0 merges the shards. A rank waits by asking rank 0's store again and
+again, because a collective call would give up after half an hour.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 class RanksError(RuntimeError):
-    """The ranks cannot find each other, or cannot any more, in one line."""
+    """A failure of the ranks to reach each other, in one line."""
 
 
 class Ranks:
-    """This process among the others.
+    """This process's place among all processes of the run.
 
-    Its rank `index` is below the `count` of all processes. `local_index` and `local_count` are the
-    same among this machine's processes.
+    Its rank `index` is below `count`, the number of processes. `local_index` and `local_count` are
+    the same for this machine's processes only.
     """
 
     _all: Ranks | None = None
 
     @classmethod
     def of_launch(cls, variables: tuple[str, str]) -> Ranks:
-        """Return the same object each time, since what the ranks ask each other is numbered.
+        """Return one object for the whole process, because the ranks number their meetings.
 
-        The variables are `edge.launched_by`'s. A RanksError says that nobody can be met.
+        The variables come from `edge.launched_by`. A RanksError says why the ranks cannot meet.
         """
         cls._all = cls._all or cls(*variables)
         return cls._all
@@ -58,7 +58,7 @@ class Ranks:
             if index == "SLURM_PROCID":
                 os.environ.update(_translated(os.environ))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about threads, which `run.threads` sets
+                warnings.simplefilter("ignore")  # it warns about threads, which `run.threads` sets
                 self._state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
             store = distributed_c10d._get_default_store()
         except (OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -77,7 +77,7 @@ class Ranks:
         self._num_meetings = 0
 
     def device(self, device: str) -> str:
-        """Return the rank's device for the configured one; a ConfigError if all would share it."""
+        """Return the rank's own device for the configured one; refuse one that all would share."""
         import torch
 
         if device.startswith(("cuda:", "auto-split")):
@@ -99,11 +99,11 @@ class Ranks:
             ) from error
 
     def count_rows(self, num_more: int = 0) -> int:
-        """Say that more rows are done; return how many are since the ranks last met."""
+        """Add finished rows to the count of all ranks since they last met, and return the count."""
         return self._add(f"rows {self._num_meetings}", num_more)
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait without a limit until every rank is here; `meanwhile` runs once more then."""
+        """Wait without a time limit until every rank waits; call `meanwhile` again and again."""
         name = f"meeting {self._num_meetings}"
         num_here = self._add(name, 1)
         while num_here < self.count:
@@ -127,7 +127,7 @@ class Ranks:
 
 def _translated(slurm: Mapping[str, str]) -> dict[str, str]:
     """Translate the variables of an `srun` to those that torch and accelerate read."""
-    per_node = TASKS.findall(slurm.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of "2(x3),1"
+    per_node = TASKS.findall(slurm.get("SLURM_STEP_TASKS_PER_NODE", ""))  # as in "2(x3),1"
     tasks = [number for number, times in per_node for _ in range(int(times or 1))]
     node = int(slurm.get("SLURM_NODEID", "0"))
     return {

@@ -1,6 +1,6 @@
-"""Examples x methods -> rows: seeds, order, timing, progress.
+"""Decodes every example with every method into rows: seeds, order, timing and progress.
 
-The decoders are arguments. Generation ends here; scoring is a step of its own.
+The decoders are arguments. This module generates texts and does not score them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MEMORY_WAYS_OUT = (
     "lower decoding.max_new_tokens or run.batch_size, choose int8 or nf4, or smaller models; a "
     "rerun tries again"
 )
-BLOCK = 4  # pairs decoded by a method in its turn, for each place of a batch
+BLOCK = 4  # pairs that a method decodes in its turn, for each place of a batch
 
 
-# A method: decodes one prompt, given its `generator` and its stop check `is_stop`.
+# A method's decoder takes one prompt, a `generator` and a stop check `is_stop`.
 Decode = Callable[..., Generation]
 
 
@@ -87,7 +87,7 @@ def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
 
 
 class Job(NamedTuple):
-    """A row to be made."""
+    """A row that a run has to make."""
 
     example: Example
     prompt: Prompt
@@ -105,9 +105,9 @@ class Job(NamedTuple):
 def all_jobs(
     prompts: Sequence[tuple[Example, Prompt]], methods: Sequence[str], num_samples: int
 ) -> list[Job]:
-    """Return a run's rows to be made, in their order.
+    """Return a job for every row of a run, in order.
 
-    The methods' order rotates from example to example, so that a slower machine slows them all.
+    The methods' order rotates from example to example, so that a slow moment slows them all.
     """
     names = list(methods)
     return [
@@ -126,12 +126,12 @@ def _grouped(jobs: Iterable[Job], key: Callable[[Job], object]) -> list[list[Job
 
 
 def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
-    """Return a rank's jobs: every so many-th (example, sample) pair, with all its methods."""
+    """Return a rank's jobs: its (example, sample) pairs, dealt in turn, with all methods."""
     return [job for pair in _grouped(jobs, Job.pair)[ranks.index :: ranks.count] for job in pair]
 
 
 def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
-    """Yield jobs that are decoded together: one method's, over a block of pairs.
+    """Yield groups of jobs that are decoded together: one method over a block of pairs.
 
     A block has more pairs than a batch has places, since some texts end early.
     """
@@ -160,15 +160,14 @@ def run(
     the run goes on.
 
     Args:
-        pair, task, prompts: what is decoded, and by which models.
+        pair, task, prompts: the models, and what they decode.
         methods: the decoders by name, in the order of the table.
-        run_file: where rows go.
-        seed: the whole run's; see `sample_seed`.
+        seed: the seed of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
         warmup: how many examples every method decodes first; those texts are thrown away.
-        batch_size: how many texts are decoded at once, sharing each moment's seconds equally.
-        positional: the methods that draw with the noise of positions and tokens.
-        ranks: this process among several; None for the only one.
+        batch_size: how many texts are decoded at once. They share the seconds equally.
+        positional: the methods that draw each token with the noise of its position.
+        ranks: this process's place among several; None for a single process.
 
     Raises:
         RecordsError: a row cannot be written, or the file has rows of other prompts or data.
@@ -182,8 +181,8 @@ def run(
     mine = share_of(pending, ranks) if ranks else pending
     decode = partial(decode_row, pair, task, methods, seed, positional)
     progress = Progress(run_file.rows, names)
-    num_there = len(jobs) - len(pending)
-    with tqdm(total=len(jobs), initial=num_there, unit="row") as bar:
+    num_existing = len(jobs) - len(pending)
+    with tqdm(total=len(jobs), initial=num_existing, unit="row") as bar:
         if mine:
             bar.set_description("warm-up")
             for example, prompt in prompts[:warmup]:
@@ -194,9 +193,9 @@ def run(
             run_file.append(row)
             progress.add(row)
             bar.set_postfix_str(str(progress), refresh=False)
-            bar.update(num_there + ranks.count_rows(1) - bar.n if ranks else 1)
-        if ranks:  # the others' rows still to come
-            ranks.meet(lambda: bar.update(num_there + ranks.count_rows() - bar.n))
+            bar.update(num_existing + ranks.count_rows(1) - bar.n if ranks else 1)
+        if ranks:  # wait for the other ranks' rows
+            ranks.meet(lambda: bar.update(num_existing + ranks.count_rows() - bar.n))
 
 
 def source_of(
@@ -229,10 +228,10 @@ def decode_row(
         if not is_out_of_memory(problem):
             raise
         error = f"{OUT_OF_MEMORY} ({reason(problem)}); {MEMORY_WAYS_OUT}"
-    if error:  # here the exception no longer holds what the decoder held
+    if error:  # the exception is gone, and with it the decoder's memory
         release_memory()
         generation = Generation([], "error", error=error)
-    has_end = generation.finish_reason == "eos"  # the end need not be a special token
+    has_end = generation.finish_reason == "eos"  # an end token need not be special
     text_ids = generation.token_ids[:-1] if has_end else generation.token_ids
     return Row(
         example_id=job.example.id,
@@ -263,13 +262,13 @@ def decode_rows(
 
 
 def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> int:
-    """Return a text's seed. It depends on these four only, not on limits, order or resuming."""
+    """Return a text's seed. Limits, order and resuming do not change the seed."""
     key = f"{seed}|{example_id}|{method}|{sample_index}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 class Progress:
-    """Running totals for the progress bar: tokens/s of each method, acceptance so far."""
+    """The running totals for the progress bar: each method's tokens/s, and the acceptance."""
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str]):
         self._tokens = dict.fromkeys(names, 0)

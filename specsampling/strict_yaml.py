@@ -1,4 +1,4 @@
-"""YAML text -> plain values, as the YAML 1.2 core schema reads it, within bounds.
+"""Reads YAML text into plain values, by the YAML 1.2 core schema and within bounds.
 
 PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90 and `no` is false. PyYAML also keeps the last
 value of a repeated key, builds objects from tags, and expands aliases without an end. This module
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 MAX_DEPTH = 20
-MAX_VALUES = 5000  # each value behind an alias counted as often as it stands there
+MAX_VALUES = 5000  # an alias counts the values behind it each time
 MAX_DIGITS = 1000
 
 _WORDS = {
@@ -28,19 +28,19 @@ _WORDS = {
 }
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-# What no file name and no text can hold: NUL, and halves of a surrogate pair.
+# Neither a file name nor a text can hold NUL or half of a surrogate pair.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class YamlError(ValueError):
-    """The text cannot be read here; one line says where and why."""
+    """A text that this module refuses to read, with the place and the reason in one line."""
 
 
 def parse_yaml(text: str) -> Any:
     """Return the value of a YAML document; None for an empty one.
 
     Raises:
-        YamlError: a syntax error, a key twice, a key that is no word, a tag, a merge key, an
+        YamlError: a syntax error, a repeated key, a key that is no word, a tag, a merge key, an
             alias to its own parent, or more depth, values or digits than any configuration has.
     """
     try:
@@ -69,11 +69,11 @@ def scalar(text: str) -> Any:
 
 
 class _Builder:
-    """Turns the events of one document into its value."""
+    """A builder of one document's value from PyYAML's events."""
 
     def __init__(self, text: str):
         self._events: Any = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._anchors: dict[str, tuple[Any, int]] = {}  # value, and how many values are in it
+        self._anchors: dict[str, tuple[Any, int]] = {}  # a value, and its number of values
         self._num_values = 0
 
     def document(self) -> Any:
@@ -83,7 +83,7 @@ class _Builder:
         value = self._value(next(self._events), 0)
         next(self._events)  # the document ends
         if not isinstance(event := next(self._events), yaml.StreamEndEvent):
-            _fail(event, "a second document begins (---), and one is read")
+            _fail(event, "a second document begins (---), and only one is read")
         return value
 
     def _value(self, event: Any, depth: int) -> Any:
@@ -94,7 +94,7 @@ class _Builder:
                 _fail(event, f"*{event.anchor} stands before the end of an &{event.anchor}")
             value, number = self._anchors[event.anchor]
             self._count(event, number)
-            return copy.deepcopy(value)  # a change of the one must not change the other
+            return copy.deepcopy(value)  # a change of one copy must not change another
         if event.tag is not None:
             _fail(event, f"the tag {event.tag} is not read; put a text in quotes instead")
         if depth == MAX_DEPTH:
@@ -116,7 +116,7 @@ class _Builder:
             return self._mapping(depth)
         if odd := _NO_TEXT.search(event.value):
             _fail(event, f"\\u{ord(odd[0]):04x} is no character that a text may hold")
-        if event.style is not None:  # in quotes, or a block: text, whatever it looks like
+        if event.style is not None:  # in quotes or a block, 42 is a text, too
             return event.value
         try:
             return scalar(event.value)

@@ -240,7 +240,7 @@ def test_where_the_baseline_parts_from_the_reference():
     reference = [row([1, 4, 3], [1.0, 0.25, 2.0]), row([5], [1.0], example_id="b")]
     gaps = partings(baseline, reference)
     assert gaps == [0.125]
-    assert describe_partings(gaps, 2).startswith("1 of 2 texts part from reference's")
+    assert describe_partings(gaps, 2).startswith("1 of 2 texts differ from reference's")
 
 
 def test_the_tokens_of_a_nucleus_alone_give_the_same_transforms():

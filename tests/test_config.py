@@ -251,7 +251,10 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             ["models.draft=ngram", "models.draft_quantization=int8"],
             "models.draft_quantization must be none",
         ),
-        (["humaneval=null", "xsum=null"], "profile smollm2-cpu must hold a humaneval or an xsum block"),
+        (
+            ["humaneval=null", "xsum=null"],
+            "profile smollm2-cpu must hold a humaneval or an xsum block",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, rule):

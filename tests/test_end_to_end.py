@@ -348,4 +348,4 @@ def test_a_text_that_ends_in_an_error_is_told_and_the_run_goes_on(
     assert len(rows) == 4 and alone.finish_reason == drafted.finish_reason == "error"
     assert alone.token_ids == drafted.token_ids and alone.token_ids[-1] == poisoned
     assert "logits are not finite" in alone.error
-    assert "texts ended in an error; the first: the target's logits" in capsys.readouterr().out
+    assert "texts ended in an error. The first is: the target's logits" in capsys.readouterr().out

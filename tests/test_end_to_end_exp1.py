@@ -79,7 +79,7 @@ def test_a_run_leaves_rows_meta_scores_and_a_table(finished):
     assert len(read_scores(output)) == 12
     assert all(method in printed for method in METHODS)
     assert "rouge1" in printed and "pass@1" not in printed
-    assert "documents cut at their end to fit the context: 1" in printed
+    assert "the number of documents cut to fit the context is 1" in printed
     assert "Traceback" not in errors
 
 
@@ -90,7 +90,7 @@ def test_speculative_outputs_equal_the_references_token_for_token(finished):
         example_id = f"article-{number}"
         assert ids[example_id, "speculative", 0] == ids[example_id, "reference", 0]
     assert "4/4" in printed
-    assert "rouge1, speculative less reference: +0.0000 [+0.0000, +0.0000]" in printed
+    assert "rouge1, speculative minus reference is +0.0000 [+0.0000, +0.0000]" in printed
     drafted = {row.method: sum(row.drafted) > 0 for row in read_rows(output)}
     assert drafted == {method: method == "speculative" for method in METHODS}
 

@@ -525,8 +525,8 @@ def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them
 def test_fresh_deletes_no_file_of_another_kind(path, text):
     """`--output articles.jsonl --fresh` emptied the data set that the run was to read."""
     path.write_text(text)
-    assert "holds what is no row of a run" in error_of(check_fresh, path)
-    assert "holds what is no row of a run" in error_of(RunFile.open, path, META, fresh=True)
+    assert "holds lines that are no rows" in error_of(check_fresh, path)
+    assert "holds lines that are no rows" in error_of(RunFile.open, path, META, fresh=True)
     assert path.read_text() == text
 
 

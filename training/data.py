@@ -1,8 +1,8 @@
-"""The data stage: the target answers prompts and reads texts, batch by batch.
+"""Runs the data stage: the target answers prompts and reads texts, batch by batch.
 
-One file per batch, a shard, holds the token sequences and the target's final hidden states,
-which say all that it thought (`generate.py`). Shards named eval-* are for evaluation only; from
-all others, what overlaps with HumanEval or the demo's articles is left out.
+A shard is the file of one batch. It holds the token sequences and the target's final hidden states,
+from which the target's distributions follow (`generate.py`). Shards named eval-* are for evaluation
+only. All others leave out what overlaps with HumanEval or the demo's articles.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from specsampling.models.load import Pair, load_pair
 from specsampling.tasks.humaneval import CHAT_REQUEST
 
 ARTICLES = Path(__file__).resolve().parent.parent / "specsampling" / "data" / "articles.jsonl"
-READ_TOGETHER = 8  # passages in one call; larger calls leave the processor's caches
+READ_TOGETHER = 8  # passages in one call; larger calls do not fit the caches
 READ_PER_SHARD = 64
 
 
 def make_data(settings: dict[str, Any], work: Path) -> None:
-    """Write all shards that are not there yet to `work`/data."""
+    """Write all missing shards to `work`/data."""
     data, seed = settings["data"], settings["seed"]
     pair = load_pair(settings["target"], compile="off")
     problems, articles = evaluation_problems(), evaluation_articles()
@@ -66,7 +66,7 @@ def make_data(settings: dict[str, Any], work: Path) -> None:
     answer("eval-humaneval", [code(problem[0]) for problem in problems], [0], 256)
     answer("eval-articles", [summary(article[0]) for article in articles], [0], 96)
 
-    # What the target invents, to be asked about below.
+    # The target invents articles and exercises. The prompts below ask about them.
     chance = random.Random(seed)
     requests = chance.sample(article_requests(**settings["articles"]), data["articles"])
     answer("articles", [pair.encode_chat(request) for request in requests], [0.8], 320)
@@ -96,13 +96,13 @@ def make_data(settings: dict[str, Any], work: Path) -> None:
         num = data[f"{name}_tokens"] // data["text_length"]
         shards.read(name, list(token_rows(pair, texts, data["text_length"], num)))
 
-    # Like the training prompts, but never trained on: what choices are made by.
+    # These prompts are like those of training, but serve only to choose settings.
     others = some(chance, sorted(set(functions) - set(heads)), data["batch"])
     answer("eval-code", [code(head) for head in others], [0], data["max_new_tokens"])
 
 
 class Shards:
-    """The stage's folder: files written whole or not at all, each the same every time."""
+    """The stage's folder. Its files are whole, and the same in every run."""
 
     def __init__(self, folder: Path, pair: Pair, decontamination: Decontamination, seed: int):
         self.folder = folder
@@ -119,7 +119,7 @@ class Shards:
         temperatures: Sequence[float],
         max_new_tokens: int,
     ) -> None:
-        """Let the target answer each batch of prompts once per temperature."""
+        """Let the target answer each batch of prompts, once per temperature."""
 
         def made(prompts: list[list[int]], i: int) -> Sequences:
             generator = torch.Generator(self._pair.target.device)
@@ -146,7 +146,7 @@ class Shards:
         self._write(name, list(grouped(rows, READ_PER_SHARD)), made)
 
     def answers(self, name: str) -> list[str]:
-        """The target's answers of all shards `name`, as text."""
+        """Return the target's answers in all shards `name`, as text."""
         texts = []
         for path in sorted(self.folder.glob(f"{name}-*.safetensors")):
             shard = load_file(path)
@@ -169,7 +169,7 @@ class Shards:
                 for row, text in enumerate(texts)
                 if name.startswith("eval-") or not self._decontamination.finds(text)
             ]
-            none = made.tokens[0][:0], made.hidden[0][:0]  # a shard may be left without rows
+            none = made.tokens[0][:0], made.hidden[0][:0]  # a shard may have no rows
             tensors = {
                 "lengths": torch.tensor([len(made.tokens[row]) for row in kept]).int(),
                 "num_prompt_tokens": torch.tensor([made.num_prompt_tokens[r] for r in kept]).int(),
@@ -182,7 +182,7 @@ class Shards:
 
 
 def token_rows(pair: Pair, texts: Sequence[str], length: int, num: int) -> Iterator[list[int]]:
-    """Up to `num` passages of exactly `length` tokens."""
+    """Yield up to `num` passages of exactly `length` tokens."""
     for text in texts:
         for row in grouped(pair.encode(text), length):
             if num == 0:
@@ -193,7 +193,7 @@ def token_rows(pair: Pair, texts: Sequence[str], length: int, num: int) -> Itera
 
 
 def some(chance: random.Random, items: list[str], num: int) -> list[str]:
-    """`num` of the items at random, or all of them in random order if there are fewer."""
+    """Draw `num` of the items, or all of them in random order if there are fewer."""
     return chance.sample(items, max(0, min(len(items), num)))
 
 
@@ -203,18 +203,18 @@ def grouped(items: list, size: int) -> Iterator[list]:
 
 
 def batches_by_length(prompts: list[list[int]], size: int, seed: int) -> list[list[list[int]]]:
-    """Batches of prompts of about the same length, in random order."""
+    """Return batches of prompts of about the same length, in random order."""
     batches = list(grouped(sorted(prompts, key=len), size))
     random.Random(seed).shuffle(batches)
     return batches
 
 
 def evaluation_problems() -> list[tuple[str, ...]]:
-    """HumanEval: (prompt, solution, tests)."""
+    """Return (prompt, solution, tests) of each HumanEval problem."""
     return [(p["prompt"], p["canonical_solution"], p["test"]) for p in read_problems().values()]
 
 
 def evaluation_articles() -> list[tuple[str, ...]]:
-    """The demo's articles: (document, summary)."""
+    """Return (document, summary) of each of the demo's articles."""
     articles = [json.loads(line) for line in ARTICLES.read_text(encoding="utf-8").splitlines()]
     return [(article["document"], article["summary"]) for article in articles]

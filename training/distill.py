@@ -2,10 +2,10 @@
 
     python training/distill.py [data] [train] [export] [evaluate]
 
-`data` lets the target answer prompts and read texts, and keeps what it thought at each
-token. `train` fits a few layers to that. `export` writes the file that ships with the package.
-`evaluate` counts how often its most probable token is the target's. Each stage goes on where
-it was stopped, to the same result. Settings: training/distill.yaml.
+`data` lets the target answer prompts and read texts, and keeps its hidden state at each token.
+`train` fits a few layers to these states. `export` writes the file that ships with the package.
+`evaluate` counts how often the draft's most probable token is the target's. A stopped stage goes on
+where it was, to the same result. The settings are in training/distill.yaml.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ SHIPPED = "draft.safetensors"
 
 
 def make_draft(settings: dict[str, Any], work: Path) -> None:
-    """Train from the shards; `work`/draft.pt is the result."""
+    """Train from the shards, and write the result to `work`/draft.pt."""
     train(settings, _target(settings), work)
 
 
 def evaluate(settings: dict[str, Any], work: Path) -> None:
-    """The exported draft's agreement on every evaluation set, and the curve's figure, to `work`."""
+    """Write the exported draft's agreement on every evaluation set, and a figure, to `work`."""
     target = _target(settings)
     tensors, head_tokens = expand(load_file(work / SHIPPED))
     student = new_student(target, settings["draft"]["layers"])
@@ -75,7 +75,7 @@ def evaluate(settings: dict[str, Any], work: Path) -> None:
 
 
 def tokens_per_call(rows: list[list[bool]], k: int) -> float:
-    """Greedy block efficiency with k drafted tokens: a draft is right until it first is not."""
+    """Return greedy block efficiency with k drafted tokens, up to each cycle's first wrong one."""
     num_tokens = num_calls = 0
     for right in rows:
         at = 0
@@ -90,7 +90,7 @@ def tokens_per_call(rows: list[list[bool]], k: int) -> float:
 
 
 def plot(work: Path) -> None:
-    """Loss and agreement by step, as `work`/curve.png."""
+    """Plot loss and agreement by step to `work`/curve.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,7 +109,7 @@ def plot(work: Path) -> None:
 
 
 def export(settings: dict[str, Any], work: Path) -> None:
-    """Write what is not the target's to `work`, in 8 bit, and the whole draft as a folder."""
+    """Write the draft's own tensors to `work`, in 8 bit, and the whole draft as a folder."""
     saved = torch.load(work / "draft.pt", weights_only=True)
     shipped, folder = work / SHIPPED, work / DRAFT
     shrunk = shrink(saved["student"], saved["head_ids"])
@@ -123,7 +123,7 @@ def export(settings: dict[str, Any], work: Path) -> None:
 
 
 def _target(settings: dict[str, Any]) -> Any:
-    """As transformers loads it: decoding's `load_model` would fuse the layers that are copied."""
+    """Load the target by transformers: our `load_model` would fuse the layers to copy."""
     return AutoModelForCausalLM.from_pretrained(
         model_location(settings["target"]),
         dtype=torch.float32,
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def claim(work: Path, settings: dict[str, Any]) -> None:
-    """Keep a work folder to one recipe: files of another one would be taken for its own.
+    """Keep a work folder to one recipe, whose files others would otherwise take for theirs.
 
     Raises:
         ConfigError: the folder was begun with other settings.

@@ -1,9 +1,9 @@
-"""The target's own answers to many prompts at once, and what it thought at each token.
+"""Generates the target's answers to many prompts at once, with its hidden state at each token.
 
-A draft learns from the target's final hidden states: all of its next-token distributions
-follow from them and its head. They come for free while it generates.
+A draft learns from the target's final hidden states. From these states and the head, all of the
+target's next-token distributions follow. They come for free while the target generates.
 
-Knows nothing of texts, files or training.
+This module knows nothing about texts, files or training.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from specsampling.method.forward import PreallocatedLayer
 
 @dataclass
 class Sequences:
-    """Token sequences with the target's view of them.
+    """Token sequences with the target's hidden states.
 
     Attributes:
-        tokens: for each sequence its ids, [length] long.
-        hidden: for each the target's final hidden states, [length - 1, d]: row i predicts
+        tokens: each sequence's ids, [length] long.
+        hidden: each sequence's final hidden states of the target, [length - 1, d]. Row i predicts
             token i + 1.
-        num_prompt_tokens: how many of its ids the target was given.
+        num_prompt_tokens: how many of a sequence's ids the target was given.
     """
 
     tokens: list[Tensor]
@@ -46,19 +46,18 @@ def generate(
 ) -> Sequences:
     """Answer every prompt once per temperature, all in one batch.
 
-    Prompts of about the same length waste least: they are padded on the left. Answers that
+    Prompts are padded on the left, so prompts of about the same length waste least. Answers that
     have ended leave the batch.
 
     Args:
         model: a Llama-like model.
         prompts: P lists of token ids.
         temperatures: 0 is greedy.
-        max_new_tokens: the longest answer.
-        eos_ids: ids that end an answer, and are kept as its last.
+        eos_ids: ids that end an answer, and stay in the answer.
         generator: source of randomness, on the model's device.
 
     Returns:
-        P * len(temperatures) sequences; those of one temperature stand together.
+        P * len(temperatures) sequences, grouped by temperature.
     """
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
@@ -72,7 +71,7 @@ def generate(
 
     column = torch.arange(longest, device=device)
     sees = (column <= column[:, None]) & (column >= padding[:, None, None])
-    sees |= torch.eye(longest, dtype=torch.bool, device=device)  # padding sees itself: no nan
+    sees |= torch.eye(longest, dtype=torch.bool, device=device)  # else padding is NaN
     hidden = model.base_model(
         input_ids=ids,
         attention_mask=sees[:, None],
@@ -126,14 +125,14 @@ def generate(
 
 @torch.inference_mode()
 def read(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Sequences:
-    """The target's hidden states on given token sequences of one length, [P, length]."""
+    """Return the target's hidden states on token sequences of one length, [P, length]."""
     ids = torch.tensor(texts, device=model.device)
     hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     return Sequences(list(ids.cpu()), list(hidden.cpu()), [1] * len(ids))
 
 
 def _choose(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Tensor:
-    """[rows, V] logits and [rows] temperatures -> [rows] ids."""
+    """Choose [rows] ids by [rows, V] logits and [rows] temperatures."""
     greedy = logits.argmax(-1)
     drawn = temperature > 0
     if not drawn.any():

@@ -1,10 +1,10 @@
-"""Fit a few of the target's layers to its final hidden states.
+"""Fits a few of the target's layers to its final hidden states.
 
-The loss is the Kullback-Leibler divergence to the target's next-token distribution over
-the frequent tokens (what the draft can propose), plus a little of the distance between the
-hidden states. The target itself does not run: its hidden states are in the shards.
+The loss is the Kullback-Leibler divergence to the target's next-token distribution over the
+frequent tokens, which are all that the draft can propose. A little of the distance between the
+hidden states is added. The target does not run, because its hidden states are in the shards.
 
-Embedding and head are the target's and stay frozen, so a draft is its layers and final norm.
+Embedding and head are the target's and stay frozen. So a draft is its layers and its final norm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 EVALUATIONS = ("eval-humaneval", "eval-articles", "eval-code")
 EVALUATED_TOGETHER = 16
-HEAD_ROWS = 256  # of logits at a time
+HEAD_ROWS = 256  # rows of logits computed at a time
 CHUNK = 256  # sequences that are sorted by length together
 
 
@@ -59,7 +59,7 @@ def training_paths(folder: Path) -> list[Path]:
 
 
 def frequent_tokens(samples: list[Sample], num: int, vocab_size: int) -> Tensor:
-    """[num] ids, ascending: the most frequent of what the target wrote or read."""
+    """Return [num] ids, ascending: the most frequent tokens that the target wrote or read."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for sample in samples:
         counts += torch.bincount(sample.tokens[sample.first_row + 1 :].long(), minlength=vocab_size)
@@ -67,7 +67,7 @@ def frequent_tokens(samples: list[Sample], num: int, vocab_size: int) -> Tensor:
 
 
 def new_student(target: PreTrainedModel, layers: list[int]) -> Any:
-    """A Llama of copies of some of the target's layers, with its embedding, final norm and head."""
+    """Make a Llama of some of the target's layers, with its embedding, final norm and head."""
     config: Any = copy.deepcopy(target.config)
     config.num_hidden_layers = len(layers)
     student: Any = LlamaForCausalLM(config)
@@ -82,7 +82,7 @@ def new_student(target: PreTrainedModel, layers: list[int]) -> Any:
 
 
 def own_tensors(student: PreTrainedModel) -> dict[str, Tensor]:
-    """What of a draft is not the target's: its layers and final norm."""
+    """Return the tensors of a draft that are not the target's: its layers and final norm."""
     state = student.model.state_dict()
     return {name: tensor for name, tensor in state.items() if not name.startswith("embed_tokens")}
 
@@ -90,7 +90,7 @@ def own_tensors(student: PreTrainedModel) -> dict[str, Tensor]:
 def batches(
     samples: list[Sample], batch_tokens: int, seed: int, epoch: int
 ) -> Iterator[list[Sample]]:
-    """One epoch: every sample once, those of about the same length together."""
+    """Yield one epoch's batches: every sample once, together with others of about its length."""
     chance = random.Random(f"{seed} {epoch}")
     order = list(range(len(samples)))
     chance.shuffle(order)
@@ -128,15 +128,15 @@ def rows_of(student: PreTrainedModel, batch: list[Sample]) -> tuple[Tensor, Tens
 
 
 class Divergence(torch.autograd.Function):
-    """Sum over rows of the Kullback-Leibler divergence KL(target, draft), in nats.
+    """The sum over rows of the Kullback-Leibler divergence KL(target, draft), in nats.
 
-    The gradient by the draft's logits is the difference of the two distributions. It is taken
-    at once, few rows at a time: the full logits would not fit the processor's caches.
+    The gradient by the draft's logits is the difference of the two distributions. The forward pass
+    computes it too, for few rows at a time: full logits would not fit the processor's caches.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, target_states: Tensor, head: Tensor) -> Tensor:
-        """[n, d] draft's and target's final hidden states, [H, d] the head's rows -> scalar."""
+        """Map [n, d] states of draft and target, and [H, d] rows of the head, to a scalar."""
         gradient = torch.empty_like(states)
         divergence = states.new_zeros((), dtype=torch.float32)
         for at in range(0, len(states), HEAD_ROWS):
@@ -159,7 +159,7 @@ class Divergence(torch.autograd.Function):
 def loss_of(
     states: Tensor, target_states: Tensor, head: Tensor, hidden_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss of some rows, and its part that is the divergence, in nats per token."""
+    """Return the mean loss of some rows, and the mean divergence in it, in nats per token."""
     states = states.to(head.dtype)
     divergence = Divergence.apply(states, target_states.to(head.dtype), head) / len(states)
     distance = nn.functional.smooth_l1_loss(states, target_states.to(head.dtype))
@@ -170,7 +170,7 @@ def loss_of(
 def evaluate_rows(
     student: PreTrainedModel, samples: list[Sample], head_ids: Tensor
 ) -> list[list[bool]]:
-    """For each sample and answer token, whether the draft's most probable token is the target's."""
+    """Tell for each sample's answer tokens whether the draft's most probable token is the same."""
     head = student.model.embed_tokens.weight[head_ids].bfloat16()
     answers: list[list[bool]] = []
     for at in range(0, len(samples), EVALUATED_TOGETHER):
@@ -184,7 +184,7 @@ def evaluate_rows(
 
 
 def learning_rate(settings: dict[str, Any], step: int) -> float:
-    """Linear warm-up, then down to zero on a cosine."""
+    """Return the rate of a step: a linear warm-up, then a cosine down to zero."""
     peak, warmup, steps = (settings[n] for n in ("learning_rate", "warmup_steps", "steps"))
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,1 +1,1 @@
-"""What came of a run: rows, rates, tables, figures. Neither torch nor transformers."""
+"""A run's results: rows, rates, tables, figures. Imports neither torch nor transformers."""

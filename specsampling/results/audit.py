@@ -1,4 +1,4 @@
-"""Checks by a finished run's records whether its tokens are the target's own.
+"""Checks from a finished run's records whether its tokens are the target's own.
 
 In sampled runs the transforms of `method/evidence.py` must be uniform (Kolmogorov-Smirnov) and
 uncorrelated from one token to the next. In greedy runs every token must be the argmax.
@@ -16,7 +16,7 @@ import numpy as np
 from specsampling.results.metrics import num_equal_tokens, paired
 from specsampling.results.records import Row
 
-FALSE_ALARM = 0.001  # how often a right rule is called wrong
+FALSE_ALARM = 0.001  # probability that a correct rule is called wrong
 POWER = 0.95
 
 
@@ -24,14 +24,14 @@ POWER = 0.95
 class SampledAudit:
     """The tests of one method's sampled tokens, with their p-values.
 
-    `noticeable` is an error of a cumulated probability that is noticed with probability `POWER`
+    An error of `noticeable` in a cumulative probability is noticed with probability `POWER`
     (Dvoretzky-Kiefer-Wolfowitz).
     """
 
     num_tokens: int
-    num_impossible: int  # with target probability 0
-    uniform_p: float  # that the transforms are uniform
-    serial_p: float  # that neighbouring tokens' transforms are uncorrelated
+    num_impossible: int  # tokens to which the target gives probability 0
+    uniform_p: float  # p-value of the hypothesis that the transforms are uniform
+    serial_p: float  # p-value for neighbouring tokens' transforms being uncorrelated
     noticeable: float
 
     @property
@@ -56,7 +56,7 @@ class SampledAudit:
 
 @dataclass(frozen=True)
 class GreedyAudit:
-    """One method's greedy tokens: how far those that are no argmax fall short of it."""
+    """The test of one method's greedy tokens; `shortfalls` are of tokens below the argmax."""
 
     num_tokens: int
     shortfalls: tuple[float, ...]
@@ -83,7 +83,7 @@ def audit(rows: Sequence[Row]) -> SampledAudit | GreedyAudit | None:
 
 
 def audit_transforms(texts: Sequence[Sequence[float]]) -> SampledAudit:
-    """Audit the transforms of some texts' tokens, each text's in its order."""
+    """Audit the transforms of tokens, given text by text and in order."""
     from scipy import stats
 
     values = np.concatenate([np.asarray(text, dtype=float) for text in texts])
@@ -102,7 +102,7 @@ def audit_transforms(texts: Sequence[Sequence[float]]) -> SampledAudit:
 
 
 def partings(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
-    """List the smaller gap of two greedy methods at each token where their texts part.
+    """List, for each text, the smaller of two greedy methods' gaps where their texts first differ.
 
     A small gap is a near-tie, which rounding decides.
     """
@@ -116,6 +116,6 @@ def partings(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
 
 def describe_partings(gaps: Sequence[float], num_texts: int) -> str:
     return (
-        f"{len(gaps)} of {num_texts} texts part from reference's, where its two best logits are "
-        f"{statistics.median(gaps):.2g} apart (median) and at most {max(gaps):.2g}"
+        f"{len(gaps)} of {num_texts} texts differ from reference's. At the first difference, the "
+        f"two best logits are {statistics.median(gaps):.2g} apart (median), at most {max(gaps):.2g}"
     )

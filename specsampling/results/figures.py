@@ -1,4 +1,4 @@
-"""Figures of a finished run, made by matplotlib to be read in greyscale too."""
+"""Draws the figures of a finished run with matplotlib, to be read in greyscale too."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from specsampling.results import metrics
 from specsampling.results.records import Row
 from specsampling.results.tables import BASELINE, as_text, rows_by_method, shared_rows
 
-if TYPE_CHECKING:  # imported where a figure is drawn: a script that prints a table needs none
+if TYPE_CHECKING:  # a script that prints a table needs no matplotlib
     from matplotlib.figure import Figure
 
-DARK, MIDDLE, LIGHT = "#1b3a57", "#7d93a8", "#d5dde5"  # apart in greyscale too
+DARK, MIDDLE, LIGHT = "#1b3a57", "#7d93a8", "#d5dde5"  # distinct in greyscale too
 
 
 def speedup_figure(rows: Sequence[Row]) -> Figure:
@@ -99,17 +99,17 @@ def tokens_per_second_figure(rows: Sequence[Row]) -> Figure:
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> None:
-    """Write `name`.png and `name`.svg into `folder`, which is made if it is not there."""
+    """Write `name`.png and `name`.svg into `folder`, which is made if it is missing."""
     import matplotlib as mpl
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": name}):  # with no date: same figure, same file
+    with mpl.rc_context({"svg.hashsalt": name}):  # no date: equal figures make equal files
         figure.savefig(Path(folder, f"{name}.png"), dpi=150)
         figure.savefig(Path(folder, f"{name}.svg"), metadata={"Date": None})
 
 
 def new_figure(num_panels: int = 1) -> tuple[Figure, Any]:
-    """Make a figure with its axes; pyplot forgets it, so that a notebook shows it only once."""
+    """Make a figure with its axes. Pyplot forgets it, so a notebook shows it only once."""
     import matplotlib.pyplot as plt
 
     size = (7, 4) if num_panels == 1 else (11, 4)

@@ -1,6 +1,6 @@
-"""Files that are never half written, nor written by two: checks, locks, whole replacements.
+"""Checks, locks and replaces files, so that none is half written or written by two processes.
 
-This module knows nothing of what stands in the files.
+This module knows nothing about what the files hold.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ UNFINISHED = ".unfinished"  # ends the name of a file until it is whole
 
 
 class RecordsError(ValueError):
-    """A file that cannot be read, written or resumed, in one line with the way out."""
+    """A failure to read, write or resume a file, in one line with the way out."""
 
 
 def require_plain(path: Path) -> None:
-    """Refuse an output that is no file, or that has a folder where its companions go."""
+    """Refuse an output that is no file, or whose companion files would replace a folder."""
     if path.suffix != ".jsonl" or (is_there(path) and not path.is_file()):
         raise RecordsError(
             f"--output must be a file that ends in .jsonl (got {path}); "
@@ -38,7 +38,7 @@ def require_plain(path: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a path can be opened; an OSError says that it could not be made either."""
+    """Tell whether a path exists; raise an OSError if it could not even be made."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -47,15 +47,15 @@ def is_there(path: Path) -> bool:
 
 
 def require_writable_folder(path: Path) -> None:
-    """Raise the OSError of writing into the folder of a file, which may still have to be made."""
+    """Raise an OSError if a file's folder, or the first that exists above, takes no files."""
     folder = Path(os.path.realpath(path)).parent
     while not is_there(folder):
         folder = folder.parent
-    tempfile.TemporaryFile(dir=folder).close()  # `os.access` says yes to root everywhere
+    tempfile.TemporaryFile(dir=folder).close()  # `os.access` allows root everything
 
 
 def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
-    """Open a file for this process alone, at its start.
+    """Open a file at its start, for this process alone.
 
     Another process may put a new file at the path before the lock is taken. The lock would then
     be on a file that nobody sees any more, so the new file is opened instead.
@@ -81,7 +81,7 @@ def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
 
 
 def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
-    """Return what changes with a file: device, number, size, time of writing; None for none."""
+    """Return a file's device, number, size and time of writing; None if there is no file."""
     try:
         found = os.stat(file)
     except FileNotFoundError:
@@ -91,11 +91,11 @@ def state_of(file: Path | int) -> tuple[int, int, int, int] | None:
 
 @contextmanager
 def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
-    """Write a whole file aside, and move it into place after the block.
+    """Write a whole file under another name, and move it into place after the block.
 
-    At any moment either the old or the new one is there, and the block runs only if the new one
-    could be written. A link stays, and the file that it leads to is replaced. The new file is
-    yielded, locked before anybody else can see it, and stays open if the block ends well.
+    At any moment either the old or the new file is at the path. The block runs only if the new file
+    could be written. If the path is a link, the link stays, and its file is replaced. The new file
+    is locked before others can see it. It is yielded, and stays open if the block ends well.
     """
     path = Path(os.path.realpath(path))
     scratch = scratch_path(path)
@@ -106,7 +106,7 @@ def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
         write_all(file, data)
         os.fsync(file.fileno())
         yield file
-        if sys.platform == "win32":  # where an open file cannot be moved
+        if sys.platform == "win32":  # Windows cannot move an open file
             file.close()
         scratch.replace(path)
         sync(path.parent)
@@ -117,20 +117,20 @@ def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a whole file in one step."""
+    """Replace a whole file in one step."""
     with replaced(path, data) as file:
         pass
     file.close()
 
 
 def write_all(file: io.FileIO, data: bytes) -> None:
-    """Write, however often the system takes only a part."""
+    """Write all of the data, even if the system takes it in parts."""
     while data:
         data = data[file.write(data) :]
 
 
 def end_at(file: io.FileIO, num_bytes: int) -> None:
-    """Cut off a torn last line, or give the last one its end."""
+    """Cut the file to `num_bytes`, or add the newline that its last line lacks."""
     if num_bytes <= file.seek(0, os.SEEK_END):
         file.truncate(num_bytes)
     else:
@@ -143,7 +143,7 @@ def scratch_path(path: Path) -> Path:
 
 
 def clear_scratch(path: Path) -> None:
-    """Delete what a process that was killed has left of a file that it was writing."""
+    """Delete the unfinished file that a killed process has left behind."""
     scratch = scratch_path(Path(os.path.realpath(path)))
     with suppress(FileNotFoundError, RecordsError):  # another process is writing it
         _require_own(scratch)
@@ -152,12 +152,12 @@ def clear_scratch(path: Path) -> None:
 
 
 def _require_own(scratch: Path) -> None:
-    """Refuse a file in the way that is not the beginning of one of ours, a JSON object."""
+    """Refuse to replace a file that is not ours. Our files begin with a JSON object."""
     with suppress(FileNotFoundError), scratch.open("rb") as file:
         if file.read(1) not in (b"", b"{"):
             raise RecordsError(
-                f"{scratch} is in the way and not of this program; move it, or choose another "
-                "file with --output"
+                f"{scratch} must be a file of this program, because it is replaced (got another "
+                "file); move it, or choose another file with --output"
             )
 
 

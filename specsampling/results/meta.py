@@ -1,4 +1,4 @@
-"""What made a run's rows, kept beside them. It decides whether other rows may join them."""
+"""Keeps a run's meta: what made its rows, and so which other rows may join them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from specsampling.results.files import RecordsError, read_file
 from specsampling.results.lines import CHANGED, SEAL, fits, sealed, unsealed
 
-# Rows of one file share these fields of the meta; there are no `steps` where these are eager.
+# All rows of a file share these fields of the meta. Eager runs have no `steps`.
 MUST_AGREE = ("config_hash", "precision", "device", "steps")
-# The types of the fields that later code reads. Older files lack some of the fields.
+# The types of the fields that later code reads. A field may be missing.
 HINTS: dict[str, Any] = {
     "config": dict[str, Any],
     "config_hash": str,
@@ -46,7 +46,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def require_own_meta(path: Path) -> None:
-    """Raise a RecordsError if the meta of `path` would replace a file that is no run's."""
+    """Raise a RecordsError if the meta of `path` would replace a file that is no run's meta."""
     beside = meta_path(path)
     if not beside.is_file() or not beside.stat().st_size:
         return
@@ -56,13 +56,13 @@ def require_own_meta(path: Path) -> None:
         problem = str(error)
     if problem:
         raise RecordsError(
-            f"{beside} must be the meta of a run, which would take its place ({problem}); move it "
+            f"{beside} must be a run's meta, because a run would replace it ({problem}); move it "
             "away, or choose another file with --output"
         )
 
 
 def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """Add to the file's own meta what is different now; refuse if its rows cannot join `meta`."""
+    """Return the file's meta with what `meta` changes; refuse if their rows cannot join."""
     try:
         old = read_meta(path)
     except RecordsError as error:
@@ -71,7 +71,7 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         names = (*MUST_AGREE, "config")
         was, now = ({name: values.get(name) for name in names} for values in (old, meta))
         raise RecordsError(
-            f"{path} is another run's: {', '.join(_differences(was, now))}; {START_OVER}"
+            f"{path} belongs to another run: {', '.join(_differences(was, now))}; {START_OVER}"
         )
     if others := sorted(changed_files(old, meta)):
         raise RecordsError(
@@ -83,7 +83,7 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Name the models and data whose digests differ between two metas that both have them."""
+    """Name the models and data for which two metas have different digests."""
     was, now = old.get("files", {}), new.get("files", {})
     return [name for name in was.keys() & now.keys() if was[name] != now[name]]
 
@@ -101,5 +101,5 @@ def meta_path(path: Path) -> Path:
 
 
 def meta_bytes(meta: Mapping[str, Any]) -> bytes:
-    """Write a meta as its file holds it, with its seal."""
+    """Return the bytes of a meta's file, with the seal."""
     return json.dumps(sealed(meta), indent=2).encode() + b"\n"

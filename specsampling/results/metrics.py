@@ -1,4 +1,4 @@
-"""Rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
+"""Computes rates, speedups, pass@k and ROUGE of finished rows, with bootstrap intervals.
 
 This module knows rows and scores, and nothing about files, tables, figures, models or tasks.
 Rates are fractions in [0, 1]. A number that does not exist (no tokens, nothing drafted) is NaN.
@@ -44,54 +44,54 @@ class Interval:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times fewer seconds per token a method takes than a baseline.
+    """The ratio of a baseline's seconds per token to a method's: above 1, the method is faster.
 
     `mean_of_ratios` weighs a two-token answer like a long one, so it is shown beside
     `of_totals` and never instead of it.
     """
 
-    of_totals: Interval  # of baseline seconds per token / method seconds per token
+    of_totals: Interval  # baseline seconds per token / method seconds per token
     mean_of_ratios: Interval  # mean of `per_problem`
     per_problem: dict[str, float]  # example id -> ratio, where both methods made a token
     num_compared: int  # (example, sample) pairs that both methods have
 
 
 def draft_acceptance_rate(rows: Iterable[Row]) -> float:
-    """Accepted / drafted tokens, over all cycles."""
+    """Return accepted / drafted tokens, over all cycles."""
     accepted, drafted = _cycles(rows).T
     return _divide(accepted.sum(), drafted.sum())
 
 
 def per_token_acceptance(rows: Iterable[Row]) -> float:
-    """Accepted / tested tokens: the alpha of Leviathan et al. 2023, section 3.1.
+    """Return accepted / tested tokens: the alpha of Leviathan et al. 2023, section 3.1.
 
-    A rejection ends a cycle's tests, so tokens drafted behind it were never tested.
+    A rejection ends a cycle's tests, so the tokens drafted after it are not tested.
     """
     accepted, drafted = _cycles(rows).T
     return _divide(accepted.sum(), np.minimum(accepted + 1, drafted).sum())
 
 
 def block_efficiency(rows: Sequence[Row]) -> float:
-    """New tokens per target call after the prefill; at most k + 1."""
+    """Return new tokens per target call after the prefill; at most k + 1."""
     return _divide(sum(row.num_new_tokens for row in rows), sum(row.target_calls for row in rows))
 
 
 def tokens_per_second(rows: Sequence[Row]) -> float:
-    """New tokens per second of decoding, prefill left out."""
+    """Return new tokens per second of decoding, without the prefill."""
     return _divide(sum(row.num_new_tokens for row in rows), sum(row.decode_seconds for row in rows))
 
 
 def overhead_share(rows: Sequence[Row]) -> float:
-    """Time outside model forwards, the prefill's included, as a share of decode time.
+    """Return the time outside model forwards, the prefill's included, as a share of decode time.
 
-    An upper bound of the share of decoding itself: a prefill has little such time.
+    This is an upper bound of decoding's own share, because a prefill adds a little such time.
     """
     outside = sum(_seconds(row, True) - row.forward_seconds for row in rows)
     return _divide(outside, sum(row.decode_seconds for row in rows))
 
 
 def cost_ratio(rows: Sequence[Row]) -> float:
-    """Time of a draft call / time of a target call: the c of Leviathan et al. 2023, section 3.3."""
+    """Return draft call time / target call time: the c of Leviathan et al. 2023, section 3.3."""
     target, draft = _call_seconds(rows)
     num_drafts = sum(row.draft_calls for row in rows)
     num_targets = sum(row.target_calls for row in rows)
@@ -102,7 +102,7 @@ def predicted_speedup(rows: Sequence[Row]) -> float:
     """Predict by Theorem 3.8 of Leviathan et al. 2023: (1 - alpha^(k+1)) / ((1 - alpha)(kc + 1)).
 
     Here k is the mean number of drafted tokens per cycle, and kc is the draft's time per target
-    call: a lookup's tokens cost none. A call of any width is taken to last as long as one of 1.
+    call. A lookup takes no time. The theorem assumes that a call's time does not depend on width.
     """
     alpha = per_token_acceptance(rows)
     drafted = _cycles(rows)[:, 1]
@@ -115,7 +115,7 @@ def predicted_speedup(rows: Sequence[Row]) -> float:
 def accepted_histogram(rows: Iterable[Row]) -> NDArray[np.int64]:
     """Count the cycles that accepted 0, 1, ... tokens, among cycles that drafted any.
 
-    There are [K + 1] counts, K being the most tokens that any cycle drafted.
+    There are [K + 1] counts, where K is the most tokens that any cycle drafted.
     """
     cycles = _cycles(rows)
     drafting = cycles[cycles[:, 1] > 0]
@@ -140,7 +140,7 @@ def count_identical(rows: Iterable[Row], other_rows: Iterable[Row]) -> tuple[int
 
 
 def num_equal_tokens(row: Row, other: Row) -> int:
-    """Count the tokens before the first one in which two texts differ."""
+    """Count the tokens before the first difference of two texts."""
     pairs = zip(row.token_ids, other.token_ids)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -174,9 +174,9 @@ def speedup(
 
 
 def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict[int, float]:
-    """Mean over problems of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374), by k.
+    """Return the mean of the unbiased pass@k of Chen et al. 2021 (arXiv 2107.03374), by k.
 
-    It is given for those `ks` that every problem has enough samples for, and for the largest k.
+    The result has those `ks` for which every problem has enough samples, and the largest such k.
     """
     largest = min(Counter(score["example_id"] for score in scores).values(), default=0)
     return {
@@ -187,9 +187,9 @@ def pass_at_k(scores: Sequence[Score], ks: Sequence[int] = (1, 10, 100)) -> dict
 
 
 def quality(scores: Sequence[Any], name: str) -> Interval:
-    """Mean of a measure ("rouge1", "pass@1" and so on) over one method's scores.
+    """Return the mean of a measure, such as "rouge1" or "pass@1", over one method's scores.
 
-    ROUGE is averaged over samples, pass@k over the problems with k samples or more.
+    ROUGE is averaged over samples, and pass@k over the problems with k samples or more.
     The bootstrap draws problems.
     """
     if name.startswith("pass@"):
@@ -198,10 +198,10 @@ def quality(scores: Sequence[Any], name: str) -> Interval:
 
 
 def quality_difference(scores: Sequence[Any], others: Sequence[Any], name: str) -> Interval:
-    """How much higher a measure is than another method's, over the samples that both have.
+    """Return the difference of a measure from another method's, over the samples of both.
 
-    The bootstrap draws problems, each with both methods' scores: what makes a problem hard
-    makes it hard for both, and does not widen the interval.
+    The bootstrap draws problems, each with both methods' scores. A hard problem is hard for both
+    methods, so differences between problems do not widen the interval.
     """
     theirs = {_sample(score): score for score in others}
     pairs = [(score, theirs[_sample(score)]) for score in scores if _sample(score) in theirs]
@@ -215,7 +215,7 @@ def quality_difference(scores: Sequence[Any], others: Sequence[Any], name: str) 
 
 
 def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Interval:
-    """Percentile bootstrap over problems: resamples rows, so columns stay paired.
+    """Compute a percentile bootstrap over problems. Rows are resampled, so columns stay paired.
 
     The bounds are the 2.5% and 97.5% quantiles of `NUM_RESAMPLES` resamples.
 
@@ -230,7 +230,7 @@ def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Int
     if num_problems == 1:
         return Interval(estimate, math.nan, math.nan)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    chunk = 100  # resamples at a time: all at once would take gigabytes on XSum's 11,334 articles
+    chunk = 100  # resamples at a time: all of XSum's at once would take gigabytes
     means = []
     for _ in range(NUM_RESAMPLES // chunk):
         draws = generator.integers(num_problems, size=(chunk, num_problems))
@@ -247,12 +247,12 @@ def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Int
 
 
 def bootstrap_mean(values: Sequence[float] | Sequence[np.floating]) -> Interval:
-    """`bootstrap` of the mean of one value per problem."""
+    """Return the `bootstrap` interval of the mean of one value per problem."""
     return bootstrap(np.array(values, dtype=float).reshape(-1, 1), lambda means: means[:, 0])
 
 
 def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:
-    """`bootstrap` of the mean over samples, given as (example id, value), drawing examples."""
+    """Return the interval of the mean over samples (example id, value), resampling examples."""
     totals = [[sum(of_example), len(of_example)] for of_example in grouped(values).values()]
     per_example = np.array(totals, dtype=float).reshape(-1, 2)
     return bootstrap(per_example, lambda means: means[:, 0] / means[:, 1])
@@ -267,7 +267,7 @@ def grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
 
 
 def _pass_at_k_by_problem(scores: Iterable[Score], k: int) -> dict[str, float]:
-    """1 - C(n - c, k) / C(n, k) of each problem with n >= k samples, c of which pass."""
+    """Return 1 - C(n - c, k) / C(n, k) of each problem with n >= k samples and c passes."""
     groups = grouped((score["example_id"], score["passed"]) for score in scores)
     passed = {problem: samples for problem, samples in groups.items() if len(samples) >= k}
     counts = [list(map(count, passed.values())) for count in (len, sum)]
@@ -279,13 +279,13 @@ def _sample(score: ScoredRow) -> Sample:
 
 
 def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
-    """[num_cycles, 2]: accepted and drafted tokens of each cycle."""
+    """Return [num_cycles, 2]: the accepted and the drafted tokens of each cycle."""
     cycles = [cycle for row in rows for cycle in zip(row.accepted, row.drafted, strict=True)]
     return np.array(cycles, dtype=np.int64).reshape(-1, 2)
 
 
 def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
-    """Decoding seconds in the target's calls and in the draft's; nan for rows without them."""
+    """Return decoding seconds in target calls and in draft calls; NaN if a row lacks them."""
     seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
     target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
     return float(target), float(draft)
@@ -296,7 +296,7 @@ def _seconds(row: Row, with_prefill: bool) -> float:
 
 
 def _seconds_per_token_ratio(totals: Floats) -> Floats:
-    """[N, 4] baseline seconds and tokens, method seconds and tokens -> [N] ratios."""
+    """Map [N, 4] baseline seconds and tokens, method seconds and tokens to [N] ratios."""
     with np.errstate(divide="ignore", invalid="ignore"):
         per_token = np.where(totals[:, 1::2] > 0, totals[:, 0::2] / totals[:, 1::2], np.nan)
         return np.where(per_token[:, 1] > 0, per_token[:, 0] / per_token[:, 1], np.nan)

@@ -1,4 +1,4 @@
-"""Rows: one line of JSON per generation, which `runfile.py` appends.
+"""Defines and reads rows: one line of JSON per generation, which `runfile.py` appends.
 
 A run is three files: `name.jsonl` (rows), `name.meta.json` (what made them) and
 `name.scores.jsonl` (`scores.py`). This module knows nothing of models and tasks.
@@ -17,12 +17,12 @@ from specsampling.results.lines import Key, hash_of
 from specsampling.results.meta import START_OVER, read_meta
 from specsampling.results.scores import Scores, read_scores, scores_path
 
-OUT_OF_MEMORY = "out of memory"  # begins such a row's error
-Sample = tuple[str, int]  # example_id, sample_index: what two methods are paired by
+OUT_OF_MEMORY = "out of memory"  # begins the error of a row that lacked memory
+Sample = tuple[str, int]  # example_id and sample_index, by which methods are paired
 
 
 class Source(NamedTuple):
-    """What a row is made from, as far as a row tells it."""
+    """The prompt and the reference that a row was made from."""
 
     num_prompt_tokens: int
     prompt_hash: str | None
@@ -30,11 +30,11 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, token_ids: Sequence[int], reference: str | None) -> Source:
-        """Hash a prompt's ids."""
+        """Return the source with these prompt ids, which are hashed."""
         return cls(len(token_ids), hash_of(list(token_ids)), reference)
 
     def has_prompt_of(self, other: Source) -> bool:
-        """Whether both have the same prompt; without both hashes, one of the same length."""
+        """Tell whether the prompts are the same; without both hashes, compare their lengths."""
         are_hashed = self.prompt_hash and other.prompt_hash
         return self[:2] == other[:2] if are_hashed else self[0] == other[0]
 
@@ -60,20 +60,20 @@ class Row:
     seed: int
     task_id: str | None = None
     reference: str | None = None
-    prompt_hash: str | None = None  # of the prompt's ids; None in rows of before it
-    num_cut_tokens: int | None = None  # left out of a prompt that was too long; None for none
-    target_call_seconds: float | None = None  # of decode_seconds; None in rows of before them
+    prompt_hash: str | None = None  # of the prompt's ids; None if not recorded
+    num_cut_tokens: int | None = None  # cut from a prompt that was too long; None if none
+    target_call_seconds: float | None = None  # part of decode_seconds; None if not recorded
     draft_call_seconds: float | None = None
     transforms: list[float] | None = None  # one per new token: see method/evidence.py
     gaps: list[float] | None = None
     noise: str | None = None  # "positional", or None for numbers drawn in sequence
-    error: str | None = None  # why the text ended early, where finish_reason is error
-    rank: int | None = None  # which of several processes made it, and where
+    error: str | None = None  # the reason, if finish_reason is error
+    rank: int | None = None  # the process that made the row, if there are several
     device: str | None = None
 
     @property
     def lacked_memory(self) -> bool:
-        """Whether memory was too small for the text: a later run decodes it again."""
+        """Whether memory was too small for the text. A later run decodes such a text again."""
         return self.error is not None and self.error.startswith(OUT_OF_MEMORY)
 
     @property
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its three files hold it; `scores` is None before the scoring."""
+    """The contents of a run's three files; `scores` is None before the scoring."""
 
     rows: list[Row]
     meta: dict[str, Any]
@@ -107,7 +107,7 @@ def line_of(row: Row) -> bytes:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read the rows of a finished or a running run, without a last line that is torn."""
+    """Read the rows of a finished or a running run, without a torn last line."""
     return rows_in(Path(path), read_file(Path(path)))[0]
 
 
@@ -118,7 +118,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def is_run(path: str | Path) -> bool:
-    """Tell whether a file holds rows of a run, and not somebody else's completions."""
+    """Tell whether a file holds rows of a run, and not another tool's completions."""
     try:
         return bool(read_rows(path))
     except RecordsError:
@@ -134,7 +134,7 @@ def rows_in(path: Path, data: bytes) -> tuple[list[Row], int]:
 
 
 def require_one_prompt(path: Path, rows: Iterable[Row], hashes: dict[str, str]) -> None:
-    """Refuse rows of two prompts of one example; note each example's hash in `hashes`."""
+    """Refuse different prompts for one example; note each example's hash in `hashes`."""
     for row in rows:
         ours = row.prompt_hash
         if ours and hashes.setdefault(row.example_id, ours) != ours:

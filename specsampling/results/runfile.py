@@ -1,7 +1,7 @@
-"""A run's rows, open for appending in one process at a time, and resumed after a stop.
+"""Opens a run's file for appending, in one process at a time, and resumes it after a stop.
 
-What is at the path is what counts. Another program may put another file there, or change it, at
-any moment. If that file holds our rows, new rows go there; if not, they are kept aside.
+Another program may change the file at the path, or replace it, at any moment. If the file at the
+path still holds our rows, new rows go there. If not, our rows are kept in a file beside it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class RunFile:
 
         Args:
             path: ends in `.jsonl`; its folder is made.
-            meta: plain values.
-            fresh: drop the rows, meta and scores that are there.
+            fresh: drop existing rows, meta and scores.
 
         Raises:
             RecordsError: the rows cannot go on under `meta`, another process has the file open,
@@ -65,7 +64,7 @@ class RunFile:
                 raise
 
     def __init__(self, path: Path, file: io.FileIO, meta: dict[str, Any], fresh: bool) -> None:
-        """Take over a file that was just opened; `RunFile.open` is the way in."""
+        """Take over a file that was just opened; call `RunFile.open` instead."""
         for mine in (path, meta_path(path), scores_path(path)):
             files.clear_scratch(mine)
         if fresh:
@@ -80,10 +79,10 @@ class RunFile:
         self._is_lost = False
         if self.rows:
             files.end_at(file, num_bytes)
-            self._meta_there = files.read_file(meta_path(path))
+            self._meta_on_disk = files.read_file(meta_path(path))
         else:
-            self._meta_there = meta_bytes(meta)
-            with files.replaced(meta_path(path), self._meta_there) as new:
+            self._meta_on_disk = meta_bytes(meta)
+            with files.replaced(meta_path(path), self._meta_on_disk) as new:
                 file.truncate(0)  # once the new meta is sure to be written
                 scores_path(path).unlink(missing_ok=True)
             new.close()
@@ -110,16 +109,16 @@ class RunFile:
             )
 
     def append(self, row: Row) -> None:
-        """Write a row; it is on the disk when this returns.
+        """Write a row, and return when the row is on the disk.
 
         Raises:
-            RecordsError: its key is there already, or it cannot be written as a whole; then no
-                part of it stays in the file.
+            RecordsError: the file has a row of this key, or the row cannot be written whole. No
+                part of the row then stays in the file.
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
         require_one_prompt(self._path, [row], self._hashes)
-        self._find(row)
+        self._check_path(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:
                 self._save_meta()
@@ -139,12 +138,12 @@ class RunFile:
         finally:
             self._state = files.state_of(self._file.fileno())
 
-    def _find(self, *more: Row) -> None:
+    def _check_path(self, *more: Row) -> None:
         """Compare the open file with the one at the path, before rows are added or sorted.
 
-        An editor, `git checkout` or `mv` puts another file there. If it holds our rows, or the
-        first of them, it is written to from here on. Otherwise our rows and `more` are kept in a
-        new file, which the RecordsError names.
+        An editor, `git checkout` or `mv` may put another file there. If the new file holds our
+        rows, or the first of them, later rows go there. Otherwise our rows and `more` are kept in
+        one more file, which the RecordsError names.
         """
         if files.state_of(self._path) == self._state:
             return
@@ -162,31 +161,31 @@ class RunFile:
             self._file.close()
         self._is_lost = True
         if not (rows := [*self.rows, *more]):
-            raise RecordsError(f"{self._path} was {what} while this run had it; start it again")
+            raise RecordsError(f"{self._path} was {what} while the run had it; start the run again")
         kept = _keep(self._path, rows, self._meta)
         raise RecordsError(
-            f"{self._path} was {what} while this run wrote to it, and was left as it is; the run's "
-            f"{len(rows)} rows are in {kept}, their meta beside it: move both back to go on"
+            f"{self._path} was {what} while this run wrote to it, and is left unchanged; the run's "
+            f"{len(rows)} rows are in {kept}, with their meta beside it: move both back to go on"
         )
 
     def note(self, **facts: Any) -> None:
-        """Add facts to the meta once rows were appended; in a resumed file, to this run's entry."""
+        """Add facts to the meta (in a resumed file to this run's entry), if rows were appended."""
         if self._is_meta_saved and not self._is_lost:
-            self._find()
+            self._check_path()
             (self._meta["resumed"][-1] if "resumed" in self._meta else self._meta).update(facts)
             with one_line_errors(self._path, "written"):
                 self._save_meta()
 
     def sort(self, order: Sequence[Key]) -> None:
-        """Put the rows into an order, all at once; those that it does not name come first."""
+        """Put the rows into an order in one step; rows that it does not name come first."""
         places = {key: place for place, key in enumerate(order)}
         self._rewrite(sorted(self.rows, key=lambda row: places.get(row.key, -1)))
 
     def _rewrite(self, rows: list[Row]) -> None:
-        """Put rows in the place of those that are there, all at once."""
+        """Replace all rows of the file in one step."""
         if rows == self.rows:
             return
-        self._find()
+        self._check_path()
         with one_line_errors(self._path, "written"):
             with files.replaced(self._path, _lines(rows)) as file:
                 self._file.close()
@@ -196,15 +195,15 @@ class RunFile:
         self.done = {row.key for row in rows}
 
     def _save_meta(self) -> None:
-        """Put the meta beside the rows, in place of what this process has read or put there."""
+        """Write the meta beside the rows; refuse if another program has changed the meta there."""
         beside, data = meta_path(self._path), meta_bytes(self._meta)
-        if is_there(beside) and files.read_file(beside) not in (b"", self._meta_there):
+        if is_there(beside) and files.read_file(beside) not in (b"", self._meta_on_disk):
             raise RecordsError(
                 f"{beside} was changed while this run had it; move it away, and the same command "
                 "goes on"
             )
         files.replace_file(beside, data)
-        self._meta_there = data
+        self._meta_on_disk = data
         self._is_meta_saved = True
 
     def close(self) -> None:
@@ -218,16 +217,16 @@ class RunFile:
 
 
 def check_output(path: str | Path, meta: dict[str, Any] | None = None) -> None:
-    """Raise the RecordsError that `RunFile.open` would raise, and change nothing.
+    """Raise the RecordsError that `RunFile.open` would raise; change nothing.
 
-    Without a `meta` the rows that are there are not looked at.
+    Without a `meta`, existing rows are not checked.
     """
     path = Path(path)
     with one_line_errors(path, "written"):
         files.require_plain(path)
         require_own_meta(path)
         require_own_scores(path)
-        files.require_writable_folder(path)  # the meta is written aside there, and moved
+        files.require_writable_folder(path)  # the meta is written there, then moved
         if not is_there(path):
             return
         with open_alone(path, "r+") as file:
@@ -244,13 +243,13 @@ def check_fresh(path: str | Path) -> None:
             rows_in(path, files.read_file(path))
     except RecordsError as error:
         raise RecordsError(
-            f"{path} holds what is no row of a run, and --fresh would delete it ({error}); choose "
+            f"{path} holds lines that are no rows, and --fresh would delete them ({error}); choose "
             "another file with --output, or delete it yourself"
         ) from None
 
 
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
-    """Put rows into a new file beside the one at `path`, with their meta; return its path."""
+    """Write rows and their meta to new files beside `path`; return the path of the rows."""
     for number in itertools.count(1):
         kept = path.with_name(f"{path.stem}.kept{number}.jsonl")
         with one_line_errors(kept, "written"), suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""Scores of a run's rows, in a file of their own beside them that is always rewritten whole."""
+"""Reads and writes scores. Their file lies beside the rows and is always replaced as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specsampling.results.lines import is_torn, line_of, parse
 
 
 class ScoredRow(TypedDict):
-    """Names the row that a score belongs to."""
+    """The names of the row that a score belongs to."""
 
     example_id: str
     method: str
@@ -20,22 +20,22 @@ class ScoredRow(TypedDict):
 
 
 class Score(ScoredRow):
-    """Pass or fail of one row; `result` is `passed`, `timed out`, `failed: NameError`."""
+    """The verdict on one row; `result` is such as `passed`, `timed out`, `failed: NameError`."""
 
     passed: bool
     result: str
-    form: str | None  # as what it passed, "" if it did not; None in older files
+    form: str | None  # the form that passed, "" for none; None if not recorded
 
 
 class RougeScore(ScoredRow):
-    """ROUGE F1 of one row, in [0, 1]."""
+    """The ROUGE F1 of one row, in [0, 1]."""
 
     rouge1: float
     rouge2: float
     rougeL: float
 
 
-Scores = Sequence[Score] | Sequence[RougeScore]  # of one run: its task says which
+Scores = Sequence[Score] | Sequence[RougeScore]  # the task of a run decides the kind
 
 
 def scores_path(path: str | Path) -> Path:
@@ -51,7 +51,7 @@ def write_scores(path: str | Path, scores: Scores) -> None:
 
 
 def read_scores(path: str | Path) -> list[Score] | list[RougeScore]:
-    """Read the scores of the rows in `path`; the first line says of which kind they are."""
+    """Read the scores of the rows in `path`; the first line shows their kind."""
     beside = scores_path(path)
     data = read_file(beside)
     kind = RougeScore if b'"rouge1"' in data.partition(b"\n")[0] else Score
@@ -64,8 +64,8 @@ def require_own_scores(path: str | Path) -> None:
     beside = scores_path(path)
     if beside.is_file() and not all(map(_is_score, read_file(beside).splitlines())):
         raise RecordsError(
-            f"{beside} holds what is no score, and scores would take its place; move it away, or "
-            "choose another file for the rows"
+            f"{beside} holds lines that are no scores, and scores would replace them; move it "
+            "away, or choose another file for the rows"
         )
 
 

@@ -1,7 +1,7 @@
-"""A run's rows while several processes make them: a file for each, merged at the end.
+"""Keeps a run's rows while several processes make them: a file for each, merged at the end.
 
 A shard is a run file of its own, `name.rank0003.jsonl`, on the disk of the machine that writes it.
-Its meta names the run and the rank; without that, a file of such a name is somebody else's.
+Its meta names the run and the rank. A file of such a name without such a meta is not ours.
 The next run takes in the shards that a killed run has left.
 """
 
@@ -46,7 +46,7 @@ def shard_meta(meta: dict[str, Any], output: Path, rank: int) -> dict[str, Any]:
 
 
 def is_shard(path: Path, output: Path) -> bool:
-    """Tell whether a file is a rank's part: by its meta, or if it has neither byte nor meta."""
+    """Tell whether a file is a rank's part: by its meta, or because it is empty without one."""
     try:
         if not (meta_path(path).exists() or path.stat().st_size):
             return True
@@ -60,10 +60,10 @@ def is_shard(path: Path, output: Path) -> bool:
 
 
 class Shard:
-    """A rank's part of a run file; rank 0 keeps the whole one open, so that no other run has it.
+    """A rank's part of a run file. Rank 0 keeps the whole file open, so no other run has it.
 
     Attributes:
-        rows: of the whole file before this run, and the rank's own.
+        rows: the rows of the whole file before this run, and the rank's own.
         done: their keys.
     """
 
@@ -72,17 +72,16 @@ class Shard:
         output: Path,
         meta: dict[str, Any],
         fresh: bool,
-        there: Sequence[Row],
+        existing_rows: Sequence[Row],
         ranks: Ranks,
         device: str,
     ):
         """Open this rank's file; `take_in` has emptied the one of an earlier run.
 
         Args:
-            output: the run's file.
-            meta, fresh: as `RunFile.open` takes them.
-            there: rows that the run's file has and that stay.
-            ranks: this process among the others.
+            meta, fresh: the arguments of `RunFile.open`.
+            existing_rows: rows that the run's file has and that stay.
+            ranks: this process's place among the others.
             device: the name of this process's device, for its rows.
         """
         self._ranks = ranks
@@ -93,15 +92,15 @@ class Shard:
         self._path = shard_path(output, ranks.index)
         if self._path.exists() and not is_shard(self._path, output):
             raise RecordsError(
-                f"{self._path} is in the way: rank {ranks.index} writes there, and it is no "
-                f"part of this run; move it, or choose another file with --output"
+                f"{self._path} must be a file of this run, because rank {ranks.index} writes there "
+                "(got another file); move it, or choose another file with --output"
             )
         self._own = RunFile.open(self._path, shard_meta(meta, output, ranks.index), fresh=True)
-        self.rows = list(there)
-        self.done = {row.key for row in there}
+        self.rows = list(existing_rows)
+        self.done = {row.key for row in existing_rows}
 
     def require_same_examples(self, examples: Mapping[str, Source]) -> None:
-        """Refuse examples as `RunFile` does, or if a rank's files or examples are not rank 0's."""
+        """Refuse examples as `RunFile` does, and files or examples that differ from rank 0's."""
         if self._whole:
             self._whole.require_same_examples(examples)
         (first_meta, first), *others = self._ranks.gather([(self._meta, dict(examples))])
@@ -127,7 +126,7 @@ class Shard:
         self.done.add(row.key)
 
     def note(self, **facts: Any) -> None:
-        """Add facts to the meta of the whole file, at the latest when it gains its first rows."""
+        """Add facts to the meta of the whole file, once the file has gained rows."""
         self._facts |= facts
         if self._whole:
             self._whole.note(**self._facts)
@@ -165,10 +164,10 @@ def left_shards(output: Path) -> list[Path]:
 
 
 def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
-    """Put the rows of shards that a stopped run has left into its file, from every machine.
+    """Move the rows of a stopped run's shards into its file, from every machine.
 
-    With `fresh` the shards are deleted instead. On rank 0 the result tells whether rows were put
-    there. `ranks` is None for the only process.
+    With `fresh`, the shards are only deleted. On rank 0, the result tells whether rows were moved.
+    `ranks` is None for a single process.
     """
     found = False
     if ranks is None or ranks.index == 0:
@@ -176,7 +175,7 @@ def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
         found = _merge(output, [] if fresh else map(_read, paths))
         _remove(paths)
     if ranks:
-        ranks.meet()  # where the disk is shared, nothing is left now
+        ranks.meet()  # on a shared disk, no shard is left now
         is_elsewhere = ranks.index > 0 and ranks.local_index == 0
         paths = left_shards(output) if is_elsewhere else []
         left = ranks.gather([] if fresh else [_read(path) for path in paths])
@@ -205,7 +204,7 @@ def _merge(output: Path, shards: Iterable[Left]) -> bool:
 
 def _append_new(run_file: RunFile, rows: Iterable[Row]) -> None:
     for row in rows:
-        if row.key not in run_file.done:  # else a run was stopped between merging and this
+        if row.key not in run_file.done:  # a run may have stopped before it removed its shards
             run_file.append(row)
 
 

@@ -1,4 +1,4 @@
-"""Tables of a finished run, as the notebooks and the scripts show them.
+"""Makes the tables of a finished run that the notebooks and the scripts show.
 
 Tables are pandas frames of plain numbers (rates are fractions). `printable` and `format_table`
 turn them into text with percentages. This module knows rows, scores and a run's meta.
@@ -20,10 +20,10 @@ from specsampling.results.lines import key_of
 from specsampling.results.records import Row, Run
 from specsampling.results.scores import Scores
 
-METHODS = ("autoregressive", "reference", "speculative")  # then speculative:DRAFT, others
+METHODS = ("autoregressive", "reference", "speculative")  # shown first, in this order
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
 
-TERMINAL_HEADERS = {  # the two lines of a header; another has its name on the second line
+TERMINAL_HEADERS = {  # a header's two lines; other columns have their name on the second
     "pass@1": ("pass@1", "[95%]"),
     "rouge1": ("rouge1", "[95%]"),
     "speedup": ("speedup", "[95%]"),
@@ -37,7 +37,7 @@ TERMINAL_HEADERS = {  # the two lines of a header; another has its name on the s
     "ms/token": ("ms", "/token"),
 }
 
-FORMATS: dict[str, str] = {  # of a column's numbers, where they are not two places
+FORMATS: dict[str, str] = {  # for columns that do not show two decimal places
     **dict.fromkeys(metrics.ROUGE_NAMES, ".3f"),
     "draft acceptance rate": ".1%",
     "time outside forwards": ".1%",
@@ -45,7 +45,7 @@ FORMATS: dict[str, str] = {  # of a column's numbers, where they are not two pla
     "n": ".0f",
 }
 
-PUBLISHED = {  # by the earlier attempt at this reproduction: a line per method
+PUBLISHED = {  # by the earlier attempt at this reproduction, a line per method
     "xsum": [
         {"method": "autoregressive", "rouge1": 0.160},
         {"method": "speculative", "rouge1": 0.159, "speedup": 1.84, "draft acceptance rate": 0.32},
@@ -60,21 +60,20 @@ PUBLISHED = {  # by the earlier attempt at this reproduction: a line per method
 def summary_table(
     rows: Sequence[Row], scores: Scores | None = None, sampling: str = ""
 ) -> pd.DataFrame:
-    """Make a table of a line per method, all over the same (example, sample) pairs.
+    """Make a table with a line per method, over the same (example, sample) pairs.
 
-    Pairs that a method lacks (a run stopped midway) are left out of all lines.
+    Pairs that a method lacks, because its run stopped midway, are left out of all lines.
     `table.attrs["notes"]` is a list of sentences that belong under the table.
 
     Args:
-        rows: a run's rows, of any methods.
-        scores: pass or fail per row, or ROUGE; without them there are no such columns.
+        scores: pass or fail per row, or ROUGE; None leaves their columns out.
         sampling: how tokens were chosen, in the words of `describe_sampling`.
     """
     kept = shared_rows(rows)
     compared_with = "reference" if "reference" in kept else BASELINE
     notes = []
     if num_left_out := len(rows) - sum(map(len, kept.values())):
-        notes.append(f"{num_left_out} rows left out: another method lacks their example")
+        notes.append(f"{num_left_out} rows are left out: another method lacks their example")
     lines = []
     for method, of_method in kept.items():
         line: dict[str, Any] = {"method": method, "sampling": sampling, "n": len(of_method)}
@@ -90,7 +89,7 @@ def summary_table(
         line["block efficiency"] = metrics.block_efficiency(of_method)
         line["time outside forwards"] = metrics.overhead_share(of_method)
         line["identical outputs"] = ""
-        # Texts of one seed are the same if both methods are greedy, or draw with the same noise.
+        # Texts can be the same if both methods are greedy or draw with the same noise.
         others = kept.get(compared_with, [])
         has_noise = all(row.noise for row in (*of_method, *others))
         is_comparable = sampling in ("", "greedy") or has_noise
@@ -104,45 +103,47 @@ def summary_table(
                 )
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
-        notes.append(f"identical outputs: same token ids as method {compared_with}")
+        notes.append(f"identical outputs have the token ids of method {compared_with}")
     notes += _audit_notes(kept)
     for method, of_method in kept.items():
         if any(row.draft_call_seconds for row in of_method):
             notes.append(
-                f"{method}: alpha {metrics.per_token_acceptance(of_method):.1%}, a draft call "
-                f"takes {metrics.cost_ratio(of_method):.2f} of a target call; Leviathan et al., "
-                "Theorem 3.8, then expects a speedup of "
+                f"{method}: alpha is {metrics.per_token_acceptance(of_method):.1%}, and a draft "
+                f"call takes {metrics.cost_ratio(of_method):.2f} of a target call's time. From "
+                "these, Theorem 3.8 of Leviathan et al. predicts a speedup of "
                 f"{metrics.predicted_speedup(of_method):.2f}"
             )
     for other, differences in _differences(kept, scores or []).items():
         for name, difference in differences.items():
             if name not in ("rouge2", "rougeL"):
                 text = _interval_text(f"{name} difference", difference)
-                notes.append(f"{name}, speculative less {other}: {text}")
+                notes.append(f"in {name}, speculative minus {other} is {text}")
     if errors := [row for row in rows if row.error]:
-        notes.append(f"{len(errors)} texts ended in an error; the first: {errors[0].error}")
+        notes.append(f"{len(errors)} texts ended in an error. The first is: {errors[0].error}")
     if cut := {row.example_id for row in rows if row.num_cut_tokens}:
-        notes.append(f"documents cut at their end to fit the context: {len(cut)}")
+        notes.append(f"the number of documents cut to fit the context is {len(cut)}")
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
 
 
 def _audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Say what the records of the tokens show: a line per method, one of the baseline's texts."""
+    """Return each method's audit in a line, and one that compares the baseline with reference."""
     found = {method: audit(of_method) for method, of_method in rows.items()}
     notes = [f"{method}: {of_method}" for method, of_method in found.items() if of_method]
+    if any("uniform p" in note for note in notes):
+        notes.append("lossless means that neither p tells the tokens from samples of the target")
     if gaps := partings(rows.get(BASELINE, []), rows.get("reference", [])):
         notes.append(f"{BASELINE}: {describe_partings(gaps, len(rows[BASELINE]))}")
     return notes
 
 
 def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
-    """Make a table of the target alone, its draft alone, and both together.
+    """Make a table of the target alone, the draft alone, and both together.
 
     Args:
-        run: of the pair.
-        draft_alone: of a run whose target is the draft; both over the same examples.
+        run: the run of the pair.
+        draft_alone: a run over the same examples whose target is the draft.
     """
     parts = {
         "the target alone": (run, BASELINE),
@@ -172,7 +173,7 @@ def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
 
 
 def rouge_difference_table(rows: Sequence[Row], scores: Scores) -> pd.DataFrame:
-    """Compare the ROUGE of the speculative outputs with each other method's, by sample."""
+    """Compare the ROUGE of speculative outputs with that of every other method, by sample."""
     lines = []
     for other, differences in _differences(shared_rows(rows), scores).items():
         line: dict[str, Any] = {"speculative less": other}
@@ -191,9 +192,8 @@ def example_table(
     """Show the first examples: the document's start, the reference, each method's first output.
 
     Args:
-        rows: of the methods wanted.
-        documents: example id -> text, for any of the examples.
-        num_examples: how many to show.
+        rows: rows of the methods to show.
+        documents: example id -> text, for some or all of the examples.
         num_characters: where a document is cut.
     """
     lines: dict[str, dict[str, str | None]] = {}
@@ -201,7 +201,7 @@ def example_table(
         for row in [row for row in of_method if row.sample_index == 0][:num_examples]:
             document = documents.get(row.example_id, "")
             start = textwrap.shorten(document, num_characters, placeholder=" ...")
-            if start == "...":  # no word fits: scripts without spaces are one long word
+            if start == "...":  # no word fits: a text without spaces is one word
                 start = f"{document.strip()[: num_characters - 4]} ..."
             line = {"document": start, "reference summary": row.reference}
             lines.setdefault(row.example_id, line)[method] = row.completion
@@ -224,7 +224,7 @@ def printable(table: pd.DataFrame) -> pd.DataFrame:
 def formatted(table: pd.DataFrame, formats: Mapping[str, str]) -> pd.DataFrame:
     """Turn the columns in `formats` into text, with "" for an empty cell.
 
-    A column with bounds becomes one of intervals, and its name gains "[95%]".
+    A column with bounds becomes a column of intervals, and its name gains "[95%]".
     """
     text = {}
     for name, spec in formats.items():
@@ -253,7 +253,7 @@ def format_table(table: pd.DataFrame) -> str:
 
 
 def aligned(text: pd.DataFrame) -> list[str]:
-    """Align columns of text: two lines of headers, a rule, and one per line of `text`."""
+    """Return aligned lines: two lines of headers, a rule, and a line per row of `text`."""
     columns = []
     for name in map(str, text):
         cells = [*TERMINAL_HEADERS.get(name, ("", name)), *text[name]]
@@ -322,13 +322,13 @@ def _is_rouge(scores: Scores) -> bool:
 
 
 def scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
-    """Return the scores of `rows`, whichever kind they are."""
+    """Return the scores of `rows`, of either kind."""
     keys = {row.key for row in rows}
     return [score for score in scores if key_of(score) in keys]
 
 
 def _quality_columns(rows: Sequence[Row], scores: Scores) -> dict[str, float]:
-    """Mean ROUGE F1 or pass@1 with intervals; larger k if every problem has enough samples."""
+    """Return mean ROUGE or pass@1 with intervals, and pass@k if all problems have k samples."""
     scored = scores_of(rows, scores)
     larger = {} if _is_rouge(scores) else metrics.pass_at_k(scored)
     columns: dict[str, float] = {}
@@ -340,7 +340,7 @@ def _quality_columns(rows: Sequence[Row], scores: Scores) -> dict[str, float]:
 def _differences(
     by_method: Mapping[str, Sequence[Row]], scores: Scores
 ) -> dict[str, dict[str, metrics.Interval]]:
-    """Subtract each other method's quality from the speculative one's, by method and measure."""
+    """Subtract every other method's quality from speculative's, by method and measure."""
     scored = {method: scores_of(rows, scores) for method, rows in by_method.items()}
     ours = scored.pop("speculative", [])
     names: list[str] = list(metrics.ROUGE_NAMES)

@@ -1,4 +1,4 @@
-"""A generation's text with its tokens coloured by their origin."""
+"""Writes a generation's text with its tokens coloured by their origin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from specsampling.method.text import Generation
 from specsampling.results.records import Row
 
-# A token's mark and meaning by its origin; bold and underlined stay apart in greyscale.
+# A token's mark and meaning by its origin. Bold and underlined text is distinct in greyscale.
 TOKEN_MARKS = {
     "accepted": ('<span style="color: #1b7837">{}</span>', "drafted and accepted"),
     "correction": ('<b style="color: #b2182b"><u>{}</u></b>', "the target's, after a rejection"),
@@ -20,7 +20,7 @@ TOKEN_MARKS = {
 def text_pieces(
     token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> list[tuple[str, str]]:
-    """Cut the text into (kind, text) of each token.
+    """Return a pair (kind, text) for each token.
 
     A character made of several tokens belongs to the token that completes it.
     """
@@ -37,7 +37,7 @@ def tokens_html(row: Row, decode: Callable[[Sequence[int]], str]) -> str:
     """Write a row's text as HTML, its tokens coloured by origin, above a legend with counts.
 
     Args:
-        row: of any method.
+        row: a row of any method.
         decode: token ids -> text.
     """
     kinds = Generation(row.token_ids, row.finish_reason, row.accepted, row.drafted).kinds()

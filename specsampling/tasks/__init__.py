@@ -1,1 +1,1 @@
-"""The tasks: examples, prompts, stop strings and scores. Text is theirs and the runner's."""
+"""The tasks: examples, prompts, stop strings, scores. Only tasks and the runner handle text."""

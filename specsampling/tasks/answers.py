@@ -1,18 +1,18 @@
-"""The code in a chat answer: text in, code out; "" for a text that is no such answer.
+"""Finds the code in a chat answer; returns "" for a text that is no such answer.
 
 A chat model answers with thoughts, prose, drafts, commands and usage around the function that
-it was asked for; any model may close a fence behind its code and then explain it. A text with
-neither fences nor prose is a completion, and not looked at here. Which code is the answer:
+it was asked for. Any model may close a fence after its code and then explain the code. A text
+with neither fences nor prose is a completion, which this module leaves alone. The answer is:
 
-- what follows the thoughts (`</think>`), if there are any;
-- where the text begins with code, the code in front of the first fence or sentence, and of it
-  one try at the function: no text gets a second one for being wrong;
+- only what follows the thoughts (`</think>`), if there are any;
+- if the text begins with code, the code before the first fence or sentence, with the function's
+  first definition only: no text gets a second try for being wrong;
 - else the last complete block that defines the function and is not offered as an alternative,
-  and from the other blocks the imports, helpers and constants that it names;
+  with the imports, helpers and constants that it names from other blocks;
 - else a block that holds the function's body alone;
 - else, without fences, the code between the prose.
 
-Takes time in proportion to the text and raises nothing. Knows no problems and no models.
+The time is proportional to the text. This module raises nothing, and knows no problems or models.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from specsampling.tasks.statements import (
     words,
 )
 
-MAX_CHARACTERS = 100_000  # behind the thoughts, that code is looked for in
+MAX_CHARACTERS = 100_000  # after the thoughts, in which code is looked for
 INDENT = "    "
 
 _THOUGHTS_END = re.compile(
@@ -50,14 +50,14 @@ TURN_ENDS = (
     *("<|end|>", "<|return|>", "<|assistant|>", "<|user|>", "<|system|>", "<｜end▁of▁sentence｜>"),
     *("</s>", "<end_of_turn>", "<start_of_turn>", "<eos>"),
 )
-# People write <filename> and [PREFIX] too, so that these do not end an answer.
+# People write <filename> and [PREFIX] too, so these do not end an answer.
 _ANSWER_ENDS = (*TURN_ENDS, *(name for name in SEPARATORS if re.search(r"[|｜]|fim|_sep", name)))
 _END_OF_TEXT = re.compile("|".join(map(re.escape, _ANSWER_ENDS)))
 _CODE_TAG = re.compile(
     r"^[ \t]*(?:\[/?(?:PYTHON|BEGIN|DONE|CODE)\]|</?(?:code|answer|solution|python)>)[ \t]*$",
     re.MULTILINE | re.IGNORECASE,
 )
-_LANGUAGE = re.compile(r"\A\s*python3?[ \t]*\n", re.IGNORECASE)  # whose fence was lost
+_LANGUAGE = re.compile(r"\A\s*python3?[ \t]*\n", re.IGNORECASE)  # a name that lost its fence
 _FENCE = re.compile(
     r"(?P<before>.*?)(?P<fence>(?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))[ \t]*(?P<info>[^`]*)$"
 )
@@ -82,7 +82,7 @@ _CODE = re.compile(
     re.DOTALL,
 )
 _MARKUP = re.compile(r"(?:(?:[-*+>•]|\d{1,3}[.)])[ \t]+)*(?=\*\*[^\W\d]|[^\W\d])")
-_PAIR = re.compile(r"(?<![^\s(])([A-Za-z][a-z]*) ([a-z]+)\b")  # of words
+_PAIR = re.compile(r"(?<![^\s(])([A-Za-z][a-z]*) ([a-z]+)\b")  # two words
 _SENTENCE = re.compile(
     r"\*\*|[^\x00-\x7f]"  # bold; another script
     r"|(?:[A-Z][a-z]*|[a-z]{3,})['’](?:s|t|re|ve|ll|d|m)\b"  # here's
@@ -90,24 +90,24 @@ _SENTENCE = re.compile(
     r"|[a-z][a-z',-]*(?: [a-z',-]+){2,}[.!?:]$"
 )
 _KEYWORDS = {*keyword.kwlist}
-_MAX_HEAD = 200  # characters of a statement that say whether it is one
+_MAX_HEAD = 200  # characters of a line that decide whether it is a statement
 
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two fences, or between a fence and the answer's end."""
+    """The text between two fences, or between a fence and the answer's end."""
 
-    text: str  # at the margin
+    text: str  # without shared indentation
     is_python: bool  # the opening fence names Python, or no language
-    is_whole: bool  # more than a beginning, a signature or another way to do the same
+    is_whole: bool  # closed, with a body, and not offered as an alternative
 
 
 def code_in(answer: str, entry_point: str) -> str:
-    """The code of an answer with fences or prose.
+    """Return the code of an answer with fences or prose.
 
     Returns:
-        Code that defines `entry_point` at the margin. If nothing does, what may be the
-        function's body, indented. "" for a text without fences and prose.
+        Code that defines `entry_point` at the margin, else what may be the function's body,
+        indented. "" for a text without fences and prose.
     """
     text, is_answer = final_part(answer)
     lines = text.split("\n")
@@ -127,7 +127,7 @@ def code_in(answer: str, entry_point: str) -> str:
 
 
 def _in_front(lines: Sequence[str]) -> tuple[str, bool]:
-    """The code that a text begins with, and whether a fence or a sentence ends it."""
+    """Return the code that a text begins with, and whether a fence or a sentence ends it."""
     front, number, is_closed = _inside(lines, 0, "```")
     for line in logical_lines(front):
         if not line.indent and is_prose(front[line.first]):
@@ -136,7 +136,7 @@ def _in_front(lines: Sequence[str]) -> tuple[str, bool]:
 
 
 def _first_try(code: str, entry_point: str) -> str:
-    """The function's body or definition, and what follows up to another definition of it."""
+    """Return the function's body or definition, with the code up to another definition of it."""
     is_indented = _first_indent(code) > 0
     tries = [found.start() for found in definition_of(entry_point).finditer(code)]
     if not (is_indented or tries or _is_body(code)):
@@ -147,7 +147,7 @@ def _first_try(code: str, entry_point: str) -> str:
 
 
 def _chosen(blocks: Sequence[Block], entry_point: str) -> str:
-    """The code of the block that is the answer; "" if none holds Python."""
+    """Return the code of the block that is the answer; "" if no block holds Python."""
     defining = [block for block in reversed(blocks) if defines(block.text, entry_point)]
     if defining:
         chosen = next((block for block in defining if block.is_whole), defining[0])
@@ -158,7 +158,7 @@ def _chosen(blocks: Sequence[Block], entry_point: str) -> str:
 
 
 def is_prose(line: str) -> bool:
-    """Whether a line is surely a sentence or a heading; broken code is not."""
+    """Tell whether a line is surely a sentence or a heading, and not just broken code."""
     text = line.strip()[:_MAX_HEAD]
     head = without_strings(text)[0]
     start = _MARKUP.match(text)
@@ -172,14 +172,14 @@ def is_prose(line: str) -> bool:
 
 
 def final_part(answer: str) -> tuple[str, bool]:
-    """The text from the end of an answer's thoughts to the end of its turn, with plain newlines,
-    and whether more came before it."""
+    """Return the text from the end of an answer's thoughts to the end of its turn, with plain
+    newlines, and whether other text came before."""
     text = answer.replace("\r\n", "\n").replace("\r", "\n")
     text = text.replace("\ufeff", "").replace("\u00a0", " ")
     last = _THOUGHTS_END.split(text)[-1]
     text, is_end = (last, last != text) if last.strip() else (text, False)
     text = next((part for part in _END_OF_TEXT.split(text) if part.strip()), "")
-    if len(text) > MAX_CHARACTERS:  # a conclusion stands at the end, a continuation at the front
+    if len(text) > MAX_CHARACTERS:  # an answer ends with its code, a completion begins with it
         end = text[-MAX_CHARACTERS:].partition("\n")[2]
         text, is_end = (end, True) if "```" in end else (text[:MAX_CHARACTERS], is_end)
     text = _CODE_TAG.sub(lambda tag: "```" if tag[0].strip()[1] in "/Dd" else "```python", text)
@@ -187,7 +187,7 @@ def final_part(answer: str) -> tuple[str, bool]:
 
 
 def fenced_blocks(text: str) -> tuple[str, list[Block]]:
-    """All text outside the blocks of an answer, and the blocks.
+    """Return all text outside the blocks of an answer, and the blocks.
 
     A fence inside a triple-quoted string belongs to the code. A fence that names a language
     begins a block even if the block before has not been closed.
@@ -203,7 +203,7 @@ def fenced_blocks(text: str) -> tuple[str, list[Block]]:
         if (
             fence is None
             or (fence["fence"][0] == "~" and not is_bullet)
-            or (fence["info"] and not _INFO.match(fence["info"]))  # words behind a fence
+            or (fence["info"] and not _INFO.match(fence["info"]))  # other words follow the fence
         ):
             outside.append(lines[number])
             number += 1
@@ -225,12 +225,12 @@ def fenced_blocks(text: str) -> tuple[str, list[Block]]:
 def _inside(
     lines: Sequence[str], first: int, opening: str, before: str = ""
 ) -> tuple[list[str], int, bool]:
-    """The lines of a block, the number of the line after it, and whether it was closed.
+    """Return a block's lines, the number of the line after it, and whether it was closed.
 
-    `opening` is the fence that began the block, and `before` is what stood in front of it.
+    `opening` is the fence that began the block, and `before` is the text in front of the fence.
     """
     inside: list[str] = []
-    quote, is_text = "", False  # is_text: the open string is known to end, fences are its own
+    quote, is_text = "", False  # is_text: the open string ends, so fences belong to it
     for number in range(first, len(lines)):
         line = lines[number]
         if ">" in before:
@@ -242,7 +242,7 @@ def _inside(
                 begins_another = bool(_INFO.match(fence["info"]))
                 return inside, number + (not begins_another), not begins_another
         code, after = without_strings(line, quote)
-        if code.endswith(opening):  # no Python, so the fence is on the code's last line
+        if code.endswith(opening):  # backticks are no Python: the fence ends the code's last line
             return [*inside, line.rstrip().rstrip(opening[0])], number + 1, True
         is_text = is_text and after == quote
         quote = after
@@ -251,7 +251,7 @@ def _inside(
 
 
 def _string_ends(lines: Sequence[str], first: int, quote: str, before: str) -> bool:
-    """Whether an open string ends before another block of Python begins."""
+    """Tell whether an open string ends before another block of Python begins."""
     for line in islice(lines, first, None):
         if quote in line:
             return True
@@ -262,23 +262,23 @@ def _string_ends(lines: Sequence[str], first: int, quote: str, before: str) -> b
 
 
 def _without_prompts(lines: Sequence[str]) -> Sequence[str]:
-    """A block's code without the interpreter's prompts, or a language's name on its first line."""
+    """Remove the interpreter's prompts from a block, or a language's name on its first line."""
     if lines and lines[0].lstrip().startswith(">>> "):
         return [found[1] for line in lines if (found := _PROMPT.match(line))]
     return lines[1:] if lines and _PYTHON.fullmatch(lines[0].strip()) else lines
 
 
 def _at_margin(lines: Sequence[str]) -> str:
-    """Code without the indentation that all of it shares.
+    """Remove the indentation that all lines of code share.
 
-    Not `textwrap.dedent`: text in a string may be less indented than the code around it.
+    `textwrap.dedent` would fail where text in a string is less indented than the code.
     """
     shared = min((line.indent for line in logical_lines(lines)), default=0)
     return "\n".join(_shifted(line, -shared) if line.strip() else "" for line in lines)
 
 
 def _shifted(line: str, columns: int) -> str:
-    """A line further right, or further left if `columns` is negative."""
+    """Move a line to the right, or to the left if `columns` is negative."""
     if not columns or not line.strip():
         return line
     return " " * max(0, indent_of(line) + columns) + line.lstrip(" \t\f")
@@ -289,7 +289,7 @@ def _first_indent(text: str) -> int:
 
 
 def _with_needed(chosen: Block, blocks: Sequence[Block], entry_point: str) -> str:
-    """The chosen block, and in front of it what it names and other blocks define."""
+    """Put the definitions that the chosen block needs from other blocks in front of it."""
     own = {name for head, _ in statements(chosen.text) for name in names(head)}
     others = [
         (head, text)
@@ -303,12 +303,12 @@ def _with_needed(chosen: Block, blocks: Sequence[Block], entry_point: str) -> st
 
 
 def _unfenced(text: str, entry_point: str) -> str:
-    """The code of an answer without fences: its statements, and not the prose around them."""
+    """Return the statements of an answer without fences, without the prose around them."""
     lines = text.strip("\n").split("\n")
     set_off = [line for line in lines if indent_of(line) >= len(INDENT) or not line.strip()]
     is_program = defines(text, entry_point)
     if not is_program and defines(program := _at_margin(set_off), entry_point):
-        return program  # as Markdown does without fences
+        return program  # Markdown indents code that has no fences
     starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=is_program))
     code = "\n".join(lines[next(starts, 0) :])
     begins_inside = _first_indent(code) > 0
@@ -323,7 +323,7 @@ def _unfenced(text: str, entry_point: str) -> str:
 
 
 def _is_code(head: str) -> bool:
-    """Whether a line without its strings looks like a statement more than like prose."""
+    """Tell whether a line without its strings looks like a statement more than like prose."""
     return bool(_CODE.match(head if len(head) <= _MAX_HEAD else f"{head[:_MAX_HEAD]})"))
 
 
@@ -334,14 +334,14 @@ def _starts_code(line: str, at_margin: bool = False) -> bool:
 
 
 def _is_body(code: str) -> bool:
-    """Whether code at the margin returns there, which a program of its own cannot."""
+    """Tell whether code returns at the margin, as a function's body does and no program can."""
     return any(_RETURNS.search(text) and not is_definition(head) for head, text in statements(code))
 
 
 def as_body(code: str) -> str:
-    """Statements as a function's body: indented, the first as deep as its neighbours.
+    """Indent statements as a function's body, the first as deep as its neighbours.
 
-    Answers lose their first line's indentation, or all of it, when they are stripped.
+    A stripped answer has lost its first line's indentation, or all of it.
     """
     lines = code.strip("\n").split("\n")
     logical = logical_lines(lines)
@@ -350,6 +350,6 @@ def as_body(code: str) -> str:
     first, others = logical[0], [line.indent for line in logical[1:]]
     level = min(others, default=first.indent)
     if first.code.endswith(":") and others and others[0] == level > first.indent:
-        level = first.indent  # all that follows may be inside the first one's own block
+        level = first.indent  # all that follows may belong to the first statement's block
     lines[first.first] = _shifted(lines[first.first], level - first.indent)
     return "\n".join(_shifted(line, len(INDENT) - level) for line in lines)

@@ -1,8 +1,8 @@
-"""Articles with their summaries, from the hub, from local files, or those of the demo.
+"""Reads articles with their summaries from the hub, from local files, or from the demo.
 
-Of a file only the columns `id`, `document` and `summary` are read, and each as the text that
-stands there: a guessed type would turn the id 007 into 7 and the summary "None" into nothing, and
-an odd column that nobody asked for would break the file.
+Only the columns `id`, `document` and `summary` are read, so odd columns do no harm. Each cell is
+read as the text in the file: a guessed type would turn the id 007 into 7, and the summary "None"
+into nothing.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from specsampling.tasks.task import Example, TaskError
 
 EMBEDDED = "embedded:"
 DEMO_ARTICLES = Path(__file__).parent.parent / "data" / "articles.jsonl"  # embedded:articles
-# The hub's own conversion: main holds a script for XSum, which `datasets` no longer runs.
+# The hub's own conversion. For XSum, main holds a script, which `datasets` does not run.
 HUB_REVISION = "refs/convert/parquet"
 HUB_FILES = "default/{split}/*.parquet"
 COLUMNS = ("id", "document", "summary")
 NEEDED = ("document", "summary")
-DELIMITERS = ",;\t"  # a spreadsheet's export has the one of its language
+DELIMITERS = ",;\t"  # a spreadsheet exports with its language's delimiter
 
-Cells = Mapping[str, Any]  # what a row holds in COLUMNS: text, or what is none
+Cells = Mapping[str, Any]  # a row's values in COLUMNS: text, or values to refuse
 
 
 def load_articles(dataset: str, split: str) -> list[Example]:
-    """The articles of one split, in the order of their file.
+    """Return the articles of one split, in the order of their file.
 
     The id of an article is the column `id`, or the row's number (from 0) if there is none.
 
     Args:
         dataset: `embedded:articles`, a local .jsonl, .csv or .parquet file, a local folder of
-            such files or laid out as a hub repository, or a hub id.
-        split: of a folder or a hub id; a single file is taken whole, whatever the split.
+            such files or with the layout of a hub repository, or a hub id.
+        split: the split of a folder or a hub id; a single file is read whole.
 
     Raises:
-        TaskError: nothing is there, it cannot be read, it is empty, a column is missing or
-            holds no text, or an id stands twice or in some rows only.
+        TaskError: the data set is missing, unreadable or empty. A column is missing or holds no
+            text. An id is used twice, or only some rows have ids.
     """
     try:
         paths = _files(dataset, split)
@@ -66,7 +66,7 @@ def load_articles(dataset: str, split: str) -> list[Example]:
     (name, times), *_ = Counter(article.id for article in articles).most_common(1)
     if times > 1:
         raise TaskError(
-            f"xsum.dataset must have another id in every row (got {name[:60]} {times} times in "
+            f"xsum.dataset must have a different id in every row (got {name[:60]} {times} times in "
             f"{dataset}); mend the column id, or leave it out to number the rows"
         )
     return articles
@@ -76,7 +76,7 @@ def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
     texts = {}
     for column in COLUMNS if has_ids else NEEDED:
         value = row.get(column)
-        # No tokenizer takes half a character (a lone surrogate).
+        # No tokenizer accepts half a character (a lone surrogate).
         is_torn = isinstance(value, str) and re.search(r"[\ud800-\udfff]", value)
         if not isinstance(value, str) or is_torn or (column == "id" and not value.strip()):
             raise TaskError(
@@ -88,21 +88,21 @@ def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
     return Example(texts.get("id", str(number)), document, reference=summary)
 
 
-# --- which files ---------------------------------------------------------------------
+# --- the files of a data set ---------------------------------------------------------
 
 
 def _files(dataset: str, split: str) -> Sequence[Path]:
     path = DEMO_ARTICLES if dataset == f"{EMBEDDED}articles" else Path(dataset)
     if dataset.startswith(EMBEDDED) and path != DEMO_ARTICLES:
         raise TaskError(
-            f"xsum.dataset must be {EMBEDDED}articles, the one embedded (got {dataset})"
+            f"xsum.dataset must be {EMBEDDED}articles or not embedded (got {dataset}); change it"
         )
     if path.is_dir():
-        return _of_folder(path, split)
+        return _files_in_folder(path, split)
     is_readable = path.suffix in READERS
     if not path.exists():
         if not is_readable:
-            return _of_hub(dataset, split)
+            return _files_from_hub(dataset, split)
         raise ValueError("Unable to find the file")
     if not is_readable or not path.is_file():
         raise TaskError(
@@ -112,15 +112,15 @@ def _files(dataset: str, split: str) -> Sequence[Path]:
     return [path]
 
 
-def _of_folder(folder: Path, split: str) -> list[Path]:
-    """The files of a split, by their names or by the README's list, as the hub finds them."""
+def _files_in_folder(folder: Path, split: str) -> list[Path]:
+    """Find the files of a split as the hub does, by their names or by the README's list."""
     import datasets
 
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says what it prints
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its messages would repeat the error
     try:
         builder = datasets.load_dataset_builder(str(folder.resolve()))
-    except Exception as error:  # of the library, of the YAML in a README, of the file system
+    except Exception as error:  # the library, a README's YAML and the file system raise many kinds
         raise ValueError(_first_line(error)) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
@@ -139,8 +139,8 @@ def _of_folder(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _of_hub(dataset: str, split: str) -> list[Path]:
-    """One split only; what was fetched once is found again without a network."""
+def _files_from_hub(dataset: str, split: str) -> list[Path]:
+    """Fetch the files of one split; fetched files are found again without a network."""
     from huggingface_hub import snapshot_download
 
     pattern = HUB_FILES.format(split=split)
@@ -156,7 +156,7 @@ def _of_hub(dataset: str, split: str) -> list[Path]:
     return files
 
 
-# --- what stands in a file -----------------------------------------------------------
+# --- the contents of a file ----------------------------------------------------------
 
 
 def _read_json_lines(path: Path) -> Iterator[Cells]:
@@ -165,7 +165,7 @@ def _read_json_lines(path: Path) -> Iterator[Cells]:
             if not line.strip():
                 continue
             try:
-                # Numbers as they are written: an id of 23 digits, a summary that is 42.0.
+                # Numbers stay as written: an id may have 23 digits, and a summary may be 42.0.
                 value = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
             except RecursionError:
                 raise ValueError(f"line {number} is nested too deeply") from None
@@ -179,7 +179,7 @@ def _read_json_lines(path: Path) -> Iterator[Cells]:
 
 
 def _read_csv(path: Path) -> Iterator[Cells]:
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 cut other columns off
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses long texts
     try:
         with _open_text(path) as file:
             yield from _rows_of_csv(path, file)
@@ -188,7 +188,7 @@ def _read_csv(path: Path) -> Iterator[Cells]:
 
 
 def _rows_of_csv(path: Path, file: Any) -> Iterator[Cells]:
-    fitting = DELIMITERS[0]  # the one that makes the needed columns of the first row
+    fitting = DELIMITERS[0]  # the delimiter that splits the first row into the columns
     for delimiter in reversed(DELIMITERS):
         with contextlib.suppress(csv.Error):
             if set(NEEDED) <= set(next(csv.reader(file, delimiter=delimiter), [])):
@@ -207,8 +207,8 @@ def _rows_of_csv(path: Path, file: Any) -> Iterator[Cells]:
                     f"line {reader.line_num} has {len(cells)} fields, the first line "
                     f"{len(header)}: a text with a comma or a line break needs quotes"
                 )
-            if cells:  # else a blank line
-                # An empty cell, or one that is left out, is how a CSV file says nothing.
+            if cells:  # a blank line has none
+                # An empty or a missing cell means that there is no value.
                 yield {name: "".join(cells[at : at + 1]) or None for name, at in positions.items()}
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
@@ -231,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[Cells]:
                         problem = f"column {name} holds {column.type}, which is no text"
                         raise ValueError(problem) from None
                 yield from pyarrow.RecordBatch.from_pydict(columns).to_pylist()
-    except pyarrow.ArrowException as error:  # some are no ValueError
+    except pyarrow.ArrowException as error:  # not all of these are ValueErrors
         raise ValueError(_first_line(error)) from error
 
 
@@ -244,7 +244,7 @@ READERS: dict[str, Callable[[Path], Iterator[Cells]]] = {
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[Any]:
-    """A UTF-8 file, with or without a byte order mark, line ends as they are."""
+    """Open a UTF-8 file with or without a byte order mark, and keep its line ends."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield file

@@ -1,6 +1,6 @@
-"""What holds a program's process where there is no namespace: its process group, or a job.
+"""Contains a program's process where there is no namespace: in its process group, or in a job.
 
-Knows how to find and kill whatever a process has started, and nothing else.
+This module knows how to find and kill whatever a process has started, and nothing else.
 """
 
 import os
@@ -14,13 +14,13 @@ if sys.platform == "win32":
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed, which says nothing about the program."""
+    """A failure of the sandbox itself, which says nothing about the program."""
 
 
 if sys.platform == "win32":
 
     class _JobLimits(ctypes.Structure):
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, its inner structures laid flat."""
+        """The JOBOBJECT_EXTENDED_LIMIT_INFORMATION, with its inner structures laid flat."""
 
         _fields_ = [
             ("process_time", ctypes.c_int64),
@@ -37,7 +37,7 @@ if sys.platform == "win32":
         ]
 
     def contain(pid: int, cpu_seconds: int, memory_bytes: int) -> int:
-        """Put the process into a new job object with limits; the job's handle."""
+        """Put the process into a new job object with limits, and return the job's handle."""
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
         kernel32.CreateJobObjectW.restype = kernel32.OpenProcess.restype = ctypes.c_void_p
         limits = _JobLimits(
@@ -66,15 +66,15 @@ if sys.platform == "win32":
 else:
 
     def contain(pid: int, cpu_seconds: int, memory_bytes: int) -> int:
-        """The process group, which the new session made; the driver sets its own limits."""
+        """Return the process group of the new session. The process sets its own limits."""
         return pid
 
     def kill_left_overs(container: int, scratch: str) -> None:
-        """Kill the process group; on Linux also what left it, known by its environment.
+        """Kill the process group. On Linux, also kill what left it, found by its environment.
 
-        A namespace has no scratch folder and needs no search: it ends with all in it.
+        A namespace has no scratch folder and needs no search, because all in it end with it.
         """
-        with suppress(ProcessLookupError, PermissionError):  # nobody left, or only zombies
+        with suppress(ProcessLookupError, PermissionError):  # no process is left, or only zombies
             os.killpg(container, signal.SIGKILL)
         marker = f"TMPDIR={scratch}\0".encode()
         for _ in range(1000 if sys.platform == "linux" and scratch else 0):
@@ -87,9 +87,9 @@ else:
             time.sleep(0.001)
 
     def _carries(marker: bytes, process_name: str) -> bool:
-        """Whether a process was started with `marker` in its environment."""
+        """Tell whether a process was started with `marker` in its environment."""
         try:
             with open(f"/proc/{process_name}/environ", "rb") as environ_file:
                 return process_name.isdigit() and marker in environ_file.read()
-        except OSError:  # not a process, gone, or another user's
+        except OSError:  # not a process, or ended, or another user's
             return False

@@ -1,9 +1,9 @@
-"""A control group around a program's process: its memory limit counts the kernel's memory, too.
+"""Makes a control group around a program's process. Its memory limit counts kernel memory, too.
 
-One may be made only where Linux's version 2 leaves it to this user: in the group that this
-process is in, if it hands the memory controller down, or beside it, if the folder there is the
-user's own, as in a desktop session and under `systemd-run --user --scope`. Nothing is made
-beside root's group, and no process but the program's is moved.
+A group can be made only where version 2 of Linux's control groups allows this user to: inside
+this process's own group, if that group hands the memory controller down, or beside the own group,
+if the parent folder is the user's. A desktop session and `systemd-run --user --scope` have such
+folders. Nothing is made beside root's group, and only the program's process is moved.
 """
 
 import functools
@@ -21,12 +21,12 @@ from specsampling.tasks.namespace import MAX_THREADS
 MOUNT = "/sys/fs/cgroup"
 MEMBERSHIP = "/proc/self/cgroup"
 NAME = "specsampling-sandbox"
-ENTER = 'echo 0 > "$0" && exec "$@"'  # 0 is whoever writes it
+ENTER = 'echo 0 > "$0" && exec "$@"'  # 0 stands for the writing process
 
 
 @functools.cache
 def find_parent() -> str:
-    """The folder in which groups may be made, "" for none; tried once per process."""
+    """Return the folder in which groups may be made, "" for none; tried once per process."""
     for parent in _candidates() if sys.platform == "linux" else []:
         with suppress(OSError), control_group(64 << 20, parent) as start:
             if subprocess.run([*start, "true"], capture_output=True).returncode == 0:
@@ -39,7 +39,7 @@ def control_group(memory_bytes: int, parent: str | None = None) -> Iterator[list
     """Make a group in `parent`, by default in `find_parent`'s, and remove it at the end.
 
     Yields:
-        What comes before a command to start it in the group; nothing where there is none.
+        The words that start a command in the group; none if there is no group.
     """
     parent = find_parent() if parent is None else parent
     if not parent:
@@ -48,13 +48,13 @@ def control_group(memory_bytes: int, parent: str | None = None) -> Iterator[list
     with owned_folder(parent, NAME, _remove) as folder:
         Path(folder, "memory.max").write_text(str(memory_bytes))
         for name, limit in (("memory.swap.max", 0), ("pids.max", MAX_THREADS)):
-            with suppress(OSError):  # a controller that is not handed down
+            with suppress(OSError):  # this controller is not handed down
                 Path(folder, name).write_text(str(limit))
         yield ["/bin/sh", "-c", ENTER, f"{folder}/cgroup.procs"]
 
 
 def _candidates() -> list[str]:
-    """The own group and the one above it, where the memory controller is handed down."""
+    """Return the own group and its parent, where the memory controller is handed down."""
     with suppress(OSError):
         for line in Path(MEMBERSHIP).read_text().splitlines():
             if line.startswith("0::/") and os.path.exists(f"{MOUNT}/cgroup.controllers"):
@@ -77,5 +77,5 @@ def _remove(folder: str) -> None:
     for _ in range(100):
         try:
             return os.rmdir(folder)
-        except OSError:  # the last process is still ending
+        except OSError:  # a process is still ending
             time.sleep(0.01)

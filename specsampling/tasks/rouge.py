@@ -1,10 +1,10 @@
-"""ROUGE (Lin 2004) behind evaluate's interface, with nothing fetched from the hub.
+"""Computes ROUGE (Lin 2004) behind evaluate's interface, with nothing fetched from the hub.
 
-`evaluate.load("rouge")` runs a script from the hub; this class needs only the packages
-`evaluate` and `rouge-score`. Knows texts, and neither rows nor files.
+`evaluate.load("rouge")` runs a script from the hub. This class needs only the packages
+`evaluate` and `rouge-score`. It knows texts, and neither rows nor files.
 
-The scorer's tokenizer keeps the letters a to z and digits only: of a text in another script
-nothing is left, and two equal ones score 0. `num_unreadable` counts such texts.
+The scorer's tokenizer keeps the letters a to z and digits only. It drops a text in another script
+whole, so two equal texts score 0. `num_unreadable` counts such texts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from specsampling.results.metrics import ROUGE_NAMES
 
 
 class Rouge(evaluate.Metric):
-    """F1 of rouge1, rouge2 and rougeL, words stemmed, as `rouge_score` computes them.
+    """The F1 of rouge1, rouge2 and rougeL, with stemmed words, as `rouge_score` computes them.
 
     `compute(predictions=..., references=...)` gives {"rouge1": mean over the samples, ...}, and
     with `use_aggregator=False` {"rouge1": [one per sample], ...}; all in [0, 1].
 
     Differs from `evaluate.load("rouge")`: the mean is the samples' own, not the random middle
-    of a bootstrap; there is no rougeLsum; a reference is one text.
+    of a bootstrap. There is no rougeLsum. A reference is one text.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Rouge(evaluate.Metric):
     def add_batch(
         self, *, predictions: Sequence[str], references: Sequence[str], **options: Any
     ) -> None:
-        """Take more samples; a lone surrogate, which no encoding can hold, becomes a "?"."""
+        """Add samples. A lone surrogate, which no encoding can hold, becomes a "?"."""
         super().add_batch(
             predictions=[_encodable(text) for text in predictions],
             references=[_encodable(text) for text in references],
@@ -68,7 +68,7 @@ class Rouge(evaluate.Metric):
 
 
 def num_unreadable(texts: Iterable[str]) -> int:
-    """How many texts lose more than half of their letters and digits to the tokenizer."""
+    """Count the texts of which the tokenizer drops more than half of the letters and digits."""
     return sum(
         2 * len(re.findall("[a-z0-9]", text.lower())) < sum(map(str.isalnum, text))
         for text in texts

@@ -1,11 +1,11 @@
 """Runs a model-generated Python program and says whether it is right.
 
-Every program gets two fresh interpreters of the same Python, with the standard library only:
-one runs the program, the other runs the tests on it (`judge` says why). Its output is thrown
-away, and its input is empty. At the end whatever it started is killed.
+Every program gets two fresh interpreters of the same Python, with the standard library only.
+One runs the program, the other runs the tests on it (`judge` says why). The program's output is
+thrown away, and its input is empty. At the end, whatever the program started is killed.
 
-"passed" means that the tests' own process came to their end. The program has no part in that
-but the results of its function, so it cannot forge a verdict.
+"passed" means that the tests' own process reached the end of the tests. The program contributes
+only the results of its function, so it cannot forge a verdict.
 
 On Linux bubblewrap locks the program into a namespace (`namespace`). There it touches nothing
 outside and makes only the system calls that programs need (`system_calls`). Where bubblewrap
@@ -16,7 +16,7 @@ namespace, unless the caller allows otherwise.
 Limits (`platform_limits` names those of this machine):
 
     wall clock  everywhere
-    CPU time    everywhere; so a busy program ends even if its caller was killed
+    CPU time    everywhere, so a busy program ends even if its caller was killed
     memory      Linux: each process's address space; Windows: the job's; macOS: none
     file size   Linux, macOS: each file's; in a namespace all files' too; Windows: none
     files       in a namespace: how many there are; elsewhere none
@@ -24,9 +24,9 @@ Limits (`platform_limits` names those of this machine):
     processes   no new ones (without a namespace no threads either, and root may start any number)
     threads     in a namespace (Linux 5.14; root's only in a control group); elsewhere none
     left-overs  namespace, process group or job; on Linux without a namespace also what left the
-                group, found by its environment: missed only if it replaced that as well
+                group, found by its environment, unless it replaced the environment as well
 
-Knows nothing about tasks, models or rows.
+This module knows nothing about tasks, models or rows.
 """
 
 import functools
@@ -63,16 +63,16 @@ __all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandb
 
 MAX_FILE_BYTES = 16 << 20
 JUDGE_MEMORY_BYTES = 1 << 30
-GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # of a control group, beside the program's memory
+GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # added to the program's in a control group
 SCRATCH = "specsampling-sandbox"
-# CPU seconds, memory in bytes, bytes of a file, and `lock_in`'s arguments
+# CPU seconds, memory in bytes, a file's bytes, and the arguments of `lock_in`
 Limits = tuple[int, int, int, Lock]
-MAX_SECONDS = 10**6  # more than the kernel's clocks are asked for
+MAX_SECONDS = 10**6  # longer time limits are cut to this one
 
 
 @dataclass(frozen=True)
 class Check:
-    """What decides whether a program is right; the program's process never sees it."""
+    """The tests that decide whether a program is right. The program's process never sees them."""
 
     setup: str  # run before the tests: the names that they use
     tests: str  # defines `check(candidate)`, which raises where the candidate is wrong
@@ -81,10 +81,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    """The end of a program.
 
-    `status` is "passed", "failed" or "timed out". `error` is "" unless it failed, else one short
-    line: the exception's type and the beginning of its message, or how the process died.
+    `status` is "passed", "failed" or "timed out". `error` is one short line if the program failed:
+    the exception's type and the beginning of its message, or how the process died. Else it is "".
     """
 
     status: str
@@ -117,7 +117,7 @@ def run_program(
     """
     require_sandbox(allow_weak)
     if not find_wrap().works:
-        judge.guard_process(4, 0)  # else the program may write into this process's memory
+        judge.guard_process(4, 0)  # the program must not write into this process's memory
     start = time.perf_counter()
     timeout_seconds = min(timeout_seconds, MAX_SECONDS)
     try:
@@ -130,7 +130,7 @@ def run_program(
 
 
 def require_sandbox(allow_weak: bool = False) -> list[str]:
-    """Raise SandboxError if nothing may be run here; else what is missing, a line each."""
+    """Raise SandboxError if nothing may be run here; else return a line per missing limit."""
     wrap = find_wrap()
     if not wrap.works and not allow_weak and hasattr(os, "geteuid") and os.geteuid() == 0:
         raise SandboxError(
@@ -148,7 +148,7 @@ def require_sandbox(allow_weak: bool = False) -> list[str]:
 
 
 def platform_limits() -> dict[str, str]:
-    """What each limit covers on this platform; "missing: ..." where there is none."""
+    """Return what each limit covers on this platform, or "missing: ..." and the reason."""
     limits = {
         "wall clock": "the whole run",
         "CPU time": "each process",
@@ -182,7 +182,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
     """Start both processes, and take the judge's verdict: status and error.
 
     Raises:
-        subprocess.TimeoutExpired: the deadline passed first.
+        subprocess.TimeoutExpired: the deadline has passed before the verdict.
     """
     cpu_seconds = ceil(max(1.0, deadline - time.perf_counter())) + 1
     with ExitStack() as stack, tempfile.TemporaryFile() as complaints:
@@ -200,7 +200,7 @@ def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tupl
         running = _start_program(stack, limits, stdin=calls, stdout=to_judge, stderr=complaints)
         for end in (answers, calls, to_program):
             end.close()
-        with to_judge, suppress(BrokenPipeError):  # no judge; its report says why
+        with to_judge, suppress(BrokenPipeError):  # the judge has ended; its report says why
             wire.send(to_judge.fileno(), program, check.setup, check.tests, check.entry_point)
         report = judging.communicate(timeout=deadline - time.perf_counter())[1]
         verdict, *details = _read_report(report, judging.returncode)
@@ -221,7 +221,7 @@ def _pipe(stack: ExitStack) -> list[IO[bytes]]:
 def _start(
     stack: ExitStack, command: Sequence[str], folder: str = "", **options: Any
 ) -> subprocess.Popen[bytes]:
-    """Start a process that is killed when the stack ends; `folder` is where it may write."""
+    """Start a process that may write to `folder`, and that is killed when the stack ends."""
     process = subprocess.Popen(
         command,
         env=_environment(folder),
@@ -237,7 +237,7 @@ def _start(
 def _start_program(stack: ExitStack, limits: Limits, **streams: Any) -> subprocess.Popen[bytes]:
     """Start the program's process; all that it starts is killed when the stack ends.
 
-    The process waits for the program, which its judge sends once the judge has the task. So it
+    The process waits for the program, which the judge sends once it has the task. So the process
     is contained before anything untrusted runs in it.
     """
     scratch = ""
@@ -256,27 +256,27 @@ def _start_program(stack: ExitStack, limits: Limits, **streams: Any) -> subproce
 
 
 def _scratch_folder() -> AbstractContextManager[str]:
-    """Where a program may write if it has no namespace; deleted at the end."""
+    """Make a folder for a program without a namespace to write to; delete it at the end."""
     return owned_folder(tempfile.gettempdir(), SCRATCH, _remove)
 
 
 def _remove(folder: str) -> None:
-    with suppress(RecursionError):  # folders too deep to follow stay, as does what root locked
+    with suppress(RecursionError):  # too deep folders stay, and so do those that root locked
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command(python: str, role: str, *limits: object) -> list[str]:
-    """A fresh interpreter that runs a function of `judge`."""
-    # The environment is all ours, so -I has nothing to add; it would ignore the hash seed.
+    """Return the command of a fresh interpreter that runs a function of `judge`."""
+    # The environment is ours, so -I would add nothing. It would also ignore the hash seed.
     call = f"{role}{(*limits, find_wrap().works)}"
     return [python, "-s", "-S", "-B", "-X", "utf8", "-c", f"{_source()}\n{call}"]
 
 
 @functools.cache
 def _source() -> str:
-    """What both children know, as text: they see neither this package nor any other."""
+    """Return both children's source as text: they see neither this package nor any other."""
     opening = (
-        "import sys\nsys.path = [path for path in sys.path if path]\n"  # not the current folder
+        "import sys\nsys.path = [path for path in sys.path if path]\n"  # no current folder
         "__builtins__ = dict(vars(sys.modules['builtins']))\n"
     )
     functions = [part for part in vars(judge).values() if inspect.isfunction(part)]
@@ -284,7 +284,7 @@ def _source() -> str:
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """The whole environment of a child; with a fixed hash seed, sets keep their order."""
+    """Return a child's whole environment. With a fixed hash seed, sets keep their order."""
     environment = {"HOME": scratch, "TMPDIR": scratch, "TEMP": scratch, "PYTHONHASHSEED": "0"}
     if sys.platform == "win32":
         environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
@@ -292,15 +292,15 @@ def _environment(scratch: str) -> dict[str, str]:
 
 
 def _read_report(report: bytes, returncode: int) -> list[str]:
-    """The judge's verdict and its details, all text."""
+    """Return the judge's verdict and its details, all as text."""
     messages = []
     stream = io.BytesIO(report)
-    with suppress(EOFError, ValueError, TypeError, OverflowError):  # no more whole ones
+    with suppress(EOFError, ValueError, TypeError, OverflowError):  # no whole message is left
         while True:
             messages.append(wire.receive(stream, io.BytesIO.read))
     if not messages:
         raise SandboxError(_not_started("judge", returncode, report))
-    if len(messages) == 1:  # killed, or out of memory, by what the program had it read
+    if len(messages) == 1:  # the program's answers killed it or filled its memory
         return ["failed", f"the tests were {_describe_exit(returncode)}"]
     return [_one_line(str(part)) for part in messages[1]]
 
@@ -311,7 +311,7 @@ def _not_started(what: str, returncode: int, complaint: bytes) -> str:
 
 
 def _one_line(message: str, max_characters: int = 200) -> str:
-    """The beginning of a message, without objects' addresses, which differ from run to run."""
+    """Return the beginning of a message, without addresses, which differ from run to run."""
     words = " ".join(message.split()).removesuffix(":")
     words = re.sub(r"\bat 0x[0-9A-Fa-f]+", "at 0x...", words)
     line = "".join(filter(str.isprintable, words))
@@ -319,7 +319,7 @@ def _one_line(message: str, max_characters: int = 200) -> str:
 
 
 def _describe_exit(returncode: int) -> str:
-    """How a process died; bubblewrap passes a signal on as 128 and its number."""
+    """Say how a process died. Bubblewrap reports a signal as 128 + its number."""
     number = -returncode if returncode < 0 else returncode - 128
     if returncode < 0 or (find_wrap().works and 0 < number < 65):
         return f"killed by signal {number}"

@@ -1,9 +1,9 @@
-"""A program's statements at the margin, found line by line: what belongs to a function, what not.
+"""Finds a program's statements at the margin, line by line, and those that a function needs.
 
-Generated code has any shape and any size, and Python's own parser is not made for that: it
-recurses, fills memory, and has ended interpreters. This room never parses. It knows strings,
-comments, brackets and indentation, takes time in proportion to the text, and raises nothing.
-Knows no problems, no answers and no models.
+Generated code has any shape and any size. Python's own parser is not made for that: it recurses,
+fills memory, and has ended interpreters. This module never parses. It knows strings, comments,
+brackets and indentation, takes time in proportion to the text, and raises nothing. It knows no
+problems, answers or models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _END_OF = {
 _DEFINITION = re.compile(r"(?:async\s+def|def|class|import|from)\b")
 _AFTER_OPEN_BRACKET = re.compile(r"(?:async\s+def|def|class|import|from|if __name__)\b|@\w")
 _CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")
-_CONSTANT = re.compile(  # whose value is written out: it cannot fail
+_CONSTANT = re.compile(  # its value is written out, so it cannot fail
     r"\w+(?:\.\w+)*\s*(?::[^=]+)?="
     r"(?:[\s\d.,:()\[\]{}+*/-]|True|False|None|dict|set|list|tuple|frozenset|range)+$"
 )
@@ -32,24 +32,24 @@ RETURNS = re.compile(r"\b(?:return|yield|lambda)\b")
 
 @dataclass(frozen=True)
 class Line:
-    """A logical line: the physical ones that brackets, strings and backslashes join."""
+    """A logical line: the physical lines that brackets, strings or backslashes join."""
 
     first: int  # number of its first physical line, from 0
     last: int
-    indent: int  # columns before it
-    code: str  # its text with every string as a 0 and without comments
+    indent: int  # columns before its text
+    code: str  # its text without comments, each string replaced by a 0
 
 
 def without_strings(line: str, quote: str = "") -> tuple[str, str]:
-    """A physical line with every string as a 0 and without its comment.
+    """Return a physical line without its comment, each string replaced by a 0.
 
     Args:
         line: without its newline.
-        quote: the one that is open at its beginning, "" for none.
+        quote: the quote that is open at the line's beginning, "" for none.
 
     Returns:
-        The code, and the quote that is open at the line's end. A string that should end on
-        its line and does not leaves its quote in the code.
+        The code, and the quote that is open at the line's end. A string that should have ended on
+        its line leaves its quote in the code.
     """
     pieces: list[str] = []
     at = 0
@@ -70,7 +70,7 @@ def without_strings(line: str, quote: str = "") -> tuple[str, str]:
 
 
 def logical_lines(lines: Sequence[str]) -> list[Line]:
-    """The lines that hold code. A definition at the margin ends a bracket left open before it."""
+    """Return the lines of code. A definition at the margin ends a bracket left open before it."""
     groups: list[tuple[int, list[str]]] = []  # the number of its first line, and its code
     quote, depth, is_open = "", 0, False
     for number, text in enumerate(lines):
@@ -90,23 +90,23 @@ def logical_lines(lines: Sequence[str]) -> list[Line]:
 
 
 def _depth(code: str) -> int:
-    """How many more brackets code without strings opens than it closes."""
+    """Count how many more brackets code without strings opens than it closes."""
     return sum(map(code.count, "([{")) - sum(map(code.count, ")]}"))
 
 
 def indent_of(line: str) -> int:
-    """Columns before a line's text; a tab reaches the next multiple of 8, as in Python."""
+    """Count the columns before a line's text. A tab ends at a multiple of 8, as in Python."""
     blank = line[: len(line) - len(line.lstrip(" \t\f"))]
     return len(blank.rpartition("\f")[2].expandtabs(8))
 
 
 def defines(code: str, entry_point: str) -> bool:
-    """Whether some line at the margin defines the function, by `def` or by an assignment."""
+    """Tell whether a line at the margin defines the function, by `def` or by an assignment."""
     return bool(definition_of(entry_point).search(code))
 
 
 def definition_of(entry_point: str) -> re.Pattern[str]:
-    """Matches where a line at the margin defines the function."""
+    """Return a pattern that matches a definition of the function at the margin."""
     name = re.escape(entry_point)
     return re.compile(
         rf"^(?:(?:async[ \t]+)?def[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", re.MULTILINE
@@ -114,11 +114,11 @@ def definition_of(entry_point: str) -> re.Pattern[str]:
 
 
 def cut(code: str, entry_point: str) -> str:
-    """A program without the examples, the tests and the unfinished end behind its function.
+    """Remove the examples, the tests and the unfinished end after a program's function.
 
-    What stands in front of the function stays. Behind it, definitions, imports and constants
-    stay that the function needs, unless they were cut off. Of several definitions those stay
-    that return something. Code that does not define the function stays as it is.
+    What precedes the function stays. After it, the definitions, imports and constants that the
+    function needs stay, unless they were cut off. If the function is defined several times, only
+    definitions that return something stay. Code that does not define the function is unchanged.
     """
     found = statements(code)
     definition = definition_of(entry_point)
@@ -138,25 +138,25 @@ def cut(code: str, entry_point: str) -> str:
 
 
 def _returns(head: str, text: str) -> bool:
-    """Whether a definition of the function is more than a signature."""
+    """Tell whether a definition of the function is more than a signature."""
     return not is_definition(head) or (not _is_open(text) and bool(RETURNS.search(text)))
 
 
 def _is_open(text: str) -> bool:
-    """Whether a statement was cut off, as far as its brackets and its end tell."""
+    """Tell whether a statement was cut off, judging by its brackets and its end."""
     code = " ".join(line.code for line in logical_lines(text.split("\n")))
     return code.endswith(":") or _depth(code) != 0
 
 
 def is_definition(head: str) -> bool:
-    """Whether a statement's first line is that of a function, a class or an import."""
+    """Tell whether a statement's first line is that of a function, a class or an import."""
     return bool(_DEFINITION.match(head))
 
 
 def needed(code: str, others: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Keys of the `others` that define what the code names, or what those name in their turn.
+    """Return the keys of the `others` that the code needs, directly or through one another.
 
-    Each of the others is a statement as `statements` gives it.
+    Each of the others is a statement as `statements` returns it.
     """
     by_name: dict[str, set[int]] = defaultdict(set)
     for key, (head, _) in others.items():
@@ -172,12 +172,12 @@ def needed(code: str, others: Mapping[int, tuple[str, str]]) -> set[int]:
 
 
 def words(code: str) -> set[str]:
-    """Every name in the code, and whatever else looks like one."""
+    """Return every name in the code, and every word that looks like a name."""
     return set(re.findall(r"\w+", code))
 
 
 def names(head: str) -> set[str]:
-    """What a statement at the margin defines, as far as its first line tells; "*" for anything."""
+    """Return the names that a statement's first line defines; "*" stands for any name."""
     if found := re.match(r"(?:async\s+def|def|class)\s+(\w+)", head):
         return {found[1]}
     if found := re.match(r"(?:from\s+[\w.]+\s+)?import\b(.*)", head, re.DOTALL):
@@ -189,7 +189,7 @@ def names(head: str) -> set[str]:
 
 
 def statements(code: str) -> list[tuple[str, str]]:
-    """Each statement at the margin: its first line without strings, and its whole text."""
+    """Return each statement at the margin: its first line without strings, and its text."""
     lines = code.split("\n")
     groups: list[list[Line]] = []  # a line at the margin, its decorators, clauses and block
     for line in logical_lines(lines):

@@ -1,12 +1,12 @@
-"""The system calls that a judged program may make: what is not listed here is refused.
+"""Lists the system calls that a judged program may make; all others are refused.
 
-The list holds what Python 3.10 to 3.14 and its standard library ask of glibc and musl, but for
+The list holds what Python 3.10 to 3.14 and its standard library ask of glibc and musl, except for
 new processes, networks and other programs. So a program cannot take memory that no limit counts
 (semaphores, messages, rings, keys, sockets' buffers), nor use a call that a later kernel brings.
 
-A refused call fails as if the kernel did not have it (ENOSYS), for which every libc has another
-way. A new process fails as if there were too many (EAGAIN). Some calls are refused by an
-argument. Knows nothing about programs and how they are started.
+A refused call fails as if the kernel did not have it (ENOSYS), and every libc then has another way.
+A new process fails as if there were too many (EAGAIN). Some calls are refused for an argument only.
+This module knows nothing about programs and how they are started.
 """
 
 import platform
@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 
-# Each name with its numbers on x86_64 and on aarch64, where many an old call is missing.
+# Each name has its numbers on x86_64 and on aarch64, which lacks many old calls (-).
 _NUMBERS = """
 # Memory.
     brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, madvise 28 233,
@@ -60,7 +60,7 @@ _NUMBERS = """
 # Those that depend on an argument; fork and vfork fail, and clone starts threads only.
     socketpair 53 199, prctl 157 167, ioctl 16 29, fcntl 72 25, fork 57 -, vfork 58 -, clone 56 220,
 """
-MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's marks of them
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's numbers of the machines
 
 EPERM, EAGAIN, EINVAL, ENOTTY, ENOSYS, EAFNOSUPPORT = 1, 11, 22, 25, 38, 97
 
@@ -68,11 +68,11 @@ EPERM, EAGAIN, EINVAL, ENOTTY, ENOSYS, EAFNOSUPPORT = 1, 11, 22, 25, 38, 97
 _CHECKED: dict[str, tuple[int, tuple[int, ...], int]] = {
     "socketpair": (0, (1,), EAFNOSUPPORT),  # AF_UNIX
     "prctl": (0, (15, 16), EINVAL),  # a thread's name
-    # TCGETS TCGETS2 TIOCGWINSZ (is it a terminal?) FIONREAD FIONBIO FIONCLEX FIOCLEX, and FICLONE,
-    # for which Python 3.14's copies know another way only if the file system refuses it.
+    # TCGETS TCGETS2 TIOCGWINSZ (is it a terminal?) FIONREAD FIONBIO FIONCLEX FIOCLEX FICLONE. The
+    # last serves Python 3.14's copies, which have another way only if the file system refuses it.
     "ioctl": (1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409), ENOTTY),
-    # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW (SQLite's; many locks are
-    # slow before they are large) F_DUPFD_CLOEXEC F_GETPIPE_SZ; without F_SETPIPE_SZ.
+    # F_DUPFD F_GETFD F_SETFD F_GETFL F_SETFL F_GETLK F_SETLK F_SETLKW F_DUPFD_CLOEXEC F_GETPIPE_SZ,
+    # but not F_SETPIPE_SZ. SQLite needs the locks, which get slow before they take much memory.
     "fcntl": (1, (*range(8), 1030, 1032), EPERM),
     "fork": (0, (), EAGAIN),
     "vfork": (0, (), EAGAIN),
@@ -81,19 +81,19 @@ CLONE_THREAD, CLONE_NEW_NAMESPACES = 0x10000, 0x7E020000
 
 
 def has_filter() -> bool:
-    """Whether system calls can be filtered here; new processes are refused so, root's too."""
+    """Tell whether system calls can be filtered here. The filter stops root's forks, too."""
     return sys.platform == "linux" and platform.machine() in MACHINES and sys.maxsize > 2**32
 
 
 def numbers_of(machine: str) -> dict[str, int]:
-    """The listed calls that the machine has, with their numbers."""
+    """Return the listed calls that the machine has, with their numbers."""
     column = list(MACHINES).index(machine) + 1
     rows = re.findall(r"(\w+) (\d+|-) (\d+|-)", _NUMBERS)
     return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
 
 
 def filter_program(machine: str) -> bytes:
-    """The filter in the kernel's classic BPF: (code, jump if true, jump if false, operand)."""
+    """Return the filter in classic BPF, in steps (code, jump if true, jump if false, operand)."""
     load, equal, has_bits, answer = 0x20, 0x15, 0x45, 0x06
     allow, kill, fail = 0x7FFF0000, 0x80000000, 0x00050000
     steps = [(load, 0, 0, 4), (equal, 1, 0, MACHINES[machine]), (answer, 0, 0, kill)]

