@@ -25,7 +25,8 @@ from statistics import fmean
 from typing import Any
 
 from specsampling.config import require_task
-from specsampling.console import exit_code, print_scores, read_experiment, run_experiment
+from specsampling.console import exit_code, print_scores, read_experiment
+from specsampling.experiment import run_experiment
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import ROUGE_NAMES
 from specsampling.results.records import RecordsError, is_run

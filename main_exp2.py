@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.config import HumanEvalConfig, require_task
-from specsampling.console import exit_code, print_scores, read_experiment, run_experiment
+from specsampling.console import exit_code, print_scores, read_experiment
+from specsampling.experiment import run_experiment
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import pass_at_k
 from specsampling.results.records import RecordsError, is_run

@@ -73,8 +73,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value, read_existing_run
+from specsampling.console import PROJECT, Parser, exit_code, option_value
 from specsampling.draft_name import DraftName
+from specsampling.experiment import read_existing_run
 from specsampling.method.text import Generation
 from specsampling.models.errors import ModelError
 from specsampling.provenance import run_meta
@@ -142,7 +143,7 @@ def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
     import torch
 
     from autoregressive import autoregressive
-    from specsampling.console import bind_decoders
+    from specsampling.experiment import bind_decoders
     from specsampling.loading import load_configured_pair, load_drafts, make_steps
     from speculative import speculative
 

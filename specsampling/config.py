@@ -259,6 +259,15 @@ class Config:
         if self.sampling.noise != "positional" and self.coupled_methods:
             rule = "positional for the rule coupled, which shares noise with the baseline"
             raise mistake("sampling.noise", rule, self.sampling.noise, "set it to positional")
+        for name in (models.draft, *(method_parts(m, self).draft for m in self.run.methods)):
+            spec = DraftName.parse(name).spec
+            is_path = "/" in spec or ":" in spec or Path(spec).exists()
+            if not is_path and (way_out := nearest(spec, LOOKUPS)):
+                raise mistake("a draft", "a lookup, a model, or both", shown(name), way_out)
+        if self.sampling.temperature == 0 and self.sampling.num_samples > 1:
+            way_out = "set sampling.temperature, or take one"
+            rule = "1 for a temperature of 0, which gives one text"
+            raise mistake("sampling.num_samples", rule, self.sampling.num_samples, way_out)
         precision = models.draft_quantization
         if precision != "none" and not DraftName.parse(models.draft).spec:
             rule = f"none for the draft {models.draft}, which has no weights of its own"

@@ -1,44 +1,36 @@
-"""Holds what the scripts at the top share: their options, the run and its printed results.
+"""Holds what the scripts at the top share: their options and what they print.
 
-The decoders are arguments. Torch is imported only after the configuration has been read, so that a
-mistake in the configuration is reported at once.
+Torch is imported only after the configuration has been read, so that a mistake in the configuration
+is reported at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from specsampling import loading
-from specsampling.config import Config, ConfigError, load_config, method_parts, require_task
+from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
-from specsampling.edge import launched_by, rank
+from specsampling.edge import rank
+from specsampling.experiment import bind_decoders
 from specsampling.models.cache import forget_verified
-from specsampling.provenance import PROJECT, device_name, peak_memory, prompt_date, run_meta
-from specsampling.ranks import Ranks
-from specsampling.results import tables
-from specsampling.results.audit import audit
-from specsampling.results.records import RecordsError, Run, is_run, read_meta, read_rows
-from specsampling.results.runfile import RunFile, check_fresh, check_output
+from specsampling.provenance import PROJECT
+from specsampling.results.records import is_run
+from specsampling.results.runfile import check_output
 from specsampling.results.scores import Scores, write_scores
-from specsampling.results.shards import Shard, require_own_name, take_in
+from specsampling.results.shards import require_own_name
 from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
 if TYPE_CHECKING:
-    from specsampling.loading import Drafts
-    from specsampling.models.load import Pair
-    from specsampling.runner import Decode
-    from specsampling.tasks.task import Task
+    pass
 
 NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # characters to replace in a folder's name
 
@@ -135,135 +127,6 @@ def option_value(field: str, text: str) -> Any:
         return scalar(text)
     except YamlError as error:
         raise ConfigError(f"{field} cannot be read ({error}); write a smaller one") from None
-
-
-def run_experiment(
-    config: Config,
-    task: Task,
-    options: argparse.Namespace,
-    autoregressive: Callable,
-    speculative: Callable,
-    score: Callable[[Path], Scores],
-) -> int:
-    """Load, check, decode every example with every method, score, and print the table.
-
-    `config` and `options` come from `read_experiment`, and `score` scores a finished file. The exit
-    code is 1 if a text ended in an error or if tokens are not the target's own.
-    """
-    from specsampling.runner import all_jobs, encode_prompts, run
-
-    output, num_samples = options.output, config.sampling.num_samples
-    ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
-    models = config.models
-    if ranks:
-        models = replace(models, device=ranks.device(models.device))
-    was_stopped = take_in(output, ranks, options.fresh)
-    existing_run, now = read_existing_run(output, options.fresh, ranks)
-    mode, why_eager = loading.settle_steps(config, existing_run)
-    meta = run_meta(config, mode, now)
-    meta["files"] = loading.digest_files(config, task.examples())
-    if rank() == 0:  # a mistake is reported before minutes of loading
-        check_fresh(output) if options.fresh else check_output(output, meta)
-    decoding = replace(config.decoding, compile=mode)
-    rank_config = replace(config, models=models, decoding=decoding)
-    outline, planned = loading.outline_models(rank_config)
-    max_new_tokens = rank_config.decoding.max_new_tokens
-    prompts = encode_prompts(task, replace(outline, now=now), config.run.limit, max_new_tokens)
-    order = [job.key for job in all_jobs(prompts, config.run.methods, num_samples)]
-    longest_prompt = max(len(prompt.token_ids) for _, prompt in prompts)
-    longest = longest_prompt + max_new_tokens
-    num_sharing = ranks.local_count if ranks else 1
-    device_map, expected = loading.settle_memory(rank_config, planned, longest_prompt, num_sharing)
-    pair = loading.load_configured_pair(rank_config, device_map)
-    drafts = loading.load_drafts(rank_config, pair)
-    rows = existing_run.rows if existing_run else []
-    positional = loading.settle_noise(config, existing_run)
-    is_pending = bool({*order} - {row.key for row in rows})
-    if mode == "off":
-        loading.say(f"  decode calls: eager ({why_eager})")
-    elif is_pending and not loading.make_steps(rank_config, pair, drafts, longest):
-        meta.pop("steps", None)
-    if config.run.batch_size > 1:
-        loading.make_batch(rank_config, pair, drafts, longest)
-    meta["bit_exact"] = loading.self_check(rank_config, pair, longest)
-    decoders = bind_decoders(rank_config, pair, drafts, autoregressive, speculative)
-    amounts: dict[str, Any] = {"num_samples": num_samples, "seed": config.sampling.seed}
-    amounts["positional"] = positional
-    amounts |= {"warmup": config.run.warmup, "batch_size": config.run.batch_size}
-    name = device_name(pair.target.device)
-    start = output, meta, options.fresh
-    with Shard(*start, rows, ranks, name) if ranks else RunFile.open(*start) as run_file:
-        num_rows = len(run_file.rows)
-        more = f" (it has {num_rows} already; --fresh starts over)" if num_rows else ""
-        loading.say(f"  rows go to {output}{more}")
-        try:
-            run(pair, task, prompts, decoders, run_file, **amounts, ranks=ranks)
-        finally:  # a stopped run records its peak, too
-            peak = peak_memory(pair.target.device)
-            run_file.note(peak_memory=peak, expected_memory=expected)
-        if isinstance(run_file, Shard):
-            run_file.merge(order)
-            if rank():
-                return 0
-        elif was_stopped:
-            run_file.sort(order)
-        by_method = tables.rows_by_method(run_file.rows)
-        audits = {method: audit(of_method) for method, of_method in by_method.items()}
-        run_file.note(audit={method: str(found) for method, found in audits.items() if found})
-    loading.say(f"  peak memory: {peak}{f' (expected {expected})' if expected else ''}")
-    scores = score(output)
-    write_scores(output, scores)
-    sampling = tables.describe_sampling(vars(config.sampling))
-    print(tables.format_table(tables.summary_table(run_file.rows, scores, sampling)))
-    is_lossless = all(found.is_lossless for found in audits.values() if found)
-    return 1 if not is_lossless or any(row.error for row in run_file.rows) else 0
-
-
-def read_existing_run(
-    output: Path, fresh: bool, ranks: Ranks | None = None
-) -> tuple[Run | None, datetime.datetime]:
-    """Return what an earlier process left of a run, and the run's `prompt_date`.
-
-    Every rank gets rank 0's values. If the files are damaged, `check_output` says so later.
-    """
-    existing_run = None
-    if not fresh and not rank() and output.is_file():
-        with suppress(RecordsError):
-            if rows := read_rows(output):
-                kept = [row for row in rows if not row.lacked_memory]
-                existing_run = Run(kept, read_meta(output), None)
-    now = prompt_date(existing_run.meta if existing_run else None)
-    return ranks.from_main((existing_run, now)) if ranks else (existing_run, now)
-
-
-def bind_decoders(
-    config: Config, pair: Pair, drafts: Drafts, autoregressive: Callable, speculative: Callable
-) -> dict[str, Decode]:
-    """Return each method's decoder, bound to its models and settings."""
-    from specsampling.method.sampling import Sampling
-    from specsampling.method.verify import RULES
-
-    warp = config.sampling
-    shared: dict[str, Any] = {
-        "max_new_tokens": config.decoding.max_new_tokens,
-        "sampling": Sampling(warp.temperature, warp.top_k, warp.top_p),
-        "eos_ids": pair.eos_ids,
-    }
-    baseline = partial(autoregressive, pair.target, **shared)
-    decoders: dict[str, Decode] = {"autoregressive": baseline}
-    decoders["reference"] = partial(baseline, width=config.call_width)
-    for method in {*config.run.methods} - decoders.keys():
-        parts = method_parts(method, config)
-        decoders[method] = partial(
-            speculative,
-            pair.target,
-            drafts[parts.draft, parts.is_adaptive],
-            k=parts.k,
-            width=config.call_width,
-            verifier=RULES[parts.verifier],
-            **shared,
-        )
-    return {method: decoders[method] for method in config.run.methods}
 
 
 def print_scores(

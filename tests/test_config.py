@@ -251,6 +251,9 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
             ["models.draft=ngram", "models.draft_quantization=int8"],
             "models.draft_quantization must be none",
         ),
+        (["models.draft=ngarm"], "did you mean ngram?"),
+        (["run.methods=[autoregressive, speculative:ngrma@auto]"], "did you mean ngram?"),
+        (["sampling.num_samples=10"], "sampling.num_samples must be 1 for a temperature of 0"),
         (
             ["humaneval=null", "xsum=null"],
             "profile smollm2-cpu must hold a humaneval or an xsum block",
@@ -488,12 +491,13 @@ def test_the_hash_ignores_what_changes_no_row(tmp_path):
         "run.limit=3",
         "run.methods=[speculative]",
         "run.warmup=0",
-        "sampling.num_samples=2",
         "humaneval.timeout_seconds=9",
         "humaneval.memory_mb=512",
         "humaneval.allow_weak_sandbox=true",
     ):
         assert config_hash(demo(override)) == config_hash(demo()), override
+    sampled = "sampling.temperature=1"
+    assert config_hash(demo(sampled, "sampling.num_samples=2")) == config_hash(demo(sampled))
 
 
 def test_the_hash_changes_with_what_changes_rows():

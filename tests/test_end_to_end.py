@@ -138,10 +138,21 @@ def test_rows_hold_new_ids_only(finished, tokenizer):
 def test_a_rerun_generates_nothing_again(finished, config):
     output, _, _ = finished
     before = output.read_bytes()
-    code, printed, _ = run("--config", config, "--limit", 2, "--output", output)
+    code, printed, errors = run("--config", config, "--limit", 2, "--output", output)
     assert code == 0
     assert output.read_bytes() == before
-    assert "speculative" in printed
+    assert "speculative" in printed and "2/2" in printed
+    assert "Nothing is left to decode. The rows were made on" in errors
+
+
+def test_a_limit_is_one_of_what_is_shown_too(finished, config):
+    """The table had all rows of the file, also those that nobody had asked for."""
+    output, _, _ = finished
+    before = output.read_bytes()
+    code, printed, _ = run("--config", config, "--limit", 1, "--output", output)
+    assert code == 0
+    assert output.read_bytes() == before
+    assert "1/1" in printed and "2/2" not in printed
 
 
 def test_another_configuration_is_refused_with_the_way_out(finished, config):

@@ -38,7 +38,12 @@ ARROWS: dict[str, set[str]] = {
         "draft_name",
     },
     "edge": {"tasks", "results", "ranks", "models", "method", "checking"},
+    "experiment": {
+        *("edge", "loading", "provenance", "runner", "tasks", "results", "ranks", "models"),
+        *("method", "config"),
+    },
     "console": {
+        "experiment",
         *("edge", "loading", "provenance", "runner", "tasks", "results", "ranks", "models"),
         *("method", "config", "strict_yaml"),
     },

@@ -310,6 +310,13 @@ def test_no_compiler_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+def test_a_compiler_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    """It was passed over in silence, and another compiler made the build."""
+    monkeypatch.setenv("CC", "no-such-compiler -O2")
+    with pytest.raises(KernelError, match="CC must name a C compiler .got no-such-compiler."):
+        build.build(tmp_path)
+
+
 @pytest.mark.parametrize(
     "script, message",
     [
@@ -348,6 +355,8 @@ def test_a_build_is_made_once(kernel_folder, library):
     before = whole.stat().st_mtime_ns
     assert build.build(kernel_folder) == whole
     assert whole.stat().st_mtime_ns == before
+    with environment(PATH=str(kernel_folder), CC=""):  # a build that is there needs no compiler
+        assert build.build(kernel_folder) == whole
 
 
 def test_processes_may_build_at_the_same_time(tmp_path):

@@ -34,14 +34,15 @@ def find_compiler() -> list[str]:
     """Find the command of a C compiler.
 
     Raises:
-        KernelError: there is no compiler, or this system has no POSIX threads.
+        KernelError: there is no compiler, or `CC` names none.
     """
-    if sys.platform not in SYSTEMS:
-        raise KernelError(f"the kernel needs Linux or macOS (got {sys.platform})")
-    named = os.environ.get("CC", "").split()
-    for command in (named, ["cc"], ["gcc"], ["clang"]):
-        if command and shutil.which(command[0]):
-            return command
+    if named := os.environ.get("CC", "").split():
+        if not shutil.which(named[0]):
+            raise KernelError(f"CC must name a C compiler (got {named[0]}); correct or unset it")
+        return named
+    for command in ("cc", "gcc", "clang"):
+        if shutil.which(command):
+            return [command]
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc", "-fno-sanitize=undefined"]
     raise KernelError('there is no C compiler; install gcc, or pip install "specsampling[kernel]"')
@@ -56,23 +57,25 @@ def build(folder: Path) -> Path:
         folder: where libraries are kept.
 
     Raises:
-        KernelError: there is no compiler, or it fails.
+        KernelError: this system has no POSIX threads, there is no compiler, or it fails.
         OSError: the folder cannot be written.
     """
-    compiler = find_compiler()
+    if sys.platform not in SYSTEMS:
+        raise KernelError(f"the kernel needs Linux or macOS (got {sys.platform})")
     chosen = os.environ.get(FLAGS_VARIABLE)
     flags = [*FLAGS, *(NATIVE if chosen is None else chosen.split())]
     source_folder = Path(__file__).parent
     key = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
         key.update((source_folder / name).read_bytes())
-    key.update(repr((compiler, flags, processor())).encode())
+    key.update(repr((flags, processor())).encode())
     name = f"step-{key.hexdigest()[:16]}"
     for existing in folder.glob(f"{name}-*.so"):
         with suppress(FileNotFoundError):  # another process has removed it
             if existing.stem == f"{name}-{digest_of(existing)}":
                 return existing
             existing.unlink()  # it was cut off by a full disk or a crash
+    compiler = find_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}.making"
     command = [*compiler, *flags, "-shared", "-fPIC", "-o", str(scratch)]
@@ -98,10 +101,10 @@ def digest_of(path: Path) -> str:
 
 
 def processor() -> str:
-    """Describe this processor by its name and its features."""
+    """Describe this processor by its name and its features, however many cores it shows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     kept = ("model name", "flags", "Features")
-    return "\n".join(line for line in lines if line.startswith(kept)).partition("\n\n")[0]
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(kept)))

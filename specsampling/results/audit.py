@@ -74,7 +74,10 @@ class GreedyAudit:
         )
 
 
-def audit(rows: Sequence[Row]) -> SampledAudit | GreedyAudit | None:
+Audit = SampledAudit | GreedyAudit
+
+
+def audit(rows: Sequence[Row]) -> Audit | None:
     """Audit the tokens of one method's rows; None if nothing was recorded."""
     if gaps := [gap for row in rows for gap in row.gaps or ()]:
         return GreedyAudit(len(gaps), tuple(-gap for gap in gaps if gap < 0))
