@@ -33,8 +33,8 @@ from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import pass_at_k
 from specsampling.results.records import RecordsError, is_run
 from specsampling.results.scores import Score
+from specsampling.sandbox.run import require_sandbox
 from specsampling.tasks.humaneval import HumanEval, Solution, score
-from specsampling.tasks.sandbox import require_sandbox
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

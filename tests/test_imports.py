@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "models": {"method", "kernel", "disk", "draft_name"},
     "ranks": {"checking"},
     "results": {"ranks", "method.text", "config", "disk"},
-    "tasks": {"results", "method.text", "config", "disk"},
+    "sandbox": {"disk"},
+    "tasks": {"sandbox", "results", "method.text", "config", "disk"},
     "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},
     "loading": {
@@ -98,15 +99,15 @@ def test_every_room_is_small_enough_to_read(path):
 
 
 RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens")
-SCORING = ("sandbox", "judge", "wire", "namespace", "containment", "answers", "statements")
-SCORING += ("system_calls", "control_group", "leases")
+SANDBOX = ("run", "judge", "wire", "namespace", "containment", "system_calls", "leases")
 LIGHT = [
     "edge",
     "config",
     "method.text",
     "models.embedded",
     "models.memory",
-    *(f"tasks.{name}" for name in SCORING),
+    *("tasks.answers", "tasks.statements", "sandbox.control_group"),
+    *(f"sandbox.{name}" for name in SANDBOX),
 ]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specsampling.tasks import namespace, system_calls
-from specsampling.tasks.namespace import find_wrap
+from specsampling.sandbox import namespace, system_calls
+from specsampling.sandbox.namespace import find_wrap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import write_config
+from conftest import PROJECT, write_config
 from test_end_to_end import run
 
 from Benchmarks import peers
@@ -106,7 +106,7 @@ def test_a_rerun_decodes_only_what_is_missing(finished, config):
         (["--hosts", "vllm"], "--hosts must be of transformers, llama.cpp"),
         (["--limit", "0"], "limit"),
         (["--max-new-tokens", "x"], "max_new_tokens"),
-        (["--profile", "gpt-neo-rtx3050"], "humaneval"),
+        (["--config", PROJECT / "config.yaml", "--profile", "gpt-neo-rtx3050"], "humaneval"),
     ],
 )
 def test_mistakes_are_one_line(more, words, config, tmp_path):

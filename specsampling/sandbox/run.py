@@ -45,11 +45,11 @@ from dataclasses import dataclass
 from math import ceil
 from typing import IO, Any
 
-from specsampling.tasks import judge, wire
-from specsampling.tasks.containment import SandboxError, contain, kill_left_overs
-from specsampling.tasks.control_group import control_group, find_parent
-from specsampling.tasks.leases import owned_folder
-from specsampling.tasks.namespace import (
+from specsampling.sandbox import judge, wire
+from specsampling.sandbox.containment import SandboxError, contain, kill_left_overs
+from specsampling.sandbox.control_group import control_group, find_parent
+from specsampling.sandbox.leases import owned_folder
+from specsampling.sandbox.namespace import (
     MAX_SCRATCH_BYTES,
     MAX_SCRATCH_FILES,
     Lock,
@@ -57,7 +57,7 @@ from specsampling.tasks.namespace import (
     interpreter,
     lock,
 )
-from specsampling.tasks.system_calls import has_filter
+from specsampling.sandbox.system_calls import has_filter
 
 __all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandbox", "run_program"]
 

@@ -20,8 +20,8 @@ All functions here, and the imported ones, travel to the children as source text
 
 from types import CodeType
 
-from specsampling.tasks.namespace import Lock, lock_in
-from specsampling.tasks.wire import receive, send, send_result
+from specsampling.sandbox.namespace import Lock, lock_in
+from specsampling.sandbox.wire import receive, send, send_result
 
 
 def take_pipes() -> "list[int]":

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 
-from specsampling.tasks.system_calls import filter_program, has_filter
+from specsampling.sandbox.system_calls import filter_program, has_filter
 
 MAX_SCRATCH_BYTES = 64 << 20
 MAX_SCRATCH_FILES = 4096

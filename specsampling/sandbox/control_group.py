@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from specsampling.tasks.leases import owned_folder
-from specsampling.tasks.namespace import MAX_THREADS
+from specsampling.sandbox.leases import owned_folder
+from specsampling.sandbox.namespace import MAX_THREADS
 
 MOUNT = "/sys/fs/cgroup"
 MEMBERSHIP = "/proc/self/cgroup"

@@ -1,0 +1,1 @@
+"""Runs generated programs, and nothing else does."""
