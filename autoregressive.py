@@ -3,21 +3,31 @@
 The decoder makes one target call per token, with a KV cache. Speedups are measured against its
 fastest form, `width=None`. The rows' method `reference` has the speculative decoder's width, and
 speculative outputs must equal its outputs.
+
+    python autoregressive.py --prompt "def is_prime(n):"
+
+decodes one prompt, and shows the text as it grows.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from specsampling.edge import catch_signals, check_address_space
+
+    catch_signals()
+    check_address_space()
+
 from collections.abc import Collection, Sequence
 
-from specsampling.method.decode import decode_text
+from specsampling.method.decode import Steps, decode_text, to_the_end
 from specsampling.method.evidence import Evidence
 from specsampling.method.forward import Model
 from specsampling.method.sampling import GREEDY, Randomness, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
-from specsampling.method.text import Generation, StopCheck, Text
+from specsampling.method.text import StopCheck, Text
 
 
-def autoregressive(
+def autoregressive_stream(
     target: Model,
     prompt: Sequence[int],
     *,
@@ -27,8 +37,10 @@ def autoregressive(
     width: int | None = None,
     eos_ids: Collection[int] = (),
     is_stop: StopCheck | None = None,
-) -> Generation:
+) -> Steps:
     """Decode one text, one token per target call.
+
+    `autoregressive` has the same arguments and returns the finished `Generation`.
 
     Args:
         target: the model.
@@ -39,6 +51,9 @@ def autoregressive(
         width: rows of every call (see `Session`); None for one row, the fastest.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.
+
+    Yields:
+        A `Step` for each token.
 
     Raises:
         ValueError: the prompt is empty or leaves no room in the context.
@@ -60,4 +75,15 @@ def autoregressive(
         evidence.add([token], logits, target_probs)
         text.extend([token])
 
-    return decode_text(text, session, cycle, evidence)
+    return (yield from decode_text(text, session, cycle, evidence))
+
+
+autoregressive = to_the_end(autoregressive_stream)
+
+
+if __name__ == "__main__":
+    from functools import partial
+
+    from specsampling.console import decode_one_prompt, exit_code
+
+    raise SystemExit(exit_code(partial(decode_one_prompt, None, autoregressive_stream)))

@@ -6,7 +6,8 @@ gives the very tokens that the target alone would give.
 
     python speculative.py --prompt "def is_prime(n):"
 
-This command decodes one prompt and shows which tokens were accepted, corrected and bonus.
+This command decodes one prompt, live, and shows which tokens were accepted, corrected and bonus.
+With `--compare` the target decodes it alone first.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ if __name__ == "__main__":
 
 from collections.abc import Collection, Sequence
 
-from specsampling.method.decode import Cycle, decode_text
+from specsampling.method.decode import Cycle, Steps, decode_text, to_the_end
 from specsampling.method.drafts import Draft, DraftTerms
 from specsampling.method.evidence import Evidence
 from specsampling.method.forward import Model
 from specsampling.method.noise import Noise
 from specsampling.method.sampling import GREEDY, Randomness, Sampling, probs_from_logits
 from specsampling.method.session import Session, context_limit
-from specsampling.method.text import Generation, StopCheck, Text
+from specsampling.method.text import StopCheck, Text
 from specsampling.method.verify import Verifier, verify, verify_coupled
 
 
-def speculative(
+def speculative_stream(
     target: Model,
     draft: Draft,
     prompt: Sequence[int],
@@ -43,8 +44,10 @@ def speculative(
     verifier: Verifier = verify,
     eos_ids: Collection[int] = (),
     is_stop: StopCheck | None = None,
-) -> Generation:
+) -> Steps:
     """Decode one text, up to k + 1 tokens per target call.
+
+    `speculative` has the same arguments and returns the finished `Generation`.
 
     Differs from the paper: the draft may propose fewer than k tokens, for example near the end of
     the text. The rule is exact for every k.
@@ -61,6 +64,9 @@ def speculative(
         verifier: the rule: `verify`, `verify_block` or `verify_coupled`.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.
+
+    Yields:
+        A `Step` for each cycle.
 
     Raises:
         ValueError: k or the width is out of range, the prompt is empty or leaves no room, or only
@@ -93,12 +99,17 @@ def speculative(
         proposer.rollback(len(text.tokens) - 1)
         return Cycle(verdict.num_accepted, len(draft_tokens))
 
-    return decode_text(text, session, cycle, evidence, proposer)
+    return (yield from decode_text(text, session, cycle, evidence, proposer))
+
+
+speculative = to_the_end(speculative_stream)
 
 
 if __name__ == "__main__":
     from functools import partial
 
+    from autoregressive import autoregressive_stream
     from specsampling.console import decode_one_prompt, exit_code
 
-    raise SystemExit(exit_code(partial(decode_one_prompt, speculative)))
+    main = partial(decode_one_prompt, speculative_stream, autoregressive_stream)
+    raise SystemExit(exit_code(main))

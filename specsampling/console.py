@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,12 +32,17 @@ from specsampling.results.tokens import text_pieces
 from specsampling.strict_yaml import YamlError, scalar
 
 if TYPE_CHECKING:
-    pass
+    from specsampling.method.decode import Steps
+    from specsampling.method.text import Generation
 
 NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # characters to replace in a folder's name
 
 # Fields of the configuration that have an option of their own.
-SHORTCUTS = "run.methods", "run.limit", "sampling.seed", "models.device", "models.dtype"
+SHORTCUTS = (
+    *("run.methods", "run.limit", "sampling.seed", "models.device", "models.dtype"),
+    *("models.target", "models.draft", "speculation.k", "decoding.max_new_tokens"),
+    *("sampling.temperature", "sampling.top_p", "sampling.num_samples"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,6 +111,13 @@ def _config_parser(description: str | None) -> Parser:
     add("--device", metavar="NAME", help=devices)
     add("--verify-cache", action="store_true", help=again)
     add("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
+    add("--target", metavar="MODEL", help="models.target: the model whose output is wanted")
+    add("--draft", metavar="DRAFT", help="models.draft: who proposes tokens")
+    add("--k", metavar="K", help="speculation.k: tokens drafted per cycle, or auto")
+    add("--temperature", metavar="T", help="sampling.temperature; 0 is greedy")
+    add("--top-p", metavar="P", help="sampling.top_p")
+    add("--max-new-tokens", metavar="N", help="decoding.max_new_tokens: the longest answer")
+    add("--num-samples", metavar="N", help="sampling.num_samples: answers per example")
     add("--set", metavar="KEY.PATH=VALUE", action="append", default=[], help=one)
     return parser
 
@@ -158,48 +172,102 @@ COLOURS = {"accepted": "\033[32m", "correction": "\033[31m", "bonus": "\033[34m"
 PLAIN = "\033[0m"
 
 
-def decode_one_prompt(speculative: Callable, arguments: Sequence[str] | None = None) -> int:
-    """Decode one prompt and print its tokens, coloured by origin (`speculative.py --prompt`)."""
-    parser = _config_parser("Decode one prompt with speculative sampling.")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--chat", action="store_true", help="send it as a chat message")
+def decode_one_prompt(
+    speculative: Callable[..., Steps] | None,
+    autoregressive: Callable[..., Steps],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Decode one prompt and show its text as it grows, the tokens coloured by origin.
+
+    `speculative` is None for the script that decodes without a draft.
+    """
+    parser = _config_parser("Decode one prompt, and show the text as it grows.")
+    parser.add_argument("--prompt", required=True, help="text to continue, or to answer")
+    parser.add_argument("--raw", action="store_true", help="use no chat template")
+    if speculative:
+        parser.add_argument("--compare", action="store_true", help="decode it without a draft, too")
     options = parser.parse_args(arguments)
     config = read_config(options)
-    config = replace(config, run=replace(config.run, methods=("speculative",)))
+    methods = ["autoregressive"] * (not speculative or options.compare)
+    methods += ["speculative"] * bool(speculative)
+    config = replace(config, run=replace(config.run, methods=tuple(methods)))
+    if not speculative:  # its draft is not loaded
+        models = replace(config.models, draft="ngram", draft_quantization="none")
+        config = replace(config, models=models)
     if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
         raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
 
     from specsampling.runner import check_prompt, source_of
 
     outline, planned = loading.outline_models(config)
-    prompt = outline.encode_chat(options.prompt) if options.chat else outline.encode(options.prompt)
+    is_chat = bool(outline.tokenizer.chat_template) and not options.raw
+    prompt = outline.encode_chat(options.prompt) if is_chat else outline.encode(options.prompt)
     check_prompt("the prompt", prompt, outline)
     device_map, _ = loading.settle_memory(config, planned, len(prompt))
     pair = loading.load_configured_pair(config, device_map)
     loading.self_check(config, pair, len(prompt) + config.decoding.max_new_tokens)
     drafts = loading.load_drafts(config, pair)
-    decode = bind_decoders(config, pair, drafts, speculative, speculative)["speculative"]
-    names = config.sampling.seed, options.prompt, "speculative", 0
-    generator = source_of(pair.target.device, *names, bool(config.coupled_methods))
-    generation = decode(prompt, generator=generator, is_stop=None)
-    print(coloured(generation.token_ids, generation.kinds(), pair.decode))
-    num_tokens, num_accepted = len(generation.token_ids), sum(generation.accepted)
-    legend = " ".join(f"{colour}{kind}{PLAIN}" for kind, colour in COLOURS.items())
-    loading.say(
-        f"\n{legend}: {num_tokens} tokens ({generation.finish_reason}) from "
-        f"{generation.target_calls} target calls, "
-        f"{num_tokens / max(generation.target_calls, 1):.2f} a call; "
-        f"{num_accepted} of {sum(generation.drafted)} drafted accepted; "
-        f"{num_tokens / generation.decode_seconds:.1f} tokens/s"
+    decoders = bind_decoders(config, pair, drafts, autoregressive, speculative or autoregressive)
+    positional = loading.settle_noise(config, None)
+    generations = []
+    for method, decode in decoders.items():
+        names = config.sampling.seed, options.prompt, method, 0
+        generator = source_of(pair.target.device, *names, method in positional)
+        steps: Any = decode(prompt, generator=generator, is_stop=None)
+        generation = show(steps, pair.decode)
+        loading.say(f"\n{describe(method, generation)}")
+        if generation.error:
+            loading.say(f"error: {generation.error}")
+        generations.append(generation)
+    if len(generations) == 2:
+        alone, ours = generations
+        same = "yes" if alone.token_ids == ours.token_ids else "no"
+        ratio = _rate(ours) / _rate(alone) if _rate(alone) else float("nan")
+        loading.say(f"identical: {same}; speedup: {ratio:.2f}")
+    return 1 if any(generation.error for generation in generations) else 0
+
+
+def show(steps: Steps, decode: Callable[[Sequence[int]], str]) -> Generation:
+    """Print a text's tokens as its cycles end, and return the finished generation."""
+    token_ids: list[int] = []
+    kinds: list[str] = []
+    num_shown = 0
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            print()
+            return end.value
+        token_ids += step.token_ids
+        kinds += step.kinds
+        pieces = text_pieces(token_ids, kinds, decode)
+        print("".join(map(painted, pieces[num_shown:])), end="", flush=True)
+        num_shown = len(pieces)
+
+
+def painted(piece: tuple[str, str]) -> str:
+    """Return a piece of text in its kind's colour: in a terminal, or if FORCE_COLOR is set."""
+    kind, text = piece
+    is_coloured = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
+    if not is_coloured or os.environ.get("NO_COLOR") or kind not in COLOURS:
+        return text
+    return f"{COLOURS[kind]}{text}{PLAIN}"
+
+
+def describe(method: str, generation: Generation) -> str:
+    """Say in one line what a text cost."""
+    num_tokens, num_calls = len(generation.token_ids), generation.target_calls
+    line = (
+        f"{method}: {num_tokens} tokens ({generation.finish_reason}), "
+        f"{num_tokens / max(num_calls, 1):.2f} for each of {num_calls} target calls"
     )
-    if generation.error:
-        loading.say(f"error: {generation.error}")
-    return 1 if generation.error else 0
+    if generation.drafted:
+        legend = ", ".join(painted((kind, kind)) for kind in COLOURS)
+        line += f"; {sum(generation.accepted)} of {sum(generation.drafted)} drafted tokens accepted"
+        line += f" ({legend})"
+    return f"{line}; {_rate(generation):.1f} tokens/s"
 
 
-def coloured(
-    token_ids: Sequence[int], kinds: Sequence[str], decode: Callable[[Sequence[int]], str]
-) -> str:
-    """Return the text with each token in its kind's colour; see `text_pieces`."""
-    pieces = text_pieces(token_ids, kinds, decode)
-    return "".join(f"{COLOURS[kind]}{text}{PLAIN}" for kind, text in pieces)
+def _rate(generation: Generation) -> float:
+    """Return tokens per second, prefill left out."""
+    return len(generation.token_ids) / (generation.decode_seconds or float("inf"))

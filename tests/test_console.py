@@ -8,20 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from autoregressive import autoregressive_stream
 from specsampling.config import ConfigError, load_config
-from specsampling.console import (
-    COLOURS,
-    PLAIN,
-    coloured,
-    decode_one_prompt,
-    exit_code,
-)
+from specsampling.console import COLOURS, PLAIN, decode_one_prompt, exit_code, painted, show
 from specsampling.loading import baselines, load_configured_pair
+from specsampling.method.decode import Step
 from specsampling.method.session import context_limit
 from specsampling.method.text import Generation
 from specsampling.method.verify import VERIFIERS
 from specsampling.models.errors import ModelError
 from specsampling.models.load import Pair
+from speculative import speculative_stream
 
 SHIPPED = Path(__file__).parents[1] / "config.yaml"
 CONTEXT = 1024  # of the tiny Llama's folder
@@ -117,27 +114,63 @@ def test_a_chat_template_that_fails_is_one_line(llama, tokenizer, monkeypatch, t
 def test_a_prompt_that_cannot_be_decoded_is_one_line(model_folders, prompt, message, capsys):
     options = ["--prompt", prompt, "--device", "cpu", "--set", "models.draft=ngram"]
     options += ["--set", f"models.target={model_folders['llama-target']}", "--dtype", "float32"]
-    assert exit_code(partial(decode_one_prompt, None), options) == 2
+    assert exit_code(partial(decode_one_prompt, None, None), options) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_one_prompt_is_decoded_by_the_configured_rule(rule, model_folders, capsys):
     """It was the token by token one, whatever speculation.verifier said."""
-    options = ["--prompt", "word", "--device", "cpu", "--set", "models.draft=ngram"]
-    options += ["--set", f"models.target={model_folders['llama-target']}", "--dtype", "float32"]
+    options = ["--prompt", "word", "--device", "cpu", "--draft", "ngram", "--raw"]
+    options += ["--target", model_folders["llama-target"], "--dtype", "float32"]
     given = {}
 
     def decode(target, draft, prompt, **options):
         given.update(options)
-        return Generation([65], "length", accepted=[0], drafted=[0], decode_seconds=1.0)
+        return steps_of(Generation([65], "length", accepted=[0], drafted=[0], decode_seconds=1.0))
 
     options += ["--set", f"speculation.verifier={rule}"]
-    assert exit_code(partial(decode_one_prompt, decode), options) == 0
+    main = partial(decode_one_prompt, decode, None)
+    assert exit_code(main, list(map(str, options))) == 0
     assert given["verifier"] is VERIFIERS[rule]
+    assert "speculative: 1 tokens (length)" in capsys.readouterr().err
 
 
-def test_each_token_has_its_origins_colour():
+@pytest.mark.parametrize("temperature", ["0", "0.9"])
+def test_a_comparison_is_live_and_ends_with_the_verdict(temperature, model_folders, capsys):
+    """Sampled texts are the same too if draft and target share their noise."""
+    options = ["--prompt", "def f(x):", "--device", "cpu", "--compare", "--max-new-tokens", "20"]
+    options += ["--target", model_folders["llama-target"], "--draft", model_folders["llama-draft"]]
+    options += ["--temperature", temperature, "--set", "speculation.verifier=coupled", "--k", "3"]
+    main = partial(decode_one_prompt, speculative_stream, autoregressive_stream)
+    assert exit_code(main, list(map(str, options))) == 0
+    printed, errors = capsys.readouterr()
+    baseline, text = printed.splitlines()[:1], printed.splitlines()[-1:]
+    assert baseline and text and "\033" not in printed  # this is no terminal
+    assert "autoregressive: 20 tokens" in errors and "speculative: 20 tokens" in errors
+    assert errors.splitlines()[-1].startswith("identical: yes; speedup: ")
+
+
+def test_a_text_without_a_draft_loads_none(model_folders, capsys):
+    options = ["--prompt", "def f(x):", "--device", "cpu", "--max-new-tokens", "5"]
+    options += ["--target", model_folders["llama-target"], "--draft", "no/such-model"]
+    main = partial(decode_one_prompt, None, autoregressive_stream)
+    assert exit_code(main, list(map(str, options))) == 0
+    assert "autoregressive: 5 tokens (length), 1.00 for each of 5 target calls" in (
+        capsys.readouterr().err
+    )
+
+
+def steps_of(generation):
+    """A generation as a decoder's steps, one for each cycle."""
+    kinds, at = generation.kinds(), 0
+    for accepted in generation.accepted:
+        yield Step(generation.token_ids[at : at + accepted + 1], kinds[at : at + accepted + 1])
+        at += accepted + 1
+    return generation
+
+
+def test_each_token_has_its_origins_colour(monkeypatch, capsys):
     generation = Generation(
         token_ids=[ord(c) for c in "abcdefg"],
         finish_reason="length",
@@ -146,19 +179,28 @@ def test_each_token_has_its_origins_colour():
     )
     kinds = generation.kinds()
     assert kinds == ["accepted", "accepted", "bonus", "correction", *["accepted"] * 2, "correction"]
-    text = coloured(generation.token_ids, kinds, lambda ids: "".join(map(chr, ids)))
-    assert text == "".join(
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = show(steps_of(generation), lambda ids: "".join(map(chr, ids)))
+    assert shown is generation
+    assert capsys.readouterr().out.rstrip("\n") == "".join(
         f"{COLOURS[kind]}{letter}{PLAIN}" for kind, letter in zip(kinds, "abcdefg", strict=True)
     )
 
 
-def test_a_character_of_several_tokens_is_shown_once_it_is_whole(tokenizer):
+def test_colours_are_for_terminals_and_can_be_switched_off(monkeypatch):
+    assert painted(("bonus", "a")) == "a"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert painted(("bonus", "a")) == f"{COLOURS['bonus']}a{PLAIN}"
+    assert painted(("target", "a")) == "a"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert painted(("bonus", "a")) == "a"
+
+
+def test_a_character_of_several_tokens_is_shown_once_it_is_whole(tokenizer, capsys):
     ids = tokenizer("é東x")["input_ids"]
     assert len(ids) > 3
-    text = coloured(ids, ["accepted"] * len(ids), tokenizer.decode)
-    for code in (*COLOURS.values(), PLAIN):
-        text = text.replace(code, "")
-    assert text == "é東x"
+    show(steps_of(Generation(ids, "length", [0] * len(ids), [1] * len(ids))), tokenizer.decode)
+    assert capsys.readouterr().out == "é東x\n"
 
 
 def test_a_text_cut_in_its_last_cycle_keeps_its_kinds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CONTEXT, VOCAB_SIZE
 
-from autoregressive import autoregressive
+from autoregressive import autoregressive, autoregressive_stream
 from specsampling.method.distribution import one_hot
 from specsampling.method.drafts import (
     CompositeDraft,
@@ -22,7 +23,7 @@ from specsampling.method.sampling import Sampling
 from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model
 from specsampling.models.kernel_model import KernelModel
-from speculative import speculative
+from speculative import speculative, speculative_stream
 
 PROMPTS = ([5], [7, 3, 9, 3, 9, 3], list(range(20, 50)))
 
@@ -427,3 +428,49 @@ def test_the_counts_add_up(llama, text):
     assert generation.target_calls == len(generation.accepted) == len(generation.drafted)
     assert generation.kinds().count("accepted") == sum(generation.accepted)
     assert 0 < generation.forward_seconds < generation.prefill_seconds + generation.decode_seconds
+
+
+# --- step by step ---------------------------------------------------------------------
+
+
+def steps_and_end(stream):
+    steps = []
+    while True:
+        try:
+            steps.append(next(stream))
+        except StopIteration as end:
+            return steps, end.value
+
+
+@pytest.mark.parametrize("name", ["other", "n-gram", None])
+def test_steps_are_the_text_cycle_by_cycle(model_of, name):
+    """The last cycle's step has no token behind the text's end."""
+    target = model_of("llama")
+    options = {"max_new_tokens": 17, "eos_ids": ()}
+    if name is None:
+        stream = autoregressive_stream(target, PROMPTS[1], **options)
+        whole = autoregressive(target, PROMPTS[1], **options)
+    else:
+        draft = all_drafts(model_of, "llama")[name]
+        stream = speculative_stream(target, draft, PROMPTS[1], k=4, **options)
+        whole = speculative(target, draft, PROMPTS[1], k=4, **options)
+    steps, end = steps_and_end(stream)
+    assert [token for step in steps for token in step.token_ids] == whole.token_ids
+    assert [kind for step in steps for kind in step.kinds] == whole.kinds()
+    assert (end.token_ids, end.accepted, end.finish_reason) == (
+        *(whole.token_ids, whole.accepted, whole.finish_reason),
+    )
+    assert len(steps) == (len(whole.accepted) or 17)
+
+
+def test_the_clock_stops_between_steps(model_of):
+    """Whoever shows a text takes none of its time."""
+    stream = autoregressive_stream(model_of("llama"), PROMPTS[1], max_new_tokens=3)
+    steps = []
+    while True:
+        try:
+            steps.append(next(stream))
+            time.sleep(0.2)
+        except StopIteration as end:
+            assert len(steps) == 3 and end.value.decode_seconds < 0.4
+            return

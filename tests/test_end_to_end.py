@@ -323,8 +323,11 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, message, tmp_pat
 
 
 def test_one_prompt_is_shown_in_colours(config):
-    code, printed, errors = run("--config", config, "--prompt", "def add", script="speculative.py")
-    assert code == 0, errors
+    process = forked.start(
+        *("speculative.py", "--config", config, "--prompt", "def add"), FORCE_COLOR="1"
+    )
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     assert "\033[3" in printed
     assert "12 tokens" in errors
     assert "target calls" in errors

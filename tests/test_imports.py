@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"method", "kernel", "disk", "draft_name"},
     "ranks": {"checking"},
     "results": {"ranks", "method.text", "config", "disk"},
-    "sandbox": {"disk"},
+    "sandbox": set(),
     "tasks": {"sandbox", "results", "method.text", "config", "disk"},
     "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},

@@ -5,14 +5,18 @@ A decoder brings one function, its cycle. This module knows nothing of sampling 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Generator
+from functools import wraps
+from typing import NamedTuple, ParamSpec
 
 from specsampling.method.distribution import NonFiniteError
 from specsampling.method.drafts import Proposer
 from specsampling.method.evidence import Evidence
 from specsampling.method.session import Session, synchronized_seconds
-from specsampling.method.text import Generation, Text
+from specsampling.method.text import Generation, Text, kinds_of
+
+Parameters = ParamSpec("Parameters")
 
 
 class Cycle(NamedTuple):
@@ -22,14 +26,45 @@ class Cycle(NamedTuple):
     num_drafted: int
 
 
+class Step(NamedTuple):
+    """What a cycle added to its text.
+
+    Attributes:
+        token_ids: the new ids, at least one.
+        kinds: the origin of each, as `Generation.kinds` names it.
+    """
+
+    token_ids: list[int]
+    kinds: list[str]
+
+
+Steps = Generator[Step, None, Generation]
+"""A text under way: a step after each cycle, and at the end the generation."""
+
+
+def to_the_end(decoder: Callable[Parameters, Steps]) -> Callable[Parameters, Generation]:
+    """Make a decoder of whole texts from one that yields its steps."""
+
+    @wraps(decoder)
+    def decode(*args: Parameters.args, **options: Parameters.kwargs) -> Generation:
+        steps = decoder(*args, **options)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+    return decode
+
+
 def decode_text(
     text: Text,
     session: Session,
     cycle: Callable[[], Cycle | None],
     evidence: Evidence,
     proposer: Proposer | None = None,
-) -> Generation:
-    """Prefill the caches, and run cycles until the text ends.
+) -> Steps:
+    """Prefill the caches, and run cycles until the text ends. The clock stops between steps.
 
     Logits that are not finite also end the text. The tokens decoded before are kept,
     `finish_reason` is "error", and `error` names the model whose logits they were.
@@ -48,14 +83,22 @@ def decode_text(
         cache.prefill(text.tokens[:-1])
     prefilled = synchronized_seconds(session.device)
     prefills = [cache.forward_seconds for cache in caches]
-    try:
-        while text.finish_reason is None:
+    paused = 0.0
+    while text.finish_reason is None:
+        num_before = len(text.tokens)
+        try:
             done = cycle()
-            if done is not None:
-                cycles.append(done)
-    except NonFiniteError as problem:
-        text.fail(str(problem))
-    end = synchronized_seconds(session.device)
+        except NonFiniteError as problem:
+            text.fail(str(problem))
+            break
+        if done is not None:
+            cycles.append(done)
+        token_ids = text.tokens[num_before:]
+        kinds = ["target"] if done is None else kinds_of(*done)[: len(token_ids)]
+        stopped = time.perf_counter()
+        yield Step(token_ids, kinds)
+        paused += time.perf_counter() - stopped
+    end = synchronized_seconds(session.device) - paused
     target_seconds, *draft_seconds = (
         cache.forward_seconds - before for cache, before in zip(caches, prefills)
     )

@@ -89,10 +89,13 @@ class Generation:
         """Name each token's origin: "accepted", "correction", "bonus"; "target" without drafts."""
         if not self.drafted:
             return ["target"] * len(self.token_ids)
-        kinds: list[str] = []
-        for accepted, drafted in zip(self.accepted, self.drafted, strict=True):
-            kinds += ["accepted"] * accepted + ["bonus" if accepted == drafted else "correction"]
-        return kinds[: len(self.token_ids)]
+        cycles = zip(self.accepted, self.drafted, strict=True)
+        return [kind for cycle in cycles for kind in kinds_of(*cycle)][: len(self.token_ids)]
+
+
+def kinds_of(num_accepted: int, num_drafted: int) -> list[str]:
+    """Name the origin of each token that a cycle of a speculative decoder yields."""
+    return ["accepted"] * num_accepted + ["bonus" if num_accepted == num_drafted else "correction"]
 
 
 class Text:
