@@ -130,7 +130,7 @@ def test_one_prompt_is_decoded_by_the_configured_rule(rule, model_folders, capsy
         return steps_of(Generation([65], "length", accepted=[0], drafted=[0], decode_seconds=1.0))
 
     options += ["--set", f"speculation.verifier={rule}"]
-    main = partial(decode_one_prompt, decode, None)
+    main = partial(decode_one_prompt, decode, decode)
     assert exit_code(main, list(map(str, options))) == 0
     assert given["verifier"] is VERIFIERS[rule]
     assert "speculative: 1 tokens (length)" in capsys.readouterr().err
