@@ -2,6 +2,7 @@
 
     python Benchmarks/report.py            write the pages
     python Benchmarks/report.py --check    only say which pages differ, with exit code 1
+    python Benchmarks/report.py Results/results2.jsonl --html report.html    one run, as a page
 
 A page holds a table between two comments. The first one names what is shown and of which file:
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 
 from Benchmarks import figure1, identity, methods, peers, quality, scale, table1
+from Benchmarks.run_page import page_of
 from specsampling.config import ConfigError
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.results import metrics, tables
@@ -53,8 +55,16 @@ HEADLINE = {  # of the README
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
+    parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="rows to show in --html")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page of the run RUN")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
+    if bool(options.run) != bool(options.html):
+        raise ConfigError("RUN and --html FILE belong together (got one of them); give both")
+    if options.html:
+        options.html.write_text(page_of(options.run), encoding="utf-8")
+        print(f"{options.html} shows {options.run}")
+        return 0
     different = []
     for page in sorted(path for pattern in PAGES for path in PROJECT.glob(pattern)):
         before = page.read_text()

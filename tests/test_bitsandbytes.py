@@ -76,6 +76,12 @@ def test_greedy_texts_are_the_references_or_the_check_says_not(quantised, whole)
     assert all(len(drafted) == NEW for _, drafted in texts)
 
 
+@pytest.mark.parametrize("quantised", ["int8"], indirect=True)
+def test_rows_of_8_bit_layers_do_not_meet(quantised):
+    """With a threshold of 6 a call's rows chose its columns of outliers together."""
+    assert check_exactness(quantised, WIDTH, 64).is_exact
+
+
 def test_sampled_texts_carry_their_evidence(quantised, whole):
     generation = speculative(
         quantised,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
-from Benchmarks import report
+from Benchmarks import report, run_page
 from specsampling.console import exit_code
 from specsampling.provenance import PROJECT
+from specsampling.results.records import read_meta, read_rows
+from specsampling.results.runfile import RunFile
 
 PAGES = sorted(
     path
@@ -52,3 +57,86 @@ def test_the_readme_is_short():
 def test_links_lead_somewhere(page):
     for link in LINK.findall(page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of a committed run, cut to its first rows, and the rows."""
+    folder = tmp_path_factory.mktemp("page")
+    source = PROJECT / "Results/published/smollm2/results2.jsonl"
+    rows = read_rows(source)[:12]
+    path = folder / "results2.jsonl"
+    with RunFile.open(path, read_meta(source)) as file:
+        for row in rows:
+            file.append(row)
+    assert exit_code(report.main, [str(path), "--html", str(folder / "page.html")]) == 0
+    return folder / "page.html", rows
+
+
+def data_of(page):
+    text = page.read_text()
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_a_runs_page_holds_every_text_and_needs_no_network(page):
+    path, rows = page
+    data = data_of(path)
+    texts = [text for problem in data["problems"] for text in problem["texts"].values()]
+    assert len(texts) == len(rows) and len(data["problems"]) == len({row.sample for row in rows})
+    by_name = {(p["id"], name): text for p in data["problems"] for name, text in p["texts"].items()}
+    for row in rows:
+        text = by_name[row.example_id, row.method]
+        assert len(text["cycles"]) == (len(row.accepted) or len(row.token_ids))
+        whole = "".join(piece for cycle in text["cycles"] for _, piece in cycle)
+        assert row.completion.strip()[:40] in whole
+        assert {kind for cycle in text["cycles"] for kind, _ in cycle} <= {
+            *("accepted", "correction", "bonus", "target"),
+        }
+        assert text["identical"] is (True if row.method.startswith("speculative") else None)
+    assert data["problems"][0]["prompt"].lstrip().startswith("from typing")
+    links = re.findall(r'(?:src|href)="([^"#][^"]*)"', path.read_text())
+    assert not [link for link in links if link.startswith(("http", "//"))]
+
+
+def test_a_text_that_would_end_the_script_does_not(page, monkeypatch):
+    """A model may write </script>."""
+    monkeypatch.setattr(run_page, "prompts_of", lambda config: {"HumanEval/0": "</script><b>"})
+    text = run_page.page_of(page[0].with_name("results2.jsonl"))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert data["problems"][0]["prompt"] == "</script><b>"
+
+
+@pytest.mark.slow  # needs Debian's chromium
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium on the PATH")
+def test_a_browser_shows_it_without_errors(page, tmp_path):
+    script = """<script>
+    window.onerror = (message) => { document.title = "error: " + message; };
+    window.addEventListener("load", () => {
+      const filter = document.getElementById("filter");
+      filter.value = "parted"; filter.dispatchEvent(new Event("change"));
+      const parted = document.getElementById("count").textContent;
+      filter.value = "all"; filter.dispatchEvent(new Event("change"));
+      const box = document.querySelector("details");
+      box.open = true;
+      setTimeout(() => {
+        const slider = box.querySelector("input[type=range]");
+        const whole = box.querySelector(".text pre").textContent.length;
+        slider.value = 1; slider.dispatchEvent(new Event("input"));
+        const less = box.querySelector(".text pre").textContent.length;
+        if (!document.title.startsWith("error"))
+          document.title = `shown ${parted} ${less > 0 && less < whole}`;
+        document.body.append(document.title);
+      }, 300);
+    });</script></html>"""
+    path = tmp_path / "page.html"
+    path.write_text(page[0].read_text().replace("</html>", script))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--virtual-time-budget=5000", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    num = len(data_of(page[0])["problems"])
+    assert f"<title>shown 0 of {num} true</title>" in done.stdout, done.stdout[-2000:]
+
+
+def test_a_page_needs_a_run_and_a_file(capsys):
+    assert exit_code(report.main, ["--html", "page.html"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -187,7 +187,9 @@ def _read(
     """Load a model as transformers makes it, with every tensor from the checkpoint."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map or {"": device}}
     if quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        # Columns of outliers would be picked from all rows of a call, so rows would meet.
+        quantized = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        options["quantization_config"] = quantized
     elif quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
