@@ -233,11 +233,12 @@ def add_chances(
         prompts = {example.id: prompt.token_ids for example, prompt in found}
         for row in rows:
             tokens = [*prompts[row.example_id], *row.token_ids][:-1]
-            logits = [
+            target_logits, draft_logits = (
                 Session(model, len(tokens)).score(tokens, last=len(row.token_ids))
                 for model in (pair.target, draft)
-            ]
-            chances = Chances(*setting, row.example_id, *chances_of(*logits, *setting))
+            )
+            of_text = chances_of(target_logits, draft_logits, *setting)
+            chances = Chances(*setting, row.example_id, *of_text)
             with path.open("a") as file:
                 file.write(f"{json.dumps(dataclasses.asdict(chances))}\n")
 

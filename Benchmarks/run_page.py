@@ -65,9 +65,9 @@ def problems_of(run: Run) -> list[dict[str, Any]]:
 
     models = run.meta["config"]["models"]
     tokenizer = load_tokenizer(models["tokenizer"] or models["target"])
-    decode = partial(tokenizer.decode, skip_special_tokens=False)
+    decode: Any = partial(tokenizer.decode, skip_special_tokens=False)
     prompts = prompts_of(run.meta["config"])
-    scores = {key_of(score): score for score in run.scores or []}
+    scores: dict[Any, Any] = {key_of(score): score for score in run.scores or []}
     baselines = {
         row.sample: row
         for name in (tables.BASELINE, "reference")  # where both are, the latter has the bits
@@ -95,7 +95,7 @@ def problems_of(run: Run) -> list[dict[str, Any]]:
 
 
 def cycles_of(row: Row, decode: Callable[[Sequence[int]], str]) -> list[list[tuple[str, str]]]:
-    """The pieces (kind, text) that each target call added; part of a character waits for its end."""
+    """The pieces (kind, text) that each call added; part of a character waits for its end."""
     kinds = Generation(row.token_ids, row.finish_reason, row.accepted, row.drafted).kinds()
     sizes = [num + 1 for num in row.accepted] or [1] * len(kinds)
     cycles, shown, at = [], "", 0
