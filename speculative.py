@@ -69,11 +69,14 @@ def speculative_stream(
         A `Step` for each cycle.
 
     Raises:
+        TypeError: the draft is a bare model.
         ValueError: k or the width is out of range, the prompt is empty or leaves no room, or only
             one of `Noise` and `verify_coupled` is given.
     """
     if isinstance(generator, Noise) != (verifier is verify_coupled):
         raise ValueError("verify_coupled needs Noise; the other rules a torch.Generator or None")
+    if not hasattr(draft, "start"):
+        raise TypeError(f"draft must be a Draft, as ModelDraft(model) is (got {type(draft)})")
     if k < 1 or (width is not None and width <= k):
         raise ValueError(f"k must be >= 1 and below the width (got k {k}, width {width})")
     text = Text(

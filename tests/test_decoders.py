@@ -474,3 +474,8 @@ def test_the_clock_stops_between_steps(model_of):
         except StopIteration as end:
             assert len(steps) == 3 and end.value.decode_seconds < 0.4
             return
+
+
+def test_a_bare_model_is_no_draft(model_of):
+    with pytest.raises(TypeError, match=r"draft must be a Draft, as ModelDraft\(model\) is"):
+        speculative(model_of("llama"), model_of("llama", seed=1), [5], k=2, max_new_tokens=4)

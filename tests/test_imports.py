@@ -4,10 +4,10 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "specsampling"

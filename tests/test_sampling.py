@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -122,3 +124,20 @@ def test_a_row_of_nan_leaves_the_other_rows_nuclei_whole():
     beside = warped(logits, Sampling(1.0, top_p=0.9))
     assert int((alone > 0).sum()) in range(899, 903)
     assert torch.equal(beside[:1], alone) and beside[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -1}, "temperature must be >= 0 (got -1)"),
+        ({"temperature": math.nan}, "temperature must be >= 0 (got nan)"),
+        ({"temperature": 1, "top_k": -3}, "top_k must be >= 0 (got -3)"),
+        ({"temperature": 1, "top_p": 1.5}, "top_p must be > 0 and <= 1 (got 1.5)"),
+        ({"temperature": 1, "top_p": 0}, "top_p must be > 0 and <= 1 (got 0)"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, words):
+    """A negative temperature preferred the least probable tokens, without a word."""
+    with pytest.raises(ValueError) as caught:
+        Sampling(**values)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -34,6 +34,15 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raise a ValueError in one line if a value is out of range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be >= 0 (got {self.temperature}); 0 is greedy")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (got {self.top_k}); 0 keeps every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be > 0 and <= 1 (got {self.top_p}); 1 keeps every token")
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < NO_TEMPERATURE
