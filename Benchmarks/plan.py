@@ -280,11 +280,11 @@ def advice(calls: Calls) -> str:
         )
     if least > 0.8:
         return (
-            f"Speculation pays only if more than {least:.0%} of the drafted tokens are accepted. "
+            f"Speculation pays only if more than {least:.0%} of the tested tokens are accepted. "
             "Few pairs reach that. Choose a smaller draft, or draft: ngram."
         )
     return (
-        f"Speculation pays if more than {least:.0%} of the drafted tokens are accepted. At 80%, "
+        f"Speculation pays if more than {least:.0%} of the tested tokens are accepted. At 80%, "
         f"K = {calls.best_k(0.8)} gives a speedup of {calls.speedup(0.8):.1f}."
     )
 
