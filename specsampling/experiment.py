@@ -22,7 +22,7 @@ from specsampling.ranks import Ranks
 from specsampling.results import tables
 from specsampling.results.audit import Audit, audit
 from specsampling.results.records import RecordsError, Row, Run, read_meta, read_rows
-from specsampling.results.runfile import RunFile, check_fresh, check_output
+from specsampling.results.runfile import RunFile, check_fresh, check_output, keep_rows
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import Shard, take_in
 
@@ -173,6 +173,8 @@ def decode(
     start = plan.output, plan.meta, plan.fresh
     existing, name = plan.existing_rows, device_name(device)
     audits: dict[str, Audit | None] = {}
+    if plan.fresh and not rank() and (kept := keep_rows(plan.output)):
+        loading.say(f"  the rows that were there are kept in {kept}")
     with Shard(*start, existing, ranks, name) if ranks else RunFile.open(*start) as run_file:
         num_rows = len(run_file.rows)
         more = f" (it has {num_rows} already; --fresh starts over)" if num_rows else ""

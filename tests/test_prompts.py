@@ -132,9 +132,14 @@ def test_a_run_that_starts_before_midnight_has_one_day(run_on, clock):
 
 def test_a_run_that_starts_over_has_a_day_of_its_own(run_on):
     run_on(START, "reference")
-    before = hashes(run_on.output)
+    before, old_rows = hashes(run_on.output), read_rows(run_on.output)
     later = START + timedelta(days=1)
-    assert run_on(later, "reference", DAY, 2, "--fresh")[0] == 0
+    code, _, errors = run_on(later, "reference", DAY, 2, "--fresh")
+    assert code == 0
+    kept = run_on.output.with_name(f"{run_on.output.stem}.kept1.jsonl")
+    assert read_rows(kept) == old_rows  # it deleted them, and error lines suggest it
+    assert read_meta(kept)["prompt_date"] == START.isoformat()
+    assert f"kept in {kept}" in errors
     assert read_meta(run_on.output)["prompt_date"] == later.isoformat()
     after = hashes(run_on.output)
     assert before.keys() == after.keys()

@@ -21,6 +21,7 @@ from specsampling.results.meta import (
     START_OVER,
     meta_bytes,
     meta_path,
+    read_meta,
     require_own_meta,
     resumed_meta,
 )
@@ -246,6 +247,18 @@ def check_fresh(path: str | Path) -> None:
             f"{path} holds lines that are no rows, and --fresh would delete them ({error}); choose "
             "another file with --output, or delete it yourself"
         ) from None
+
+
+def keep_rows(path: Path) -> Path | None:
+    """Write a run's rows and meta to new files beside it, before it starts over.
+
+    Returns:
+        The new file of rows; None if there are none, or if no meta says what made them.
+    """
+    with suppress(RecordsError):
+        if is_there(path) and (rows := rows_in(path, files.read_file(path))[0]):
+            return _keep(path, rows, read_meta(path))
+    return None
 
 
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
