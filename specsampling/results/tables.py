@@ -21,6 +21,7 @@ from specsampling.results.records import Row, Run
 from specsampling.results.scores import Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # shown first, in this order
+FEW = 10  # examples, below which an interval over them means little
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
 
 TERMINAL_HEADERS = {  # a header's two lines; other columns have their name on the second
@@ -104,20 +105,9 @@ def summary_table(
         lines.append(line)
     if any(line["identical outputs"] for line in lines):
         notes.append(f"identical outputs have the token ids of method {compared_with}")
-    notes += _audit_notes(kept)
-    for method, of_method in kept.items():
-        if any(row.draft_call_seconds for row in of_method):
-            notes.append(
-                f"{method}: alpha is {metrics.per_token_acceptance(of_method):.1%}, and a draft "
-                f"call takes {metrics.cost_ratio(of_method):.2f} of a target call's time. From "
-                "these, Theorem 3.8 of Leviathan et al. predicts a speedup of "
-                f"{metrics.predicted_speedup(of_method):.2f}"
-            )
-    for other, differences in _differences(kept, scores or []).items():
-        for name, difference in differences.items():
-            if name not in ("rouge2", "rougeL"):
-                text = _interval_text(f"{name} difference", difference)
-                notes.append(f"in {name}, speculative minus {other} is {text}")
+    notes += [*_audit_notes(kept), *_theorem_notes(kept), *_difference_notes(kept, scores or [])]
+    if 1 < len({row.example_id for of_method in kept.values() for row in of_method}) < FEW:
+        notes.append(f"intervals over fewer than {FEW} examples mean little")
     if errors := [row for row in rows if row.error]:
         notes.append(f"{len(errors)} texts ended in an error. The first is: {errors[0].error}")
     if cut := {row.example_id for row in rows if row.num_cut_tokens}:
@@ -125,6 +115,29 @@ def summary_table(
     table = pd.DataFrame(lines)
     table.attrs["notes"] = notes
     return table
+
+
+def _theorem_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Say what theory predicts of each method whose draft is a model."""
+    return [
+        f"{method}: alpha is {metrics.per_token_acceptance(of_method):.1%}, and a draft call takes "
+        f"{metrics.cost_ratio(of_method):.2f} of a target call's time. From these, Theorem 3.8 of "
+        f"Leviathan et al. predicts a speedup of {metrics.predicted_speedup(of_method):.2f}. Real "
+        "calls of several rows take longer than calls of one, which the theorem leaves out"
+        for method, of_method in rows.items()
+        if any(row.draft_call_seconds for row in of_method)
+    ]
+
+
+def _difference_notes(rows: Mapping[str, Sequence[Row]], scores: Scores) -> list[str]:
+    """Say how far the speculative quality is from each other method's."""
+    return [
+        f"in {name}, speculative minus {other} is "
+        f"{_interval_text(f'{name} difference', difference)}"
+        for other, differences in _differences(rows, scores).items()
+        for name, difference in differences.items()
+        if name not in ("rouge2", "rougeL")
+    ]
 
 
 def _audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
