@@ -79,9 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def written(page: str) -> str:
     """A page with its tables made anew."""
-    return TABLE.sub(
-        lambda found: f"{found[1]}\n{table_of(found[2], found[3])}\n\n{found[4]}", page
-    )
+    return TABLE.sub(lambda found: f"{found[1]}{table_of(found[2], found[3])}\n{found[4]}", page)
 
 
 def table_of(kind: str, path: str) -> str:
@@ -114,11 +112,12 @@ def caption(run: Run, num: int) -> str:
 
 
 def terminal_table(path: Path) -> str:
-    """A run as the terminal shows it."""
+    """A run's table as the terminal shows it, without the lines below."""
     run = read_run(path)
     sampling = tables.describe_sampling(run.meta["config"]["sampling"])
-    table = tables.format_table(tables.summary_table(run.rows, run.scores, sampling))
-    return f"```text\n{table}\n```\n\nMachine: {run.meta['device_name']}, {run.meta['precision']}."
+    table = tables.summary_table(run.rows, run.scores, sampling)
+    table.attrs["notes"] = []
+    return f"```text\n{tables.format_table(table)}\n({run.meta['device_name']})\n```"
 
 
 def headline_table(folder: Path) -> str:

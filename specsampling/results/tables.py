@@ -262,7 +262,8 @@ def format_table(table: pd.DataFrame) -> str:
     if "rouge1" in table:
         unseen += ["rouge2 low", "rouge2 high", "rougeL", "time outside forwards"]
     text = printable(table.drop(columns=[*unseen, "sampling"]))
-    return "\n".join([*aligned(text), *table.attrs["notes"]])
+    notes = [textwrap.fill(note, 116, subsequent_indent="  ") for note in table.attrs["notes"]]
+    return "\n".join([*aligned(text), *notes])
 
 
 def aligned(text: pd.DataFrame) -> list[str]:
