@@ -563,3 +563,10 @@ def test_a_process_whose_scorer_was_killed_ends_by_itself(role):
         env=sandbox._environment(""),
     ) as process:
         assert process.wait(timeout=30) == -signal.SIGALRM
+
+
+def test_no_program_is_run_on_windows(monkeypatch):
+    """Nobody has run its limits there, so nobody can say that they hold."""
+    monkeypatch.setattr(sandbox.sys, "platform", "win32")
+    with pytest.raises(sandbox.SandboxError, match="must run on Linux or macOS .got Windows."):
+        sandbox.require_sandbox()

@@ -41,12 +41,9 @@ def limit_resources(cpu_seconds: int, memory_bytes: int, file_bytes: int, may_st
 
     The alarm ends a process whose parent was killed. Such a process would wait for ever.
     """
-    import sys
-
-    if sys.platform == "win32":
-        return
     import _signal  # type: ignore[import-not-found]  # `signal` itself imports much
     import resource
+    import sys
 
     _signal.alarm(cpu_seconds)
 

@@ -1,7 +1,7 @@
 """Makes folders that last as long as their owner; a killed owner's folder is cleared by the next.
 
 The owner holds a lock on its folder. The lock ends with the process, however the process ends.
-Where folders cannot be locked (Windows), nothing is cleared. The contents do not matter here.
+The contents do not matter here.
 """
 
 import functools
@@ -30,15 +30,12 @@ def owned_folder(parent: str, name: str, remove: Remove) -> Iterator[str]:
         yield folder
     finally:
         remove(folder)
-        if holder is not None:
-            os.close(holder)
+        os.close(holder)
 
 
 @functools.cache
 def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
     """Remove this user's folders that nobody has locked."""
-    if sys.platform == "win32":
-        return
     for path in glob.glob(f"{glob.escape(parent)}/{name}-{'[a-z0-9_]' * 8}"):
         with suppress(OSError):  # a link, another user's, locked, or gone
             holder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -50,11 +47,9 @@ def clear_ownerless(parent: str, name: str, remove: Remove) -> None:
                 os.close(holder)
 
 
-def _make_locked(parent: str, name: str) -> tuple[str, int | None]:
+def _make_locked(parent: str, name: str) -> tuple[str, int]:
     while True:
         folder = tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
-        if sys.platform == "win32":
-            return folder, None
         holder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):  # on a file system without locks, nothing is cleared
             fcntl.flock(holder, fcntl.LOCK_EX)

@@ -9,7 +9,7 @@ only the results of its function, so it cannot forge a verdict.
 
 On Linux bubblewrap locks the program into a namespace (`namespace`). There it touches nothing
 outside and makes only the system calls that programs need (`system_calls`). Where bubblewrap
-does not work, and on macOS and Windows, the program is only limited. Limits stop accidents.
+does not work, and on macOS, the program is only limited. Limits stop accidents.
 They do not stop an attacker, who has the rights of our user. Root's programs therefore need a
 namespace, unless the caller allows otherwise.
 
@@ -17,13 +17,13 @@ Limits (`platform_limits` names those of this machine):
 
     wall clock  everywhere
     CPU time    everywhere, so a busy program ends even if its caller was killed
-    memory      Linux: each process's address space; Windows: the job's; macOS: none
-    file size   Linux, macOS: each file's; in a namespace all files' too; Windows: none
+    memory      Linux: each process's address space; macOS: none
+    file size   each file's; in a namespace all files' too
     files       in a namespace: how many there are; elsewhere none
     kernel      in a namespace, where a control group may be made: what the kernel keeps for it
     processes   no new ones (without a namespace no threads either, and root may start any number)
     threads     in a namespace (Linux 5.14; root's only in a control group); elsewhere none
-    left-overs  namespace, process group or job; on Linux without a namespace also what left the
+    left-overs  namespace or process group; on Linux without a namespace also what left the
                 group, found by its environment, unless it replaced the environment as well
 
 This module knows nothing about tasks, models or rows.
@@ -46,7 +46,7 @@ from math import ceil
 from typing import IO, Any
 
 from specsampling.sandbox import judge, wire
-from specsampling.sandbox.containment import SandboxError, contain, kill_left_overs
+from specsampling.sandbox.containment import SandboxError, kill_left_overs
 from specsampling.sandbox.control_group import control_group, find_parent
 from specsampling.sandbox.leases import owned_folder
 from specsampling.sandbox.namespace import (
@@ -131,6 +131,11 @@ def run_program(
 
 def require_sandbox(allow_weak: bool = False) -> list[str]:
     """Raise SandboxError if nothing may be run here; else return a line per missing limit."""
+    if sys.platform == "win32":
+        raise SandboxError(
+            "generated code must run on Linux or macOS (got Windows); run this in WSL, or score "
+            "the rows on another machine with --score"
+        )
     wrap = find_wrap()
     if not wrap.works and not allow_weak and hasattr(os, "geteuid") and os.geteuid() == 0:
         raise SandboxError(
@@ -157,9 +162,6 @@ def platform_limits() -> dict[str, str]:
         "processes": "no new ones",
         "left-overs": "the process group",
     }
-    if sys.platform == "win32":
-        missing = "missing: a job object does not limit it"
-        return limits | {"memory": "the job", "file size": missing, "left-overs": "the job"}
     wrap = find_wrap()
     if os.geteuid() == 0 and not (wrap.works and has_filter()):
         limits["processes"] = "missing: root may start any number"
@@ -247,11 +249,9 @@ def _start_program(stack: ExitStack, limits: Limits, **streams: Any) -> subproce
         process = _start(stack, command, "/tmp", **streams)
     else:
         scratch = stack.enter_context(_scratch_folder())
-        # A virtual environment's python.exe would start a second process, outside the job.
-        base = getattr(sys, "_base_executable", sys.executable)
-        command = _command(base if sys.platform == "win32" else sys.executable, "serve", *limits)
+        command = _command(sys.executable, "serve", *limits)
         process = _start(stack, command, scratch, cwd=scratch, **streams)
-    stack.callback(kill_left_overs, contain(process.pid, *limits[:2]), scratch)
+    stack.callback(kill_left_overs, process.pid, scratch)  # it leads a process group
     return process
 
 
@@ -285,10 +285,7 @@ def _source() -> str:
 
 def _environment(scratch: str) -> dict[str, str]:
     """Return a child's whole environment. With a fixed hash seed, sets keep their order."""
-    environment = {"HOME": scratch, "TMPDIR": scratch, "TEMP": scratch, "PYTHONHASHSEED": "0"}
-    if sys.platform == "win32":
-        environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
-    return environment
+    return {"HOME": scratch, "TMPDIR": scratch, "TEMP": scratch, "PYTHONHASHSEED": "0"}
 
 
 def _read_report(report: bytes, returncode: int) -> list[str]:
