@@ -67,9 +67,10 @@ def test_the_compiled_race_has_the_same_winners(library, spread):
         for position in (0, 1, 2**31, 2**40 + 3):
             key = tuple(int(word) for word in rng.integers(0, 2**32, 2))
             for ids in (None, tokens):
-                assert engine.race(library, key, position, ids, probs) == race(
-                    key, position, ids, probs
-                )
+                winner = race(key, position, ids, probs)
+                for kind in (np.float32, np.float64):
+                    found = engine.race(library, key, position, ids, probs.astype(kind))
+                    assert found == winner
 
 
 def test_the_winner_is_the_smallest_time_of_all(run_race):

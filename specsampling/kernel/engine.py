@@ -92,8 +92,9 @@ def library(folder: Path) -> ctypes.CDLL:
         *(pointer, pointer, pointer),
     ]
     found.pack_blocks.restype = None
-    found.race.argtypes = [pointer, ctypes.c_uint64, pointer, pointer, ctypes.c_int64]
-    found.race.restype = ctypes.c_int64
+    for run in (found.race_of_floats, found.race_of_doubles):
+        run.argtypes = [pointer, ctypes.c_uint64, pointer, pointer, ctypes.c_int64]
+        run.restype = ctypes.c_int64
     return found
 
 
@@ -111,14 +112,14 @@ def race(
         key: two words of 32 bits.
         position: where the token will stand in the text.
         tokens: [n] ids, ascending; None for 0 to n - 1.
-        probs: [n] numbers, none NaN and at least one above 0.
+        probs: [n] float32 or float64, none NaN and at least one above 0.
     """
-    words, masses = np.array(key, np.uint32), np.ascontiguousarray(probs, np.float64)
+    words, is_float = np.array(key, np.uint32), probs.dtype == np.float32
+    masses = np.ascontiguousarray(probs, np.float32 if is_float else np.float64)
     ids = None if tokens is None else np.ascontiguousarray(tokens, np.uint32)
+    run = library.race_of_floats if is_float else library.race_of_doubles
     address = None if ids is None else ids.ctypes.data
-    winner: int = library.race(
-        words.ctypes.data, position, address, masses.ctypes.data, len(masses)
-    )
+    winner: int = run(words.ctypes.data, position, address, masses.ctypes.data, len(masses))
     return winner
 
 

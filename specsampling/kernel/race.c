@@ -25,28 +25,48 @@ static double uniform(uint32_t first, uint32_t second) {
   return (double)((uint64_t)(first >> 6) << 27 | (uint64_t)(second >> 6) << 1 | 1) * 0x1p-53;
 }
 
+/* Returns the place of the first of the largest numbers. The lanes are looked at side by side. */
+#define FIRST_LARGEST(NAME, NUMBER) \
+  static int64_t NAME(const NUMBER *probs, int64_t n) { \
+    enum { LANES = 32 }; \
+    NUMBER most[LANES] = {0}, largest = 0; \
+    int64_t i = 0; \
+    for (; i + LANES <= n; i += LANES) \
+      for (int lane = 0; lane < LANES; lane++) \
+        most[lane] = probs[i + lane] > most[lane] ? probs[i + lane] : most[lane]; \
+    for (; i < n; i++) most[0] = probs[i] > most[0] ? probs[i] : most[0]; \
+    for (int lane = 0; lane < LANES; lane++) largest = most[lane] > largest ? most[lane] : largest; \
+    for (i = 0; i < n - 1 && probs[i] != largest;) i++; \
+    return i; \
+  }
+
 /* Returns the token with the smallest time -log(1 - u) / p; if two have the same, the lower id.
 
    tokens: n ids, ascending; NULL for 0 to n - 1. probs: n numbers, at least one above 0. The most
    probable token's time is a bound. No token with u > bound * p wins, since -log(1 - u) >= u. */
-int64_t race(const uint32_t *key, uint64_t position, const uint32_t *tokens, const double *probs, int64_t n) {
-  uint32_t ids[AT_ONCE], first[AT_ONCE], second[AT_ONCE];
-  int64_t top = 0, winner = -1;
-  for (int64_t i = 1; i < n; i++) top = probs[i] > probs[top] ? i : top;
-  ids[0] = tokens ? tokens[top] : (uint32_t)top;
-  philox(key, position, ids, 1, first, second);
-  double bound = -log1p(-uniform(first[0], second[0])) / probs[top], best = INFINITY;
-  for (int64_t start = 0; start < n; start += AT_ONCE) {
-    int num = n - start < AT_ONCE ? (int)(n - start) : AT_ONCE;
-    for (int i = 0; i < num; i++) ids[i] = tokens ? tokens[start + i] : (uint32_t)(start + i);
-    philox(key, position, ids, num, first, second);
-    for (int i = 0; i < num; i++) {
-      double u = uniform(first[i], second[i]), p = probs[start + i];
-      if (!(p > 0 && u <= bound * p)) continue;
-      double time = -log1p(-u) / p;
-      if (time < best) best = time, winner = ids[i];
-      if (time < bound) bound = time;
-    }
+#define RACE(NAME, NUMBER) \
+  FIRST_LARGEST(largest_of_##NAME, NUMBER) \
+  int64_t NAME(const uint32_t *key, uint64_t position, const uint32_t *tokens, \
+               const NUMBER *probs, int64_t n) { \
+    uint32_t ids[AT_ONCE], first[AT_ONCE], second[AT_ONCE]; \
+    int64_t top = largest_of_##NAME(probs, n), winner = -1; \
+    ids[0] = tokens ? tokens[top] : (uint32_t)top; \
+    philox(key, position, ids, 1, first, second); \
+    double bound = -log1p(-uniform(first[0], second[0])) / probs[top], best = INFINITY; \
+    for (int64_t start = 0; start < n; start += AT_ONCE) { \
+      int num = n - start < AT_ONCE ? (int)(n - start) : AT_ONCE; \
+      for (int i = 0; i < num; i++) ids[i] = tokens ? tokens[start + i] : (uint32_t)(start + i); \
+      philox(key, position, ids, num, first, second); \
+      for (int i = 0; i < num; i++) { \
+        double u = uniform(first[i], second[i]), p = probs[start + i]; \
+        if (!(p > 0 && u <= bound * p)) continue; \
+        double time = -log1p(-u) / p; \
+        if (time < best) best = time, winner = ids[i]; \
+        if (time < bound) bound = time; \
+      } \
+    } \
+    return winner; \
   }
-  return winner;
-}
+
+RACE(race_of_doubles, double)
+RACE(race_of_floats, float)
