@@ -142,12 +142,6 @@ def headline_table(folder: Path) -> str:
     return markdown(pd.DataFrame(lines))
 
 
-def pair_table(folder: Path) -> str:
-    """A target alone, its draft alone, and both."""
-    runs = [read_run(folder / name) for name in ("results2.jsonl", "results2-draft.jsonl")]
-    return markdown(tables.printable(tables.target_and_draft_table(*runs)))
-
-
 def precision_table(path: Path) -> str:
     rows = [quality.Quality(**json.loads(line)) for line in path.read_text().splitlines()]
     machines = ", ".join(dict.fromkeys(row.machine for row in rows))
@@ -235,7 +229,6 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "terminal": terminal_table,
     "headline": headline_table,
     "run": run_table,
-    "pair": pair_table,
     "precision": precision_table,
     "peers": peers_table,
     "identity": identity_table,
