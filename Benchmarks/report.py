@@ -170,12 +170,6 @@ def identity_table(folder: Path) -> str:
     )
 
 
-def exactness_table(path: Path) -> str:
-    table = pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
-    machine = table.pop("machine").iloc[0]
-    return f"{markdown(table.astype(str))}\n\nMachine: {machine}."
-
-
 def scale_table(path: Path) -> str:
     """Hours that the paper's 100 samples of each problem take, by a run's own seconds."""
     run = read_run(path)
@@ -232,7 +226,6 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "precision": precision_table,
     "peers": peers_table,
     "identity": identity_table,
-    "exactness": exactness_table,
     "scale": scale_table,
     "methods": methods_table,
     "figure1": figure1_table,
