@@ -39,7 +39,7 @@ WITHOUT_EFFECT = {
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_config"),
     *("cache_implementation", "max_cache_len", "is_assistant", "num_assistant_tokens_schedule"),
     *("compile_config", "disable_compile", "prefill_chunk_size", "low_memory", "early_stopping"),
-    *("length_penalty", "transformers_version", "_from_model_config", "target_lookbehind"),
+    *("length_penalty", "transformers_version", "target_lookbehind"),
     *("assistant_lookbehind", "renormalize_logits"),
 }
 _proved: WeakSet[PreTrainedModel] = WeakSet()
@@ -133,7 +133,8 @@ def _settings(
         raise GenerateError(f"{name} is not covered (got {unknown[name]!r:.40}); leave it out")
     for name, value in vars(config).items():
         is_default = value is None or value is False or value == defaults.get(name)
-        if not is_default and name not in FOLLOWED | WITHOUT_EFFECT:
+        is_covered = name.startswith("_") or name in FOLLOWED | WITHOUT_EFFECT
+        if not (is_default or is_covered):
             way_out = f"pass {name}={defaults.get(name)} to go without it"
             raise GenerateError(f"{name} is not covered (got {value!r:.40}); {way_out}")
     return config

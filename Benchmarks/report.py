@@ -164,7 +164,7 @@ def identity_table(folder: Path) -> str:
     run = read_run(next(iter(paths.values())))
     whole = pd.concat(parts)
     return (
-        f"{markdown(identity.over_settings(whole))}\n\n{max(whole['n'])} problems in each of "
+        f"{markdown(identity.over_settings(whole))}\n\nUp to {max(whole['n'])} problems in each of "
         f"{len(paths)} settings, {run.meta['precision']}; {run.meta['device_name']}, "
         f"{run.meta['date'][:10]}."
     )

@@ -165,11 +165,7 @@ def test_a_library_needs_no_more_than_its_dependencies():
     named = {re.split(r"[>=<; \[]", line)[0].replace("-", "_") for line in project["dependencies"]}
     assert not named & extras
     code = (
-        "import sys; from importlib.abc import MetaPathFinder\n"
-        "class Blocked(MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        f"        if name.split('.')[0] in {extras}: raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Blocked())\n"
+        f"import sys; sys.modules.update(dict.fromkeys({extras}))\n"  # they are not there
         "import autoregressive, speculative, speculative_generate, specsampling.models\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)

@@ -75,7 +75,7 @@ def test_bench2_runs_from_the_root_on_an_unscored_run_without_reference(tmp_path
     notebook = execute("bench2.ipynb", tmp_path, tmp_path, monkeypatch)
     text = "\n".join(outputs_of(notebook, "text/plain"))
     assert "11 of 11 speculative outputs have the token ids of method autoregressive" in text
-    assert "1 rows left out" in text
+    assert "1 rows are left out" in text
 
 
 @pytest.mark.parametrize(
