@@ -118,7 +118,7 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["--set", "sampling.temperature=1e999"], "a number >= 0 (got Infinity)"),
         (["--set", "run.threads=5000000"], "an integer <= 1024 (got 5000000)"),
         (["--set", "run.warmup=1000000"], "decoded and thrown away"),
-        (["--set", "humaneval.timeout_seconds=1e300"], "a number <= 86400 (got 1e+300); one program that hangs"),
+        (["--set", "humaneval.timeout_seconds=1e300"], "a number <= 86400 (got 1e+300)"),
         (["--set", "humaneval.memory_mb=9999999999"], "an integer <= 1048576"),
         (["--set", "xsum.num_shots=99999"], "stands in every prompt"),
         (["--set", "decoding.bit_exact=yes"], 'true or false (got "yes"); write one of these two'),
