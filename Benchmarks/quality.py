@@ -124,7 +124,7 @@ def table_of(rows: Sequence[Quality]) -> pd.DataFrame:
             "weights, MB": [f"{row.num_bytes / 1e6:.0f}" for row in rows],
             "KL from bfloat16": [f"{row.kl:.4f}" for row in rows],
             "same best token": [f"{row.same_top:.1%}" for row in rows],
-            "positions": [row.num_positions for row in rows],
+            "positions": [str(row.num_positions) for row in rows],
         }
     )
 
