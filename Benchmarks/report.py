@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 
 from Benchmarks import figure1, identity, methods, peers, quality, scale, table1
-from Benchmarks.run_page import page_of
+from Benchmarks.run_page import HEADINGS, page_of
 from specsampling.config import ConfigError
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.results import metrics, tables
@@ -34,13 +34,6 @@ from specsampling.results.records import Run, read_run
 
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAGES = "README.md", "docs/*.md", "Results/README.md"
-HEADINGS = {
-    "end-to-end speedup": "with prefill",
-    "draft acceptance rate": "accepted",
-    "block efficiency": "tokens/call",
-    "time outside forwards": "outside calls",
-    "identical outputs": "identical outputs",
-}
 LEFT_OUT = [
     *("sampling", "n", "end-to-end speedup low", "end-to-end speedup high", "rouge2 low"),
     *("rouge2 high", "rougeL", "rougeL low", "rougeL high"),

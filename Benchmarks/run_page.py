@@ -18,6 +18,12 @@ from specsampling.results import figures, metrics, tables
 from specsampling.results.lines import key_of
 from specsampling.results.records import Row, Run, read_run
 
+HEADINGS = {  # a table's columns in fewer words
+    "end-to-end speedup": "with prefill",
+    "draft acceptance rate": "accepted",
+    "block efficiency": "tokens/call",
+    "time outside forwards": "outside calls",
+}
 FRAME = Path(__file__).with_name("report.html")
 
 
@@ -31,7 +37,7 @@ def page_of(path: Path) -> str:
     data = {
         "about": f"{run.meta['device_name']}, {run.meta['precision']}, {run.meta['date'][:10]}; "
         f"commit {run.meta['git_commit']}; {run.meta['command']}",
-        "columns": list(text.columns),
+        "columns": list(text.rename(columns=HEADINGS).columns),
         "lines": text.to_numpy().tolist(),
         "notes": table.attrs["notes"],
         "figures": [svg_of(draw(run.rows)) for draw in drawings(run)],
