@@ -296,7 +296,7 @@ def describe_run(meta: Mapping[str, Any]) -> str:
     """Describe what was run, on what, and by which command, from a run's meta."""
     config = meta["config"]
     k, model_k = (config["speculation"].get(name) for name in ("k", "model_k"))
-    limit = f" (at most {model_k} from a model)" if model_k else ""
+    limit = f" (at most {model_k} from a model)" if model_k and k != "auto" else ""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     starts = (meta, *meta.get("resumed", []))
     peaks = dict.fromkeys(start["peak_memory"] for start in starts if "peak_memory" in start)
