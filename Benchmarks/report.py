@@ -38,6 +38,7 @@ LEFT_OUT = [
     *("sampling", "n", "end-to-end speedup low", "end-to-end speedup high", "rouge2 low"),
     *("rouge2 high", "rougeL", "rougeL low", "rougeL high"),
 ]
+TIMED = "tokens/s", "speedup", "time outside forwards"
 NUM_TEXTS = 16_400  # 100 samples of each problem
 HEADLINE = {  # of the README
     "SmolLM2-135M with n-grams and a distilled draft": "smollm2/results2.jsonl",
@@ -88,6 +89,17 @@ def run_table(path: Path) -> str:
     sampling = tables.describe_sampling(run.meta["config"]["sampling"])
     table = tables.summary_table(run.rows, run.scores, sampling)
     shown = table.drop(columns=[name for name in LEFT_OUT if name in table])
+    return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
+
+
+def texts_table(path: Path) -> str:
+    """A run that was made beside other work: its texts and scores, and no speeds."""
+    run = read_run(path)
+    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
+    table = tables.summary_table(run.rows, run.scores, sampling)
+    timed = [name for name in table if name.startswith(TIMED)]
+    unseen = [name for name in LEFT_OUT if name in table] + ["end-to-end speedup"]
+    shown = table.drop(columns=[*timed, *unseen])
     return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
 
 
@@ -216,6 +228,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "terminal": terminal_table,
     "headline": headline_table,
     "run": run_table,
+    "texts": texts_table,
     "precision": precision_table,
     "peers": peers_table,
     "identity": identity_table,
