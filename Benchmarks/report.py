@@ -27,7 +27,7 @@ import pandas as pd
 
 from Benchmarks import figure1, identity, methods, peers, quality, scale, table1
 from Benchmarks.run_page import HEADINGS, page_of
-from specsampling.config import ConfigError
+from specsampling.config import OLD_NAMES, ConfigError
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.results import metrics, tables
 from specsampling.results.records import Run, read_run
@@ -97,7 +97,7 @@ def texts_table(path: Path) -> str:
     run = read_run(path)
     sampling = tables.describe_sampling(run.meta["config"]["sampling"])
     table = tables.summary_table(run.rows, run.scores, sampling)
-    timed = [name for name in table if name.startswith(TIMED)]
+    timed = [name for name in table if str(name).startswith(TIMED)]
     unseen = [name for name in LEFT_OUT if name in table] + ["end-to-end speedup"]
     shown = table.drop(columns=[*timed, *unseen])
     return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
@@ -109,6 +109,8 @@ def caption(run: Run, num: int) -> str:
     sizes = config["run"].get("batch_size", 1)
     together = f", {sizes} texts at once" if sizes > 1 else ""
     command = meta["command"].replace("--fresh ", "")
+    for old, new in OLD_NAMES.items():
+        command = command.replace(f"--profile {old} ", f"--profile {new} ")
     return (
         f"{num} texts for each method, {tables.describe_sampling(config['sampling'])}, "
         f"{meta['precision']}{together}; {meta['device_name']}, {meta['date'][:10]}. "
