@@ -32,9 +32,9 @@ import numpy as np
 import pandas as pd
 
 import main_exp2
-from Benchmarks.table1 import short_texts
+from Benchmarks.table1 import flags_of, runs_parser, short_texts
 from specsampling.config import SPECULATIVE, Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.console import exit_code, option_value
 from specsampling.draft_name import GREEDY, DraftName
 from specsampling.edge import rank
 from specsampling.loading import baselines
@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             main_exp2.main(arguments_of(setting, path, config, options))
         if rank():
             return 0
+        if options.fresh:  # they are of the texts that were there
+            (folder / CHANCES).unlink(missing_ok=True)
         add_chances(folder / CHANCES, paths, options)
     elif missing := [path for path in paths.values() if not path.is_file()]:
         raise ConfigError(f"--show needs rows (got none in {missing[0]}); run it without --show")
@@ -143,21 +145,13 @@ identical: texts that equal the baseline's at the same seed"""
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
-    parser.add_argument("--profile", metavar="NAME", help="a profile with the block humaneval")
-    parser.add_argument("--limit", metavar="N", default="20", help="first N problems (default: 20)")
+    parser = runs_parser(__doc__)
+    parser.set_defaults(limit="20")
     parser.add_argument("--k", metavar="N", default="4", help="tokens per cycle (default: 4)")
-    parser.add_argument(
-        "--output-folder",
-        metavar="PATH",
-        type=Path,
-        default=Path("Results"),
-        help="folder of the rows (default: Results)",
-    )
     parser.add_argument("--show", action="store_true", help="print the tables of finished rows")
     options = parser.parse_args(arguments)
     options.k = option_value("speculation.k", options.k)
+    options.limit = json.dumps(option_value("run.limit", options.limit))
     if not isinstance(options.k, int) or not 1 <= options.k <= 64:
         raise ConfigError(f"--k must be an integer from 1 to 64 (got {options.k}); lower it")
     return options
@@ -192,7 +186,8 @@ def arguments_of(
     ]
     found = ["--config", str(options.config), "--output", str(path)]
     found += ["--profile", options.profile] if options.profile else []
-    return found + [part for value in values for part in ("--set", value)]
+    found += [part for value in values for part in ("--set", value)]
+    return found + flags_of(options)
 
 
 def read_chances(path: Path) -> list[Chances]:

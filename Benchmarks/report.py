@@ -38,7 +38,10 @@ LEFT_OUT = [
     *("sampling", "n", "end-to-end speedup low", "end-to-end speedup high", "rouge2 low"),
     *("rouge2 high", "rougeL", "rougeL low", "rougeL high"),
 ]
-TIMED = "tokens/s", "speedup", "time outside forwards"
+TIMED = (
+    *("tokens/s", "speedup", "speedup low", "speedup high", "end-to-end speedup"),
+    "time outside forwards",
+)
 NUM_TEXTS = 16_400  # 100 samples of each problem
 HEADLINE = {  # of the README
     "SmolLM2-135M with n-grams and a distilled draft": "smollm2/results2.jsonl",
@@ -83,24 +86,22 @@ def table_of(kind: str, path: str) -> str:
     return KINDS[kind](PROJECT / path)
 
 
-def run_table(path: Path) -> str:
+def summary_of(run: Run) -> pd.DataFrame:
+    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
+    return tables.summary_table(run.rows, run.scores, sampling)
+
+
+def run_table(path: Path, left_out: Sequence[str] = ()) -> str:
     """A run: a line per method, then what was run, on which machine, and by which command."""
     run = read_run(path)
-    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
-    table = tables.summary_table(run.rows, run.scores, sampling)
-    shown = table.drop(columns=[name for name in LEFT_OUT if name in table])
+    table = summary_of(run)
+    shown = table.drop(columns=[*LEFT_OUT, *left_out], errors="ignore")
     return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
 
 
 def texts_table(path: Path) -> str:
     """A run that was made beside other work: its texts and scores, and no speeds."""
-    run = read_run(path)
-    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
-    table = tables.summary_table(run.rows, run.scores, sampling)
-    timed = [name for name in table if str(name).startswith(TIMED)]
-    unseen = [name for name in LEFT_OUT if name in table] + ["end-to-end speedup"]
-    shown = table.drop(columns=[*timed, *unseen])
-    return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
+    return run_table(path, TIMED)
 
 
 def caption(run: Run, num: int) -> str:
@@ -121,8 +122,7 @@ def caption(run: Run, num: int) -> str:
 def terminal_table(path: Path) -> str:
     """A run's table as the terminal shows it, without the lines below."""
     run = read_run(path)
-    sampling = tables.describe_sampling(run.meta["config"]["sampling"])
-    table = tables.summary_table(run.rows, run.scores, sampling)
+    table = summary_of(run)
     table.attrs["notes"] = []
     return f"```text\n{tables.format_table(table)}\n({run.meta['device_name']})\n```"
 

@@ -113,12 +113,12 @@ def run_cells(
             cell_arguments += ["--profile", options.profile]
         for override in overrides[name]:
             cell_arguments += ["--set", override]
-        CELLS[name].main(cell_arguments + ["--fresh"] * options.fresh)
+        CELLS[name].main(cell_arguments + flags_of(options))
     return {} if rank() else {name: read_run(path) for name, path in paths.items()}
 
 
-def cell_parser(doc: str, num_samples: int) -> Parser:
-    """The options of a script that runs cells of the grid."""
+def runs_parser(doc: str | None) -> Parser:
+    """The options of a script that makes several runs."""
     parser = Parser(doc)
     parser.add_argument("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     parser.add_argument(
@@ -126,20 +126,34 @@ def cell_parser(doc: str, num_samples: int) -> Parser:
     )
     parser.add_argument("--limit", metavar="N", help="only the first N examples of each benchmark")
     parser.add_argument(
-        "--num-samples",
-        metavar="N",
-        default=str(num_samples),
-        help=f"samples per example in the nucleus cells (default: {num_samples})",
-    )
-    parser.add_argument(
         "--output-folder",
         metavar="PATH",
         type=Path,
         default=Path("Results"),
         help="folder of the rows (default: Results)",
     )
-    parser.add_argument("--fresh", action="store_true", help="start the cells' files over")
+    parser.add_argument("--fresh", action="store_true", help="start the runs' files over")
+    another = "go on with rows of another machine, whose speeds cannot be compared"
+    parser.add_argument("--on-another-machine", action="store_true", help=another)
     return parser
+
+
+def cell_parser(doc: str | None, num_samples: int) -> Parser:
+    """The options of a script that runs cells of the grid."""
+    parser = runs_parser(doc)
+    parser.add_argument(
+        "--num-samples",
+        metavar="N",
+        default=str(num_samples),
+        help=f"samples per example in the nucleus cells (default: {num_samples})",
+    )
+    return parser
+
+
+def flags_of(options: argparse.Namespace) -> list[str]:
+    """The options without a value that each run of a script gets."""
+    flags = {"--fresh": options.fresh, "--on-another-machine": options.on_another_machine}
+    return [flag for flag, is_set in flags.items() if is_set]
 
 
 def chosen_cells(text: str) -> list[str]:

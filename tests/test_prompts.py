@@ -19,8 +19,9 @@ from specsampling import provenance
 from specsampling.config import ConfigError
 from specsampling.console import exit_code
 from specsampling.provenance import prompt_date
+from specsampling.results import runfile
 from specsampling.results.lines import unsealed
-from specsampling.results.records import read_meta, read_rows
+from specsampling.results.records import RecordsError, read_meta, read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 DAY = "Today Date: {{ strftime_now('%d %b %Y') }}\n"
@@ -315,3 +316,17 @@ def test_articles_in_a_chat_template_have_one_day_too(model_folders, tmp_path, c
     assert exit_code(main_exp1.main, [*arguments, "reference,speculative"]) == 0
     assert "2/2" in capsys.readouterr().out
     assert [len(of_example) for of_example in hashes(output).values()] == [1, 1]
+
+
+def test_what_cannot_be_kept_is_not_started_over(run_on, monkeypatch):
+    """A full disk: the rows could not be copied, and were then deleted all the same."""
+    run_on(START, "reference")
+    before = run_on.output.read_bytes()
+
+    def fail(path, rows, meta):
+        raise RecordsError(f"{path} cannot be written (No space left on device)")
+
+    monkeypatch.setattr(runfile, "_keep", fail)
+    code, _, errors = run_on(START, "reference", DAY, 2, "--fresh")
+    assert code == 2 and "No space left on device" in errors.splitlines()[-1]
+    assert run_on.output.read_bytes() == before

@@ -12,7 +12,7 @@ from conftest import write_config
 from test_end_to_end import run
 from test_ranks import finish_ranks, start_ranks
 
-from Benchmarks import table1
+from Benchmarks import identity, table1
 from Benchmarks.table1 import table1_paths
 from specsampling.config import load_config
 from specsampling.console import exit_code
@@ -169,3 +169,11 @@ def test_rows_of_another_configuration_are_not_mixed_in(finished, config, capsys
     arguments = ["--config", str(other), "--limit", "2", "--output-folder", str(folder)]
     assert exit_code(table1.main, arguments) == 2
     assert "sampling.seed was 0, is now 1" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", [table1.cell_parser("", 1), identity.runs_parser("")])
+def test_each_run_gets_the_way_out_that_a_refused_one_names(script):
+    """A run that another machine began said "add --on-another-machine", which no script knew."""
+    options = script.parse_args(["--on-another-machine"])
+    assert table1.flags_of(options) == ["--on-another-machine"]
+    assert table1.flags_of(script.parse_args([])) == []

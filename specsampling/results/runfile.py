@@ -253,12 +253,17 @@ def keep_rows(path: Path) -> Path | None:
     """Write a run's rows and meta to new files beside it, before it starts over.
 
     Returns:
-        The new file of rows; None if there are none, or if no meta says what made them.
+        The new file of rows; None if there are none.
+
+    Raises:
+        RecordsError: the rows cannot be read or written, so nothing may start over.
     """
-    with suppress(RecordsError):
-        if is_there(path) and (rows := rows_in(path, files.read_file(path))[0]):
-            return _keep(path, rows, read_meta(path))
-    return None
+    if not is_there(path) or not (rows := rows_in(path, files.read_file(path))[0]):
+        return None
+    meta: dict[str, Any] = {}
+    with suppress(RecordsError):  # a damaged meta says nothing, and the rows are kept without it
+        meta = read_meta(path)
+    return _keep(path, rows, meta)
 
 
 def _keep(path: Path, rows: Sequence[Row], meta: dict[str, Any]) -> Path:
