@@ -8,12 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from specsampling.draft_name import LOOKUPS
 from test_end_to_end import OURS
 from test_end_to_end import config as config  # a fixture
 
 import main_exp2
 from specsampling.console import exit_code
+from specsampling.draft_name import LOOKUPS
 from specsampling.provenance import PROJECT
 from specsampling.results.records import read_rows, read_run
 
