@@ -85,7 +85,8 @@ static Model model_of(int format, Shape s, Layer *layers) {
   Model m = {.layers = layers, .num_layers = NUM_LAYERS, .vocabulary = VOCABULARY, .head_rows = VOCABULARY,
              .hidden = s.hidden, .hidden_padded = (s.hidden + 31) / 32 * 32, .inner = (s.inner + 31) / 32 * 32,
              .heads = s.heads, .key_heads = s.key_heads, .head_dim = s.head_dim, .head_padded = padded,
-             .positions = CAPACITY, .epsilon = 1e-5f, .score_scale = 0.25f};
+             .positions = CAPACITY, .epsilon = 1e-5f, .score_scale = 0.25f,
+             .cache_format = format == FLOAT32 ? FLOAT32 : FLOAT16};
   int32_t *heads = room(4 * (size_t)(s.heads * padded)), *wide = room(4 * (size_t)m.inner);
   for (int i = 0; i < s.heads * padded; i++)
     heads[i] = i % padded < s.head_dim ? i / padded * s.head_dim + i % padded : -1;

@@ -83,10 +83,11 @@ def test_rows_of_long_texts_do_not_depend_on_their_grouping(packed_of, name, for
     check_rows(packed_of(name, format), 2000, seed=7, threads=(1, 2, 4, 2, 1, 3))
 
 
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rows_do_not_depend_on_other_texts_in_the_call(packed_of, name):
+def test_rows_do_not_depend_on_other_texts_in_the_call(packed_of, name, format):
     """Five texts at different positions, each call with some rows of some of them."""
-    model = packed_of(name, "int8")
+    model = packed_of(name, format)
     rng = np.random.default_rng(1)
     texts = [random_ids(model, int(num), i) for i, num in enumerate(rng.integers(30, 150, 5))]
     alone = [feed(model, ids, always(1)) for ids in texts]
@@ -294,7 +295,7 @@ def test_c_checks_rows_itself(packed_of, library):
     pool = engine.pool_of(library)
 
     def problem(num_rows=1, **changed) -> int:
-        rows = np.zeros(100, engine.ROW)
+        rows = np.zeros(library.most_rows() + 1, engine.ROW)
         rows["cache"] = cache.address
         for name, value in changed.items():
             rows[name][num_rows - 1] = value
@@ -303,15 +304,16 @@ def test_c_checks_rows_itself(packed_of, library):
         )
 
     assert problem() == 0
-    assert [problem(num) for num in (0, -1, 65, 10**6)] == [-1] * 4
+    assert [problem(num) for num in (0, -1, library.most_rows() + 1, 10**6)] == [-1] * 4
     assert [problem(3, position=at) for at in (-1, 32, 2**31 - 1, -(2**31))] == [-2] * 4
     assert [problem(3, token=token) for token in (-1, 75, 2**31 - 1, -(2**31))] == [-3] * 4
 
 
 def test_a_cache_of_another_model_is_an_error(packed_of):
-    """A cache with fewer layers or narrower heads would be written past its end."""
+    """A cache with fewer layers, narrower heads or fewer bytes would be written past its end."""
     model = packed_of("llama")
-    for other in (packed_of("qwen2"), model.first_layers(1)):
+    halves = packed_of("llama", "bfloat16")
+    for other in (packed_of("qwen2"), model.first_layers(1), halves):
         with pytest.raises(ValueError, match="same shape"):
             score(model, (other.make_cache(16), [1], 0, 1))
 
@@ -507,16 +509,18 @@ def test_a_fork_has_threads_of_its_own(packed_of):
     assert same_bits(feed(model, ids, always(5)), alone)
 
 
-def test_subnormal_numbers_do_not_depend_on_the_caller(library):
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+def test_subnormal_numbers_do_not_depend_on_the_call(library, format):
     """A caller that flushes them to zero had other bits than the threads of its pool."""
     original = make_model(CONFIGS["llama"])
     for name, weight in original.named_parameters():
         if "v_proj" in name or "up_proj" in name:
             weight.data.mul_(1e-38)
     original.model.embed_tokens.weight.data.mul_(1e-38)
-    model = pack(original, library, "float32")
+    model = pack(original, library, format)
     ids = random_ids(model, 40)
     usual = feed(model, ids, always(5))
+    assert same_bits(feed(model, ids, always(1)), usual)
     assert torch.set_flush_denormal(True)
     try:
         assert same_bits(feed(model, ids, always(5)), usual)

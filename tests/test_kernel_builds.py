@@ -149,7 +149,7 @@ def weights_of(library, packed: engine.Packed, num_outputs: int, num_inputs: int
     sizes = {
         **dict.fromkeys(("heads", "key_heads"), 1),
         **dict.fromkeys(("head_dim", "head_padded", "inner"), 32),
-        **dict.fromkeys(("positions", "positions_format", "embedding_format"), 0),
+        **dict.fromkeys(("positions", "positions_format", "embedding_format", "cache_format"), 0),
         **{"hidden": num_inputs, "hidden_padded": wide},
         **{"vocabulary": max(num_inputs, num_outputs), "head_rows": num_outputs},
     }
@@ -213,7 +213,7 @@ def test_rows_of_a_gguf_files_blocks_never_meet(library, format):
     sizes = {
         **dict.fromkeys(("heads", "key_heads"), 1),
         **dict.fromkeys(("head_dim", "head_padded", "inner"), 32),
-        **dict.fromkeys(("positions", "positions_format", "embedding_format"), 0),
+        **dict.fromkeys(("positions", "positions_format", "embedding_format", "cache_format"), 0),
         **{"hidden": inputs, "hidden_padded": inputs, "vocabulary": 40, "head_rows": outputs},
     }
     torch.manual_seed(0)
@@ -372,7 +372,7 @@ def test_processes_may_build_at_the_same_time(tmp_path):
         )
     assert [run.returncode for run in runs] == [0] * 3, runs
     assert len(list((tmp_path / "made").iterdir())) == 1
-    assert engine.ctypes.CDLL(runs[0].stdout.strip()).most_rows() == 64
+    assert engine.ctypes.CDLL(runs[0].stdout.strip()).most_rows() == 256
 
 
 @pytest.mark.slow

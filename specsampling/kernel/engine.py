@@ -42,8 +42,9 @@ POINTERS = ("norm", "norm_bias", "cos", "sin", "embedding", "learned_positions",
 SIZES = (
     *("num_layers", "vocabulary", "head_rows", "hidden", "hidden_padded", "inner"),
     *("heads", "key_heads", "head_dim", "head_padded"),
-    *("positions", "embedding_format", "positions_format"),
+    *("positions", "embedding_format", "positions_format", "cache_format"),
 )
+CACHE_SIZES = ("key_heads", "head_dim", "head_padded", "cache_format")
 
 
 class _Model(ctypes.Structure):
@@ -139,10 +140,11 @@ class Cache:
         sizes = model.sizes
         self.capacity = padded(capacity, LANES)
         self.num_layers = sizes["num_layers"]
-        self.head_sizes = tuple(sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
+        self.form = tuple(sizes[name] for name in CACHE_SIZES)
         heads = sizes["num_layers"] * sizes["key_heads"] * self.capacity
-        self._keys = torch.zeros(heads * sizes["head_dim"])
-        self._values = torch.zeros(heads * sizes["head_padded"])
+        dtype = torch.float16 if sizes["cache_format"] else torch.float32
+        self._keys = torch.zeros(heads * sizes["head_dim"], dtype=dtype)
+        self._values = torch.zeros(heads * sizes["head_padded"], dtype=dtype)
         self._structure = _Cache(self._keys.data_ptr(), self._values.data_ptr(), self.capacity)
         self.address = ctypes.addressof(self._structure)
 
@@ -227,8 +229,8 @@ class Model:
         Raises:
             ValueError: the cache belongs to a model of another shape.
         """
-        own = tuple(self.sizes[name] for name in ("key_heads", "head_dim", "head_padded"))
-        if text.num_layers < len(self.layers) or text.head_sizes != own:
+        own = tuple(self.sizes[name] for name in CACHE_SIZES)
+        if text.num_layers < len(self.layers) or text.form != own:
             raise ValueError("a cache must be of a model of the same shape")
         if self.rotation and text.capacity > self._structure.positions:
             num = padded(text.capacity, 1024)

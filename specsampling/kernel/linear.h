@@ -2,12 +2,14 @@
 
    An output is a sum over groups of 32 inputs, in their order. A group of 8-bit numbers is summed in
    integers, which do not round. This integer is multiplied by the group's scales and added to the
-   output. The order of these operations does not depend on the other rows. */
+   output. A group of floats is summed from 0, the even ones and the odd ones apart. These two sums
+   are added, and then added to the output. That is what AMX does with bfloat16. The order of these
+   operations does not depend on the other rows. */
 
 #include "vectors.h"
 
 #include <stdbool.h>
-#if defined(__AMX_INT8__) && defined(__linux__) && !defined(PLAIN_C)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__) && !defined(PLAIN_C)
 #define HAS_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +17,7 @@
 #define HAS_AMX 0
 #endif
 
-enum { GROUP = 32, LANES = 16 };
+enum { GROUP = 32, LANES = 16, MOST_ROWS = 256 };
 
 typedef enum { FLOAT32, FLOAT16, BFLOAT16, INT8, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K } Format;
 
@@ -33,7 +35,8 @@ typedef struct {
    first group of all rows comes before the second. Each group has room for `stride` rows: those of
    the call, and rows that are computed beside them and ignored. */
 typedef struct {
-  float *floats;   /* [groups, stride, 32] */
+  float *floats;   /* [groups, stride, 32]; rounded to bfloat16 if the weights are */
+  uint16_t *rounded; /* [groups, stride, 32]: their bits */
   int8_t *numbers; /* [groups, stride, 32] */
   float *scales;   /* [groups, stride] */
   int32_t *minus;  /* [groups, stride]: minus the sum of the numbers */
@@ -93,11 +96,11 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
   V y[TILE];
   for (int r = 0; r < N; r++) y[r] = vset(0.0f);
   if (format == FLOAT32 || format == FLOAT16 || format == BFLOAT16) {
-    V odd[TILE];
-    for (int r = 0; r < N; r++) odd[r] = vset(0.0f);
     const float *x = in->floats + (size_t)row * GROUP;
     const uint8_t *p = w->numbers + block * LANES * inputs * (format == FLOAT32 ? 4 : 2);
     for (int g = 0; g < inputs / GROUP; g++, x += stride * GROUP) {
+      V evens[TILE], odds[TILE];
+      for (int r = 0; r < N; r++) evens[r] = odds[r] = vset(0.0f);
       for (int i = 0; i < GROUP; i += 2) {
         V one, other;
         if (format == BFLOAT16) {
@@ -110,12 +113,13 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
           one = vload((const float *)p), other = vload((const float *)p + LANES), p += 128;
         }
         for (int r = 0; r < N; r++) {
-          y[r] = vfma(vset(x[r * GROUP + i]), one, y[r]);
-          odd[r] = vfma(vset(x[r * GROUP + i + 1]), other, odd[r]);
+          evens[r] = vfma(vset(x[r * GROUP + i]), one, evens[r]);
+          odds[r] = vfma(vset(x[r * GROUP + i + 1]), other, odds[r]);
         }
       }
+      for (int r = 0; r < N; r++) y[r] = vadd(y[r], vadd(evens[r], odds[r]));
     }
-    for (int r = 0; r < N; r++) found[r] = vadd(y[r], odd[r]);
+    for (int r = 0; r < N; r++) found[r] = y[r];
     return;
   }
   const int8_t *x = in->numbers + (size_t)row * GROUP;
@@ -163,23 +167,60 @@ INLINE void tile(const Linear *w, const int format, const int N, size_t block, c
 }
 
 #if HAS_AMX
-/* Tiles of AMX: 16 rows of 32 inputs, times 32 inputs of 16 outputs, as whole numbers. */
+/* Tiles of AMX: up to 16 rows of 32 inputs, times 32 inputs of 16 outputs. */
 typedef struct __attribute__((packed)) {
   uint8_t palette, start_row, reserved[14];
   uint16_t bytes[16];
   uint8_t rows[16];
 } TileShapes;
 
-/* Four tiles hold sums, two inputs and two weights. The table is static, because GCC 12 drops stores
-   into one on the stack. */
-static const TileShapes SHAPES = {
+/* Four tiles hold sums, the others inputs and weights. Whole numbers always have 16 rows, bfloat16
+   has 1, 2, 4, 8 or 16. The tables are static, because GCC 12 drops stores into one on the stack. */
+static const TileShapes BYTES = {
     .palette = 1,
     .bytes = {64, 64, 64, 64, GROUP, GROUP, 64, 64},
     .rows = {16, 16, 16, 16, 16, 16, 8, 8},
 };
+#define PAIRS(n) {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64}, .rows = {n, n, n, n, n, 16}}
+static const TileShapes PAIRS_OF[] = {PAIRS(1), PAIRS(2), PAIRS(4), PAIRS(8), PAIRS(16)};
+
+static __thread const TileShapes *shapes; /* those that this thread's tiles have */
+
+INLINE void use_shapes(const TileShapes *wanted) {
+  if (shapes != wanted) _tile_loadconfig(shapes = wanted);
+}
 
 /* Compilers do not know that loading a tile reads memory. This keeps earlier stores before it. */
 #define MEMORY_IS_READ() __asm__ volatile("" ::: "memory")
+
+/* Does the same as `tile` for up to 64 rows in bfloat16. Each instruction sums a group as described
+   at the top of this file. Only numbers below 2^-126, which AMX takes for zeros, may differ. */
+INLINE void amx_floats(const Linear *w, size_t block, const Inputs *in, int row, int left, V *found) {
+  const int groups = w->inputs / GROUP, stride = in->stride, num = left < 64 ? (left + 15) / 16 : 4;
+  const uint16_t *x = in->rounded + (size_t)row * GROUP;
+  const uint8_t *p = w->numbers + block * (size_t)groups * 1024;
+  int shape = 0;
+  while (1 << shape < stride && shape < 4) shape++;
+  use_shapes(PAIRS_OF + shape);
+  MEMORY_IS_READ();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int g = 0; g < groups; g++, p += 1024, x += stride * GROUP) {
+    for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char *)p + 4096 + i, _MM_HINT_T0);
+    _tile_loadd(5, p, 64);
+    _tile_loadd(4, x, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (num > 1) { _tile_loadd(4, x + 16 * GROUP, 64); _tile_dpbf16ps(1, 4, 5); }
+    if (num > 2) { _tile_loadd(4, x + 32 * GROUP, 64); _tile_dpbf16ps(2, 4, 5); }
+    if (num > 3) { _tile_loadd(4, x + 48 * GROUP, 64); _tile_dpbf16ps(3, 4, 5); }
+  }
+  _tile_stored(0, found, 64);
+  if (num > 1) _tile_stored(1, found + 16, 64);
+  if (num > 2) _tile_stored(2, found + 32, 64);
+  if (num > 3) _tile_stored(3, found + 48, 64);
+}
 
 /* Computes tile k of sums, for one group of inputs or half of one. */
 #define MULTIPLY(k, x_tile, w_tile)                                                       \
@@ -214,6 +255,7 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
   const int8_t *x = in->numbers + (size_t)row * GROUP;
   const float *scales = in->scales + row, *shifts = in->shifts + row;
   const bool is_4_bit = format == Q4_0 || format == Q4_1 || format == Q4_K;
+  use_shapes(&BYTES);
   const int size = is_4_bit ? 256 : 512, halves = format == Q6_K ? 2 : 1, most = 4 / halves;
   const uint8_t *p = w->numbers + block * (size_t)groups * size;
   int32_t found[4][16 * 16] __attribute__((aligned(64)));
@@ -268,6 +310,7 @@ INLINE void amx_tile(const Linear *w, const int format, size_t block, const Inpu
 static int some_rows(const Linear *w, size_t block, const Inputs *in, int row, int left, V *y) {
 #if HAS_AMX
   if (has_tiles) switch (w->format) {
+    case BFLOAT16: return amx_floats(w, block, in, row, left, y), 64;
     OF_FORMAT_AMX(INT8);
     OF_FORMAT_AMX(Q8_0);
     OF_FORMAT_AMX(Q4_0);
@@ -293,7 +336,7 @@ static int some_rows(const Linear *w, size_t block, const Inputs *in, int row, i
 /* Computes y[row] = W x[row] + b for 16 outputs, or adds it to y[row]. Rows are `stride` apart. */
 static void linear(const Linear *w, int block, const Inputs *in, int num_rows, float *y,
                    size_t stride, bool adds) {
-  V found[16];
+  V found[HAS_AMX ? 64 : 16];
   V bias = w->bias ? vload(w->bias + (size_t)block * LANES) : vset(0.0f);
   for (int row = 0; row < num_rows;) {
     int num = some_rows(w, (size_t)block, in, row, num_rows - row, found);

@@ -26,20 +26,9 @@ static float float_of(const void *source, int format, size_t at) {
 }
 
 /* Rounds to the nearest float16, ties to even. */
-static uint16_t half_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  if (size >= 0x47800000) return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
-  if (size < 0x38800000) return (uint16_t)(sign | (uint32_t)nearbyintf(fabsf(value) * 0x1p24f));
-  size += 0xfff + (size >> 13 & 1);
-  return (uint16_t)(sign | (size - 0x38000000) >> 13);
-}
-
-static uint16_t bfloat16_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+static uint16_t rounded_half(float value) {
+  uint16_t halves[LANES];
+  return vput_halves(halves, vset(value)), halves[0];
 }
 
 /* Returns the place of an 8-bit number. */
@@ -102,7 +91,7 @@ int pack_plain(int format, const void *source, int source_format, int width, con
       for (int g = 0; g < inputs / GROUP; g++) {
         int8_t chosen[GROUP];
         float scale = scale_of_4_bits(room + g * GROUP, chosen);
-        uint16_t half = half_bits(scale);
+        uint16_t half = rounded_half(scale);
         if ((half & 0x7c00) == 0x7c00) return 1;
         ((uint16_t *)scales)[(block * (inputs / GROUP) + g) * LANES + lane] = half;
         for (int i = 0; i < GROUP; i++) put4(numbers, output, g * GROUP + i, inputs, chosen[i] + 8);
@@ -115,7 +104,7 @@ int pack_plain(int format, const void *source, int source_format, int width, con
           ((float *)numbers)[single] = room[i];
           continue;
         }
-        uint16_t bits = format == FLOAT16 ? half_bits(room[i]) : bfloat16_bits(room[i]);
+        uint16_t bits = format == FLOAT16 ? rounded_half(room[i]) : bfloat16_bits(room[i]);
         uint16_t infinite = format == FLOAT16 ? 0x7c00 : 0x7f80;
         if ((bits & infinite) == infinite) return 1;
         ((uint16_t *)numbers)[format == FLOAT16 ? single : paired] = bits;

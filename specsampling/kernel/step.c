@@ -5,7 +5,7 @@
    It depends neither on the other rows of the call nor on which thread computes what.
 
    - A linear layer's output is a sum over groups of 32 inputs, in their order. A group of 8-bit
-     numbers is summed in integers, which do not round.
+     numbers is summed in integers, which do not round. A group of floats has one order too.
    - A row's attention goes over its own keys in blocks of 16 positions, from the first on.
    - Norms, rotary positions and activations look at one row only.
 
@@ -30,8 +30,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { MOST_ROWS = 64, MOST_HEAD_DIM = 256 };
-enum { MOST_LAYERS = 512, PHASES = 7 /* of a layer */ };
+enum { MOST_HEAD_DIM = 256, MOST_LAYERS = 512, PHASES = 7 /* of a layer */ };
 
 /* --- what a model is; engine.py has the same structures ------------------------------ */
 
@@ -53,13 +52,14 @@ typedef struct {
   int32_t num_layers, vocabulary, head_rows, hidden, hidden_padded, inner;
   int32_t heads, key_heads, head_dim, head_padded;
   int32_t positions, embedding_format, positions_format; /* a Format of plain numbers */
+  int32_t cache_format; /* FLOAT32 or FLOAT16 */
   float epsilon, score_scale;
 } Model;
 
 /* A text's keys, [layers, key heads, capacity / 16, head_dim, 16], and its values,
-   [layers, key heads, capacity, head_padded]. */
+   [layers, key heads, capacity, head_padded], in the model's cache_format. */
 typedef struct {
-  float *keys, *values;
+  void *keys, *values;
   int32_t capacity; /* a multiple of 16 */
 } Cache;
 
@@ -84,7 +84,7 @@ typedef struct {
   int scored[MOST_ROWS];
   int num_runs;
   Run runs[MOST_ROWS];
-  bool as_floats, as_numbers; /* which inputs the model's layers read */
+  bool as_floats, as_rounded, as_numbers; /* which inputs the model's layers read */
   /* A late thread uses these numbers, because the model may be gone already. */
   int num_layers, num_heads, num_units, num_groups; /* num_groups: of 32 numbers inside of the MLP */
   int output_size, down_size, head_size; /* blocks of 16 outputs that are a chunk */
@@ -205,12 +205,17 @@ static void run_phase(Worker *worker, Chunk *run, int num_chunks, int layer) {
 
 /* --- inputs of linear layers, and chunks of their outputs ------------------------------- */
 
-/* Stores 32 values, a row's inputs from `at` on, as floats and as whole numbers with a scale. A
+/* Stores 32 values, a row's inputs from `at` on, as floats and as whole numbers with a scale. The
+   floats are rounded to bfloat16 for weights in bfloat16. A
    value that is not finite makes the scale nan. If all values are tiny they become zeros, because
    127 / largest would be infinite. */
 INLINE void put_group(const Call *call, Inputs *in, int row, int at, V a, V b) {
   size_t group = (size_t)(at / GROUP) * in->stride + row, place = group * GROUP;
-  if (call->as_floats) vstore(in->floats + place, a), vstore(in->floats + place + LANES, b);
+  if (call->as_floats) {
+    uint16_t *bits = in->rounded + place;
+    vstore(in->floats + place, call->as_rounded ? vbfloat16(a, bits) : a);
+    vstore(in->floats + place + LANES, call->as_rounded ? vbfloat16(b, bits + LANES) : b);
+  }
   if (!call->as_numbers) return;
   float largest = vmagnitude(a, b);
   bool is_finite = largest <= FLT_MAX;
@@ -362,20 +367,31 @@ static void project(Worker *worker, int head, int layer) {
     if (kind == 0) {
       float *to = pool->queries + ((size_t)row * m->heads + (size_t)of_kind) * dim;
       for (int i = 0; i < dim; i += LANES) vstore(to + i, vmul(vload(x + i), vset(m->score_scale)));
-    } else if (kind == 1) {
-      float *to = cache->keys + (part * cache->capacity + (size_t)(position & ~15)) * m->head_dim;
-      for (int i = 0; i < m->head_dim; i++) to[i * LANES + (position & 15)] = x[i];
+      continue;
+    }
+    uint16_t halves[MOST_HEAD_DIM];
+    bool is_half = m->cache_format == FLOAT16;
+    for (int i = 0; is_half && i < dim; i += LANES) vput_halves(halves + i, vload(x + i));
+    if (kind == 1) {
+      size_t at = (part * cache->capacity + (size_t)(position & ~15)) * m->head_dim + (position & 15);
+      for (int i = 0; i < m->head_dim; i++, at += LANES) {
+        if (is_half) ((uint16_t *)cache->keys)[at] = halves[i];
+        else ((float *)cache->keys)[at] = x[i];
+      }
     } else {
-      memcpy(cache->values + (part * cache->capacity + (size_t)position) * dim, x, sizeof(float) * dim);
+      size_t size = is_half ? sizeof(uint16_t) : sizeof(float);
+      size_t at = (part * cache->capacity + (size_t)position) * dim;
+      memcpy((char *)cache->values + at * size, is_half ? (void *)halves : x, dim * size);
     }
   }
 }
 
 /* Computes softmax(q k^T) v of N queries that share a key head, [dim] each.
 
-   `first` and `end` bound the keys that each query sees. All queries go over the blocks of 16 keys
-   together, and each uses only its own keys. */
-INLINE void attend(const int N, const Worker *worker, const float *keys, const float *values,
+   Keys and values of this layer and head begin at position `at` of the cache. `first` and `end` bound
+   the keys that each query sees. All queries go over the blocks of 16 keys together, and each uses
+   only its own keys. */
+INLINE void attend(const int N, const int format, const Worker *worker, const Cache *cache, size_t at,
                    const float *const *query, const int *first, const int *end, V (*out)[MOST_HEAD_DIM / LANES]) {
   const Model *m = worker->own.model;
   int from = first[0], to = end[0];
@@ -387,11 +403,11 @@ INLINE void attend(const int N, const Worker *worker, const float *keys, const f
     largest[q] = vset(-INFINITY), total[q] = vset(0.0f);
   }
   for (int b = from & ~15; b < to; b += LANES) {
-    const float *block = keys + (size_t)b * m->head_dim;
+    size_t block = (at + (size_t)b) * m->head_dim;
     V sum[QUERIES];
     for (int q = 0; q < N; q++) sum[q] = vset(0.0f);
     for (int i = 0; i < m->head_dim; i++) {
-      V key = vload(block + i * LANES);
+      V key = of_table(cache->keys, format, block + (size_t)i * LANES);
       for (int q = 0; q < N; q++) sum[q] = vfma(vset(query[q][i]), key, sum[q]);
     }
     for (int q = 0; q < N; q++) {
@@ -426,9 +442,9 @@ INLINE void attend(const int N, const Worker *worker, const float *keys, const f
     int num = (m->head_padded - i) / LANES;
     if (num >= DIMS) num = DIMS;
     for (int j = from; j < to; j++) {
-      const float *value = values + (size_t)j * m->head_padded + i;
+      size_t value = (at + (size_t)j) * m->head_padded + (size_t)i;
       V v[DIMS];
-      for (int d = 0; d < DIMS; d++) v[d] = vload(value + (d < num ? d : 0) * LANES);
+      for (int d = 0; d < DIMS; d++) v[d] = of_table(cache->values, format, value + (size_t)(d < num ? d : 0) * LANES);
       if (j >= all_from && j < all_to) {
         for (int q = 0; q < N; q++) {
           V weight = vset(worker->scores[q * width + j]);
@@ -489,11 +505,12 @@ static void attend_unit(Worker *worker, int unit, int layer) {
     first[q] = window && end[q] > window ? end[q] - window : 0;
   }
   V out[QUERIES][MOST_HEAD_DIM / LANES];
-  const float *keys = cache->keys + part * m->head_dim;
-  const float *values = cache->values + part * m->head_padded;
-  if (num == 1) attend(1, worker, keys, values, query, first, end, out);
-  else if (num <= QUERIES / 2) attend(QUERIES / 2, worker, keys, values, query, first, end, out);
-  else attend(QUERIES, worker, keys, values, query, first, end, out);
+#define ATTEND(format)                                                                             \
+  if (num == 1) attend(1, format, worker, cache, part, query, first, end, out);                    \
+  else if (num <= QUERIES / 2) attend(QUERIES / 2, format, worker, cache, part, query, first, end, out); \
+  else attend(QUERIES, format, worker, cache, part, query, first, end, out)
+  if (m->cache_format == FLOAT16) { ATTEND(FLOAT16); }
+  else { ATTEND(FLOAT32); }
   for (int q = 0; q < num; q++) {
     int of = start + q, row = run->row + of / group, head = key_head * group + of % group;
     for (int i = 0; i < m->head_padded; i += GROUP)
@@ -600,9 +617,6 @@ static void run_call(Worker *worker) {
   const Call *call = &worker->own;
   int rows = call->num_rows;
   worker->phase = worker->pool->phases, worker->is_late = false;
-#if HAS_AMX
-  _tile_loadconfig(&SHAPES);
-#endif
   run_phase(worker, embed, rows, 0);
   for (int layer = 0; layer < call->num_layers; layer++) {
     if (layer) run_phase(worker, norm1, rows, layer);
@@ -618,7 +632,7 @@ static void run_call(Worker *worker) {
     run_phase(worker, score_tokens, call->num_head, 0);
   }
 #if HAS_AMX
-  if (has_tiles) _tile_release();
+  if (shapes) _tile_release(), shapes = NULL;
 #endif
 }
 
@@ -691,17 +705,17 @@ static void *numbers(size_t count, size_t size) {
 }
 
 static void free_inputs(Inputs *in) {
-  free(in->floats), free(in->numbers), free(in->scales), free(in->minus), free(in->halves), free(in->shifts);
+  free(in->floats), free(in->rounded), free(in->numbers), free(in->scales), free(in->minus), free(in->halves), free(in->shifts);
 }
 
 static bool make_inputs(Inputs *in, int width, int num_rows, int *room) {
   if (width > *room) {
     size_t all = (size_t)MOST_ROWS * (size_t)width, groups = all / GROUP;
     free_inputs(in);
-    *in = (Inputs){.floats = numbers(all, 4), .numbers = numbers(all, 1)};
+    *in = (Inputs){.floats = numbers(all, 4), .rounded = numbers(all, 2), .numbers = numbers(all, 1)};
     in->scales = numbers(groups, 4), in->minus = numbers(groups, 4);
     in->halves = numbers(groups, 4), in->shifts = numbers(groups, 4);
-    bool is_made = in->floats && in->numbers && in->scales && in->minus && in->halves && in->shifts;
+    bool is_made = in->floats && in->rounded && in->numbers && in->scales && in->minus && in->halves && in->shifts;
     *room = is_made ? width : 0;
     if (!is_made) return false;
   }
@@ -812,6 +826,7 @@ int step(Pool *pool, const Model *model, const Row *rows, int num_rows) {
     for (int j = 0; j < num; j++) {
       call->as_numbers |= is_whole_number(all[j]);
       call->as_floats |= is_float(all[j]);
+      call->as_rounded |= all[j]->numbers && all[j]->format == BFLOAT16;
     }
   }
   try_more_threads(pool);

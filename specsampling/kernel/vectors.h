@@ -42,6 +42,9 @@ INLINE V vpower_of_2(V n) {
 INLINE V vhalf(const uint16_t *p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
+INLINE void vput_halves(uint16_t *p, V a) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 INLINE void vpairs(const uint8_t *p, V *even, V *odd) {
   Z w = _mm512_loadu_si512(p);
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
@@ -112,6 +115,10 @@ INLINE V vpower_of_2(V a) { return BOTH(V, power_of_2); }
 INLINE V vhalf(const uint16_t *p) {
   return (V){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
              _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+INLINE void vput_halves(uint16_t *p, V a) {
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.b, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE W wload(const uint8_t *p) {
   _mm_prefetch((const char *)p + 2048, _MM_HINT_T0);
@@ -210,6 +217,9 @@ INLINE V vpower_of_2(V n) {
 INLINE V vhalf(const uint16_t *p) {
   EACH(V, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))));
 }
+INLINE void vput_halves(uint16_t *p, V a) {
+  for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
+}
 INLINE void vpairs(const uint8_t *p, V *even, V *odd) {
   for (int i = 0; i < 4; i++) {
     uint32x4_t w = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
@@ -280,6 +290,16 @@ INLINE float half_of(uint16_t bits) { /* any float16: also subnormal, infinite o
 }
 INLINE V vpower_of_2(V n) { EACH(V, from_bits((uint32_t)((int32_t)n.v[i] + 127) << 23)); }
 INLINE V vhalf(const uint16_t *p) { EACH(V, half_of(p[i])); }
+INLINE uint16_t half_bits(float value) { /* rounds to the nearest float16, ties to even */
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size >= 0x47800000) return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
+  if (size < 0x38800000) return (uint16_t)(sign | (uint32_t)nearbyintf(fabsf(value) * 0x1p24f));
+  size += 0xfff + (size >> 13 & 1);
+  return (uint16_t)(sign | (size - 0x38000000) >> 13);
+}
+INLINE void vput_halves(uint16_t *p, V a) { for (int i = 0; i < 16; i++) p[i] = half_bits(a.v[i]); }
 INLINE void vpairs(const uint8_t *p, V *even, V *odd) {
   for (int i = 0; i < 16; i++) {
     uint32_t w;
@@ -327,6 +347,24 @@ INLINE float vlargest(V a) {
   vstore(v, a);
   for (int i = 1; i < 16; i++) v[0] = v[i] > v[0] ? v[i] : v[0];
   return v[0];
+}
+
+/* Returns the bits of a float rounded to bfloat16, ties to even. A nan stays one. */
+INLINE uint16_t bfloat16_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Rounds 16 floats to bfloat16, and stores their bits. */
+INLINE V vbfloat16(V a, uint16_t *bits) {
+  float v[16];
+  uint32_t wide[16];
+  vstore(v, a);
+  for (int i = 0; i < 16; i++) bits[i] = bfloat16_bits(v[i]), wide[i] = (uint32_t)bits[i] << 16;
+  memcpy(v, wide, sizeof v);
+  return vload(v);
 }
 
 /* Returns the largest magnitude of 32 floats. It is nan if one is: nan has the largest bits. */

@@ -92,7 +92,7 @@ def need_of(
     """Estimate what a target and its draft models take. One of the drafts is used at a time."""
     models = [target, *drafts]
     weights = [_weights(model, device) for model in models]
-    caches = [cache_bytes(model.outline, lengths, _number_bytes(model, device)) for model in models]
+    caches = [cache_bytes(model.outline, lengths) for model in models]
     calls = [call_bytes(model.outline, lengths, _number_bytes(model, device)) for model in models]
     need = Need(
         weights=sum(weights),
@@ -138,13 +138,13 @@ def _weights(model: Planned, device: torch.device) -> int:
 
 
 def uses_kernel(model: PreTrainedModel, quantization: str, device: torch.device) -> bool:
-    """Say whether the CPU kernel, whose caches and calls are float32, will decode a model."""
+    """Say whether the CPU kernel, whose calls are float32, will decode a model."""
     is_known = device.type == "cpu" and quantization != "nf4" and not why_not(model)
     return is_known and not why_no_kernel()
 
 
 def _number_bytes(model: Planned, device: torch.device) -> int:
-    """Return the bytes of a number in a model's caches and calls."""
+    """Return the bytes of a number in a model's calls."""
     is_float = uses_kernel(model.outline, model.quantization, device)
     return FLOAT if is_float else model.outline.dtype.itemsize
 
@@ -184,13 +184,13 @@ def weight_bytes(model: PreTrainedModel, quantization: str, device: torch.device
     return total
 
 
-def cache_bytes(model: PreTrainedModel, lengths: Lengths, number_bytes: int) -> int:
+def cache_bytes(model: PreTrainedModel, lengths: Lengths) -> int:
     """Count the bytes of all keys and values over the whole capacity of all texts."""
     num_heads = _size(model, "num_attention_heads", 1)
     head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
     num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
-    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * number_bytes
+    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * model.dtype.itemsize
     return lengths.num_texts * capacity * per_token
 
 

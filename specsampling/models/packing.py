@@ -143,6 +143,8 @@ def pack_model(
             order = (rows.get(name), columns.get(name))
             linears[name] = pack(f"{prefix}.{path}", layer.get_submodule(path), *order)
         layers.append(engine.Parts(linears, _norms(layer, form.norms), windows[i]))
+    packed_head = pack("lm_head", head)
+    cache_type = torch.float32 if packed_head.format == "float32" else torch.float16
     embedding: Any = model.get_input_embeddings()
     tensors = _norms(base, {"norm": form.norm}) | {"embedding": _pad(embedding.weight)}
     sizes = {
@@ -158,6 +160,7 @@ def pack_model(
         "head_padded": weights.padded(dim, weights.GROUP),
         "positions": base.wpe.num_embeddings if is_neo else 0,
         "positions_format": weights.PLAIN[base.wpe.weight.dtype] if is_neo else 0,
+        "cache_format": weights.PLAIN[cache_type],
     }
     if is_neo:
         tensors["learned_positions"] = _pad(base.wpe.weight)
@@ -166,7 +169,7 @@ def pack_model(
     return engine.Model(
         library=library,
         layers=layers,
-        head=pack("lm_head", head),
+        head=packed_head,
         tensors=tensors,
         sizes=sizes,
         epsilon=config.layer_norm_epsilon if is_neo else config.rms_norm_eps,
