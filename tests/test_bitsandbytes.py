@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from autoregressive import autoregressive
@@ -98,6 +99,17 @@ def test_sampled_texts_carry_their_evidence(quantised, whole):
 def test_four_bit_is_had_by_its_name_on_a_cpu(folder):
     model = checkpoint.load_model(folder, torch.bfloat16, torch.device("cpu"), "nf4")
     assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX-512 BF16")
+def test_four_bit_computes_in_bfloat16_whatever_was_asked(folder):
+    """As the docstring of `load_model` says."""
+    model = checkpoint.load_model(folder, torch.float32, torch.device("cpu"), "nf4")
+    layer = next(layer for layer in model.modules() if type(layer).__name__ == "Linear4bit")
+    with torch.inference_mode():
+        found = layer(torch.randn(3, 64))
+    assert layer.compute_dtype == found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
 
 
 def test_layers_that_four_bit_does_not_take_name_four_bit(folder, monkeypatch):

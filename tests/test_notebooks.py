@@ -2,17 +2,25 @@
 
 import ast
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pytest
+import tomllib
+from conftest import write_config
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_results import META, make_grid, make_rouge_scores, make_run, score_every_fourth
 
 from Benchmarks.table1 import TABLE1_FILES
+from specsampling.results.records import read_rows, read_run
 from specsampling.results.runfile import RunFile
 from specsampling.results.scores import write_scores
 
@@ -179,12 +187,58 @@ def test_table1_shows_our_grid_beside_the_papers(tmp_path, monkeypatch):
     assert saved == {"table1_speedup.png", "table1_speedup.svg"}
 
 
+@pytest.fixture
+def repository(tmp_path, model_folders) -> Path:
+    """This project as a repository with a tag, whose T4 profile has a tiny pair on a CPU."""
+    folder = tmp_path / "origin"
+    leave_out = shutil.ignore_patterns(".*", "docs", "findings", "Results", "tests", "training")
+    shutil.copytree(ROOT, folder, ignore=leave_out)
+    blocks = {"models": {"target_quantization": "none"}, "decoding": {"max_new_tokens": 24}}
+    write_config(folder, "deepseek-t4", "llama", model_folders, blocks)
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@localhost"]
+    for command in ("init --quiet", "add --all", "commit --quiet --message=all", "tag a-tag"):
+        subprocess.run([*git, *command.split()], check=True)
+    return folder
+
+
+def test_t4_runs_from_the_clone_to_the_tables(repository, tmp_path, monkeypatch):
+    """Only the GPU and pip's downloads are left out: pip plans an installation without an index.
+
+    It would replace nothing that is here, because pyproject's ranges hold the tested versions.
+    """
+    given = {"REPOSITORY": str(repository), "TAG": "a-tag", "LIMIT": "2"}
+    for name, value in (given | {"ALLOW_WEAK_SANDBOX": "true"}).items():
+        monkeypatch.setenv(f"SPECSAMPLING_{name}", value)
+    for name, value in {"DRY_RUN": "1", "NO_INDEX": "1", "NO_BUILD_ISOLATION": "0"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = execute("t4.ipynb", tmp_path, tmp_path, monkeypatch)
+    text = "\n".join(outputs_of(notebook, "text/plain"))
+    assert f"torch=={version('torch')}\n" in text and "Error" not in text
+    results = tmp_path / "repository" / "Results" / "deepseek-t4"
+    assert {row.num_new_tokens <= 16 for row in read_rows(results / "dry.jsonl")} == {True}
+    run = read_run(results / "results2.jsonl")
+    assert len(run.rows) == len(run.scores or ()) == 2 * len(run.meta["config"]["run"]["methods"])
+    assert f"commit {run.meta['git_commit']}, " in text
+    (table,) = (page for page in outputs_of(notebook, "text/html") if "speedup" in page)
+    assert all(method in table for method in ("autoregressive", "speculative"))
+
+
+def test_t4_names_this_version():
+    """Its tag is what a release is tagged with."""
+    notebook = nbformat.read(ROOT / "Benchmarks" / "t4.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    number = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'"v{number}"' in first.source
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_load_call_and_show(path):
     """Logic lives in the package, where it is tested."""
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
-            kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
+            python = TransformerManager().transform_cell(cell.source)  # its magics too
+            kinds = {type(node) for node in ast.walk(ast.parse(python))}
             assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Lambda}
 
 

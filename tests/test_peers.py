@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT, write_config
 from test_end_to_end import run
+from transformers.generation import candidate_generator
 
 from Benchmarks import peers
 from specsampling.results.records import Row, read_meta, read_rows
@@ -69,6 +72,36 @@ def test_in_float32_all_decode_the_same_tokens(finished):
     assert all(len(different) == 1 for different in texts.values())
     assert "equal to its own plain text" in printed
     assert printed.count("2 of 2") == len(OURS + THEIRS)
+
+
+SLOW_SECONDS = 0.5
+DRAFTERS = {
+    "assisted, 3": candidate_generator.AssistedCandidateGenerator,
+    "prompt lookup": candidate_generator.PromptLookupCandidateGenerator,
+}
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_no_prefill_contains_a_cycle(kind, config, monkeypatch):
+    """The time to the end of the first call had the first drafts in it, so decoding had not."""
+    drafter, calls = DRAFTERS[kind], []
+    propose = drafter.get_candidates
+
+    def slowly(self, *arguments, **options):
+        calls.append(time.sleep(SLOW_SECONDS))
+        return propose(self, *arguments, **options)
+
+    monkeypatch.setattr(drafter, "get_candidates", slowly)
+    options = peers.parse_options(["--config", str(config), "--limit", "1"])
+    options.max_new_tokens = "4"
+    options.now = datetime.now()
+    (prompt,) = peers.prompts_of(peers.configured(options, "none"), options.now).values()
+    _, contenders = next(peers.transformers_and_flashspec(options))
+    contenders[kind](prompt)
+    calls.clear()
+    generation = contenders[kind](prompt)
+    assert 0 < generation.prefill_seconds < SLOW_SECONDS
+    assert generation.decode_seconds > (len(calls) - 0.5) * SLOW_SECONDS and calls
 
 
 def test_what_is_not_there_is_one_line(finished):

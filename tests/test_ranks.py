@@ -18,6 +18,7 @@ from pathlib import Path
 import forked
 import psutil
 import pytest
+import torch
 from test_end_to_end import METHODS, PROJECT, run
 from test_end_to_end import config as config  # a fixture
 from test_records import ROW
@@ -141,6 +142,28 @@ def test_the_last_rank_to_arrive_sees_all_rows():
     last.meet(lambda: seen.append(last.count_rows()))
     thread.join(10)
     assert seen[-1] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU changes what accelerate starts")
+@pytest.mark.parametrize(
+    ("launcher", "num"),
+    [
+        ("torch.distributed.run --nproc-per-node 2", 2),
+        ("accelerate.commands.launch --num_processes 2", 1),
+    ],
+)
+def test_on_a_processor_launchers_give_one_thread_and_hide_the_exit_code(launcher, num, tmp_path):
+    """As docs/scale.md says of both."""
+    script = tmp_path / "say.py"
+    script.write_text("import os\nprint(os.environ['OMP_NUM_THREADS'])\nraise SystemExit(2)")
+    command = [sys.executable, "-m", *launcher.split(), str(script)]
+    given = not_launched()
+    del given["OMP_NUM_THREADS"]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert set(done.stdout.split()) == {"1"} and len(done.stdout.split()) <= num
+    assert re.search(r"exitcode *: 2|exit status 2", done.stderr)
 
 
 @pytest.mark.slow  # test_kills.py has one without torchrun

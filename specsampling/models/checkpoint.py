@@ -67,7 +67,8 @@ def load_model(
         spec: a model's spec.
         dtype: the precision of its weights.
         device: where the model goes.
-        quantization: "none", "int8", "nf4", or on a CPU "int4".
+        quantization: "none", "int8", "nf4", or on a CPU "int4". Layers in nf4 compute in `dtype`,
+            but in bfloat16 on a CPU with AVX-512 BF16, whatever `dtype` is.
         device_map: where its parts go, if not all of it goes there. A model in parts keeps
             transformers' layers, and accelerate moves what passes between them.
         compile: "off" leaves the kernel out; "on" refuses a model that it cannot decode.
