@@ -190,8 +190,8 @@ def cache_bytes(model: PreTrainedModel, lengths: Lengths) -> int:
     head_dim = _size(model, "head_dim", _hidden_size(model) // num_heads)
     num_keys = _size(model, "num_key_value_heads", num_heads)
     capacity = -(-(lengths.longest + lengths.width) // 64) * 64
-    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim * model.dtype.itemsize
-    return lengths.num_texts * capacity * per_token
+    per_token = 2 * _size(model, "num_hidden_layers", 1) * num_keys * head_dim
+    return lengths.num_texts * capacity * per_token * model.dtype.itemsize
 
 
 def call_bytes(model: PreTrainedModel, lengths: Lengths, number_bytes: int) -> int:
