@@ -372,7 +372,7 @@ def test_processes_may_build_at_the_same_time(tmp_path):
         )
     assert [run.returncode for run in runs] == [0] * 3, runs
     assert len(list((tmp_path / "made").iterdir())) == 1
-    assert engine.ctypes.CDLL(runs[0].stdout.strip()).most_rows() == 256
+    assert engine.ctypes.CDLL(runs[0].stdout.strip()).most_rows() == 128
 
 
 @pytest.mark.slow

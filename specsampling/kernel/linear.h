@@ -17,7 +17,7 @@
 #define HAS_AMX 0
 #endif
 
-enum { GROUP = 32, LANES = 16, MOST_ROWS = 256 };
+enum { GROUP = 32, LANES = 16, MOST_ROWS = 128 };
 
 typedef enum { FLOAT32, FLOAT16, BFLOAT16, INT8, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K } Format;
 
