@@ -80,6 +80,12 @@ Ngram = Annotated[int, within(1, 64, "each length is looked up, and long n-grams
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
+MaxNewTokens = Annotated[int, within(1, 10_000_000, "no model's context is longer")]
+Temperature = Annotated[
+    float, within(0, 1000, "all tokens are equally probable there", "0 decodes greedily")
+]
+TopK = Annotated[int, within(0, 10_000_000, "no vocabulary is larger", "0 keeps every token")]
+TopP = Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
 SPECULATIVE = re.compile(
     r"speculative(:(?P<draft>.+?(?<!(?i:@auto))(?<!(?i:@token|@block))(?<!(?i:@coupled))))?"
     r"(@(?P<k>[0-9]{1,4}|auto))?(@(?P<rule>token|block|coupled))?"
@@ -127,7 +133,7 @@ class SpeculationConfig:
 class DecodingConfig:
     """The end of decoding, and the form of its calls. A `width` of 0 is chosen from k."""
 
-    max_new_tokens: Annotated[int, within(1, 10_000_000, "no model's context is longer")]
+    max_new_tokens: MaxNewTokens
     bit_exact: bool
     width: Annotated[int, within(0, 2048, "every call computes so many rows", _BY_K)]
     compile: Compile = "off"
@@ -137,11 +143,9 @@ class DecodingConfig:
 class SamplingConfig:
     """The warp of both models. A temperature of 0 is greedy, and a top_k of 0 is off."""
 
-    temperature: Annotated[
-        float, within(0, 1000, "all tokens are equally probable there", "0 decodes greedily")
-    ]
-    top_k: Annotated[int, within(0, 10_000_000, "no vocabulary is larger", "0 keeps every token")]
-    top_p: Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
+    temperature: Temperature
+    top_k: TopK
+    top_p: TopP
     seed: Annotated[int, within(0, 2**63 - 1, "a seed has 63 bits")]
     num_samples: Annotated[int, within(1, 10_000, "each of them is decoded for every example")]
     noise: Noise = "positional"
