@@ -221,13 +221,21 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
             "prompt lookup": partial(generate, prompt_lookup_num_tokens=10),
         },
     )
+    yield "flashspec", {"composite": flashspec_over(target, draft, eos_ids, limit)}
+
+
+def flashspec_over(
+    target: Any, draft: Any, eos_ids: list[int], limit: int
+) -> Callable[[list[int]], Generation]:
+    """Return flashspec's way to decode with two models of transformers."""
+    import torch
     from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
     from flashspec.engine import HuggingFaceDrafter, TargetModel
 
     engine = SpeculativeEngine(
         FlashSpecConfig(device="cpu", sampling=SamplingConfig(temperature=0.0)),
-        [HuggingFaceDrafter("draft", device, dtype, model=draft)],
-        TargetModel("target", device, dtype, model=target),
+        [HuggingFaceDrafter("draft", draft.device, draft.dtype, model=draft)],
+        TargetModel("target", target.device, target.dtype, model=target),
     )
 
     def composite(prompt: list[int]) -> Generation:
@@ -237,7 +245,7 @@ def transformers_and_flashspec(options: argparse.Namespace) -> Found:
         ids = result.output_ids[0, : result.n_tokens_generated].tolist()
         return timed(ids, start, start + prefill_seconds, limit)
 
-    yield "flashspec", {"composite": composite}
+    return composite
 
 
 def time_prefill(models: Sequence[Any], prompt: list[int]) -> float:

@@ -62,23 +62,10 @@ def generate(
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
     num_layers = model.config.num_hidden_layers
     layers = [PreallocatedLayer(longest + max_new_tokens) for _ in range(num_layers)]
     cache = Cache(layers=[*layers])
-
-    column = torch.arange(longest, device=device)
-    sees = (column <= column[:, None]) & (column >= padding[:, None, None])
-    sees |= torch.eye(longest, dtype=torch.bool, device=device)  # else padding is NaN
-    hidden = model.base_model(
-        input_ids=ids,
-        attention_mask=sees[:, None],
-        position_ids=(column - padding[:, None]).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+    hidden = _prefill(model, prompts, padding, cache)
 
     copies = len(temperatures)
     num_rows = copies * len(prompts)
@@ -121,6 +108,27 @@ def generate(
         [torch.cat(parts).cpu() for parts in states],
         [len(prompt) for _ in temperatures for prompt in prompts],
     )
+
+
+def _prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], padding: Tensor, cache: Cache
+) -> Tensor:
+    """Feed P prompts with `padding` tokens on their left; return hidden states, [P, length, d]."""
+    longest, device = len(prompts[0]) + int(padding[0]), model.device
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+    column = torch.arange(longest, device=device)
+    sees = (column <= column[:, None]) & (column >= padding[:, None, None])
+    sees |= torch.eye(longest, dtype=torch.bool, device=device)  # else padding is NaN
+    hidden: Tensor = model.base_model(
+        input_ids=ids,
+        attention_mask=sees[:, None],
+        position_ids=(column - padding[:, None]).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return hidden
 
 
 @torch.inference_mode()

@@ -144,24 +144,8 @@ def pack_model(
             linears[name] = pack(f"{prefix}.{path}", layer.get_submodule(path), *order)
         layers.append(engine.Parts(linears, _norms(layer, form.norms), windows[i]))
     packed_head = pack("lm_head", head)
-    cache_type = torch.float32 if packed_head.format == "float32" else torch.float16
     embedding: Any = model.get_input_embeddings()
     tensors = _norms(base, {"norm": form.norm}) | {"embedding": _pad(embedding.weight)}
-    sizes = {
-        "vocabulary": embedding.num_embeddings,
-        "embedding_format": weights.PLAIN[embedding.weight.dtype],
-        "head_rows": head.out_features,
-        "hidden": config.hidden_size,
-        "hidden_padded": weights.padded(config.hidden_size, weights.GROUP),
-        "inner": weights.padded(inner, weights.GROUP),
-        "heads": heads,
-        "key_heads": key_heads,
-        "head_dim": dim,
-        "head_padded": weights.padded(dim, weights.GROUP),
-        "positions": base.wpe.num_embeddings if is_neo else 0,
-        "positions_format": weights.PLAIN[base.wpe.weight.dtype] if is_neo else 0,
-        "cache_format": weights.PLAIN[cache_type],
-    }
     if is_neo:
         tensors["learned_positions"] = _pad(base.wpe.weight)
     if head_tokens is not None:
@@ -171,11 +155,36 @@ def pack_model(
         layers=layers,
         head=packed_head,
         tensors=tensors,
-        sizes=sizes,
+        sizes=_sizes(model, head.out_features, packed_head.format == "float32"),
         epsilon=config.layer_norm_epsilon if is_neo else config.rms_norm_eps,
         score_scale=1.0 if is_neo else float(base.layers[0].self_attn.scaling),
         rotation=None if is_neo else partial(_rotation, copy.deepcopy(base.rotary_emb)),
     )
+
+
+def _sizes(model: PreTrainedModel, head_rows: int, is_float: bool) -> dict[str, int]:
+    """Collect a model's sizes and its tables' types; `is_float` if its weights are float32."""
+    config: Any = model.config
+    base: Any = model.base_model
+    embedding: Any = model.get_input_embeddings()
+    places = base.wpe.weight if config.model_type == "gpt_neo" else torch.empty(0, 0)
+    dim, heads = head_dim_of(config), config.num_attention_heads
+    inner = config.intermediate_size or 4 * config.hidden_size
+    return {
+        "vocabulary": embedding.num_embeddings,
+        "embedding_format": weights.PLAIN[embedding.weight.dtype],
+        "head_rows": head_rows,
+        "hidden": config.hidden_size,
+        "hidden_padded": weights.padded(config.hidden_size, weights.GROUP),
+        "inner": weights.padded(inner, weights.GROUP),
+        "heads": heads,
+        "key_heads": getattr(config, "num_key_value_heads", heads),
+        "head_dim": dim,
+        "head_padded": weights.padded(dim, weights.GROUP),
+        "positions": len(places),
+        "positions_format": weights.PLAIN[places.dtype],
+        "cache_format": weights.PLAIN[torch.float32 if is_float else torch.float16],
+    }
 
 
 def _order(num: int, size: int) -> Tensor | None:
