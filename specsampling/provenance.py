@@ -68,12 +68,12 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
 
 
 def _steps(mode: Compile, device: torch.device) -> str:
-    """Return "kernel" or "captured"; "" if decode calls run PyTorch's operations one by one."""
-    from specsampling.models.kernel_model import why_no_kernel
+    """Name what runs decode calls; "" if PyTorch runs their operations one by one."""
+    from specsampling.models.kernel_model import KERNEL, why_no_kernel
 
     if mode == "off" or (device.type == "cpu" and why_no_kernel()):
         return ""
-    return {"cpu": "kernel", "cuda": "captured"}.get(device.type, "")
+    return {"cpu": KERNEL, "cuda": "captured"}.get(device.type, "")
 
 
 def precision(config: Config, device: torch.device) -> str:

@@ -23,6 +23,7 @@ FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 NATIVE = ("-march=native",)
 FLAGS_VARIABLE = "SPECSAMPLING_KERNEL_FLAGS"  # replaces NATIVE, to test other processors
 SYSTEMS = ("linux", "darwin")
+ARITHMETIC = 2  # rises with each change of a row's bits, so that no run mixes two of them
 SECONDS = 300  # the most that a compiler may take
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specsampling.kernel import engine, weights
-from specsampling.kernel.build import KernelError
+from specsampling.kernel.build import ARITHMETIC, KernelError
 from specsampling.method.batch import ask
 from specsampling.method.noise import Race, race
 from specsampling.models.cache import cache_folder
@@ -27,6 +27,7 @@ from specsampling.models.gguf_file import GgufFile
 from specsampling.models.gguf_model import tensors_of
 from specsampling.models.packing import Pack, pack_model, why_not
 
+KERNEL = f"kernel {ARITHMETIC}"  # what decoded a run's rows
 INT4 = "Q4_0"  # a format of GGUF files: groups of 32 weights with a scale
 FOUR_BIT = ("Q4_0", "Q4_1", "Q4_K", "Q6_K")  # Q6_K: some layers of files that are mostly Q4_K
 
