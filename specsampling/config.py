@@ -191,6 +191,15 @@ class HumanEvalConfig:
 
 
 @dataclass(frozen=True)
+class XSumColumns:
+    """The names of a data set's columns. An `id` of None numbers the rows."""
+
+    document: Text = "document"
+    summary: Text = "summary"
+    id: Text | None = "id"
+
+
+@dataclass(frozen=True)
 class XSumConfig:
     """The articles, the prompt that asks for a summary, and the summary's end."""
 
@@ -202,6 +211,7 @@ class XSumConfig:
     ]
     num_shots: Annotated[int, within(0, 1000, "each of them stands in every prompt")]
     stop_strings: tuple[Text, ...]
+    columns: XSumColumns = XSumColumns()
 
 
 @dataclass(frozen=True)
@@ -356,8 +366,10 @@ def config_hash(config: Config) -> str:
     del values["profile"]
     for block, keys in _NOT_HASHED.items():
         values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
-    for block, key, default in (("speculation", "verifier", "token"), ("run", "batch_size", 1)):
-        if values[block][key] == default:
+    columns = asdict(XSumColumns())
+    defaults = ("speculation", "verifier", "token"), ("run", "batch_size", 1)
+    for block, key, default in (*defaults, ("xsum", "columns", columns)):
+        if values[block] and values[block][key] == default:
             del values[block][key]  # a default is left out of the hash
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

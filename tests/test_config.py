@@ -493,6 +493,7 @@ def test_the_hash_ignores_what_changes_no_row(tmp_path):
         "humaneval.timeout_seconds=9",
         "humaneval.memory_mb=512",
         "humaneval.allow_weak_sandbox=true",
+        "xsum.columns={document: document}",
     ):
         assert config_hash(demo(override)) == config_hash(demo()), override
     sampled = "sampling.temperature=1"
@@ -515,6 +516,8 @@ def test_the_hash_changes_with_what_changes_rows():
         "sampling.seed=1",
         "run.threads=1",
         "humaneval.prompt_style=completion",
+        "xsum.columns={document: article}",
+        "xsum.columns={id: null}",
     )
     hashes = {config_hash(demo(override)) for override in overrides}
     stops = ("humaneval.prompt_style=completion", 'humaneval.stop_strings=["\\ndef"]')

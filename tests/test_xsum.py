@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from test_tasks import Letters
 
-from specsampling.config import XSumConfig
+from specsampling.config import XSumColumns, XSumConfig
 from specsampling.method.text import PromptError
 from specsampling.tasks.task import Example, Prompt, TaskError
 from specsampling.tasks.xsum import XSum
@@ -119,13 +119,13 @@ def test_the_demo_articles_come_with_the_package():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("missing.jsonl", None, "Unable to find"),
+        ("missing.jsonl", None, "No such file"),
         ("empty.jsonl", "", "must hold at least one article (got 0"),
         ("header.csv", "id,document,summary\n", "must hold at least one article (got 0"),
         ("broken.jsonl", '{"id": "1", "document": \n{{', "cannot load xsum.dataset"),
         ("broken.parquet", "no parquet", "cannot load xsum.dataset"),
         ("notes.txt", "notes", "must end in .jsonl, .csv, .parquet"),
-        ("other.jsonl", '{"text": "a", "title": "b"}\n', "columns document and summary (got text"),
+        ("other.jsonl", '{"text": "a", "title": "b"}\n', "here text, title (got document"),
         ("null.csv", "id,document,summary\n7,,b\n", "text in the column document (got None in row"),
         ("list.jsonl", '{"document": ["a"], "summary": "b"}\n', "document (got ['a'] in row 0"),
         ("twice.csv", "id,document,summary\n7,a,b\n7,c,d\n", "(got 7 2 times in"),
@@ -142,6 +142,17 @@ def test_a_file_that_will_not_do_is_one_line(tmp_path, caplog, name, text, messa
 
 def test_an_unknown_embedded_set_names_the_one_there_is():
     assert "must be embedded:articles" in error_of("embedded:xsum")
+
+
+def test_a_hub_set_may_name_its_columns_otherwise(tmp_path, monkeypatch):
+    """SAMSum has dialogues, and CNN/DailyMail has highlights."""
+    rows = [{"id": "1", "dialogue": "d", "summary": "s"}]
+    write(tmp_path / "default" / "test" / "0000.parquet", rows)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    columns = XSumColumns(document="dialogue")
+    settings = XSumConfig("knkarthick/samsum", "test", "chat", "{document}", 0, (), columns)
+    assert XSum(settings).examples() == [Example("1", "d", reference="s")]
+    assert "here id, dialogue, summary (got document)" in error_of("knkarthick/samsum")
 
 
 def test_a_hub_id_is_read_from_the_converted_revision_and_one_split_only(tmp_path, monkeypatch):

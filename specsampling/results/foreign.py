@@ -8,9 +8,9 @@ This module knows nothing of runs and rows.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from itertools import islice
@@ -45,18 +45,14 @@ def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str,
         RecordsError: the file cannot be read, or a line is no such object.
     """
     path = Path(path)
-    text = _text(path, _unpacked(path))
-    if "\n" not in text:
-        text = text.replace("\r", "\n")
+    lines = io.StringIO(_text(path, _unpacked(path)), newline=None)  # of any system
     objects: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
                 objects.append(_object_in(line, fields))
-            except RecordsError as problem:
-                raise RecordsError(
-                    f"{path}, line {number}, {problem}; mend or delete the line"
-                ) from None
+        except RecordsError as problem:
+            raise RecordsError(f"{path}, line {number}, {problem}; mend or delete it") from None
     return objects
 
 
@@ -100,11 +96,11 @@ def _text(path: Path, data: bytes) -> str:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that knows which of its names were repeated."""
+    """A JSON object that knows its names with their repetitions."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.repeated = {n for n, count in Counter(n for n, _ in pairs).items() if count > 1}
+        self.names = [name for name, _ in pairs]
 
 
 def _object_in(line: str, fields: Mapping[str, type]) -> _Object:
@@ -126,7 +122,7 @@ def _object_in(line: str, fields: Mapping[str, type]) -> _Object:
     for name, kind in fields.items():
         if name not in value:
             raise RecordsError(f"has no {name}")
-        if name in value.repeated:
+        if value.names.count(name) > 1:
             raise RecordsError(f"has {name} twice")
         if type(value[name]) is not kind:
             rule = "must be text" if kind is str else f"must be of type {kind.__name__}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,16 @@ def shard_meta(meta: dict[str, Any], output: Path, rank: int) -> dict[str, Any]:
 
 def is_shard(path: Path, output: Path) -> bool:
     """Tell whether a file is a rank's part: by its meta, or because it is empty without one."""
-    try:
+    with suppress(OSError, RecordsError):
         if not (meta_path(path).exists() or path.stat().st_size):
             return True
         meta = read_meta(path)
-    except (OSError, RecordsError):
-        return False
-    rank = meta.get("rank")
-    if not isinstance(rank, int) or meta.get("shard_of") != output.name:
-        return False
-    return path.name == shard_path(output, rank).name
+        if isinstance(rank := meta.get("rank"), int) and meta.get("shard_of") == output.name:
+            return path.name == shard_path(output, rank).name
+    return False
 
 
-class Shard:
+class Shard(AbstractContextManager):
     """A rank's part of a run file. Rank 0 keeps the whole file open, so no other run has it.
 
     Attributes:
@@ -142,16 +140,10 @@ class Shard:
         self._own.close()
         _remove([self._path])
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._own.close()
         if self._whole:
             self._whole.close()
-
-    def __enter__(self) -> Shard:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def left_shards(output: Path) -> list[Path]:
@@ -172,13 +164,13 @@ def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
     found = False
     if ranks is None or ranks.index == 0:
         paths = left_shards(output)
-        found = _merge(output, [] if fresh else map(_read, paths))
+        found = _merge(output, [] if fresh else _left(paths))
         _remove(paths)
     if ranks:
         ranks.meet()  # on a shared disk, no shard is left now
         is_elsewhere = ranks.index > 0 and ranks.local_index == 0
         paths = left_shards(output) if is_elsewhere else []
-        left = ranks.gather([] if fresh else [_read(path) for path in paths])
+        left = ranks.gather([] if fresh else _left(paths))
         if ranks.index == 0:
             found = _merge(output, left) or found
         ranks.meet()
@@ -186,20 +178,22 @@ def take_in(output: Path, ranks: Ranks | None, fresh: bool) -> bool:
     return found
 
 
-def _read(path: Path) -> Left:
-    rows, own = read_rows(path), ("shard_of", "rank")
-    meta = read_meta(path) if rows else {}
-    return {name: value for name, value in meta.items() if name not in own}, rows
+def _left(paths: Sequence[Path]) -> list[Left]:
+    """Read the shards that have rows, with the meta of their whole run."""
+    left = []
+    for path in paths:
+        if rows := read_rows(path):
+            meta = read_meta(path)
+            del meta["shard_of"], meta["rank"]
+            left.append((meta, rows))
+    return left
 
 
-def _merge(output: Path, shards: Iterable[Left]) -> bool:
-    found = False
+def _merge(output: Path, shards: Sequence[Left]) -> bool:
     for meta, rows in shards:
-        if rows:
-            with RunFile.open(output, meta) as run_file:
-                _append_new(run_file, rows)
-            found = True
-    return found
+        with RunFile.open(output, meta) as run_file:
+            _append_new(run_file, rows)
+    return bool(shards)
 
 
 def _append_new(run_file: RunFile, rows: Iterable[Row]) -> None:
@@ -211,7 +205,6 @@ def _append_new(run_file: RunFile, rows: Iterable[Row]) -> None:
 def _remove(paths: Iterable[Path]) -> None:
     """Delete shards with their metas."""
     for path in paths:
-        path.unlink(missing_ok=True)
-        for beside in (path, meta_path(path)):
-            clear_scratch(beside)
-        meta_path(path).unlink(missing_ok=True)
+        for file in (path, meta_path(path)):
+            file.unlink(missing_ok=True)
+            clear_scratch(file)

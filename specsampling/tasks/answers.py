@@ -17,11 +17,11 @@ The time is proportional to the text. This module raises nothing, and knows no p
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from keyword import iskeyword
 
 from specsampling.method.text import SEPARATORS
 from specsampling.tasks.statements import (
@@ -71,6 +71,7 @@ _ALTERNATIVE = re.compile(
 )
 _QUOTED = re.compile(r"[ \t]*> ?")
 _PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.) ?(.*)")
+_INDENTED = re.compile(r"(?:\s*\n)?[ \t]+\S")
 _RETURNS = re.compile(r"\b(?:return|yield|raise)\b")
 _CODE = re.compile(
     r"(?:async\s+def|def|class|import|from\s+[\w.]+\s+import)\b|@\w"
@@ -89,7 +90,6 @@ _SENTENCE = re.compile(
     r"|[A-Z][a-z]*[!:]$|[A-Z][\w'’,\"`-]* [\w'’ ,\"`-]*[.!?:]$"  # a class may end in a dot
     r"|[a-z][a-z',-]*(?: [a-z',-]+){2,}[.!?:]$"
 )
-_KEYWORDS = {*keyword.kwlist}
 _MAX_HEAD = 200  # characters of a line that decide whether it is a statement
 
 
@@ -120,9 +120,8 @@ def code_in(answer: str, entry_point: str) -> str:
             return ""
         if code := _first_try(front, entry_point):
             return code
-    outside, blocks = fenced_blocks(text)
-    if blocks:
-        return _chosen(blocks, entry_point) or _unfenced(outside, entry_point)
+    if blocks := fenced_blocks(text):
+        return _chosen(blocks, entry_point)
     return _unfenced(text, entry_point) if is_answer or is_prose(opening) else ""
 
 
@@ -137,7 +136,7 @@ def _in_front(lines: Sequence[str]) -> tuple[str, bool]:
 
 def _first_try(code: str, entry_point: str) -> str:
     """Return the function's body or definition, with the code up to another definition of it."""
-    is_indented = _first_indent(code) > 0
+    is_indented = bool(_INDENTED.match(code))
     tries = [found.start() for found in definition_of(entry_point).finditer(code)]
     if not (is_indented or tries or _is_body(code)):
         return ""
@@ -168,7 +167,7 @@ def is_prose(line: str) -> bool:
     if _SENTENCE.match(text):
         return True
     pairs = _PAIR.finditer(head[start.end() :])
-    return text[0].isupper() and any(not {*pair.groups()} & _KEYWORDS for pair in pairs)
+    return text[0].isupper() and any(not any(map(iskeyword, pair.groups())) for pair in pairs)
 
 
 def final_part(answer: str) -> tuple[str, bool]:
@@ -186,15 +185,14 @@ def final_part(answer: str) -> tuple[str, bool]:
     return _LANGUAGE.sub("```python\n", text), is_end
 
 
-def fenced_blocks(text: str) -> tuple[str, list[Block]]:
-    """Return all text outside the blocks of an answer, and the blocks.
+def fenced_blocks(text: str) -> list[Block]:
+    """Return the blocks of an answer.
 
     A fence inside a triple-quoted string belongs to the code. A fence that names a language
     begins a block even if the block before has not been closed.
     """
-    outside: list[str] = []
     blocks: list[Block] = []
-    num_told = 0
+    introduction: list[str] = []  # the lines between two blocks
     lines = text.split("\n")
     number = 0
     while number < len(lines):
@@ -205,21 +203,18 @@ def fenced_blocks(text: str) -> tuple[str, list[Block]]:
             or (fence["fence"][0] == "~" and not is_bullet)
             or (fence["info"] and not _INFO.match(fence["info"]))  # other words follow the fence
         ):
-            outside.append(lines[number])
+            introduction.append(lines[number])
             number += 1
             continue
-        if not is_bullet:
-            outside.append(fence["before"].rstrip())
-        introduction = "\n".join(outside[num_told:])
-        num_told = len(outside)
+        introduction.append(fence["before"])
+        is_alternative = bool(_ALTERNATIVE.search("\n".join(introduction)))
+        introduction = []
         inside, number, is_closed = _inside(lines, number + 1, fence["fence"], fence["before"])
         code = _at_margin(_without_prompts(inside))
         is_python = not fence["info"].strip() or bool(_PYTHON.match(fence["info"].strip()))
-        is_whole = (
-            is_closed and bool(RETURNS.search(code)) and not _ALTERNATIVE.search(introduction)
-        )
+        is_whole = is_closed and bool(RETURNS.search(code)) and not is_alternative
         blocks.append(Block(code, is_python, is_whole))
-    return "\n".join(outside), blocks
+    return blocks
 
 
 def _inside(
@@ -284,10 +279,6 @@ def _shifted(line: str, columns: int) -> str:
     return " " * max(0, indent_of(line) + columns) + line.lstrip(" \t\f")
 
 
-def _first_indent(text: str) -> int:
-    return next((indent_of(line) for line in text.split("\n") if line.strip()), 0)
-
-
 def _with_needed(chosen: Block, blocks: Sequence[Block], entry_point: str) -> str:
     """Put the definitions that the chosen block needs from other blocks in front of it."""
     own = {name for head, _ in statements(chosen.text) for name in names(head)}
@@ -310,13 +301,8 @@ def _unfenced(text: str, entry_point: str) -> str:
     if not is_program and defines(program := _at_margin(set_off), entry_point):
         return program  # Markdown indents code that has no fences
     starts = (at for at, line in enumerate(lines) if _starts_code(line, at_margin=is_program))
-    code = "\n".join(lines[next(starts, 0) :])
-    begins_inside = _first_indent(code) > 0
-    code = "\n".join(
-        whole
-        for at, (head, whole) in enumerate(statements(code))
-        if _is_code(head) or (begins_inside and at == 0)
-    )
+    found = enumerate(statements("\n".join(lines[next(starts, len(lines)) :])))
+    code = "\n".join(whole for at, (head, whole) in found if at == 0 or _is_code(head))
     if is_program:
         return code
     return as_body(code) if _is_body(_at_margin(code.split("\n"))) else ""

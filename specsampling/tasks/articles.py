@@ -1,22 +1,22 @@
 """Reads articles with their summaries from the hub, from local files, or from the demo.
 
-Only the columns `id`, `document` and `summary` are read, so odd columns do no harm. Each cell is
+Only the columns that `xsum.columns` names are read, so odd columns do no harm. Each cell is
 read as the text in the file: a guessed type would turn the id 007 into 7, and the summary "None"
 into nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from specsampling.checking import nearest
+from specsampling.config import XSumColumns
 from specsampling.disk import pointer_problem
 from specsampling.tasks.task import Example, TaskError
 
@@ -25,17 +25,16 @@ DEMO_ARTICLES = Path(__file__).parent.parent / "data" / "articles.jsonl"  # embe
 # The hub's own conversion. For XSum, main holds a script, which `datasets` does not run.
 HUB_REVISION = "refs/convert/parquet"
 HUB_FILES = "default/{split}/*.parquet"
-COLUMNS = ("id", "document", "summary")
-NEEDED = ("document", "summary")
 DELIMITERS = ",;\t"  # a spreadsheet exports with its language's delimiter
+MAX_NAMES = 8  # columns that an error lists
 
-Cells = Mapping[str, Any]  # a row's values in COLUMNS: text, or values to refuse
+Cells = dict[str, Any]  # document, summary and perhaps id: text, or values to refuse
 
 
-def load_articles(dataset: str, split: str) -> list[Example]:
+def load_articles(dataset: str, split: str, columns: XSumColumns) -> list[Example]:
     """Return the articles of one split, in the order of their file.
 
-    The id of an article is the column `id`, or the row's number (from 0) if there is none.
+    The id of an article is the row's number (from 0) if there is no column of ids.
 
     Args:
         dataset: `embedded:articles`, a local .jsonl, .csv or .parquet file, a local folder of
@@ -47,11 +46,7 @@ def load_articles(dataset: str, split: str) -> list[Example]:
             text. An id is used twice, or only some rows have ids.
     """
     try:
-        paths = _files(dataset, split)
-        for path in paths:
-            if problem := pointer_problem(path):
-                raise TaskError(problem)
-        rows = [row for path in paths for row in READERS[path.suffix](path)]
+        rows = [row for path in _files(dataset, split) for row in _rows(path, columns)]
     except TaskError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -61,31 +56,40 @@ def load_articles(dataset: str, split: str) -> list[Example]:
         ) from error
     if not rows:
         raise TaskError(f"xsum.dataset must hold at least one article (got 0 in {dataset})")
-    has_ids = any(row.get("id") is not None for row in rows)
-    articles = [_article(dataset, number, row, has_ids) for number, row in enumerate(rows)]
-    (name, times), *_ = Counter(article.id for article in articles).most_common(1)
+    if all(row.get("id") is None for row in rows):
+        rows = [{**row, "id": str(number)} for number, row in enumerate(rows)]
+    for number, row in enumerate(rows):
+        if wrong := next((field for field in vars(columns) if not _is_text(field, row)), None):
+            raise TaskError(
+                f"xsum.dataset must hold text in the column {getattr(columns, wrong)} (got "
+                f"{row.get(wrong)!r:.60} in row {number} of {dataset}); mend the row"
+            )
+    (name, times), *_ = Counter(row["id"] for row in rows).most_common(1)
     if times > 1:
         raise TaskError(
             f"xsum.dataset must have a different id in every row (got {name[:60]} {times} times in "
-            f"{dataset}); mend the column id, or leave it out to number the rows"
+            f"{dataset}); mend the column {columns.id}, or set xsum.columns.id to null"
         )
-    return articles
+    return [
+        Example(row["id"], row["document"].strip(), reference=row["summary"].strip())
+        for row in rows
+    ]
 
 
-def _article(dataset: str, number: int, row: Cells, has_ids: bool) -> Example:
-    texts = {}
-    for column in COLUMNS if has_ids else NEEDED:
-        value = row.get(column)
+def _is_text(field: str, row: Cells) -> bool:
+    value = row.get(field)
+    return (
+        isinstance(value, str)
         # No tokenizer accepts half a character (a lone surrogate).
-        is_torn = isinstance(value, str) and re.search(r"[\ud800-\udfff]", value)
-        if not isinstance(value, str) or is_torn or (column == "id" and not value.strip()):
-            raise TaskError(
-                f"xsum.dataset must hold text in the column {column} (got {value!r:.60} in "
-                f"row {number} of {dataset}); mend the row"
-            )
-        texts[column] = value
-    document, summary = texts["document"].strip(), texts["summary"].strip()
-    return Example(texts.get("id", str(number)), document, reference=summary)
+        and not re.search(r"[\ud800-\udfff]", value)
+        and (field != "id" or bool(value.strip()))
+    )
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # --- the files of a data set ---------------------------------------------------------
@@ -99,17 +103,9 @@ def _files(dataset: str, split: str) -> Sequence[Path]:
         )
     if path.is_dir():
         return _files_in_folder(path, split)
-    is_readable = path.suffix in READERS
-    if not path.exists():
-        if not is_readable:
-            return _files_from_hub(dataset, split)
-        raise ValueError("Unable to find the file")
-    if not is_readable or not path.is_file():
-        raise TaskError(
-            f"xsum.dataset must end in {', '.join(READERS)} and be a file, if it is no folder and "
-            f"no hub id (got {dataset}); convert it"
-        )
-    return [path]
+    if path.exists() or path.suffix in READERS:
+        return [path]
+    return _files_from_hub(dataset, split)
 
 
 def _files_in_folder(folder: Path, split: str) -> list[Path]:
@@ -129,14 +125,7 @@ def _files_in_folder(folder: Path, split: str) -> list[Path]:
         raise TaskError(
             f"xsum.split must be a split of {folder}, here {', '.join(splits)} (got {split})"
         )
-    files = [Path(file) for file in splits[split]]
-    for file in files:
-        if file.suffix not in READERS:
-            raise TaskError(
-                f"xsum.dataset must be a folder of files that end in {', '.join(READERS)} (got "
-                f"{file}); convert it"
-            )
-    return files
+    return [Path(file) for file in splits[split]]
 
 
 def _files_from_hub(dataset: str, split: str) -> list[Path]:
@@ -159,116 +148,113 @@ def _files_from_hub(dataset: str, split: str) -> list[Path]:
 # --- the contents of a file ----------------------------------------------------------
 
 
-def _read_json_lines(path: Path) -> Iterator[Cells]:
-    with _open_text(path) as file:
+def _rows(path: Path, columns: XSumColumns) -> Iterator[Cells]:
+    """Read a file's rows, with their cells under the names that `columns` gives them here."""
+    if path.suffix not in READERS or (path.exists() and not path.is_file()):
+        raise TaskError(
+            f"xsum.dataset must end in {', '.join(READERS)} and be a file, or be a folder of such "
+            f"files or a hub id (got {path}); convert it"
+        )
+    if problem := pointer_problem(path):
+        raise TaskError(problem)
+    try:
+        yield from READERS[path.suffix](path, columns)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path.name} is not UTF-8 text: it has the byte 0x{byte:02x}") from None
+
+
+def _read_json_lines(path: Path, columns: XSumColumns) -> Iterator[Cells]:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 # Numbers stay as written: an id may have 23 digits, and a summary may be 42.0.
-                value = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+                row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
             except RecursionError:
                 raise ValueError(f"line {number} is nested too deeply") from None
             except ValueError as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from None
-            if not isinstance(value, dict):
+            if not isinstance(row, dict):
                 raise ValueError(f"{path.name}, line {number}, is not a JSON object")
-            _require_columns(path, value)
-            cells = {name: value[name] for name in COLUMNS if name in value}
-            yield {n: str(v).lower() if isinstance(v, bool) else v for n, v in cells.items()}
+            cells = {field: row[name] for field, name in _found(path, [*row], columns).items()}
+            yield {f: str(v).lower() if isinstance(v, bool) else v for f, v in cells.items()}
 
 
-def _read_csv(path: Path) -> Iterator[Cells]:
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses long texts
+def _read_csv(path: Path, columns: XSumColumns) -> Iterator[Cells]:
+    limit = csv.field_size_limit(2**31 - 1)  # the default refuses long texts
     try:
-        with _open_text(path) as file:
-            yield from _rows_of_csv(path, file)
-    finally:
-        csv.field_size_limit(before)
-
-
-def _rows_of_csv(path: Path, file: Any) -> Iterator[Cells]:
-    fitting = DELIMITERS[0]  # the delimiter that splits the first row into the columns
-    for delimiter in reversed(DELIMITERS):
-        with contextlib.suppress(csv.Error):
-            if set(NEEDED) <= set(next(csv.reader(file, delimiter=delimiter), [])):
-                fitting = delimiter
-        file.seek(0)
-    reader = csv.reader(file, delimiter=fitting, strict=True)
-    try:
-        header = next(reader, None)
-        if header is None:
-            return
-        _require_columns(path, header)
-        positions = {name: header.index(name) for name in COLUMNS if name in header}
-        for cells in reader:
-            if len(cells) > len(header):
-                raise ValueError(
-                    f"line {reader.line_num} has {len(cells)} fields, the first line "
-                    f"{len(header)}: a text with a comma or a line break needs quotes"
-                )
-            if cells:  # a blank line has none
-                # An empty or a missing cell means that there is no value.
-                yield {name: "".join(cells[at : at + 1]) or None for name, at in positions.items()}
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = _delimiter(file.readline(), columns)
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names = _found(path, reader.fieldnames or [], columns)
+            for row in reader:
+                if None in row:  # the cells beyond the header's
+                    width = len(reader.fieldnames or [])
+                    raise ValueError(
+                        f"line {reader.line_num} has {width + len(row[None])} fields, the first "
+                        f"line {width}: a text with a comma or a line break needs quotes"
+                    )
+                yield {field: row[name] or None for field, name in names.items()}
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from None
+        raise ValueError(f"line {reader.reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path) -> Iterator[Cells]:
+def _delimiter(header: str, columns: XSumColumns) -> str:
+    """Return the delimiter that splits a file's first line best."""
+
+    def fit(delimiter: str) -> tuple[bool, int]:
+        cells = next(csv.reader([header], delimiter=delimiter))
+        return columns.document in cells, len(cells)
+
+    return max(DELIMITERS, key=fit)
+
+
+def _read_parquet(path: Path, columns: XSumColumns) -> Iterator[Cells]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _require_columns(path, names)
-            for batch in file.iter_batches(columns=[n for n in COLUMNS if n in names]):
-                columns = {}
-                for name, column in zip(batch.schema.names, batch.columns):
-                    try:
-                        columns[name] = column.cast(pyarrow.string())
-                    except pyarrow.ArrowException:
-                        problem = f"column {name} holds {column.type}, which is no text"
-                        raise ValueError(problem) from None
-                yield from pyarrow.RecordBatch.from_pydict(columns).to_pylist()
+            names = _found(path, file.schema_arrow.names, columns)
+            table = file.read([*names.values()])
     except pyarrow.ArrowException as error:  # not all of these are ValueErrors
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(str(error)) from error
+    cells = {}
+    for field, name in names.items():
+        try:
+            cells[field] = table[name].cast(pyarrow.string())
+        except pyarrow.ArrowException:
+            raise ValueError(f"column {name} holds {table[name].type}, which is no text") from None
+    yield from pyarrow.table(cells).to_pylist()
 
 
-READERS: dict[str, Callable[[Path], Iterator[Cells]]] = {
+READERS: dict[str, Callable[[Path, XSumColumns], Iterator[Cells]]] = {
     ".jsonl": _read_json_lines,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
 
 
-@contextlib.contextmanager
-def _open_text(path: Path) -> Iterator[Any]:
-    """Open a UTF-8 file with or without a byte order mark, and keep its line ends."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path.name} is not UTF-8 text: it has the byte 0x{byte:02x}") from None
-
-
-def _require_columns(path: Path, names: Iterable[str]) -> None:
-    found = list(names)
-    if not set(NEEDED) <= set(found):
-        some = ", ".join([*found[:8], *["..."] * (len(found) > 8)])
-        raise TaskError(
-            f"xsum.dataset must have the columns document and summary (got {some:.200} in {path}); "
-            "rename them"
-        )
-    twice = [name for name in COLUMNS if found.count(name) > 1]
-    if twice:
-        raise TaskError(
-            f"xsum.dataset must have each column once (got {twice[0]} twice in {path}); rename one"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _found(path: Path, names: Sequence[str], columns: XSumColumns) -> dict[str, str]:
+    """Return the columns to read of those that are there; the column `id` may be missing."""
+    found = {}
+    for field, name in vars(columns).items():
+        if name is None or (field == name == "id" and name not in names):
+            continue
+        if name not in names:
+            some = ", ".join([*names[:MAX_NAMES], *["..."] * (len(names) > MAX_NAMES)])
+            raise TaskError(
+                f"xsum.columns.{field} must be a column of {path}, here {some or 'none':.200} (got "
+                f"{name}); {nearest(name, names) or 'name one of them'}"
+            )
+        if names.count(name) > 1:
+            raise TaskError(
+                f"xsum.dataset must have each column once (got {name} twice in {path}); rename one"
+            )
+        found[field] = name
+    return found

@@ -28,8 +28,9 @@ class Rouge(evaluate.Metric):
     `compute(predictions=..., references=...)` gives {"rouge1": mean over the samples, ...}, and
     with `use_aggregator=False` {"rouge1": [one per sample], ...}; all in [0, 1].
 
-    Differs from `evaluate.load("rouge")`: the mean is the samples' own, not the random middle
-    of a bootstrap. There is no rougeLsum. A reference is one text.
+    Differs from `evaluate.load("rouge")`: words are stemmed unless `use_stemmer=False`. The mean
+    is the samples' own, not the random middle of a bootstrap. There is no rougeLsum. A reference
+    is one text.
     """
 
     def __init__(self) -> None:
@@ -55,9 +56,13 @@ class Rouge(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: Sequence[str], references: Sequence[str], use_aggregator: bool = True
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str],
+        use_aggregator: bool = True,
+        use_stemmer: bool = True,
     ) -> dict[str, Any]:
-        scorer = RougeScorer(list(ROUGE_NAMES), use_stemmer=True)
+        scorer = RougeScorer(list(ROUGE_NAMES), use_stemmer=use_stemmer)
         scores = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
         samples: dict[str, list[float]] = {
             name: [score[name].fmeasure for score in scores] for name in ROUGE_NAMES

@@ -13,13 +13,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_OPENING = re.compile(r"#|\"\"\"|'''|\"|'")
-_END_OF = {
-    '"': re.compile(r'[^"\\]*(?:\\.[^"\\]*)*"'),
-    "'": re.compile(r"[^'\\]*(?:\\.[^'\\]*)*'"),
-    '"""': re.compile(r'[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'),
-    "'''": re.compile(r"[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"),
-}
+# A comment, or a string: its quote, its text, and the same quote or the line's end.
+_COMMENT_OR_STRING = re.compile(r"""#.*|("{3}|'{3}|"|')(?:\\.|(?!\1)[^\\])*(\1|\\?$)""")
 _DEFINITION = re.compile(r"(?:async\s+def|def|class|import|from)\b")
 _AFTER_OPEN_BRACKET = re.compile(r"(?:async\s+def|def|class|import|from|if __name__)\b|@\w")
 _CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")
@@ -44,29 +39,30 @@ def without_strings(line: str, quote: str = "") -> tuple[str, str]:
     """Return a physical line without its comment, each string replaced by a 0.
 
     Args:
-        line: without its newline.
         quote: the quote that is open at the line's beginning, "" for none.
 
     Returns:
         The code, and the quote that is open at the line's end. A string that should have ended on
         its line leaves its quote in the code.
     """
-    pieces: list[str] = []
-    at = 0
-    while True:
-        if not quote:
-            found = _OPENING.search(line, at)
-            pieces.append(line[at : found.start() if found else len(line)])
-            if found is None or found[0] == "#":
-                return "".join(pieces).strip(" \t\f"), ""
-            quote, at = found[0], found.end()
-            pieces.append("0")
-        end = _END_OF[quote].match(line, at)
-        if end is None:
-            if len(quote) == 1 and not line.endswith("\\"):
-                return "".join([*pieces, quote]).strip(" \t\f"), ""
-            return "".join(pieces).strip(" \t\f"), quote
-        quote, at = "", end.end()
+    open_quote = ""
+
+    def shortened(found: re.Match[str]) -> str:
+        nonlocal open_quote
+        begin, end = found.groups()
+        if begin is None:
+            return ""
+        if begin == end:
+            return "0"
+        if len(begin) == 1 and not line.endswith("\\"):
+            return f"0{begin}"
+        open_quote = begin
+        return "0"
+
+    if not quote:
+        return _COMMENT_OR_STRING.sub(shortened, line).strip(" \t\f"), open_quote
+    code = _COMMENT_OR_STRING.sub(shortened, f"{quote}.{line}")
+    return code.removeprefix("0").strip(" \t\f"), open_quote
 
 
 def logical_lines(lines: Sequence[str]) -> list[Line]:

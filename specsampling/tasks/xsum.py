@@ -21,7 +21,7 @@ class XSum:
     def __init__(self, settings: XSumConfig):
         """Read the articles, or raise TaskError if they break a rule."""
         self._settings = settings
-        articles = load_articles(settings.dataset, settings.split)
+        articles = load_articles(settings.dataset, settings.split, settings.columns)
         num_evaluated = len(articles) - settings.num_shots
         if num_evaluated < 1:
             raise TaskError(
