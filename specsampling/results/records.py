@@ -7,14 +7,14 @@ A run is three files: `name.jsonl` (rows), `name.meta.json` (what made them) and
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from specsampling.results import lines
 from specsampling.results.files import RecordsError, read_file
 from specsampling.results.lines import Key, hash_of
-from specsampling.results.meta import START_OVER, read_meta
+from specsampling.results.meta import START_OVER, machines_of, read_meta
 from specsampling.results.scores import Scores, read_scores, scores_path
 
 OUT_OF_MEMORY = "out of memory"  # begins the error of a row that lacked memory
@@ -69,7 +69,7 @@ class Row:
     noise: str | None = None  # "positional", or None for numbers drawn in sequence
     error: str | None = None  # the reason, if finish_reason is error
     rank: int | None = None  # the process that made the row, if there are several
-    device: str | None = None
+    device: str | None = None  # the machine, as `meta.machine_of` names it
 
     @property
     def lacked_memory(self) -> bool:
@@ -112,9 +112,14 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a finished or a running run, with its scores if they are there."""
-    is_scored = scores_path(path).exists()
-    return Run(read_rows(path), read_meta(path), read_scores(path) if is_scored else None)
+    """Read a finished or a running run, with its scores if they are there.
+
+    A row that names no machine gets the run's, or "" if the run had several.
+    """
+    is_scored, meta = scores_path(path).exists(), read_meta(path)
+    machine = found[0] if len(found := machines_of(meta)) == 1 else "" if found else None
+    rows = [replace(row, device=row.device or machine) for row in read_rows(path)]
+    return Run(rows, meta, read_scores(path) if is_scored else None)
 
 
 def is_run(path: str | Path) -> bool:
