@@ -24,6 +24,7 @@ META = {
         "speculation": {"k": 5},
         "decoding": {"max_new_tokens": 256},
         "sampling": {"temperature": 0, "top_k": 0, "top_p": 1.0, "seed": 0, "num_samples": 1},
+        "humaneval": {},
     },
     "config_hash": "0123456789abcdef",
     "profile": "demo",
@@ -537,6 +538,15 @@ def test_run_in_words_names_hardware_precision_config_and_command():
     resumed = [{"peak_memory": "6.1 GB"}, {}, {"peak_memory": "5.9 GB"}]
     text = tables.describe_run({**META, "peak_memory": "5.9 GB", "resumed": resumed})
     assert "2 threads, peak memory 5.9 GB or 6.1 GB\n" in text
+
+
+@pytest.mark.parametrize(
+    ("k", "words"), [(7, "k = 7 (at most 6 from a model), "), ("auto", "auto, ")]
+)
+def test_a_run_whose_k_is_found_has_no_limit_for_models(k, words):
+    config = META["config"] | {"speculation": {"k": k, "model_k": 6}}
+    line = tables.describe_run(META | {"config": config}).splitlines()[1]
+    assert words in line
 
 
 # --- figures -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ A run is three files: `name.jsonl` (rows), `name.meta.json` (what made them) and
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -128,6 +129,26 @@ def is_run(path: str | Path) -> bool:
         return bool(read_rows(path))
     except RecordsError:
         return False
+
+
+def newest_run(folder: Path, task: str, published: Path) -> Path:
+    """Return the newest rows of a task in a folder, or `published` if there are none.
+
+    `task` is xsum or humaneval. What lies in a folder of the name published is left out.
+    """
+    metas = [beside.with_suffix("").with_suffix(".jsonl") for beside in folder.rglob("*.meta.json")]
+    paths = [
+        path
+        for path in metas
+        if path.exists() and "published" not in path.relative_to(folder).parts
+    ]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(RecordsError):
+            meta = read_meta(path)
+            is_of_task = meta.get("config", {}).get(task) is not None and "shard_of" not in meta
+            if is_of_task and read_rows(path):
+                return path
+    return published
 
 
 def rows_in(path: Path, data: bytes) -> tuple[list[Row], int]:
