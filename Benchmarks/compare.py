@@ -26,12 +26,12 @@ from specsampling.config import ConfigError
 from specsampling.console import Parser, exit_code
 from specsampling.results import metrics
 from specsampling.results.records import Row, Run, read_run
-from specsampling.results.tables import aligned, scores_of
+from specsampling.results.tables import aligned, few_notes, scores_of
 
 NOTE = (
-    "equal counts the texts with the same token ids. before is the share of the first run's tokens "
-    "that come before the first difference, over all texts. Scores and differences (first run "
-    "minus other) have 95% intervals over the texts that both runs have"
+    "n counts problems. equal counts the texts with the same token ids. before is the share of the "
+    "first run's tokens that come before the first difference, over all texts. Scores and "
+    "differences (first run minus other) have 95% intervals over the texts that both runs have"
 )
 
 
@@ -71,7 +71,8 @@ def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
     `table.attrs["notes"]` is a list of sentences that belong under the table.
     """
     table = pd.DataFrame([_compare(run, other, method) for method in methods])
-    table.attrs["notes"] = [*_other_prompts(run.rows, other.rows, methods), NOTE]
+    notes = [*_other_prompts(run.rows, other.rows, methods), NOTE]
+    table.attrs["notes"] = [*notes, *few_notes(max(table["n"]))]
     return table
 
 
@@ -97,8 +98,8 @@ def _compare(run: Run, other: Run, method: str) -> dict[str, object]:
     num_before = sum(metrics.num_equal_tokens(row, their) for row, their in pairs)
     line: dict[str, object] = {
         "method": method,
-        "n": len(pairs),
-        "equal": sum(row.token_ids == their.token_ids for row, their in pairs),
+        "n": metrics.num_problems(row for row, _ in pairs),
+        "equal": "{}/{}".format(*metrics.count_identical(rows, others)),
         "before": num_before / num_tokens if num_tokens else float("nan"),
     }
     scores = scores_of([row for row, _ in pairs], run.scores or [])

@@ -131,7 +131,7 @@ def over_k(run: Run) -> pd.DataFrame:
     compared_with = rows.get("reference", by_k[0])
     lines = []
     for k, of_k in sorted(by_k.items()):
-        line: dict[str, Any] = {"K": k, "n": len(of_k)}
+        line: dict[str, Any] = {"K": k, "n": metrics.num_problems(of_k)}
         line["ms/token"] = 1000 / metrics.tokens_per_second(of_k)
         line |= tables.speedup_columns("speedup", by_k[0], of_k)
         if k:
@@ -183,6 +183,8 @@ def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
 def describe_cell(cell: str, run: Run) -> str:
     """Say in one line where a cell is fastest."""
     table = over_k(run)
+    if table["ms/token"].isna().all():
+        return f"{cell}: rows of several machines, whose speeds cannot be compared"
     best = table.set_index("K").loc[best_k(table)]
     line = f"{cell}: fastest at K = {best.name}, {tables.as_text('speedup', best['speedup'])}"
     if found := found_k(run):
@@ -200,7 +202,9 @@ def format_figure1(runs: Mapping[str, Run]) -> str:
     """Format every cell's table for a terminal, and explain the columns."""
     lines = []
     for cell, run in runs.items():
-        lines += [describe_cell(cell, run), *tables.aligned(figure1_table(over_k(run)))]
+        table = over_k(run)
+        lines += [describe_cell(cell, run), *tables.aligned(figure1_table(table))]
+        lines += tables.few_notes(max(table["n"]))
     return "\n".join([*lines, "", *NOTES])
 
 

@@ -266,7 +266,7 @@ def identity_table(
             continue
         draft, rule = parts.group("draft", "rule")
         line: dict[str, Any] = {"temperature": setting[0], "top_p": setting[1]}
-        line |= {"draft": draft, "rule": rule, "n": len(of_method)}
+        line |= {"draft": draft, "rule": rule, "n": metrics.num_problems(of_method)}
         line["expected"] = np.nan
         if not draft.startswith("ngram"):
             kind = "greedy" if draft.startswith(GREEDY) else "coupled" if rule == "coupled" else ""

@@ -115,7 +115,8 @@ def methods_table(run: Run) -> pd.DataFrame:
     lines = []
     for method, of_method in rows.items():
         line: dict[str, Any] = dict(zip(("draft", "K", "rule"), parts[method], strict=True))
-        line |= {"n": len(of_method), "tokens/s": metrics.tokens_per_second(of_method)}
+        line["n"] = metrics.num_problems(of_method)
+        line["tokens/s"] = metrics.tokens_per_second(of_method)
         line |= tables.speedup_columns("speedup", rows.get(tables.BASELINE, []), of_method)
         line["tokens/call"] = metrics.block_efficiency(of_method)
         line["accepted"] = metrics.draft_acceptance_rate(of_method)
@@ -145,7 +146,8 @@ def methods_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_methods(table: pd.DataFrame) -> str:
-    return "\n".join(tables.aligned(methods_text(table)))
+    notes = tables.few_notes(max(table["n"], default=0))
+    return "\n".join([*tables.aligned(methods_text(table)), *notes])
 
 
 def methods_figure(table: pd.DataFrame, title: str) -> Figure:

@@ -83,7 +83,7 @@ from specsampling.models.errors import ModelError
 from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
-from specsampling.results.records import Row, Source
+from specsampling.results.records import Row, Source, read_run
 from specsampling.results.runfile import RunFile, check_fresh, check_output
 from specsampling.results.tables import aligned, shared_rows
 
@@ -714,9 +714,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for host in hosts:
             host.close()
-    print("\n" + "\n".join(report(run_file.rows)))
-    save_figure(figure(run_file.rows), options.output.parent / "figures", options.output.stem)
-    return 1 if any(row.error for row in run_file.rows) else 0
+    rows = read_run(options.output).rows
+    print("\n" + "\n".join(report(rows)))
+    save_figure(figure(rows), options.output.parent / "figures", options.output.stem)
+    return 1 if any(row.error for row in rows) else 0
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -837,8 +838,7 @@ def figure(all_rows: Sequence[Row]) -> Figure:
 
 
 def rate_with_prefill(rows: Sequence[Row]) -> float:
-    seconds = sum(row.prefill_seconds + row.decode_seconds for row in rows)
-    return sum(row.num_new_tokens for row in rows) / seconds
+    return metrics.tokens_per_second(rows, with_prefill=True)
 
 
 def best(rows: dict[str, list[Row]], families: tuple[str, ...]) -> str | None:

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 
 from Benchmarks import figure1, identity, methods, peers, quality, scale, table1
-from Benchmarks.run_page import HEADINGS, page_of
+from Benchmarks.run_page import page_of
 from specsampling.config import OLD_NAMES, ConfigError
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.results import metrics, tables
+from specsampling.results.meta import device_names
 from specsampling.results.records import Run, read_run
 
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -96,7 +97,7 @@ def run_table(path: Path, left_out: Sequence[str] = ()) -> str:
     run = read_run(path)
     table = summary_of(run)
     shown = table.drop(columns=[*LEFT_OUT, *left_out], errors="ignore")
-    return f"{markdown(tables.printable(shown))}\n\n{caption(run, max(table['n']))}"
+    return f"{markdown(tables.printable(shown))}\n\n{caption(run)}"
 
 
 def texts_table(path: Path) -> str:
@@ -104,9 +105,10 @@ def texts_table(path: Path) -> str:
     return run_table(path, TIMED)
 
 
-def caption(run: Run, num: int) -> str:
+def caption(run: Run) -> str:
     """What a run's table says of the run: texts, models, machine, command."""
     meta, config = run.meta, run.meta["config"]
+    num = max(map(len, tables.shared_rows(run.rows).values()))
     sizes = config["run"].get("batch_size", 1)
     together = f", {sizes} texts at once" if sizes > 1 else ""
     command = meta["command"].replace("--fresh ", "")
@@ -114,7 +116,7 @@ def caption(run: Run, num: int) -> str:
         command = command.replace(f"--profile {old} ", f"--profile {new} ")
     return (
         f"{num} texts for each method, {tables.describe_sampling(config['sampling'])}, "
-        f"{meta['precision']}{together}; {meta['device_name']}, {meta['date'][:10]}. "
+        f"{meta['precision']}{together}; {device_names(meta)}, {meta['date'][:10]}. "
         f"Command: `{command}`."
     )
 
@@ -124,7 +126,7 @@ def terminal_table(path: Path) -> str:
     run = read_run(path)
     table = summary_of(run)
     table.attrs["notes"] = []
-    return f"```text\n{tables.format_table(table)}\n({run.meta['device_name']})\n```"
+    return f"```text\n{tables.format_table(table)}\n({device_names(run.meta)})\n```"
 
 
 def headline_table(folder: Path) -> str:
@@ -139,7 +141,7 @@ def headline_table(folder: Path) -> str:
             {
                 "target and draft": name,
                 "problems": str(num),
-                "machine": f"{run.meta['device_name']}, {run.meta['precision']}",
+                "machine": f"{device_names(run.meta)}, {run.meta['precision']}",
                 "baseline tokens/s": f"{metrics.tokens_per_second(baseline):.1f}",
                 "speculative tokens/s": f"{metrics.tokens_per_second(ours):.1f}",
                 "speedup": f"{metrics.speedup(baseline, ours).of_totals:.2f}",
@@ -158,9 +160,7 @@ def precision_table(path: Path) -> str:
 def peers_table(path: Path) -> str:
     run = read_run(path)
     rows = tables.shared_rows([row for row in run.rows if not row.error])
-    return (
-        f"{markdown(peers.table_of(rows))}\n\n{run.meta['device_name']}, {run.meta['date'][:10]}."
-    )
+    return f"{markdown(peers.table_of(rows))}\n\n{device_names(run.meta)}, {run.meta['date'][:10]}."
 
 
 def identity_table(folder: Path) -> str:
@@ -172,7 +172,7 @@ def identity_table(folder: Path) -> str:
     whole = pd.concat(parts)
     return (
         f"{markdown(identity.over_settings(whole))}\n\nUp to {max(whole['n'])} problems in each of "
-        f"{len(paths)} settings, {run.meta['precision']}; {run.meta['device_name']}, "
+        f"{len(paths)} settings, {run.meta['precision']}; {device_names(run.meta)}, "
         f"{run.meta['date'][:10]}."
     )
 
@@ -181,19 +181,19 @@ def scale_table(path: Path) -> str:
     """Hours that the paper's 100 samples of each problem take, by a run's own seconds."""
     run = read_run(path)
     table = scale.table_of(run.rows, NUM_TEXTS, (1, 8, 64), 60)
-    return f"{markdown(table)}\n\nMachine: {run.meta['device_name']}, {run.meta['precision']}."
+    return f"{markdown(table)}\n\nMachine: {device_names(run.meta)}, {run.meta['precision']}."
 
 
 def methods_table(path: Path) -> str:
     run = read_run(path)
     table = methods.methods_table(run)
-    return f"{markdown(methods.methods_text(table))}\n\n{caption(run, max(table['n']))}"
+    return f"{markdown(methods.methods_text(table))}\n\n{caption(run)}"
 
 
 def figure1_table(path: Path) -> str:
     run = read_run(path)
     table = figure1.over_k(run)
-    return f"{markdown(figure1.figure1_table(table))}\n\n{caption(run, max(table['n']))}"
+    return f"{markdown(figure1.figure1_table(table))}\n\n{caption(run)}"
 
 
 def table1_table(folder: Path) -> str:
@@ -217,7 +217,7 @@ def index_of_runs(folder: Path) -> str:
                 "run": f"`{path.relative_to(folder)}`",
                 "rows": str(len(run.rows)),
                 "methods": str(len(rows)),
-                "machine": meta["device_name"],
+                "machine": device_names(meta),
                 "precision": meta["precision"],
                 "commit": meta["git_commit"],
                 "command": f"`{meta['command']}`",
@@ -244,7 +244,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
 
 def markdown(text: pd.DataFrame) -> str:
     """A table of text in Markdown; "-" for an empty cell becomes an empty one."""
-    text = text.rename(columns=HEADINGS)
+    text = text.rename(columns=tables.HEADINGS)
     lines = [list(map(str, text.columns)), ["---"] * len(text.columns)]
     lines += [["" if cell == "-" else str(cell) for cell in line] for line in text.to_numpy()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

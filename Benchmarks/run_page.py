@@ -16,14 +16,10 @@ from typing import Any
 from specsampling.method.text import Generation
 from specsampling.results import figures, metrics, tables
 from specsampling.results.lines import key_of
+from specsampling.results.meta import device_names
 from specsampling.results.records import Row, Run, read_run
 
-HEADINGS = {  # a table's columns in fewer words
-    "end-to-end speedup": "with prefill",
-    "draft acceptance rate": "accepted",
-    "block efficiency": "tokens/call",
-    "time outside forwards": "outside calls",
-}
+FIGURES = figures.tokens_per_second_figure, figures.accepted_figure, figures.speedup_figure
 FRAME = Path(__file__).with_name("report.html")
 
 
@@ -35,28 +31,17 @@ def page_of(path: Path) -> str:
     table = tables.summary_table(run.rows, run.scores, sampling)
     text = tables.printable(table.drop(columns=["sampling"]))
     data = {
-        "about": f"{run.meta['device_name']}, {run.meta['precision']}, {run.meta['date'][:10]}; "
+        "about": f"{device_names(run.meta)}, {run.meta['precision']}, {run.meta['date'][:10]}; "
         f"commit {run.meta['git_commit']}; {run.meta['command']}",
-        "columns": list(text.rename(columns=HEADINGS).columns),
+        "columns": list(text.rename(columns=tables.HEADINGS).columns),
         "lines": text.to_numpy().tolist(),
         "notes": table.attrs["notes"],
-        "figures": [svg_of(draw(run.rows)) for draw in drawings(run)],
+        "figures": [svg_of(draw(run.rows)) for draw in FIGURES],
         "problems": problems_of(run),
         "config": json.dumps({name: of for name, of in config.items() if of}, indent=2),
     }
     # No text of the data may end the script.
     return FRAME.read_text().replace("DATA", json.dumps(data).replace("</", "<\\/"), 1)
-
-
-def drawings(run: Run) -> Sequence[Callable[[Sequence[Row]], Any]]:
-    """The figures that a run's rows allow."""
-    methods = tables.shared_rows(run.rows)
-    drawn: list[Callable[[Sequence[Row]], Any]] = [figures.tokens_per_second_figure]
-    if "speculative" in methods:
-        drawn.append(figures.accepted_figure)
-        if tables.BASELINE in methods:
-            drawn.append(figures.speedup_figure)
-    return drawn
 
 
 def svg_of(figure: Any) -> str:

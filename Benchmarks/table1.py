@@ -219,7 +219,8 @@ def table1(runs: Sequence[Run]) -> pd.DataFrame:
         columns += [*interval_names(measure), *interval_names(f"{measure} difference")]
     columns += ["ms/token", *interval_names("speedup"), "identical outputs"]
     ks = {name.removeprefix("pass@") for part in parts for name in part} - {"1"}
-    columns += [f"pass@{k}" for k in sorted(filter(str.isdigit, ks), key=int)]
+    for k in sorted(filter(str.isdigit, ks), key=int):
+        columns += interval_names(f"pass@{k}")
     table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
     table.attrs["notes"] = notes
     return table
@@ -256,8 +257,17 @@ def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_table1(table: pd.DataFrame) -> str:
-    """Format a `table1` for a terminal, with headings, and the paper's own below it."""
+    """Format a `table1` for a terminal, with headings, and the paper's own below it.
+
+    pass@k of several samples has no room there and stands below.
+    """
     text = table1_beside_paper(table).reset_index()
+    larger = [
+        f"{line.benchmark}, {line.sampling}: {line.method} has a {name} of {value}"
+        for name in text.filter(like="pass@")
+        for line, value in zip(text.itertuples(), text.pop(name))
+        if value != "-"
+    ]
     first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS))
     shown, above = [first, second], ("", "", "")
     for line, heading in zip(lines, zip(*(text[name] for name in TABLE1_HEADINGS)), strict=True):
@@ -267,7 +277,7 @@ def format_table1(table: pd.DataFrame) -> str:
             shown.append(", ".join(heading[1:]))
         above = heading
         shown.append(line)
-    return "\n".join([*shown, rule, *table.attrs["notes"], PAPER_SETUP])
+    return "\n".join([*shown, rule, *larger, *table.attrs["notes"], PAPER_SETUP])
 
 
 def table1_figure(table: pd.DataFrame) -> Figure:

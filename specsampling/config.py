@@ -34,13 +34,23 @@ WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of th
 MAX_FILE_BYTES = 200_000  # room for some hundred profiles; a larger file is of another kind
 MAX_NAMES = 10  # profiles that an error lists
 
-# These choose which rows are made or limit their scoring. They change no row.
-_NOT_HASHED = {
-    "run": ("limit", "methods", "warmup"),
-    "decoding": ("compile",),  # the meta records its effect in `steps`
-    # A run may gain samples, because each has its own randomness. Each row records its noise.
-    "sampling": ("num_samples", "noise"),
-    "humaneval": ("timeout_seconds", "memory_mb", "allow_weak_sandbox"),
+# Version 1 of the fields that decide a row's text, by block. All others choose which rows are made
+# or limit their scoring. A run may gain samples, because each has its own randomness. The meta
+# records the effect of `decoding.compile` in `steps`, and each row records its noise.
+DECIDING = {
+    "models": "target draft tokenizer dtype device target_quantization draft_quantization",
+    "speculation": "k model_k min_confidence ngram_max ngram_min verifier",
+    "decoding": "max_new_tokens bit_exact width",
+    "sampling": "temperature top_k top_p seed",
+    "run": "threads batch_size",
+    "humaneval": "prompt_style stop_strings",
+    "xsum": "dataset split columns prompt_style prompt_template num_shots stop_strings",
+}
+# A field that came after version 1 is left out at the value that all earlier rows had.
+ADDED = {
+    ("speculation", "verifier"): "token",
+    ("run", "batch_size"): 1,
+    ("xsum", "columns"): {"document": "document", "summary": "summary", "id": "id"},
 }
 
 TASKS = "humaneval", "xsum"  # blocks that a profile may lack
@@ -360,18 +370,24 @@ def config_as_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
+def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields in `DECIDING` of a configuration's dict, which may be of an older version.
+
+    A block that is None stays None. Version 1 has {} for humaneval then.
+    """
+    blocks = {block: values.get(block) for block in DECIDING}
+    blocks["humaneval"] = blocks["humaneval"] or {}
+    for block, fields in DECIDING.items():
+        if isinstance(of := blocks[block], dict):
+            known = [name for name in fields.split() if name in of]
+            blocks[block] = {k: of[k] for k in known if of[k] != ADDED.get((block, k), ...)}
+    return blocks
+
+
 def config_hash(config: Config) -> str:
-    """Return 16 hex digits of SHA-256 over every value that can change a row."""
-    values = config_as_dict(config)
-    del values["profile"]
-    for block, keys in _NOT_HASHED.items():
-        values[block] = {k: v for k, v in (values[block] or {}).items() if k not in keys}
-    columns = asdict(XSumColumns())
-    defaults = ("speculation", "verifier", "token"), ("run", "batch_size", 1)
-    for block, key, default in (*defaults, ("xsum", "columns", columns)):
-        if values[block] and values[block][key] == default:
-            del values[block][key]  # a default is left out of the hash
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    """Return 16 hex digits of SHA-256 over the values that decide a row's text."""
+    values = json.dumps(deciding(config_as_dict(config)), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from specsampling.provenance import device_name, peak_memory, prompt_date, run_m
 from specsampling.ranks import Ranks
 from specsampling.results import tables
 from specsampling.results.audit import Audit, audit
-from specsampling.results.records import RecordsError, Row, Run, read_meta, read_rows
+from specsampling.results.meta import device_names, machine_of, machines_of
+from specsampling.results.records import RecordsError, Row, Run, read_meta, read_rows, read_run
 from specsampling.results.runfile import RunFile, check_fresh, check_output, keep_rows
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import Shard, take_in
@@ -106,14 +107,14 @@ def run_experiment(
         require_same_machine(plan)
     if plan.is_finished and plan.existing_run:
         meta = plan.existing_run.meta
-        made = f"{meta.get('device_name')}, {meta.get('date', '')[:10]}"
+        made = f"{device_names(meta)}, {meta.get('date', '')[:10]}"
         loading.say(f"Nothing is left to decode. The rows were made on {made}.")
     pair, drafts, expected = load(plan)
     decoders = bind_decoders(plan.config, pair, drafts, autoregressive, speculative)
-    rows, audits = decode(plan, pair, decoders, expected)
+    audits = decode(plan, pair, decoders, expected)
     if rank():
         return 0  # rank 0 has all rows
-    return report(plan, rows, audits, score)
+    return report(plan, audits, score)
 
 
 def resolve(config: Config, task: Task, output: Path, fresh: bool) -> Plan:
@@ -143,14 +144,12 @@ def require_same_machine(plan: Plan) -> None:
     """Refuse to add rows of this machine to those of another: their speeds cannot be compared."""
     if plan.existing_run is None or plan.is_finished:
         return
-    meta = plan.existing_run.meta
-    starts = [meta, *meta.get("resumed", [])]
-    others = {start.get("device_name", "") for start in starts} - {"", plan.meta["device_name"]}
-    if others:
+    ours = machine_of(plan.meta)
+    if others := [name for name in machines_of(plan.existing_run.meta) if name != ours]:
         raise RecordsError(
-            f"{plan.output} has rows of another machine ({', '.join(sorted(others))}; this is "
-            f"{plan.meta['device_name']}), and speeds of two machines cannot be compared; choose "
-            "another file with --output, or add --on-another-machine"
+            f"{plan.output} has rows of another machine ({'; '.join(others)}; this is {ours}), and "
+            "speeds of two machines cannot be compared; choose another file with --output, or add "
+            "--on-another-machine"
         )
 
 
@@ -178,12 +177,8 @@ def load(plan: Plan) -> tuple[Pair, Drafts, str]:
 
 def decode(
     plan: Plan, pair: Pair, decoders: dict[str, Decode], expected_memory: str
-) -> tuple[Sequence[Row], Mapping[str, Audit | None]]:
-    """Decode what is missing, and audit all rows.
-
-    Returns:
-        The rows of the file and each method's audit. A rank other than 0 has its own rows only.
-    """
+) -> Mapping[str, Audit | None]:
+    """Decode what is missing, and return each method's audit over all rows. Rank 0 audits."""
     from specsampling.runner import run
 
     config, ranks, device = plan.config, plan.ranks, pair.target.device
@@ -220,18 +215,18 @@ def decode(
             run_file.note(audit={method: str(found) for method, found in audits.items() if found})
             more = f" (expected {expected_memory})" if expected_memory else ""
             loading.say(f"  peak memory: {peak}{more}")
-    return run_file.rows, audits
+    return audits
 
 
 def report(
     plan: Plan,
-    rows: Sequence[Row],
     audits: Mapping[str, Audit | None],
     score: Callable[[Path], Scores],
 ) -> int:
     """Score the file, print the table of the plan's texts, and return the exit code."""
     scores = score(plan.output)
     write_scores(plan.output, scores)
+    rows = read_run(plan.output).rows
     samples = {(job.example.id, job.sample_index) for job in plan.jobs}
     shown = [row for row in rows if row.sample in samples]
     sampling = tables.describe_sampling(vars(plan.config.sampling))

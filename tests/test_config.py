@@ -11,6 +11,7 @@ from conftest import shipped_profile
 
 from specsampling.checking import rules_of
 from specsampling.config import (
+    DECIDING,
     OLD_NAMES,
     Config,
     ConfigError,
@@ -523,6 +524,30 @@ def test_the_hash_changes_with_what_changes_rows():
     stops = ("humaneval.prompt_style=completion", 'humaneval.stop_strings=["\\ndef"]')
     hashes |= {config_hash(demo()), config_hash(demo(*stops))}
     assert len(hashes) == len(overrides) + 2
+
+
+def test_an_added_block_changes_no_hash():
+    """A field of a task that came later made every old run another run."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Config):
+        chess: tuple[str, ...] | None = None
+
+    now = {field.name: getattr(demo(), field.name) for field in dataclasses.fields(Config)}
+    assert config_hash(Later(**now, chess=("e4",))) == config_hash(demo())
+
+
+def test_every_field_of_the_configuration_decides_a_text_or_is_known_not_to():
+    """A new field must be put into `DECIDING`, or here: else runs of two values would be one."""
+    values = config_as_dict(demo())
+    fields = {f"{block}.{key}" for block in DECIDING for key in values[block]}
+    deciding = {f"{block}.{key}" for block, keys in DECIDING.items() for key in keys.split()}
+    assert fields - deciding == {
+        *("run.limit", "run.methods", "run.warmup", "decoding.compile", "sampling.num_samples"),
+        *("sampling.noise", "humaneval.timeout_seconds", "humaneval.memory_mb"),
+        "humaneval.allow_weak_sandbox",
+    }
+    assert deciding < fields and set(values) == {"profile", *DECIDING}
 
 
 COMMITTED = [

@@ -31,11 +31,13 @@ from specsampling.models.errors import ModelError
 from specsampling.models.source import digest_of
 from specsampling.results import files, shards
 from specsampling.results.files import RecordsError
+from specsampling.results.meta import machine_of
 from specsampling.results.records import line_of, read_meta, read_rows
 from specsampling.results.runfile import RunFile, check_output
 from specsampling.results.scores import read_scores, write_scores
 
-ROWS = [dataclasses.replace(ROW, sample_index=number) for number in range(5)]
+MADE = dataclasses.replace(ROW, device=machine_of(META))
+ROWS = [dataclasses.replace(MADE, sample_index=number) for number in range(5)]
 SCORES = [{**SCORE, "sample_index": row.sample_index} for row in ROWS]
 NOTES = b"notes of somebody, which nobody else has\n"
 EQUAL, ONE_LINE = "equal", "one line"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -23,8 +24,8 @@ from autoregressive import autoregressive
 from specsampling.console import exit_code
 from specsampling.models import checkpoint, memory
 from specsampling.models.load import load_pair
-from specsampling.results.meta import meta_bytes
-from specsampling.results.records import read_meta, read_rows
+from specsampling.results.meta import machine_of, meta_bytes
+from specsampling.results.records import line_of, read_meta, read_rows
 from specsampling.results.scores import read_scores
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -163,14 +164,28 @@ def test_rows_of_another_machine_go_on_only_if_that_is_said(finished, config, tm
     output = tmp_path / "results2.jsonl"
     meta = read_meta(output) | {"device_name": "Another Processor, 64 cores"}
     (tmp_path / "results2.meta.json").write_bytes(meta_bytes(meta))
+    rows = [replace(row, device=machine_of(meta)) for row in read_rows(output)]
+    output.write_bytes(b"".join(map(line_of, rows)))
     arguments = ("--config", config, "--output", output)
     before = output.read_bytes()
     assert run(*arguments, "--limit", 2)[0] == 0  # nothing is added
     code, _, errors = run(*arguments, "--limit", 3)
     assert code == 2 and output.read_bytes() == before
-    assert "has rows of another machine (Another Processor, 64 cores; this is" in errors
-    assert run(*arguments, "--limit", 3, "--on-another-machine")[0] == 0
+    told = errors.splitlines()[-1]
+    assert "has rows of another machine (Another Processor, 64 cores, " in told
+    assert "--on-another-machine" in told
+    code, printed, _ = run(*arguments, "--limit", 3, "--on-another-machine")
+    assert code == 0
+    speeds = {line.split()[0]: line.split()[-5] for line in printed.splitlines()[3:6]}
+    assert speeds == dict.fromkeys(METHODS, "-")
+    for number, machine in ((1, "Another Processor"), (2, "")):
+        assert f"speculative on machine {number}" in printed
+        assert f"machine {number} is {machine}" in printed
     assert run(*arguments, "--limit", 4)[0] == 2  # the first rows are still another machine's
+    versions = {**read_meta(finished[0])["versions"], "torch": "1.0"}
+    older = read_meta(finished[0]) | {"versions": versions}
+    (tmp_path / "results2.meta.json").write_bytes(meta_bytes(older))
+    assert "torch 1.0" in run(*arguments, "--limit", 4)[2].splitlines()[-1]
 
 
 def test_another_configuration_is_refused_with_the_way_out(finished, config):

@@ -103,6 +103,13 @@ def test_the_figure_has_the_papers_three_panels(made):
     figure.draw_without_rendering()
 
 
+def test_rows_of_two_machines_have_no_fastest_k(made):
+    """Half of a cell may have been decoded elsewhere, with --on-another-machine."""
+    rows = [dataclasses.replace(row, device=("A", "B")[i % 2]) for i, row in enumerate(made.rows)]
+    text = grid.format_figure1({"xsum-greedy": dataclasses.replace(made, rows=rows)})
+    assert "xsum-greedy: rows of several machines, whose speeds cannot be compared" in text
+
+
 def test_the_notebook_shows_table_and_figure(made, tmp_path, monkeypatch):
     write_results(tmp_path, made.rows, "figure1/humaneval-greedy")
     notebook = execute("figure1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)

@@ -17,13 +17,15 @@ from conftest import write_config
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from test_results import META, make_grid, make_rouge_scores, make_run, score_every_fourth
+from test_results import META, SEVEN, make_grid, make_rouge_scores, make_run, score_every_fourth
 
 from Benchmarks.table1 import TABLE1_FILES
-from specsampling.results.records import read_rows, read_run
+from specsampling.results.records import newest_run, read_rows, read_run
 from specsampling.results.runfile import RunFile
-from specsampling.results.scores import write_scores
+from specsampling.results.scores import RougeScore, write_scores
+from specsampling.results.tables import METHODS
 
+ROUGE = {"rouge1": 0.2, "rouge2": 0.1, "rougeL": 0.05}
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "Benchmarks").glob("*.ipynb"))
 
@@ -67,12 +69,15 @@ def test_bench2_shows_table_figures_and_identical_outputs(tmp_path, monkeypatch)
     (table,) = (html for html in outputs_of(notebook, "text/html") if "35.0%" in html)
     for number in ("12/12", "37.5%", "2.00 [2.00, 2.00]", "25.0% [", "greedy", "2.52"):
         assert number in table
+    for column in ("with prefill", "draft accepted", "tokens/call", "outside calls"):
+        assert f"<th>{column}</th>" in table  # as in the terminal
+    assert text.startswith("The run: Results/results2.jsonl\n")
     assert "A Processor (cpu), bfloat16" in text
-    assert "12 of 12 speculative outputs have the token ids of method reference" in text
+    assert "identical outputs have the token ids of method reference" in text
     assert "mean of per-problem ratios" in text
     assert len(outputs_of(notebook, "image/png")) == 3
     saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
-    names = ("exp2_accepted", "exp2_speedup", "exp2_tokens_per_second")
+    names = ("results2_accepted", "results2_speedup", "results2_tokens_per_second")
     assert saved == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
 
 
@@ -82,8 +87,58 @@ def test_bench2_runs_from_the_root_on_an_unscored_run_without_reference(tmp_path
     write_results(tmp_path, rows[:-1])
     notebook = execute("bench2.ipynb", tmp_path, tmp_path, monkeypatch)
     text = "\n".join(outputs_of(notebook, "text/plain"))
-    assert "11 of 11 speculative outputs have the token ids of method autoregressive" in text
+    assert "identical outputs have the token ids of method autoregressive" in text
     assert "1 rows are left out" in text
+    assert any("<td>11/11</td>" in page for page in outputs_of(notebook, "text/html"))
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [("autoregressive",), ("autoregressive", "speculative:ngram"), SEVEN],
+    ids=["no draft", "no plain speculative", "seven methods"],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_notebooks_show_any_methods(number, methods, tmp_path, monkeypatch, model_folders):
+    """A run without plain `speculative` showed "0 of 0" and axes from NaN to NaN."""
+    rows = [
+        replace(row, method=method)
+        for method in methods
+        for row in make_run(methods=(method if method in METHODS else "speculative",))
+    ]
+    if number == 1:
+        path = write_xsum_results(tmp_path, model_folders["llama-target"], rows)
+        scores = [
+            RougeScore(**dict(zip(("example_id", "method", "sample_index"), row.key)), **ROUGE)
+            for row in rows
+        ]
+    else:
+        path, scores = write_results(tmp_path, rows), score_every_fourth(rows)
+    write_scores(path, scores)
+    notebook = execute(f"bench{number}.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
+    shown = "\n".join(outputs_of(notebook, "text/plain") + outputs_of(notebook, "text/html"))
+    assert "0 of 0" not in shown and "NaN" not in shown and "nan" not in shown.split()
+    for method in methods[1:]:
+        assert f"<th>{method}</th>" in shown
+    assert len(outputs_of(notebook, "image/png")) == 3
+
+
+def test_the_newest_run_of_the_task_is_shown(tmp_path, monkeypatch):
+    """The notebook looked for one file name, and showed the published rows beside a new run."""
+    rows = make_run(num_problems=2)
+    paths = [write_results(tmp_path, rows, name) for name in ("a/new", "results2", "b/old")]
+    xsum = {**META, "config": {**META["config"], "humaneval": None, "xsum": {}}}
+    other = write_results(tmp_path, rows, "results1", xsum)
+    write_results(tmp_path, [], "empty")
+    for age, path in enumerate([other, *paths]):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    published = tmp_path / "published.jsonl"
+    folder = tmp_path / "Results"
+    assert newest_run(folder, "humaneval", published) == paths[0]
+    assert newest_run(folder, "xsum", published) == other
+    assert newest_run(tmp_path / "nothing", "xsum", published) == published
+    notebook = execute("bench2.ipynb", tmp_path, tmp_path, monkeypatch)
+    assert outputs_of(notebook, "text/plain")[0].startswith("The run: Results/a/new.jsonl\n")
+    assert (paths[0].parent / "figures" / "new_speedup.svg").exists()  # beside the run
 
 
 @pytest.mark.parametrize(
@@ -107,7 +162,8 @@ def test_without_a_run_of_ones_own_the_published_one_is_shown(tmp_path, monkeypa
     """Its figures do not take the place of the published ones."""
     write_results(tmp_path, make_run(), "published/smollm2/results2")
     notebook = execute("bench2.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    assert "shows the published rows" in "\n".join(outputs_of(notebook, "text/plain"))
+    shown = "The published run, for want of your own: Results/published/smollm2/results2.jsonl\n"
+    assert outputs_of(notebook, "text/plain")[0].startswith(shown)
     assert len(list((tmp_path / "Results" / "figures").iterdir())) == 6
     assert not (tmp_path / "Results" / "published" / "smollm2" / "figures").exists()
 
@@ -115,9 +171,8 @@ def test_without_a_run_of_ones_own_the_published_one_is_shown(tmp_path, monkeypa
 def write_xsum_results(folder: Path, tokenizer_folder: Path, rows) -> Path:
     """Rows of a run from `folder`, over articles in a file there; one summary each."""
     articles = [
-        {"id": row.example_id, "document": f"Document <{row.example_id}>.", "summary": "Short."}
-        for row in rows
-        if row.method == "speculative"
+        {"id": name, "document": f"Document <{name}>.", "summary": "Short."}
+        for name in dict.fromkeys(row.example_id for row in rows)
     ]
     text = "".join(json.dumps(article) + "\n" for article in articles)
     (folder / "articles.jsonl").write_text(text)
@@ -142,7 +197,7 @@ def test_bench1_shows_rouge_examples_and_where_tokens_came_from(
         assert number in table
     (differences,) = (page for page in pages if "rougeL difference" in page)
     assert "-0.0500 [-0.0500, -0.0500]" in differences
-    assert "12 of 12 speculative outputs have the token ids of method reference" in text
+    assert "identical outputs have the token ids of method reference" in text
     (examples,) = (page for page in pages if "reference summary" in page)
     for words in ("Document &lt;HumanEval/2&gt;.", "By autoregressive.", "By speculative."):
         assert words in examples
@@ -152,7 +207,7 @@ def test_bench1_shows_rouge_examples_and_where_tokens_came_from(
     assert tokens.index("&quot;") < tokens.index("<u>#</u>") < tokens.index("<i>$</i>")
     assert len(outputs_of(notebook, "image/png")) == 3
     saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
-    names = ("exp1_accepted", "exp1_speedup", "exp1_tokens_per_second")
+    names = ("results1_accepted", "results1_speedup", "results1_tokens_per_second")
     assert saved == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
 
 

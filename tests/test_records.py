@@ -380,7 +380,16 @@ def test_another_configuration_is_told_by_its_fields(path):
     other = {"config_hash": "4567", "config": {"speculation": {"k": 4, "ngram_max": 3}}}
     message = error_of(RunFile.open, path, {**META, **other})
     assert "speculation.k was 5, is now 4" in message
-    assert "ngram_max" not in message
+    assert "ngram_max" not in message and "config_hash" not in message
+
+
+def test_only_fields_that_decide_a_text_are_named(path):
+    """The message also named run.limit, run.methods and what else differed."""
+    was = {"sampling": {"seed": 1, "num_samples": 1}, "run": {"limit": 3, "threads": 2}}
+    now = {"sampling": {"seed": 2, "num_samples": 5}, "run": {"limit": 4, "threads": 2}}
+    write_run(path, ROW, meta={**META, "config": was})
+    message = error_of(RunFile.open, path, {**META, "config_hash": "4567", "config": now})
+    assert "another run: sampling.seed was 1, is now 2; start over" in message
 
 
 @pytest.mark.parametrize("meta", [None, "", "[]", "{torn"])

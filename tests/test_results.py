@@ -24,6 +24,7 @@ META = {
         "speculation": {"k": 5},
         "decoding": {"max_new_tokens": 256},
         "sampling": {"temperature": 0, "top_k": 0, "top_p": 1.0, "seed": 0, "num_samples": 1},
+        "humaneval": {},
     },
     "config_hash": "0123456789abcdef",
     "profile": "demo",
@@ -162,8 +163,76 @@ def test_several_samples_add_pass_at_k():
     rows = make_run(num_problems=4, num_samples=10)
     table = tables.summary_table(rows, score_every_fourth(rows))
     assert list(table["pass@10"]) == [0.25, 0.25, 0.25]
+    assert all(table["pass@10 low"] < 0.25) and all(table["pass@10 high"] > 0.25)
     assert "pass@100" not in table
-    assert list(table["n"]) == [40, 40, 40]
+    assert list(table["n"]) == [4, 4, 4]  # problems
+    assert list(table["identical outputs"]) == ["", "", "40/40"]  # texts
+    lines = tables.format_table(table).splitlines()
+    assert lines[5].count("25.0% [0.0%, 75.0%]") == 2
+    assert max(map(len, lines)) <= 120
+
+
+def test_few_problems_have_intervals_that_mean_little():
+    few = "intervals over fewer than 10 problems mean little"
+    for num_problems, is_told in ((1, False), (2, True), (9, True), (10, False)):
+        table = tables.summary_table(make_run(num_problems, num_samples=2))
+        assert (few in tables.format_table(table)) == is_told
+
+
+# --- machines ------------------------------------------------------------------------
+
+
+def on_two_machines(rows: list[Row]) -> list[Row]:
+    """The later half of the problems on another machine, where the baselines are slower."""
+    half = max(int(row.example_id.split("/")[1]) for row in rows) // 2
+    made = []
+    for row in rows:
+        if int(row.example_id.split("/")[1]) <= half:
+            made.append(replace(row, device="A"))
+        else:
+            factor = 1 if row.method == "speculative" else 10
+            made.append(replace(row, device="B", decode_seconds=row.decode_seconds * factor))
+    return made
+
+
+def test_speeds_of_two_machines_are_lines_of_their_own_and_no_ratio_joins_them():
+    """A resumed run's speedup was a ratio of seconds of two machines."""
+    rows = on_two_machines(make_run())
+    table = tables.summary_table(rows, score_every_fourth(rows), "greedy")
+    assert list(table["method"]) == [*tables.METHODS] + [
+        f"{method} on machine {number}" for number in (1, 2) for method in tables.METHODS
+    ]
+    for name in ("tokens/s", "speedup", "end-to-end speedup", "time outside forwards"):
+        assert table[name][:3].isna().all() and table[name][3:].notna().all()
+    assert list(table["speedup"][3:]) == pytest.approx([1, 0.8, 2, 1, 0.8, 20])
+    assert list(table["n"]) == [12] * 3 + [6] * 6
+    assert list(table["pass@1"][:3]) == [0.25] * 3  # texts do not depend on the machine
+    assert line_of(table, "speculative")["identical outputs"] == "12/12"
+    notes = table.attrs["notes"]
+    assert "machine 1 is A" in notes and "machine 2 is B" in notes
+    text = tables.format_table(table)
+    assert "speculative on machine 2" in text and "nan" not in text
+    for draw in FIGURES:
+        figure = draw(rows)
+        figure.draw_without_rendering()
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert draw is figures.accepted_figure or "speculative\non machine 2" in labels
+
+
+def test_a_method_added_on_another_machine_has_no_speedup():
+    rows = [replace(row, device="B" if row.method == "speculative" else "A") for row in make_run()]
+    table = tables.summary_table(rows)
+    assert math.isnan(line_of(table, "speculative")["speedup"])
+    assert math.isnan(line_of(table, "speculative on machine 2")["speedup"])
+    assert line_of(table, "speculative on machine 2")["tokens/s"] == pytest.approx(80)
+    assert line_of(table, "reference on machine 1")["speedup"] == pytest.approx(0.8)
+
+
+def test_rows_of_an_unknown_machine_have_no_speeds():
+    """Rows of before, in a file that a second machine went on with: either could have made them."""
+    table = tables.summary_table([replace(row, device="") for row in make_run()])
+    assert table["speedup"].isna().all() and table["tokens/s"].isna().all()
+    assert "machine 1 is not recorded, so it has no speeds" in table.attrs["notes"]
 
 
 def test_pass_rates_are_compared_for_every_k():
@@ -221,6 +290,7 @@ def test_a_pairs_prediction_stands_below_the_table():
     (note,) = (n for n in tables.summary_table(rows).attrs["notes"] if "Theorem 3.8" in n)
     alpha = metrics.per_token_acceptance([row for row in rows if row.method == "speculative"])
     assert note.startswith(f"speculative: alpha is {alpha:.1%}, and a draft call takes 0.")
+    assert "(measured: 2.00 [2.00, 2.00]). Calls of several rows take longer than calls" in note
     assert not any("Theorem" in note for note in tables.summary_table(make_run()).attrs["notes"])
 
 
@@ -291,7 +361,8 @@ def test_rouge_differences_stand_below_the_table():
 
 def test_rouge_differences_are_a_table_of_all_three_measures():
     table = tables.rouge_difference_table(make_run(), make_rouge_scores(autoregressive=0.1))
-    text = tables.printable(table.set_index("speculative less"))
+    text = tables.printable(table.set_index("less"))
+    assert list(text.pop("method")) == ["speculative"] * 2
     assert list(text.columns) == ["rouge1 difference", "rouge2 difference", "rougeL difference"]
     assert list(text.loc["autoregressive"]) == [
         f"{value} [{value}, {value}]" for value in ("-0.1000", "-0.0500", "-0.0250")
@@ -388,7 +459,7 @@ def test_table1_has_a_line_per_cell_and_method():
     assert list(greedy["pass@1"]) == [0.25] * 3
     assert greedy.loc["speculative", "identical outputs"] == "12/12"
     sampled = cell_of(table, "HumanEval", "temperature 0.8, top-p 0.95")
-    assert list(sampled["n"]) == [120, 120]
+    assert list(sampled["n"]) == [12, 12]
     assert list(sampled["pass@10"]) == [0.25, 0.25]
     assert sampled.loc["speculative", "identical outputs"] == ""
 
@@ -415,9 +486,9 @@ def test_terminal_table1_keeps_the_papers_figures_apart():
         assert cell in speculative
     assert "+0.0% [+0.0%, +0.0%]" in ours
     assert [line.split()[1:] for line in theirs.splitlines() if "speculative " in line][:3] == [
-        ["-", "0.114", "-", "7.52", "1.92", "-", "-"],
-        ["-", "0.156", "-", "7.00", "2.01", "-", "-"],
-        ["-", "47.0%", "-", "5.73", "2.46", "-", "-"],
+        ["-", "0.114", "-", "7.52", "1.92", "-"],
+        ["-", "0.156", "-", "7.00", "2.01", "-"],
+        ["-", "47.0%", "-", "5.73", "2.46", "-"],
     ]
     cells = [line for line in text.splitlines() if line.startswith(("XSum", "HumanEval"))]
     assert [line for line in cells if ": " not in line] == [
@@ -469,6 +540,15 @@ def test_run_in_words_names_hardware_precision_config_and_command():
     assert "2 threads, peak memory 5.9 GB or 6.1 GB\n" in text
 
 
+@pytest.mark.parametrize(
+    ("k", "words"), [(7, "k = 7 (at most 6 from a model), "), ("auto", "auto, ")]
+)
+def test_a_run_whose_k_is_found_has_no_limit_for_models(k, words):
+    config = META["config"] | {"speculation": {"k": k, "model_k": 6}}
+    line = tables.describe_run(META | {"config": config}).splitlines()[1]
+    assert words in line
+
+
 # --- figures -------------------------------------------------------------------------
 
 FIGURES = [figures.speedup_figure, figures.accepted_figure, figures.tokens_per_second_figure]
@@ -480,17 +560,55 @@ FIGURES = [figures.speedup_figure, figures.accepted_figure, figures.tokens_per_s
 def test_figures_are_titled_and_labelled_whatever_was_run(draw, methods):
     figure = draw(make_run(methods=methods))
     (axes,) = figure.axes
-    assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
     figure.draw_without_rendering()
+    if axes.get_title().startswith("Nothing to draw: no "):
+        assert not axes.axison and len(methods) == 1  # no axes from NaN to NaN
+    else:
+        assert axes.get_title() and axes.get_xlabel()
+        assert axes.get_ylabel() or figure.get_supylabel()
+
+
+SEVEN = (
+    *("autoregressive", "reference", "speculative", "speculative:ngram"),
+    "speculative:embedded:smollm2-135m-draft@auto@coupled",
+    "speculative:ngram+embedded:smollm2-135m-draft@4",
+    "speculative:target-layers:4@8@block",
+)
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_seven_methods_have_labels_that_do_not_overlap(draw):
+    """The names of the methods stood side by side below the boxes, one printed over the other."""
+    rows = [
+        replace(row, method=method)
+        for method in SEVEN
+        for row in make_run(methods=(method if method in tables.METHODS else "speculative",))
+    ]
+    figure = draw(rows)
+    figure.draw_without_rendering()
+    texts = [
+        text
+        for axes in figure.axes
+        for text in (*axes.get_yticklabels(), *axes.texts, axes.title)
+        if text.get_text()
+    ]
+    boxes = [text.get_window_extent() for text in texts]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number]), texts[number]
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width + 1, texts[number]
 
 
 def test_speedup_figure_shows_every_problem_and_the_total():
     (axes,) = figures.speedup_figure(make_run()).axes
-    dots, total, one = axes.get_lines()
-    assert list(dots.get_ydata()) == pytest.approx([2.0] * 12)
-    assert total.get_ydata()[0] == pytest.approx(2.0)
-    assert one.get_ydata()[0] == 1
-    assert axes.get_title() == "Speculative decoding is faster on 12 of 12 examples"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["reference", "speculative"]
+    dots, totals = (
+        [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == marker]
+        for marker in ".D"
+    )
+    assert dots == [pytest.approx([ratio] * 12) for ratio in (0.8, 2.0)]
+    assert totals == [pytest.approx([0.8]), pytest.approx([2.0])]
+    words = [text.get_text() for text in axes.texts]
+    assert words == ["0.80; faster on 0 of 12", "2.00; faster on 12 of 12"]
 
 
 def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
@@ -516,7 +634,7 @@ def test_table1_figure_has_our_speedups_beside_the_papers():
 
 def test_speed_figure_has_a_box_and_a_total_per_method():
     (axes,) = figures.tokens_per_second_figure(make_run()).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(tables.METHODS)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(tables.METHODS)
     assert [text.get_text() for text in axes.texts] == ["40.0", "32.0", "80.0"]
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from specsampling.config import deciding
 from specsampling.results.files import RecordsError, read_file
 from specsampling.results.lines import CHANGED, SEAL, fits, sealed, unsealed
 
@@ -23,6 +24,8 @@ HINTS: dict[str, Any] = {
     "precision": str,
     "device": str,
 }
+# The libraries that decode: their versions may change speeds, as the machine does.
+DECODERS = "torch", "transformers", "accelerate", "bitsandbytes"
 START_OVER = "start over with --fresh, or choose another file with --output"
 
 
@@ -68,11 +71,12 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     except RecordsError as error:
         raise RecordsError(f"{path} has rows, but {error}; {START_OVER}") from None
     if any(old.get(name) != meta.get(name) for name in MUST_AGREE):
-        names = (*MUST_AGREE, "config")
-        was, now = ({name: values.get(name) for name in names} for values in (old, meta))
-        raise RecordsError(
-            f"{path} belongs to another run: {', '.join(_differences(was, now))}; {START_OVER}"
-        )
+        was, now = ({name: of.get(name) for name in MUST_AGREE} for of in (old, meta))
+        fields, ours = (deciding(of.get("config", {})) for of in (old, meta))
+        if told := list(_differences(fields, ours)):  # they say more than the hash
+            was["config_hash"] = now["config_hash"]
+        told += _differences(was, now)
+        raise RecordsError(f"{path} belongs to another run: {', '.join(told)}; {START_OVER}")
     if others := sorted(changed_files(old, meta)):
         raise RecordsError(
             f"{path} has rows of other files of the same names: those of {', '.join(others)} have "
@@ -80,6 +84,32 @@ def resumed_meta(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         )
     changes = {name: value for name, value in meta.items() if old.get(name) != value}
     return {**old, "resumed": [*old.get("resumed", []), changes]}
+
+
+def starts_of(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the whole meta of each start of a run."""
+    return [{**meta, **changes} for changes in ({}, *meta.get("resumed", []))]
+
+
+def machine_of(meta: Mapping[str, Any]) -> str | None:
+    """Name what speeds depend on: device, threads, precision and libraries; None if not known."""
+    if "device_name" not in meta:
+        return None
+    versions = meta.get("versions", {})
+    libraries = [f"{name} {versions[name]}" for name in DECODERS if name in versions]
+    parts = meta["device_name"], f"{meta.get('threads')} threads", meta.get("precision", "")
+    return ", ".join([*parts, *libraries])
+
+
+def machines_of(meta: Mapping[str, Any]) -> list[str]:
+    """Name the machines of all starts of a run, each once."""
+    return list(dict.fromkeys(filter(None, map(machine_of, starts_of(meta)))))
+
+
+def device_names(meta: Mapping[str, Any]) -> str:
+    """Name the devices of all starts of a run."""
+    names = (start.get("device_name") for start in starts_of(meta))
+    return " and ".join(dict.fromkeys(filter(None, names)))
 
 
 def changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

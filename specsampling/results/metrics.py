@@ -2,6 +2,7 @@
 
 This module knows rows and scores, and nothing about files, tables, figures, models or tasks.
 Rates are fractions in [0, 1]. A number that does not exist (no tokens, nothing drafted) is NaN.
+So is every number of seconds over rows of several machines.
 """
 
 import math
@@ -76,9 +77,10 @@ def block_efficiency(rows: Sequence[Row]) -> float:
     return _divide(sum(row.num_new_tokens for row in rows), sum(row.target_calls for row in rows))
 
 
-def tokens_per_second(rows: Sequence[Row]) -> float:
-    """Return new tokens per second of decoding, without the prefill."""
-    return _divide(sum(row.num_new_tokens for row in rows), sum(row.decode_seconds for row in rows))
+def tokens_per_second(rows: Sequence[Row], *, with_prefill: bool = False) -> float:
+    """Return new tokens per second of decoding."""
+    seconds = _total_seconds(rows, with_prefill)
+    return _divide(sum(row.num_new_tokens for row in rows), seconds)
 
 
 def overhead_share(rows: Sequence[Row]) -> float:
@@ -87,7 +89,7 @@ def overhead_share(rows: Sequence[Row]) -> float:
     This is an upper bound of decoding's own share, because a prefill adds a little such time.
     """
     outside = sum(_seconds(row, True) - row.forward_seconds for row in rows)
-    return _divide(outside, sum(row.decode_seconds for row in rows))
+    return _divide(outside, _total_seconds(rows))
 
 
 def cost_ratio(rows: Sequence[Row]) -> float:
@@ -150,9 +152,12 @@ def speedup(
 ) -> Speedup:
     """Compare seconds per token over the (example, sample) pairs that both methods have.
 
+    Pairs of several machines are not compared at all.
     The bootstrap draws problems, each with all its samples and both its methods.
     """
     pairs = paired(baseline_rows, method_rows)
+    if not are_of_one_machine([row for pair in pairs for row in pair]):
+        pairs = []
     amounts = grouped(
         (
             pair[0].example_id,
@@ -278,6 +283,16 @@ def _sample(score: ScoredRow) -> Sample:
     return score["example_id"], score["sample_index"]
 
 
+def are_of_one_machine(rows: Iterable[Row]) -> bool:
+    """Tell whether one machine made all rows; "" is an unknown one of several."""
+    machines = {row.device for row in rows}
+    return len(machines) <= 1 and "" not in machines
+
+
+def num_problems(rows: Iterable[Row]) -> int:
+    return len({row.example_id for row in rows})
+
+
 def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
     """Return [num_cycles, 2]: the accepted and the drafted tokens of each cycle."""
     cycles = [cycle for row in rows for cycle in zip(row.accepted, row.drafted, strict=True)]
@@ -286,6 +301,8 @@ def _cycles(rows: Iterable[Row]) -> NDArray[np.int64]:
 
 def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
     """Return decoding seconds in target calls and in draft calls; NaN if a row lacks them."""
+    if not are_of_one_machine(rows):
+        return math.nan, math.nan
     seconds = [(row.target_call_seconds, row.draft_call_seconds) for row in rows]
     target, draft = np.array(seconds, dtype=float).reshape(-1, 2).sum(axis=0)
     return float(target), float(draft)
@@ -293,6 +310,12 @@ def _call_seconds(rows: Sequence[Row]) -> tuple[float, float]:
 
 def _seconds(row: Row, with_prefill: bool) -> float:
     return row.decode_seconds + (row.prefill_seconds if with_prefill else 0.0)
+
+
+def _total_seconds(rows: Sequence[Row], with_prefill: bool = False) -> float:
+    if not are_of_one_machine(rows):
+        return math.nan
+    return sum(_seconds(row, with_prefill) for row in rows)
 
 
 def _seconds_per_token_ratio(totals: Floats) -> Floats:

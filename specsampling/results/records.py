@@ -7,14 +7,15 @@ A run is three files: `name.jsonl` (rows), `name.meta.json` (what made them) and
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from specsampling.results import lines
 from specsampling.results.files import RecordsError, read_file
 from specsampling.results.lines import Key, hash_of
-from specsampling.results.meta import START_OVER, read_meta
+from specsampling.results.meta import START_OVER, machines_of, read_meta
 from specsampling.results.scores import Scores, read_scores, scores_path
 
 OUT_OF_MEMORY = "out of memory"  # begins the error of a row that lacked memory
@@ -69,7 +70,7 @@ class Row:
     noise: str | None = None  # "positional", or None for numbers drawn in sequence
     error: str | None = None  # the reason, if finish_reason is error
     rank: int | None = None  # the process that made the row, if there are several
-    device: str | None = None
+    device: str | None = None  # the machine, as `meta.machine_of` names it
 
     @property
     def lacked_memory(self) -> bool:
@@ -112,9 +113,14 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a finished or a running run, with its scores if they are there."""
-    is_scored = scores_path(path).exists()
-    return Run(read_rows(path), read_meta(path), read_scores(path) if is_scored else None)
+    """Read a finished or a running run, with its scores if they are there.
+
+    A row that names no machine gets the run's, or "" if the run had several.
+    """
+    is_scored, meta = scores_path(path).exists(), read_meta(path)
+    machine = found[0] if len(found := machines_of(meta)) == 1 else "" if found else None
+    rows = [replace(row, device=row.device or machine) for row in read_rows(path)]
+    return Run(rows, meta, read_scores(path) if is_scored else None)
 
 
 def is_run(path: str | Path) -> bool:
@@ -123,6 +129,26 @@ def is_run(path: str | Path) -> bool:
         return bool(read_rows(path))
     except RecordsError:
         return False
+
+
+def newest_run(folder: Path, task: str, published: Path) -> Path:
+    """Return the newest rows of a task in a folder, or `published` if there are none.
+
+    `task` is xsum or humaneval. What lies in a folder of the name published is left out.
+    """
+    metas = [beside.with_suffix("").with_suffix(".jsonl") for beside in folder.rglob("*.meta.json")]
+    paths = [
+        path
+        for path in metas
+        if path.exists() and "published" not in path.relative_to(folder).parts
+    ]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(RecordsError):
+            meta = read_meta(path)
+            is_of_task = meta.get("config", {}).get(task) is not None and "shard_of" not in meta
+            if is_of_task and read_rows(path):
+                return path
+    return published
 
 
 def rows_in(path: Path, data: bytes) -> tuple[list[Row], int]:

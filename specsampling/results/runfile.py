@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from specsampling.results.files import RecordsError, is_there, one_line_errors, 
 from specsampling.results.lines import Key
 from specsampling.results.meta import (
     START_OVER,
+    machine_of,
     meta_bytes,
     meta_path,
     read_meta,
@@ -89,6 +91,7 @@ class RunFile:
             new.close()
         self.done = {row.key for row in self.rows}
         self._meta = resumed if self.rows and resumed else dict(meta)
+        self._machine = machine_of(meta)
         self._is_meta_saved = not self.rows
         self._state = files.state_of(file.fileno())
         self._rewrite([row for row in self.rows if not row.lacked_memory])
@@ -110,7 +113,7 @@ class RunFile:
             )
 
     def append(self, row: Row) -> None:
-        """Write a row, and return when the row is on the disk.
+        """Write a row with its machine, and return when the row is on the disk.
 
         Raises:
             RecordsError: the file has a row of this key, or the row cannot be written whole. No
@@ -119,6 +122,7 @@ class RunFile:
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
         require_one_prompt(self._path, [row], self._hashes)
+        row = replace(row, device=row.device or self._machine)
         self._check_path(row)
         with one_line_errors(self._path, "written"):
             if not self._is_meta_saved:

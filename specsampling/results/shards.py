@@ -18,7 +18,7 @@ from typing import Any
 from specsampling.ranks import Ranks
 from specsampling.results.files import RecordsError, clear_scratch
 from specsampling.results.lines import Key
-from specsampling.results.meta import changed_files, meta_path, read_meta
+from specsampling.results.meta import changed_files, machine_of, meta_path, read_meta
 from specsampling.results.records import Row, Source, read_rows
 from specsampling.results.runfile import RunFile, check_output
 
@@ -83,7 +83,7 @@ class Shard(AbstractContextManager):
             device: the name of this process's device, for its rows.
         """
         self._ranks = ranks
-        self._device = device
+        self._device = machine_of({**meta, "device_name": device})
         self._meta = meta
         self._facts: dict[str, Any] = {}
         self._whole = RunFile.open(output, meta, fresh) if ranks.index == 0 else None
@@ -117,7 +117,7 @@ class Shard(AbstractContextManager):
                     )
 
     def append(self, row: Row) -> None:
-        """Append a row to the shard, with the rank and its device."""
+        """Append a row to the shard, with the rank and its machine."""
         row = replace(row, rank=self._ranks.index, device=self._device)
         self._own.append(row)
         self.rows.append(row)

@@ -17,6 +17,7 @@ import pandas as pd
 from specsampling.results import metrics
 from specsampling.results.audit import audit, describe_partings, partings
 from specsampling.results.lines import key_of
+from specsampling.results.meta import device_names, starts_of
 from specsampling.results.records import Row, Run
 from specsampling.results.scores import Scores
 
@@ -31,11 +32,17 @@ TERMINAL_HEADERS = {  # a header's two lines; other columns have their name on t
     "end-to-end speedup": ("with", "prefill"),
     "draft acceptance rate": ("draft", "accepted"),
     "block efficiency": ("tokens", "/call"),
-    "time outside forwards": ("outside", "forwards"),
+    "time outside forwards": ("outside", "calls"),
     "identical outputs": ("identical", "outputs"),
     "result": ("result", "[95%]"),
     "difference": ("less autoregressive's", "[95%]"),
     "ms/token": ("ms", "/token"),
+}
+
+HEADINGS = {  # the same in one line, for pages and notebooks
+    name: " ".join(lines).replace(" /", "/")
+    for name, lines in TERMINAL_HEADERS.items()
+    if "[95%]" not in lines
 }
 
 FORMATS: dict[str, str] = {  # for columns that do not show two decimal places
@@ -63,7 +70,8 @@ def summary_table(
 ) -> pd.DataFrame:
     """Make a table with a line per method, over the same (example, sample) pairs.
 
-    Pairs that a method lacks, because its run stopped midway, are left out of all lines.
+    Pairs that a method lacks, because its run stopped midway, are left out of all lines. If several
+    machines made the rows, speeds stand in further lines, one per machine and method.
     `table.attrs["notes"]` is a list of sentences that belong under the table.
 
     Args:
@@ -77,15 +85,13 @@ def summary_table(
         notes.append(f"{num_left_out} rows are left out: another method lacks their example")
     lines = []
     for method, of_method in kept.items():
-        line: dict[str, Any] = {"method": method, "sampling": sampling, "n": len(of_method)}
+        num = metrics.num_problems(of_method)
+        line: dict[str, Any] = {"method": method, "sampling": sampling, "n": num}
         if scores is not None:
             line |= _quality_columns(of_method, scores)
             if (num_scored := len(scores_of(of_method, scores))) < len(of_method):
                 notes.append(f"{method}: only {num_scored} of {len(of_method)} rows are scored")
-        baseline = kept.get(BASELINE, [])
-        line["tokens/s"] = metrics.tokens_per_second(of_method)
-        line |= speedup_columns("speedup", baseline, of_method)
-        line |= speedup_columns("end-to-end speedup", baseline, of_method, with_prefill=True)
+        line |= _speed_columns(kept.get(BASELINE, []), of_method)
         line["draft acceptance rate"] = metrics.draft_acceptance_rate(of_method)
         line["block efficiency"] = metrics.block_efficiency(of_method)
         line["time outside forwards"] = metrics.overhead_share(of_method)
@@ -103,38 +109,53 @@ def summary_table(
                     "for token"
                 )
         lines.append(line)
-    if any(line["identical outputs"] for line in lines):
+    for name, groups in rows_by_machine([row for of in kept.values() for row in of]).items():
+        for method, of_method in groups.items():
+            line = {"method": f"{method} on {name}", "n": metrics.num_problems(of_method)}
+            line |= _speed_columns(groups.get(BASELINE, []), of_method)
+            line["time outside forwards"] = metrics.overhead_share(of_method)
+            lines.append(line)
+        machine = next(iter(groups.values()))[0].device
+        notes.append(f"{name} is {machine or 'not recorded, so it has no speeds'}")
+    if any(line.get("identical outputs") for line in lines):
         notes.append(f"identical outputs have the token ids of method {compared_with}")
     notes += [*_audit_notes(kept), *_theorem_notes(kept), *_difference_notes(kept, scores or [])]
-    if 1 < len({row.example_id for of_method in kept.values() for row in of_method}) < FEW:
-        notes.append(f"intervals over fewer than {FEW} examples mean little")
+    notes += few_notes(metrics.num_problems(row for of in kept.values() for row in of))
     if errors := [row for row in rows if row.error]:
         notes.append(f"{len(errors)} texts ended in an error. The first is: {errors[0].error}")
     if cut := {row.example_id for row in rows if row.num_cut_tokens}:
         notes.append(f"the number of documents cut to fit the context is {len(cut)}")
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(lines).fillna({"sampling": sampling, "identical outputs": ""})
     table.attrs["notes"] = notes
     return table
 
 
+def few_notes(num_problems: int) -> list[str]:
+    return [f"intervals over fewer than {FEW} problems mean little"] * (1 < num_problems < FEW)
+
+
 def _theorem_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Say what theory predicts of each method whose draft is a model."""
-    return [
-        f"{method}: alpha is {metrics.per_token_acceptance(of_method):.1%}, and a draft call takes "
-        f"{metrics.cost_ratio(of_method):.2f} of a target call's time. From these, Theorem 3.8 of "
-        f"Leviathan et al. predicts a speedup of {metrics.predicted_speedup(of_method):.2f}. Real "
-        "calls of several rows take longer than calls of one, which the theorem leaves out"
-        for method, of_method in rows.items()
-        if any(row.draft_call_seconds for row in of_method)
-    ]
+    """Say what theory predicts of each method whose draft is a model, beside what was measured."""
+    notes = []
+    for method, of_method in rows.items():
+        predicted = metrics.predicted_speedup(of_method)
+        if any(row.draft_call_seconds for row in of_method) and not math.isnan(predicted):
+            measured = metrics.speedup(rows.get(BASELINE, []), of_method).of_totals
+            notes.append(
+                f"{method}: alpha is {metrics.per_token_acceptance(of_method):.1%}, and a draft "
+                f"call takes {metrics.cost_ratio(of_method):.2f} of a target call's time. From "
+                f"these, Theorem 3.8 of Leviathan et al. predicts a speedup of {predicted:.2f} "
+                f"(measured: {_interval_text('speedup', measured)}). Calls of several rows take "
+                "longer than calls of one, which the theorem leaves out"
+            )
+    return notes
 
 
 def _difference_notes(rows: Mapping[str, Sequence[Row]], scores: Scores) -> list[str]:
-    """Say how far the speculative quality is from each other method's."""
+    """Say how far the quality of each speculative method is from the baselines'."""
     return [
-        f"in {name}, speculative minus {other} is "
-        f"{_interval_text(f'{name} difference', difference)}"
-        for other, differences in _differences(rows, scores).items()
+        f"in {name}, {method} minus {other} is {_interval_text(f'{name} difference', difference)}"
+        for (method, other), differences in _differences(rows, scores).items()
         for name, difference in differences.items()
         if name not in ("rouge2", "rougeL")
     ]
@@ -171,7 +192,7 @@ def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
     )
     lines = []
     for name, rows in kept.items():
-        line: dict[str, Any] = {"who": name, "n": len(rows)}
+        line: dict[str, Any] = {"who": name, "n": metrics.num_problems(rows)}
         if (scores := parts[name][0].scores) is not None:
             line |= _quality_columns(rows, scores)
         line["tokens/s"] = metrics.tokens_per_second(rows)
@@ -186,10 +207,10 @@ def published_table(task: Literal["xsum", "humaneval"]) -> pd.DataFrame:
 
 
 def rouge_difference_table(rows: Sequence[Row], scores: Scores) -> pd.DataFrame:
-    """Compare the ROUGE of speculative outputs with that of every other method, by sample."""
+    """Compare the ROUGE of each speculative method with that of the baselines, by sample."""
     lines = []
-    for other, differences in _differences(shared_rows(rows), scores).items():
-        line: dict[str, Any] = {"speculative less": other}
+    for (method, other), differences in _differences(shared_rows(rows), scores).items():
+        line: dict[str, Any] = {"method": method, "less": other}
         for name, difference in differences.items():
             line |= interval_columns(f"{name} difference", difference)
         lines.append(line)
@@ -255,12 +276,17 @@ def _intervals(table: pd.DataFrame, name: str) -> list[Any]:
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """Format a `summary_table` for a terminal of 120 columns, with its notes below."""
+    """Format a `summary_table` for a terminal of 120 columns, with its notes below.
+
+    A table of several measures of quality leaves the least important columns out.
+    """
     if table.empty:
         return "no rows to show"
     unseen = ["end-to-end speedup low", "end-to-end speedup high"]
     if "rouge1" in table:
         unseen += ["rouge2 low", "rouge2 high", "rougeL", "time outside forwards"]
+    if sum(name.startswith("pass@") for name in map(str, table)) > 3:  # one has three columns
+        unseen += ["time outside forwards", "end-to-end speedup"]
     text = printable(table.drop(columns=[*unseen, "sampling"]))
     notes = [textwrap.fill(note, 116, subsequent_indent="  ") for note in table.attrs["notes"]]
     return "\n".join([*aligned(text), *notes])
@@ -298,14 +324,13 @@ def describe_run(meta: Mapping[str, Any]) -> str:
     k, model_k = (config["speculation"].get(name) for name in ("k", "model_k"))
     limit = f" (at most {model_k} from a model)" if model_k and k != "auto" else ""
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    starts = (meta, *meta.get("resumed", []))
-    peaks = dict.fromkeys(start["peak_memory"] for start in starts if "peak_memory" in start)
+    peaks = dict.fromkeys(of["peak_memory"] for of in starts_of(meta) if "peak_memory" in of)
     return f"""\
 models:   target {config["models"]["target"]}, draft {config["models"]["draft"]}
 decoding: k = {k}{limit}, {describe_sampling(config["sampling"])}, \
 at most {config["decoding"]["max_new_tokens"]} new tokens
 exact:    {meta["bit_exact"]}
-machine:  {meta["device_name"]} ({meta["device"]}), {meta["precision"]}, {meta["threads"]} threads\
+machine:  {device_names(meta)} ({meta["device"]}), {meta["precision"]}, {meta["threads"]} threads\
 {", peak memory " * bool(peaks)}{" or ".join(peaks)}
 run:      profile {meta["profile"]}, config {meta["config_hash"]}, \
 commit {meta["git_commit"]}, {meta["date"]}
@@ -316,6 +341,20 @@ versions: {versions}"""
 def rows_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups = metrics.grouped((row.method, row) for row in rows)
     return {method: groups[method] for method in (*METHODS, *sorted(groups)) if method in groups}
+
+
+def drafting_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows by method, and keep the methods that drafted anything."""
+    groups = rows_by_method(rows).items()
+    return {name: group for name, group in groups if any(sum(row.drafted) for row in group)}
+
+
+def rows_by_machine(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Group rows by machine, then by method as `shared_rows`; {} if all are of one machine."""
+    if metrics.are_of_one_machine(rows):
+        return {}
+    groups = metrics.grouped((row.device or "", row) for row in rows).values()
+    return {f"machine {i}": shared_rows(group) for i, group in enumerate(groups, start=1)}
 
 
 def shared_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -342,28 +381,40 @@ def scores_of(rows: Sequence[Row], scores: Scores) -> list[Any]:
 
 
 def _quality_columns(rows: Sequence[Row], scores: Scores) -> dict[str, float]:
-    """Return mean ROUGE or pass@1 with intervals, and pass@k if all problems have k samples."""
+    """Return mean ROUGE, or pass@1 and each pass@k for which all problems have k samples."""
     scored = scores_of(rows, scores)
-    larger = {} if _is_rouge(scores) else metrics.pass_at_k(scored)
     columns: dict[str, float] = {}
-    for name in metrics.ROUGE_NAMES if _is_rouge(scores) else ("pass@1",):
+    for name in _measures(scored, _is_rouge(scores)):
         columns |= interval_columns(name, metrics.quality(scored, name))
-    return columns | {f"pass@{k}": value for k, value in larger.items() if k > 1}
+    return columns
+
+
+def _measures(scored: Sequence[Any], is_rouge: bool) -> list[str]:
+    ks = () if is_rouge else {1, *metrics.pass_at_k(scored)}
+    return [f"pass@{k}" for k in sorted(ks)] or list(metrics.ROUGE_NAMES)
 
 
 def _differences(
     by_method: Mapping[str, Sequence[Row]], scores: Scores
-) -> dict[str, dict[str, metrics.Interval]]:
-    """Subtract every other method's quality from speculative's, by method and measure."""
+) -> dict[tuple[str, str], dict[str, metrics.Interval]]:
+    """Subtract each baseline's quality from each other method's, by both and by measure."""
     scored = {method: scores_of(rows, scores) for method, rows in by_method.items()}
-    ours = scored.pop("speculative", [])
-    names: list[str] = list(metrics.ROUGE_NAMES)
-    if not _is_rouge(scores):
-        names = [f"pass@{k}" for k in metrics.pass_at_k(ours)]
     return {
-        method: {name: metrics.quality_difference(ours, theirs, name) for name in names}
-        for method, theirs in scored.items()
-        if ours
+        (method, other): {
+            name: metrics.quality_difference(ours, scored[other], name)
+            for name in _measures(ours, _is_rouge(scores))
+        }
+        for method, ours in scored.items()
+        for other in METHODS[:2]
+        if ours and scored.get(other) and method not in METHODS[:2]
+    }
+
+
+def _speed_columns(baseline: Sequence[Row], rows: Sequence[Row]) -> dict[str, float]:
+    return {
+        "tokens/s": metrics.tokens_per_second(rows),
+        **speedup_columns("speedup", baseline, rows),
+        **speedup_columns("end-to-end speedup", baseline, rows, with_prefill=True),
     }
 
 
