@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from specsampling import loading
-from specsampling.checking import ConfigError, build, mistake, nearest, shown
+from specsampling.checking import Block, ConfigError, build, mistake, nearest, shown
 from specsampling.config import Config, MaxNewTokens, Temperature, TopK, TopP
 from specsampling.edge import MISTAKE, one_line
 from specsampling.method.sampling import Sampling
@@ -54,7 +54,7 @@ LM_EVAL_DEVICE = "device", "cuda:0"  # what lm-eval passes if the user named no 
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Block):
     """The settings of a text, as gen_kwargs name them; 0.0 is lm-eval's greedy temperature."""
 
     max_gen_toks: MaxNewTokens
@@ -71,7 +71,10 @@ class Request:
             values = dict(normalize_gen_kwargs(dict(gen_kwargs)))
         except (TypeError, ValueError) as error:
             raise mistake("gen_kwargs", "numbers where numbers are due", error) from None
-        request: Request = build(cls, values, "gen_kwargs.")
+        try:
+            request: Request = build(cls, values)
+        except ConfigError as error:
+            raise ConfigError(f"gen_kwargs.{error}") from None
         if request.do_sample and not request.temperature:
             raise mistake("gen_kwargs.temperature", "above 0 for do_sample: true", 0, "set it")
         return request
@@ -183,7 +186,7 @@ def _config(model_args: Mapping[str, Any]) -> Config:
             way_out = nearest(key, places) or f"the keys are {', '.join(places)}"
             raise ConfigError(f"model_args: {key} is not a known key; {way_out}")
         blocks[places[key]][key] = value
-    return build(Config, blocks, profile="lm-eval")
+    return build(Config, {"profile": "lm-eval", **blocks})
 
 
 def main() -> int:

@@ -41,8 +41,9 @@ from Benchmarks.table1 import (
     run_cells,
     short_texts,
 )
+from specsampling.checking import parse_yaml
 from specsampling.config import SPECULATIVE, ConfigError, load_config
-from specsampling.console import exit_code, option_value
+from specsampling.console import exit_code
 from specsampling.draft_name import DraftName
 from specsampling.loading import baselines
 from specsampling.results import metrics, tables
@@ -85,7 +86,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", metavar="N", default="8", help="largest K (default: 8)")
     parser.add_argument("--cells", metavar="A,B", default=",".join(CELLS), help="some of them")
     options = parser.parse_args(arguments)
-    options.k = option_value("speculation.k", options.k)
+    options.k = parse_yaml(options.k, "--k")
     if not isinstance(options.k, int) or not 1 <= options.k <= 64:
         raise ConfigError(f"--k must be an integer from 1 to 64 (got {options.k})")
     options.cells = chosen_cells(options.cells)

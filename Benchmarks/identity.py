@@ -33,8 +33,9 @@ import pandas as pd
 
 import main_exp2
 from Benchmarks.table1 import flags_of, runs_parser, short_texts
+from specsampling.checking import parse_yaml
 from specsampling.config import SPECULATIVE, Config, ConfigError, load_config, require_task
-from specsampling.console import exit_code, option_value
+from specsampling.console import exit_code
 from specsampling.draft_name import GREEDY, DraftName
 from specsampling.edge import rank
 from specsampling.loading import baselines
@@ -150,8 +151,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", metavar="N", default="4", help="tokens per cycle (default: 4)")
     parser.add_argument("--show", action="store_true", help="print the tables of finished rows")
     options = parser.parse_args(arguments)
-    options.k = option_value("speculation.k", options.k)
-    options.limit = json.dumps(option_value("run.limit", options.limit))
+    options.k = parse_yaml(options.k, "--k")
     if not isinstance(options.k, int) or not 1 <= options.k <= 64:
         raise ConfigError(f"--k must be an integer from 1 to 64 (got {options.k}); lower it")
     return options

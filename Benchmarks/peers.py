@@ -75,7 +75,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.draft_name import DraftName
 from specsampling.experiment import read_existing_run
 from specsampling.method.text import Generation
@@ -735,8 +735,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="PATH", type=Path, help="JSONL file for the rows")
     parser.add_argument("--fresh", action="store_true", help="start the output file over")
     options = parser.parse_args(arguments)
-    options.hosts = option_value("run.methods", options.hosts)
-    options.skip = [part for part in option_value("run.methods", options.skip) if part]
+    options.hosts = [name.strip() for name in options.hosts.split(",")]
+    options.skip = [part.strip() for part in options.skip.split(",") if part.strip()]
     for name in options.hosts:
         if name not in FAMILIES:
             raise ConfigError(f"--hosts must be of {', '.join(FAMILIES)} (got {name}); mend it")

@@ -39,8 +39,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from autoregressive import autoregressive
+from specsampling.checking import parse_yaml
 from specsampling.config import ConfigError, load_config
-from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.loading import load_configured_pair
 from specsampling.method.distribution import Distribution, one_hot
 from specsampling.method.drafts import DraftTerms, ModelDraft, ModelProposer, num_logits
@@ -425,9 +426,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--figure", metavar="FOLDER", type=Path, help="for contexts.png and .svg")
     options = parser.parse_args(arguments)
     for name in ("k", "prompt_tokens", "new_tokens"):
-        value = option_value("run.limit", getattr(options, name))
+        flag = "--" + name.replace("_", "-")
+        value = parse_yaml(getattr(options, name), flag)
         if not isinstance(value, int) or not 2 <= value <= 100_000:
-            flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} must be an integer from 2 to 100,000 (got {value})")
         setattr(options, name, value)
     return options

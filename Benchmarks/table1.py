@@ -16,7 +16,6 @@ below it; Benchmarks/table1.ipynb shows both, and a figure.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +35,7 @@ import pandas as pd
 import main_exp1
 import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
-from specsampling.console import PROJECT, Parser, exit_code, option_value
+from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.edge import rank
 from specsampling.loading import baselines
 from specsampling.results import metrics, tables
@@ -166,7 +165,6 @@ def chosen_cells(text: str) -> list[str]:
 
 def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile, as `--set` takes it."""
-    num_samples = json.dumps(option_value("sampling.num_samples", options.num_samples))
     is_greedy = cell.temperature == 0
     config = load_config(options.config, options.profile)
     methods = [*(baselines(config) if is_greedy else ["autoregressive"]), "speculative"]
@@ -176,14 +174,13 @@ def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
         f"sampling.temperature={cell.temperature}",
         "sampling.top_k=0",
         f"sampling.top_p={cell.top_p}",
-        f"sampling.num_samples={1 if is_greedy else num_samples}",
+        f"sampling.num_samples={1 if is_greedy else options.num_samples}",
         f"run.methods=[{', '.join(methods)}]",
     ]
     if not is_greedy:  # the paper's rule, in calls as wide as they need be
         overrides += ["speculation.verifier=token", "decoding.bit_exact=false", "decoding.width=0"]
     if options.limit is not None:
-        limit = json.dumps(option_value("run.limit", options.limit))  # which YAML reads as it is
-        overrides.append(f"run.limit={limit}")
+        overrides.append(f"run.limit={options.limit}")
     return overrides
 
 

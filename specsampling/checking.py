@@ -1,20 +1,39 @@
-"""Builds dataclasses from plain values, and checks each value by its field's type hint.
+"""Builds dataclasses from YAML 1.2, and says in one line which value breaks which rule.
 
 A type hint is the rule: `int`, `float | None`, `Literal[...]`, `tuple[str, ...]`, and `Annotated`
-with any number of `Rule`s. The checks and the error messages are made from the hints.
+with any number of `Rule`s. ruamel.yaml reads the text, pydantic checks the values, and the error
+lines are made from the hints.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import is_dataclass
 from difflib import get_close_matches
-from types import UnionType
+from functools import cache
+from itertools import islice
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.constructor import SafeConstructor
+
 MAX_SHOWN = 80  # characters of a value or a name in an error
+MAX_PROBLEM = 120  # characters of what ruamel.yaml says
+MAX_PIECES = 10_000  # pieces of a text's JSON: about two for each value, and again for each alias
+_BLOCK = "a block of `key: value` lines", "indent its keys below it"
+_TYPES = {  # by pydantic's name of the error: the type in words, and advice
+    "string_type": ("a string", "text in quotes is always a string"),
+    "int_type": ("an integer", "write digits 0 to 9 only, without quotes"),
+    "float_type": ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
+    "bool_type": ("true or false", "write one of these two words, without quotes"),
+    "tuple_type": ("a list", "write it in brackets: [a, b]"),
+    "dict_type": _BLOCK,
+    "dataclass_type": _BLOCK,
+}
 
 
 class ConfigError(ValueError):
@@ -26,6 +45,45 @@ def mistake(field: str, rule: str, got: object, way_out: str = "") -> ConfigErro
     return ConfigError(f"{field} must be {rule} (got {got}){f'; {way_out}' if way_out else ''}")
 
 
+def parse_yaml(text: str, source: str) -> Any:
+    """Return a YAML document as the plain values of JSON; None for an empty document.
+
+    Raises:
+        ConfigError: a syntax error, a repeated key, what JSON cannot hold, an alias to its own
+            parent, or more depth, values or digits than any configuration has.
+    """
+    reader = YAML(typ="safe", pure=True)
+    reader.Constructor = _Constructor
+    try:
+        value = reader.load(text)
+        pieces = list(islice(json.JSONEncoder(ensure_ascii=False).iterencode(value), MAX_PIECES))
+        if len(pieces) == MAX_PIECES:
+            raise ValueError("too many values, those behind aliases (*) included")
+        return json.loads("".join(pieces).encode())  # half a surrogate pair cannot be encoded
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or str(error)
+        if isinstance(error, RecursionError):
+            problem = "values are nested too deep"
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        got = line + _cut(" ".join(problem.split()), MAX_PROBLEM)
+        way_out = "mend it, or put a text with special characters in quotes"
+        raise mistake(source, "valid YAML", got, way_out) from None
+
+
+class _Constructor(SafeConstructor):
+    """A constructor to which a date is a text, as YAML 1.2 has it."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+class Block:
+    """A base of config dataclasses: no type is converted, and an unknown key is an error."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
 class Rule(NamedTuple):
     """A condition on a value beyond its type. In an error, its `words` follow the type's words."""
 
@@ -34,141 +92,97 @@ class Rule(NamedTuple):
     way_out: str = ""  # advice if the rule is broken
     is_word: bool = False  # capitals and surrounding blanks are typing slips
 
-    def way_out_for(self, value: Any) -> str:
-        """Return the way out for a value that breaks the rule."""
+    def __get_pydantic_core_schema__(self, hint: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(hint))
+
+    def _checked(self, value: Any) -> Any:
+        if self.check(value):
+            return value
+        way_out = self.way_out
         is_path = not self.is_word or set(value) & set("/\\")  # a path may need its capitals
         if not is_path and self.check(mended := value.strip().lower()):
-            return f"did you mean {mended}?"
-        return self.way_out
+            way_out = f"did you mean {mended}?"
+        raise PydanticCustomError("rule", "broken", {"rule": self, "way_out": way_out})
 
 
-def at_least(minimum: int, way_out: str = "") -> Rule:
-    return Rule(f" >= {minimum}", lambda value: value >= minimum, way_out)
+def within(minimum: int, maximum: int, way_out: str) -> Rule:
+    """Return the rule of a number between two bounds."""
+    words = f" >= {minimum} and <= {maximum}"
+    return Rule(words, lambda value: minimum <= value <= maximum, way_out)
 
 
-def at_most(maximum: int, why: str) -> Rule:
-    return Rule(f" <= {maximum}", lambda value: value <= maximum, why)
+def build(cls: Any, values: dict[str, Any]) -> Any:
+    """Make an instance of a config dataclass from its keys and values.
 
-
-def within(minimum: int, maximum: int, why: str, way_out: str = "") -> tuple[Rule, Rule]:
-    """Return the rules of both bounds. `why` says why nobody needs more than the maximum."""
-    return at_least(minimum, way_out), at_most(maximum, f"{why}; {way_out}" if way_out else why)
-
-
-def rules_of(hint: Any) -> list[Rule]:
-    """Return the rules of an `Annotated` hint."""
-    found = get_args(hint)[1:]
-    return [rule for item in found for rule in ([item] if isinstance(item, Rule) else item)]
-
-
-def build(cls: Any, values: dict[str, Any], path: str = "", **given: Any) -> Any:
-    """Make an instance of a config dataclass from its block and from the `given` fields."""
-    schema = {item.name: item for item in fields(cls) if item.name not in given}
-    hints = get_type_hints(cls, include_extras=True)
-    for key in values:
-        if key not in schema:
-            way_out = nearest(key, schema, path) or f"the keys there are {', '.join(schema)}"
-            raise ConfigError(f"{path}{shown_name(key)} is not a known key; {way_out}")
-    for name, item in schema.items():
-        if name in values:
-            given[name] = checked(hints[name], values[name], path + name)
-        elif item.default is MISSING:
-            raise ConfigError(f"{path}{name} is missing; it must be {_words(hints[name])}")
-    return cls(**given)
-
-
-@dataclass
-class _Misfit(Exception):
-    """A mismatch of a value and its type hint; `rule` is the broken rule, if there is one."""
-
-    way_out: str
-    rule: Rule | None = None
-
-
-def checked(hint: Any, value: Any, path: str) -> Any:
-    """Convert the value to its type hint; a ConfigError names `path` if the value does not fit."""
-    try:
-        return _convert(hint, value, path)
-    except _Misfit as misfit:
-        raise mistake(path, _words(hint, misfit.rule), shown(value), misfit.way_out) from None
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Return a list as a tuple, and an integer as a float; raise `_Misfit` if nothing fits."""
-    kind, args = get_origin(hint) or hint, get_args(hint)
-    if kind is Annotated:
-        converted = _convert(args[0], value, path)
-        for rule in rules_of(hint):
-            if not rule.check(converted):
-                raise _Misfit(rule.way_out_for(converted), rule)
-        return converted
-    if value is None and type(None) in args:
-        return None
-    if kind in (Union, UnionType):
-        return _convert_to_one(args, value, path)
-    if is_dataclass(kind):
-        return build(kind, checked(dict, value, path), f"{path}.")
-    if kind is tuple and type(value) is list:
-        return tuple(_convert(args[0], item, path) for item in value)
-    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if kind is Literal and value in args:
-        return value
-    if kind in (str, int, bool, dict) and type(value) is kind:  # True is no int here
-        return value
-    raise _Misfit(_TYPES[kind][1] if kind in _TYPES else nearest(str(value), _allowed(hint)))
-
-
-def _convert_to_one(hints: Sequence[Any], value: Any, path: str) -> Any:
-    """Return `value` as the first of the hints that it fits.
-
-    If it fits none, the error has a broken rule, else the nearest word, else all ways out.
+    Raises:
+        ConfigError: a key is unknown or missing, or a value does not fit its type hint.
     """
-    misfits = []
-    for hint in hints:
-        try:
-            return _convert(hint, value, path)
-        except _Misfit as misfit:
-            misfits.append(misfit)
-    words = [word for hint in hints for word in _allowed(hint)]
-    ways_out = [misfit.way_out for hint, misfit in zip(hints, misfits) if not _allowed(hint)]
-    way_out = nearest(str(value), words) or ", or ".join([*ways_out, *words])
-    raise next((misfit for misfit in misfits if misfit.rule), _Misfit(way_out))
+    try:
+        return _adapter(cls).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise _first_mistake(cls, values, error.errors(include_url=False)) from None
 
 
-def _allowed(hint: Any) -> Sequence[str]:
+_adapter = cache(TypeAdapter)
+
+
+def block_of(value: Any, path: str) -> dict[str, Any]:
+    """Return a value that must be a block; a ConfigError names `path` if it is none."""
+    if not isinstance(value, dict):
+        raise mistake(path, _BLOCK[0], shown(value), _BLOCK[1])
+    return value
+
+
+def _first_mistake(cls: Any, values: Any, errors: Sequence[Any]) -> ConfigError:
+    """Return the error of the first unknown key, or else of the first field that is wrong."""
+    first = min(errors, key=lambda error: error["type"] != "unexpected_keyword_argument")
+    hint, value, path, hints = cls, values, [], {}
+    for key in first["loc"]:
+        blocks = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+        if not blocks:  # the rest of the path is an item's index, or one of several types
+            break
+        hints = get_type_hints(blocks[0], include_extras=True)
+        hint, value = hints.get(key), value.get(key)
+        path.append(key)
+    *parents, key = map(shown_name, path)
+    field = ".".join([*parents, key])
+    if first["type"] == "unexpected_keyword_argument":
+        way_out = nearest(key, hints, "".join(f"{name}." for name in parents))
+        way_out = way_out or f"the keys there are {', '.join(hints)}"
+        return ConfigError(f"{field} is not a known key; {way_out}")
+    if first["type"] == "missing":
+        return ConfigError(f"{field} is missing; it must be {_words(hint)}")
+    found = [error for error in errors if list(error["loc"][: len(path)]) == path]
+    for broken in (error["ctx"] for error in found if error["type"] == "rule"):
+        return mistake(field, _words(hint, broken["rule"]), shown(value), broken["way_out"])
+    words, advice = _allowed(hint), [_TYPES[e["type"]][1] for e in found if e["type"] in _TYPES]
+    way_out = nearest(str(value), words) or ", or ".join(advice and [*advice, *words])
+    return mistake(field, _words(hint), shown(value), way_out)
+
+
+def _allowed(hint: Any) -> list[str]:
     """Return the words that a hint allows as values."""
-    if hint is type(None):
-        return ("null",)
-    return get_args(hint) if get_origin(hint) is Literal else ()
+    if hint is NoneType:
+        return ["null"]
+    args = get_args(hint)
+    return [*args] if get_origin(hint) is Literal else [w for arg in args for w in _allowed(arg)]
 
 
 def _words(hint: Any, broken: Rule | None = None) -> str:
     """Describe a type hint: `null or an integer >= 1`. Of several rules, describe `broken`."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
-        rules = rules_of(hint)
-        rule = broken if broken and broken in rules else rules[0]
+        rule = broken if broken and broken in args else args[1]
         return f"{_words(args[0], broken)}{rule.words}"
-    if type(None) in args:
-        return f"null or {_words(args[0], broken)}"
     if kind in (Union, UnionType):
-        return " or ".join(_words(arg, broken) for arg in args)
+        null = ["null"] * (NoneType in args)
+        return " or ".join([*null, *(_words(arg, broken) for arg in args if arg is not NoneType)])
     if kind is Literal:
         return f"one of {', '.join(args)}" if len(args) > 1 else args[0]
     if kind is tuple:
         return f"a list, each item {_words(args[0], broken)}"
-    return _TYPES[dict if is_dataclass(kind) else kind][0]
-
-
-_TYPES = {  # the type in words, and advice if another type is given
-    str: ("a string", "text in quotes is always a string"),
-    int: ("an integer", "write digits 0 to 9 only, without quotes"),
-    float: ("a number", "write it as 0.5 or 1.0e-3, without quotes"),
-    bool: ("true or false", "write one of these two words, without quotes"),
-    tuple: ("a list", "write it in brackets: [a, b]"),
-    dict: ("a block of `key: value` lines", "indent its keys below it"),
-}
+    name = "dataclass" if is_dataclass(kind) else {str: "string"}.get(kind, kind.__name__)
+    return _TYPES[f"{name}_type"][0]
 
 
 def nearest(word: str, known: Iterable[str], path: str = "") -> str:
@@ -188,5 +202,5 @@ def shown_name(key: str) -> str:
     return _cut(json.dumps(key, ensure_ascii=False)[1:-1])
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+def _cut(text: str, most: int = MAX_SHOWN) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

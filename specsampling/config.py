@@ -9,26 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from specsampling.checking import (
+    Block,
     ConfigError,
     Rule,
-    at_least,
-    at_most,
+    block_of,
     build,
-    checked,
     mistake,
     nearest,
+    parse_yaml,
     shown,
     shown_name,
     within,
 )
 from specsampling.draft_name import GREEDY, LOOKUPS, TARGET_LAYERS, DraftName
-from specsampling.strict_yaml import YamlError, parse_yaml
 
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
 MAX_FILE_BYTES = 200_000  # room for some hundred profiles; a larger file is of another kind
@@ -64,7 +63,6 @@ OLD_NAMES = {
 }
 
 _BY_K = "0 chooses it from speculation.k"
-_DRAFTED = at_most(1024, "a cycle drafts and scores all of them, and many hardly ever pay off")
 _OURS = re.compile(
     rf"(({'|'.join(LOOKUPS)})\+)?({GREEDY})?(embedded:|{TARGET_LAYERS})"
     rf"|({'|'.join(LOOKUPS)})(\+|$)|{GREEDY}",
@@ -85,16 +83,14 @@ Device = Annotated[
         is_word=True,
     ),
 ]
-K = Annotated[int, at_least(1, "choose run.methods: [autoregressive] to draft nothing"), _DRAFTED]
+K = Annotated[int, within(1, 1024, "choose run.methods: [autoregressive] to draft nothing")]
 Ngram = Annotated[int, within(1, 64, "each length is looked up, and long n-grams rarely repeat")]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 Compile = Literal["auto", "on", "off"]
 MaxNewTokens = Annotated[int, within(1, 10_000_000, "no model's context is longer")]
-Temperature = Annotated[
-    float, within(0, 1000, "all tokens are equally probable there", "0 decodes greedily")
-]
-TopK = Annotated[int, within(0, 10_000_000, "no vocabulary is larger", "0 keeps every token")]
+Temperature = Annotated[float, within(0, 1000, "0 decodes greedily")]
+TopK = Annotated[int, within(0, 10_000_000, "0 keeps every token")]
 TopP = Annotated[float, Rule(" > 0 and <= 1", lambda p: 0 < p <= 1, "1 keeps every token")]
 SPECULATIVE = re.compile(
     r"speculative(:(?P<draft>.+?(?<!(?i:@auto))(?<!(?i:@token|@block))(?<!(?i:@coupled))))?"
@@ -115,7 +111,7 @@ PromptStyle = Literal["completion", "chat"]
 
 
 @dataclass(frozen=True)
-class ModelsConfig:
+class ModelsConfig(Block):
     """The two models and their precision. A `tokenizer` of None is the target's own."""
 
     target: Spec
@@ -128,11 +124,11 @@ class ModelsConfig:
 
 
 @dataclass(frozen=True)
-class SpeculationConfig:
+class SpeculationConfig(Block):
     """The settings of drafting: `ngram_*` for lookups, `m*` for models with a fixed k."""
 
     k: K | Literal["auto"]
-    model_k: Annotated[int, at_least(1, "null means as many as k"), _DRAFTED] | None
+    model_k: Annotated[int, within(1, 1024, "null means as many as k")] | None
     min_confidence: Annotated[float, Rule(" >= 0 and < 1", lambda p: 0 <= p < 1, "0 is off")]
     ngram_max: Ngram
     ngram_min: Ngram
@@ -140,17 +136,17 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True)
-class DecodingConfig:
+class DecodingConfig(Block):
     """The end of decoding, and the form of its calls. A `width` of 0 is chosen from k."""
 
     max_new_tokens: MaxNewTokens
     bit_exact: bool
-    width: Annotated[int, within(0, 2048, "every call computes so many rows", _BY_K)]
+    width: Annotated[int, within(0, 2048, _BY_K)]
     compile: Compile = "off"
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Block):
     """The warp of both models. A temperature of 0 is greedy, and a top_k of 0 is off."""
 
     temperature: Temperature
@@ -162,46 +158,35 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Block):
     """The rows to make. A `limit` of None takes all examples; 0 `threads` leave it to torch."""
 
     methods: Annotated[
         tuple[Method, ...],
         Rule(", at least one, none twice", lambda names: 0 < len(names) == len(set(names))),
     ]
-    limit: (
-        Annotated[int, within(1, 1_000_000_000, "no data set is larger", "null runs every example")]
-        | None
-    )
+    limit: Annotated[int, within(1, 1_000_000_000, "null runs every example")] | None
     warmup: Annotated[int, within(0, 1000, "each of them is decoded and thrown away")]
-    threads: Annotated[
-        int, within(0, 1024, "threads beyond the cores only wait", "0 leaves the number to torch")
-    ]
-    batch_size: Annotated[
-        int,
-        within(1, 1024, "each has its own part of the cache", "1 decodes one text after the other"),
-    ] = 1
+    threads: Annotated[int, within(0, 1024, "0 leaves the number to torch")]
+    batch_size: Annotated[int, within(1, 1024, "1 decodes one text after the other")] = 1
 
 
 @dataclass(frozen=True)
-class HumanEvalConfig:
+class HumanEvalConfig(Block):
     """The form of a prompt, the end of an answer, and the sandbox's limits."""
 
     prompt_style: PromptStyle
     stop_strings: tuple[Text, ...]
     timeout_seconds: Annotated[
         float,
-        Rule(" > 0", lambda seconds: seconds > 0),
-        at_most(86_400, "one program that hangs would stop all scoring for a day"),
+        Rule(" > 0 and <= 86400", lambda s: 0 < s <= 86_400, "a program that hangs takes it all"),
     ]
-    memory_mb: Annotated[
-        int, within(64, 1_048_576, "a tebibyte is no limit", "a Python process needs 64 to start")
-    ]
+    memory_mb: Annotated[int, within(64, 1_048_576, "a Python process needs 64 to start")]
     allow_weak_sandbox: bool = False
 
 
 @dataclass(frozen=True)
-class XSumColumns:
+class XSumColumns(Block):
     """The names of a data set's columns. An `id` of None numbers the rows."""
 
     document: Text = "document"
@@ -210,7 +195,7 @@ class XSumColumns:
 
 
 @dataclass(frozen=True)
-class XSumConfig:
+class XSumConfig(Block):
     """The articles, the prompt that asks for a summary, and the summary's end."""
 
     dataset: Spec
@@ -225,10 +210,9 @@ class XSumConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """One complete profile, with a block for each task that it is for."""
+class _Profile(Block):
+    """The blocks of one complete profile, with one for each task that it is for."""
 
-    profile: str
     models: ModelsConfig
     speculation: SpeculationConfig
     decoding: DecodingConfig
@@ -236,6 +220,13 @@ class Config:
     run: RunConfig
     humaneval: HumanEvalConfig | None = None
     xsum: XSumConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Profile):
+    """One complete profile and its name."""
+
+    profile: str
 
     @property
     def width(self) -> int:
@@ -306,7 +297,6 @@ def load_config(
     path: str | Path,
     profile: str | None = None,
     overrides: Sequence[str] = (),
-    values: Mapping[str, Any] | None = None,
 ) -> Config:
     """Read one profile of a configuration file.
 
@@ -315,31 +305,28 @@ def load_config(
             like `defaults: {block: {key: value}}` for what a profile does not state.
         profile: the profile's name; None takes the file's default.
         overrides: `key.path=value` each, with the value in YAML; later ones win.
-        values: plain values by `key.path`; they win over the overrides.
 
     Raises:
         ConfigError: the file, the profile, a key, a value or an override is wrong.
     """
     file: _File = build(_File, read_blocks(path))
     name = file.default if profile is None else profile
-    if name not in file.profiles:
-        name = OLD_NAMES.get(name, name)
+    name = name if name in file.profiles else OLD_NAMES.get(name, name)
     if name not in file.profiles:
         way_out = nearest(name, file.profiles) or "name it with --profile"
         names = [shown_name(key) for key in file.profiles]
         known = ", ".join(names[:MAX_NAMES] + ["..."] * (len(names) > MAX_NAMES))
         raise mistake("profile", f"one of: {known}", shown(name), way_out)
-    blocks = _with_defaults(
-        checked(dict, file.profiles[name], f"profiles.{shown_name(name)}"), file.defaults or {}
-    )
-    for path_to, value in [*map(_parse_override, overrides), *(values or {}).items()]:
+    profile_blocks = block_of(file.profiles[name], f"profiles.{shown_name(name)}")
+    blocks = _with_defaults(profile_blocks, file.defaults or {})
+    for path_to, value in map(_parse_override, overrides):
         *parents, key = path_to.split(".")
         block = blocks
         for depth, parent in enumerate(parents, start=1):
             above = ".".join(map(shown_name, parents[:depth]))
-            block = checked(dict, block.setdefault(parent, {}), above)
+            block = block_of(block.setdefault(parent, {}), above)
         block[key] = value
-    config: Config = build(Config, blocks, profile=name)
+    config = Config(profile=name, **vars(build(_Profile, blocks)))
     if config.humaneval is None and config.xsum is None:
         rule = f"profile {name} must hold a humaneval or an xsum block (got neither)"
         raise ConfigError(f"{rule}; copy one from another profile")
@@ -352,7 +339,7 @@ def _with_defaults(profile: dict[str, Any], defaults: dict[str, Any]) -> dict[st
     blocks |= profile
     for name in blocks.keys() & defaults.keys():
         if isinstance(blocks[name], dict):
-            blocks[name] = {**checked(dict, defaults[name], f"defaults.{name}"), **blocks[name]}
+            blocks[name] = {**block_of(defaults[name], f"defaults.{name}"), **blocks[name]}
     return blocks
 
 
@@ -410,7 +397,7 @@ def method_parts(method: str, config: Config) -> MethodParts:
 
 
 @dataclass(frozen=True)
-class _File:
+class _File(Block):
     default: Text
     profiles: dict[str, Any]
     defaults: dict[str, Any] | None = None
@@ -435,15 +422,7 @@ def read_blocks(path: str | Path) -> dict[str, Any]:
         problem = "not UTF-8 text" if is_binary else getattr(error, "strerror", None) or error
         got = f"{path}: {problem}"
         raise mistake("config", "a YAML file", got, "name it with --config") from None
-    return checked(dict, _parse(text, str(path)), str(path))
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except YamlError as error:
-        way_out = "mend it, or put a text with special characters in quotes"
-        raise mistake(source, "valid YAML", error, way_out) from None
+    return block_of(parse_yaml(text, str(path)), str(path))
 
 
 def _parse_override(assignment: str) -> tuple[str, Any]:
@@ -453,4 +432,4 @@ def _parse_override(assignment: str) -> tuple[str, Any]:
         way_out = "as in --set speculation.k=4"
         raise mistake("--set", "key.path=value", shown(assignment), way_out)
     field = path.strip()
-    return field, _parse(text, f"--set {shown_name(field)}") if text.strip() else ""
+    return field, parse_yaml(text, f"--set {shown_name(field)}") if text.strip() else ""

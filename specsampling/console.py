@@ -29,7 +29,6 @@ from specsampling.results.runfile import check_output
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import require_own_name
 from specsampling.results.tokens import text_pieces
-from specsampling.strict_yaml import YamlError, scalar
 
 if TYPE_CHECKING:
     from specsampling.method.decode import Steps
@@ -132,21 +131,15 @@ def read_config(options: argparse.Namespace) -> Config:
     """Read the profile, with the command line's values in place."""
     if options.verify_cache and not rank():
         forget_verified()
-    given = {field: getattr(options, field.split(".")[1], None) for field in SHORTCUTS}
-    values = {field: option_value(field, text) for field, text in given.items() if text is not None}
-    return load_config(options.config, options.profile, options.set, values)
-
-
-def option_value(field: str, text: str) -> Any:
-    """Return an option's value. Options are not YAML, so `--limit "[1]"` is not a list."""
-    if field == "run.methods":
-        return [name.strip() for name in text.split(",")]
-    if not text or field.startswith("models."):
-        return text
-    try:
-        return scalar(text)
-    except YamlError as error:
-        raise ConfigError(f"{field} cannot be read ({error}); write a smaller one") from None
+    overrides = list(options.set)
+    for field in SHORTCUTS:
+        if (value := getattr(options, field.split(".")[1], None)) is not None:
+            if field == "run.methods":
+                value = [name.strip() for name in value.split(",")]
+            is_text = field.startswith(("run.methods", "models."))
+            text = json.dumps(value, ensure_ascii=False)
+            overrides.append(f"{field}={text if is_text else value}")
+    return load_config(options.config, options.profile, overrides)
 
 
 def print_scores(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -184,7 +184,7 @@ def write_config(
     for block, changes in blocks.items():
         chosen[block] |= changes
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({"default": profile, "profiles": {profile: chosen}}))
+    path.write_text(json.dumps({"default": profile, "profiles": {profile: chosen}}))
     return path
 
 

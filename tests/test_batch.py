@@ -232,7 +232,7 @@ def test_a_run_of_several_at_once_has_the_rows_of_one_by_one(config, tmp_path):
     ("settings", "message"),
     [
         (["run.batch_size=0"], "run.batch_size must be an integer >= 1"),
-        (["run.batch_size=2000"], "run.batch_size must be an integer <= 1024"),
+        (["run.batch_size=2000"], "run.batch_size must be an integer >= 1 and <= 1024"),
     ],
 )
 def test_what_cannot_be_is_one_line(settings, message, config, tmp_path):

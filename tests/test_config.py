@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
-import yaml
 from conftest import shipped_profile
 
-from specsampling.checking import rules_of
+from specsampling.checking import Rule
 from specsampling.config import (
     DECIDING,
     OLD_NAMES,
@@ -51,41 +50,73 @@ def write(folder, text):
 
 def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
     assert error_of("speculation.k=0") == (
-        "speculation.k must be an integer >= 1 or auto (got 0); "
+        "speculation.k must be an integer >= 1 and <= 1024 or auto (got 0); "
         "choose run.methods: [autoregressive] to draft nothing"
+    )
+    assert error_of("models.dtype=8") == (
+        "models.dtype must be one of auto, float32, float16, bfloat16 (got 8)"
     )
 
 
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
-        ("run.limit=010:00", 'run.limit must be null or an integer >= 1 (got "010:00")'),
-        ("run.limit=1_000", 'run.limit must be null or an integer >= 1 (got "1_000")'),
-        ("sampling.seed=2024-05-01", 'sampling.seed must be an integer >= 0 (got "2024-05-01")'),
-        ("sampling.top_p=1:30", 'sampling.top_p must be a number > 0 and <= 1 (got "1:30")'),
-        ("decoding.bit_exact=yes", 'decoding.bit_exact must be true or false (got "yes")'),
-        ("decoding.bit_exact=off", 'decoding.bit_exact must be true or false (got "off")'),
-        ("speculation.k=true", "speculation.k must be an integer >= 1 or auto (got true)"),
-        ("speculation.k='5'", 'speculation.k must be an integer >= 1 or auto (got "5")'),
-        ("speculation.k=5.0", "speculation.k must be an integer >= 1 or auto (got 5.0)"),
-        ("speculation.k=null", "speculation.k must be an integer >= 1 or auto (got null)"),
-        ("speculation=5", "speculation must be a block of `key: value` lines (got 5)"),
-        ("sampling.temperature='0.5'", 'sampling.temperature must be a number >= 0 (got "0.5")'),
-        ("sampling.temperature=true", "sampling.temperature must be a number >= 0 (got true)"),
-        ("decoding.bit_exact=1", "decoding.bit_exact must be true or false (got 1)"),
-        ("models.target=5", "models.target must be a string that is not empty (got 5)"),
-        ("models.target=", 'models.target must be a string that is not empty (got "")'),
-        ("models.target=null", "models.target must be a string that is not empty (got null)"),
-        ("run.limit=all", 'run.limit must be null or an integer >= 1 (got "all")'),
+        (
+            "run.limit=010:00",
+            'null or an integer >= 1 and <= 1000000000 (got "010:00")',
+        ),
+        (
+            "run.limit=1,000",
+            'null or an integer >= 1 and <= 1000000000 (got "1,000")',
+        ),
+        ("sampling.seed=2024-05-01", '>= 0 and <= 9223372036854775807 (got "2024-05-01")'),
+        ("sampling.top_p=1:30", 'a number > 0 and <= 1 (got "1:30")'),
+        ("decoding.bit_exact=yes", 'true or false (got "yes")'),
+        ("decoding.bit_exact=off", 'true or false (got "off")'),
+        (
+            "speculation.k=true",
+            "an integer >= 1 and <= 1024 or auto (got true)",
+        ),
+        (
+            "speculation.k='5'",
+            'an integer >= 1 and <= 1024 or auto (got "5")',
+        ),
+        (
+            "speculation.k=5.0",
+            "an integer >= 1 and <= 1024 or auto (got 5.0)",
+        ),
+        (
+            "speculation.k=null",
+            "an integer >= 1 and <= 1024 or auto (got null)",
+        ),
+        ("speculation=5", "a block of `key: value` lines (got 5)"),
+        (
+            "sampling.temperature='0.5'",
+            'a number >= 0 and <= 1000 (got "0.5")',
+        ),
+        (
+            "sampling.temperature=true",
+            "a number >= 0 and <= 1000 (got true)",
+        ),
+        ("decoding.bit_exact=1", "true or false (got 1)"),
+        ("models.target=5", "a string that is not empty (got 5)"),
+        ("models.target=", 'a string that is not empty (got "")'),
+        ("models.target=null", "a string that is not empty (got null)"),
+        (
+            "run.limit=all",
+            'null or an integer >= 1 and <= 1000000000 (got "all")',
+        ),
         (
             "run.methods=speculative",
-            "run.methods must be a list, each item a string: autoregressive",
+            "a list, each item a string: autoregressive",
         ),
         ("humaneval.stop_strings=[1]", "each item a string that is not empty (got [1])"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(override, rule):
-    assert rule in error_of(override)
+    message = error_of(override)
+    assert message.startswith(f"{override.partition('=')[0]} must be ")
+    assert rule in message
 
 
 @pytest.mark.parametrize(
@@ -204,23 +235,23 @@ def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
 
 
 def test_a_missing_key_is_named_with_its_rule(tmp_path):
-    text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}})
-    path = write(tmp_path, text.replace("      k: auto\n", ""))
+    text = json.dumps({"default": "mine", "profiles": {"mine": DEMO}})
+    path = write(tmp_path, text.replace('"k": "auto", ', ""))
     assert error_of(path=path, profile=None) == (
-        "speculation.k is missing; it must be an integer >= 1 or auto"
+        "speculation.k is missing; it must be an integer >= 1 and <= 1024 or auto"
     )
 
 
 def test_a_missing_block_is_named(tmp_path):
     blocks = {name: block for name, block in DEMO.items() if name != "sampling"}
-    path = write(tmp_path, yaml.safe_dump({"default": "mine", "profiles": {"mine": blocks}}))
+    path = write(tmp_path, json.dumps({"default": "mine", "profiles": {"mine": blocks}}))
     assert error_of(path=path, profile=None).startswith("sampling is missing")
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     """PyYAML keeps the last one without a word."""
     path = write(tmp_path, "default: demo\nprofiles: {}\ndefault: other\n")
-    assert "line 3: key default stands twice" in error_of(path=path)
+    assert 'line 3: found duplicate key "default"' in error_of(path=path)
 
 
 # --- rules between fields ----------------------------------------------------------
@@ -342,16 +373,15 @@ def test_a_folder_and_a_binary_file_are_one_line(tmp_path):
         (b"PK\x03\x04", "unacceptable character"),
         (b'{"default": "demo"}', "profiles is missing"),
         (b"\xef\xbb\xbfdefault: demo", "profiles is missing"),
-        (b"default: &a [*a]", "*a stands before the end of an &a"),
-        (b"profiles: &a {demo: *a}", "*a stands before the end of an &a"),
-        (b"default: demo\nprofiles: {demo: {models: " + b"[" * 9000, "more than 20 deep"),
+        (b"default: &a [*a]", "Circular reference detected"),
+        (b"profiles: &a {demo: *a}", "Circular reference detected"),
+        (b"default: demo\nprofiles: {demo: {models: " + b"[" * 9000, "nested too deep"),
         (b"default: demo\nprofiles: {'a\\nb': 1}", "profile must be one of: a"),
         (b'default: demo\nprofiles: {"a\\nb": 1}', "profile must be one of: a\\nb"),
         (b'"a\\nb": 1', "a\\nb is not a known key"),
         (b"k" * 100_000 + b": 1", "is not a known key"),
-        (b'default: "\\ud800"\nprofiles: {}', "\\ud800 is no character"),
-        (b"default: demo\nprofiles: {demo: &d {k: 1}, e: {<<: *d}}", "the merge key <<"),
-        (b"default: demo\n---\ndefault: demo", "a second document begins"),
+        (b'default: "\\ud800"\nprofiles: {}', "surrogates not allowed"),
+        (b"default: demo\n---\ndefault: demo", "found another document"),
     ],
     ids=lambda value: "",
 )
@@ -368,13 +398,12 @@ def test_an_alias_bomb_is_not_expanded_for_its_error_message(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
     path = write(tmp_path, "\n".join([*lines, "default: *a9", "profiles: {}"]))
-    assert "more than 5000 values" in error_of(path=path)
+    assert "too many values" in error_of(path=path)
 
 
 def test_profiles_may_share_a_block_by_an_alias(tmp_path):
-    text = yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO, "yours": DEMO}})
-    assert "*id001" in text
-    path = write(tmp_path, text)
+    profiles = f"{{mine: &mine {json.dumps(DEMO)}, yours: *mine}}"
+    path = write(tmp_path, f"default: mine\nprofiles: {profiles}")
     assert load_config(path, "yours").speculation == load_config(path, "mine").speculation
 
 
@@ -385,7 +414,7 @@ def integers(hint):
             for below, rules in integers(inner):
                 yield below or f"{hint.__name__}.{name}", rules
     elif get_origin(hint) is Annotated and get_args(hint)[0] is int:
-        yield "", rules_of(hint)
+        yield "", [rule for rule in get_args(hint) if isinstance(rule, Rule)]
     elif hint is int:
         yield "", ()
     else:
@@ -393,12 +422,12 @@ def integers(hint):
             yield from integers(inner)
 
 
-def test_every_integer_has_an_upper_bound_that_says_why():
+def test_every_integer_has_an_upper_bound_and_a_way_out():
     """k=65536 hung, num_samples of 20 digits filled the memory with a list of what to do."""
     found = dict(integers(Config))
     assert len(found) >= 14
     for name, rules in found.items():
-        assert any(rule.words.startswith(" <= ") and rule.way_out for rule in rules), name
+        assert any(" <= " in rule.words and rule.way_out for rule in rules), name
         assert not all(rule.check(10**20) for rule in rules), name
 
 
@@ -417,7 +446,7 @@ def test_a_syntax_error_names_the_line(tmp_path):
         ("default: demo\nprofile: {}", "did you mean profiles?"),
         ("default: 3\nprofiles: {}", "default must be a string"),
         ("default: demo\nprofiles: {demo: 3}", "profiles.demo must be a block"),
-        ("default: demo\nprofiles: {1: {}}", "key 1 is not a word"),
+        ("default: demo\nprofiles: {[1]: {}}", "keys must be str"),
     ],
 )
 def test_a_file_of_another_shape_is_refused(tmp_path, text, problem):
@@ -442,12 +471,12 @@ def test_a_profile_states_what_differs_from_the_defaults(tmp_path):
     blocks = {name: block for name, block in DEMO.items() if name != "xsum"}
     profiles = {"a": {"models": {"draft": "ngram"}, "xsum": {}}, "b": {"humaneval": {}}}
     values = {"default": "a", "defaults": DEMO, "profiles": profiles}
-    path = write(tmp_path, yaml.safe_dump(values))
+    path = write(tmp_path, json.dumps(values))
     first, second = load_config(path), load_config(path, "b")
     assert first.models.draft == "ngram" and first.humaneval is None
     assert first.xsum == load_config(SHIPPED).xsum
     assert second.models == load_config(SHIPPED).models and second.xsum is None
-    complete = write(tmp_path, yaml.safe_dump({"default": "b", "profiles": {"b": blocks}}))
+    complete = write(tmp_path, json.dumps({"default": "b", "profiles": {"b": blocks}}))
     assert load_config(complete) == second
 
 
@@ -485,7 +514,7 @@ def test_the_hash_is_the_same_for_the_same_values():
 
 
 def test_the_hash_ignores_what_changes_no_row(tmp_path):
-    renamed = write(tmp_path, yaml.safe_dump({"default": "mine", "profiles": {"mine": DEMO}}))
+    renamed = write(tmp_path, json.dumps({"default": "mine", "profiles": {"mine": DEMO}}))
     assert config_hash(load_config(renamed)) == config_hash(demo())
     for override in (
         "run.limit=3",
@@ -563,7 +592,7 @@ def test_committed_runs_can_be_continued(path, tmp_path):
     meta = read_meta(path)
     blocks = {name: block for name, block in meta["config"].items() if block is not None}
     profile = blocks.pop("profile")
-    run = write(tmp_path, yaml.safe_dump({"default": profile, "profiles": {profile: blocks}}))
+    run = write(tmp_path, json.dumps({"default": profile, "profiles": {profile: blocks}}))
     assert config_hash(load_config(run)) == meta["config_hash"]
 
 

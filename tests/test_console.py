@@ -27,8 +27,8 @@ CONTEXT = 1024  # of the tiny Llama's folder
 def tiny(model_folders, *overrides):
     """The demo profile over the tiny Llama, with changes."""
     folder = str(model_folders["llama-target"])
-    models = {"models.draft": "ngram", "models.dtype": "float32", "models.device": "cpu"}
-    return load_config(SHIPPED, "demo", [f"models.target={folder}", *overrides], models)
+    models = f"models.target={folder}", "models.draft=ngram", "models.dtype=float32"
+    return load_config(SHIPPED, "demo", [*models, "models.device=cpu", *overrides])
 
 
 @pytest.mark.parametrize(

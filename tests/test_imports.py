@@ -18,10 +18,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ARROWS: dict[str, set[str]] = {
     "method": set(),
     "disk": set(),
-    "strict_yaml": set(),
     "checking": set(),
     "draft_name": set(),
-    "config": {"strict_yaml", "checking", "draft_name"},
+    "config": {"checking", "draft_name"},
     "kernel": set(),
     "models": {"method", "kernel", "disk", "draft_name"},
     "ranks": {"checking"},
@@ -48,7 +47,7 @@ ARROWS: dict[str, set[str]] = {
     "console": {
         "experiment",
         *("edge", "loading", "provenance", "runner", "tasks", "results", "ranks", "models"),
-        *("method", "config", "strict_yaml"),
+        *("method", "config"),
     },
 }
 

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import write_config
 from test_end_to_end import run
 from test_ranks import finish_ranks, start_ranks
@@ -129,11 +128,11 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(finished, config, tmp_path, 
 
 def test_without_bit_exact_decoding_nothing_is_compared_with_reference(config):
     """The method `reference` is an error then, and the option to leave it out is not ours."""
-    values = yaml.safe_load(config.read_text())
+    values = json.loads(config.read_text())
     values["profiles"]["demo"]["decoding"]["bit_exact"] = False
     values["profiles"]["demo"]["run"]["methods"] = ["autoregressive", "speculative"]
     path = config.with_name("not_exact.yaml")
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(json.dumps(values))
     options = table1.cell_parser("", 4).parse_args(["--config", str(path)])
     overrides = table1.cell_overrides(table1.CELLS["xsum-greedy"], options)
     assert load_config(path, None, overrides).run.methods == ("autoregressive", "speculative")
@@ -162,10 +161,10 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_anything_runs(
 
 def test_rows_of_another_configuration_are_not_mixed_in(finished, config, capsys):
     folder, _, _ = finished
-    values = yaml.safe_load(config.read_text())
+    values = json.loads(config.read_text())
     values["profiles"]["demo"]["sampling"]["seed"] = 1
     other = config.with_name("other_seed.yaml")
-    other.write_text(yaml.safe_dump(values))
+    other.write_text(json.dumps(values))
     arguments = ["--config", str(other), "--limit", "2", "--output-folder", str(folder)]
     assert exit_code(table1.main, arguments) == 2
     assert "sampling.seed was 0, is now 1" in capsys.readouterr().err.splitlines()[-1]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
@@ -38,6 +37,7 @@ from train import (
 from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
+from specsampling.config import read_blocks
 from specsampling.console import exit_code
 
 SETTINGS = Path(__file__).parent.parent / "training" / "distill.yaml"
@@ -45,7 +45,7 @@ SETTINGS = Path(__file__).parent.parent / "training" / "distill.yaml"
 
 @pytest.fixture(scope="module")
 def settings():
-    return yaml.safe_load(SETTINGS.read_text())
+    return read_blocks(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_a_mistake_is_one_line(tmp_path, settings, capsys):
     work, changed = tmp_path / "work", tmp_path / "changed.yaml"
     claim(work, settings)
     claim(work, settings)
-    changed.write_text(yaml.safe_dump(settings | {"seed": 1}))
+    changed.write_text(json.dumps(settings | {"seed": 1}))
     for recipe, message in (
         (changed, "begun with others"),
         (tmp_path / "none.yaml", "No such file"),
