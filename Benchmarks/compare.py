@@ -1,10 +1,10 @@
-"""Compare two runs of one task: their scores, their texts, and where texts first differ.
+"""Compare two runs of one task: scores, speeds, texts, and where texts first differ.
 
     python Benchmarks/compare.py Results/published/qwen-coder-bf16/results2.jsonl \\
         Results/published/qwen-coder-int8/results2.jsonl --methods speculative
 
 The runs may differ in a precision, a target or a version. Each method of both runs is compared over
-the (example, sample) pairs of both. Speeds are not compared: a machine's pace differs between runs.
+the (example, sample) pairs of both. Speeds are compared if both runs were made on one machine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pandas as pd
 from specsampling.config import ConfigError
 from specsampling.console import Parser, exit_code
 from specsampling.results import metrics
+from specsampling.results.meta import device_names
 from specsampling.results.records import Row, Run, read_run
 from specsampling.results.tables import aligned, few_notes, scores_of
 
@@ -71,9 +72,26 @@ def compare_runs(run: Run, other: Run, methods: Sequence[str]) -> pd.DataFrame:
     `table.attrs["notes"]` is a list of sentences that belong under the table.
     """
     table = pd.DataFrame([_compare(run, other, method) for method in methods])
-    notes = [*_other_prompts(run.rows, other.rows, methods), NOTE]
+    notes = [*_other_prompts(run.rows, other.rows, methods), NOTE, _on_speeds(run, other)]
     table.attrs["notes"] = [*notes, *few_notes(max(table["n"]))]
     return table
+
+
+def _machine(run: Run) -> str:
+    return f"{device_names(run.meta) or 'an unknown machine'}, {run.meta.get('threads')} threads"
+
+
+def _share_a_machine(run: Run, other: Run) -> bool:
+    """Say whether one machine, with one number of threads, has made both runs."""
+    return bool(device_names(run.meta)) and _machine(run) == _machine(other)
+
+
+def _on_speeds(run: Run, other: Run) -> str:
+    if _share_a_machine(run, other):
+        return "A machine's pace differs between runs, so small differences in speed mean little"
+    return (
+        f"Speeds are not compared: the runs were made on {_machine(run)}, and on {_machine(other)}"
+    )
 
 
 def _other_prompts(rows: Sequence[Row], others: Sequence[Row], methods: Sequence[str]) -> list[str]:
@@ -102,6 +120,9 @@ def _compare(run: Run, other: Run, method: str) -> dict[str, object]:
         "equal": "{}/{}".format(*metrics.count_identical(rows, others)),
         "before": num_before / num_tokens if num_tokens else float("nan"),
     }
+    if _share_a_machine(run, other):
+        for name, of in (("tokens/s", 0), ("other's tokens/s", 1)):
+            line[name] = f"{metrics.tokens_per_second([pair[of] for pair in pairs]):.1f}"
     scores = scores_of([row for row, _ in pairs], run.scores or [])
     their_scores = scores_of([their for _, their in pairs], other.scores or [])
     if scores and their_scores:

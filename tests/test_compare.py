@@ -39,6 +39,24 @@ def test_equal_texts_and_tokens_before_the_first_difference():
     assert not any("pass@1" in name for name in line)
 
 
+def test_speeds_are_compared_on_one_machine_only():
+    """`compare.py` said nothing of speeds, and a reader put two machines' tables together."""
+    fast = [dataclasses.replace(row, decode_seconds=row.decode_seconds / 2) for row in rows(0)]
+    meta = {"device_name": "A processor, 2 cores", "threads": 2}
+    tables = [
+        script.compare_runs(
+            Run(rows(0), meta, None), Run(fast, meta | others, None), ["speculative"]
+        )
+        for others in ({}, {"device_name": "A phone"}, {"threads": 1})
+    ]
+    (line,) = tables[0].to_dict("records")
+    assert float(line["other's tokens/s"]) == pytest.approx(2 * float(line["tokens/s"]), abs=0.2)
+    assert "small differences in speed mean little" in tables[0].attrs["notes"][1]
+    for table in tables[1:]:
+        assert "tokens/s" not in table
+        assert any(note.startswith("Speeds are not compared") for note in table.attrs["notes"])
+
+
 def test_scores_are_compared_over_what_both_have(tmp_path, capsys):
     paths = []
     for which, passed in ((0, "ab"), (1, "a")):
