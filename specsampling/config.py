@@ -335,8 +335,7 @@ def load_config(
 
 def _with_defaults(profile: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return a profile's blocks, filled with defaults. It has no task's block that it lacks."""
-    blocks = {name: block for name, block in defaults.items() if name not in TASKS}
-    blocks |= profile
+    blocks = {name: block for name, block in defaults.items() if name not in TASKS} | profile
     for name in blocks.keys() & defaults.keys():
         if isinstance(blocks[name], dict):
             blocks[name] = {**block_of(defaults[name], f"defaults.{name}"), **blocks[name]}

@@ -36,12 +36,19 @@ if TYPE_CHECKING:
 
 NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]+")  # characters to replace in a folder's name
 
-# Fields of the configuration that have an option of their own.
-SHORTCUTS = (
-    *("run.methods", "run.limit", "sampling.seed", "models.device", "models.dtype"),
-    *("models.target", "models.draft", "speculation.k", "decoding.max_new_tokens"),
-    *("sampling.temperature", "sampling.top_p", "sampling.num_samples"),
-)
+# Options that stand for one field of the configuration: its path, a name for its value, and help.
+SHORTCUTS = {
+    "--seed": ("sampling.seed", "N", "seed of all randomness"),
+    "--device": ("models.device", "NAME", "auto, cpu, cuda, cuda:N, mps or auto-split[-offload]"),
+    "--dtype": ("models.dtype", "NAME", "auto, float32, float16 or bfloat16"),
+    "--target": ("models.target", "MODEL", "the model whose output is wanted"),
+    "--draft": ("models.draft", "DRAFT", "who proposes tokens"),
+    "--k": ("speculation.k", "K", "tokens drafted per cycle, or auto"),
+    "--temperature": ("sampling.temperature", "T", "0 is greedy"),
+    "--top-p": ("sampling.top_p", "P", "the mass of probability that is kept"),
+    "--max-new-tokens": ("decoding.max_new_tokens", "N", "the longest answer"),
+    "--num-samples": ("sampling.num_samples", "N", "answers per example"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,8 +76,9 @@ def read_experiment(
     parser = _config_parser(description)
     add = parser.add_argument
     default = f"default: Results/{file_name}, or with --profile Results/NAME/{file_name}"
-    add("--methods", metavar="A,B", help="which methods, separated by commas")
-    add("--limit", metavar="N", help="only the first N examples")
+    methods = "which methods, separated by commas"
+    add("--methods", dest="run.methods", metavar="A,B", help=methods)
+    add("--limit", dest="run.limit", metavar="N", help="only the first N examples")
     add("--output", metavar="PATH", type=Path, help=f"JSONL file for the rows ({default})")
     add(
         "--fresh",
@@ -107,22 +115,13 @@ def _config_parser(description: str | None) -> Parser:
     """Make a parser with the options of every script that reads a configuration."""
     parser = Parser(description)
     add = parser.add_argument
-    devices = "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"
     again = "check the hashes of cached models again, even if their files look unchanged"
     one = "any field of the configuration; may be given several times"
     add("--config", metavar="FILE", type=Path, default=PROJECT / "config.yaml")
     add("--profile", metavar="NAME", help="a profile of the config file")
-    add("--seed", metavar="N", help="seed of all randomness")
-    add("--device", metavar="NAME", help=devices)
     add("--verify-cache", action="store_true", help=again)
-    add("--dtype", metavar="NAME", help="auto, float32, float16 or bfloat16")
-    add("--target", metavar="MODEL", help="models.target: the model whose output is wanted")
-    add("--draft", metavar="DRAFT", help="models.draft: who proposes tokens")
-    add("--k", metavar="K", help="speculation.k: tokens drafted per cycle, or auto")
-    add("--temperature", metavar="T", help="sampling.temperature; 0 is greedy")
-    add("--top-p", metavar="P", help="sampling.top_p")
-    add("--max-new-tokens", metavar="N", help="decoding.max_new_tokens: the longest answer")
-    add("--num-samples", metavar="N", help="sampling.num_samples: answers per example")
+    for option, (field, value, text) in SHORTCUTS.items():
+        add(option, dest=field, metavar=value, help=f"{field}: {text}")
     add("--set", metavar="KEY.PATH=VALUE", action="append", default=[], help=one)
     return parser
 
@@ -132,8 +131,8 @@ def read_config(options: argparse.Namespace) -> Config:
     if options.verify_cache and not rank():
         forget_verified()
     overrides = list(options.set)
-    for field in SHORTCUTS:
-        if (value := getattr(options, field.split(".")[1], None)) is not None:
+    for field, value in vars(options).items():
+        if "." in field and value is not None:
             if field == "run.methods":
                 value = [name.strip() for name in value.split(",")]
             is_text = field.startswith(("run.methods", "models."))

@@ -160,8 +160,7 @@ def load(plan: Plan) -> tuple[Pair, Drafts, str]:
         The pair, the drafts of all methods, and the expected peak of memory in words.
     """
     config, meta = plan.config, plan.meta
-    num_sharing = plan.ranks.local_count if plan.ranks else 1
-    sizes = plan.longest_prompt, num_sharing
+    sizes = plan.longest_prompt, plan.ranks.local_count if plan.ranks else 1
     device_map, expected = loading.settle_memory(config, plan.planned, *sizes)
     pair = loading.load_configured_pair(config, device_map)
     drafts = loading.load_drafts(config, pair)
@@ -249,7 +248,7 @@ def read_existing_run(
                 kept = [row for row in rows if not row.lacked_memory]
                 existing_run = Run(kept, read_meta(output), None)
     now = prompt_date(existing_run.meta if existing_run else None)
-    return ranks.from_main((existing_run, now)) if ranks else (existing_run, now)
+    return ranks.gather([(existing_run, now)])[0] if ranks else (existing_run, now)
 
 
 def bind_decoders(

@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import cache
 
 from specsampling.checking import ConfigError
 
@@ -32,16 +32,14 @@ class Ranks:
     the same for this machine's processes only.
     """
 
-    _all: Ranks | None = None
-
     @classmethod
+    @cache
     def of_launch(cls, variables: tuple[str, str]) -> Ranks:
         """Return one object for the whole process, because the ranks number their meetings.
 
         The variables come from `edge.launched_by`. A RanksError says why the ranks cannot meet.
         """
-        cls._all = cls._all or cls(*variables)
-        return cls._all
+        return cls(*variables)
 
     def __init__(self, index: str, size: str) -> None:
         """Meet the other processes; call `Ranks.of_launch` instead."""
@@ -112,10 +110,6 @@ class Ranks:
             num_here = self._add(name, 0)
         meanwhile()
         self._num_meetings += 1
-
-    def from_main(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
-        return self.gather([value])[0]
 
     def gather(self, values: list) -> list:
         """Return all ranks' values on every rank, rank 0's first."""

@@ -37,7 +37,6 @@ MEMORY_WAYS_OUT = (
 )
 BLOCK = 4  # pairs that a method decodes in its turn, for each place of a batch
 
-
 # A method's decoder takes one prompt, a `generator` and a stop check `is_stop`.
 Decode = Callable[..., Generation]
 
