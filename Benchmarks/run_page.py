@@ -80,7 +80,7 @@ def problems_of(run: Run) -> list[dict[str, Any]]:
             "identical": row.token_ids == alone.token_ids if alone and is_ours else None,
             "slower": is_ours
             and baseline is not None
-            and metrics.tokens_per_second([row]) < metrics.tokens_per_second([baseline]),
+            and metrics.speedup([baseline], [row]).of_totals.estimate < 1,
         }
     return list(problems.values())
 

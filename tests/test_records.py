@@ -12,6 +12,7 @@ import pytest
 
 from specsampling.results import files
 from specsampling.results.lines import unsealed
+from specsampling.results.meta import meta_bytes
 from specsampling.results.records import (
     RecordsError,
     Row,
@@ -381,6 +382,22 @@ def test_another_configuration_is_told_by_its_fields(path):
     message = error_of(RunFile.open, path, {**META, **other})
     assert "speculation.k was 5, is now 4" in message
     assert "ngram_max" not in message and "config_hash" not in message
+
+
+MACHINE = {**META, "device_name": "A Processor, 2 cores", "threads": 2, "versions": {"torch": "2"}}
+
+
+def test_rows_name_their_machine_and_older_rows_get_the_runs(path):
+    """Rows of before name none: they are the one machine's, or nobody knows whose."""
+    write_run(path, ROW)
+    path.with_suffix(".meta.json").write_bytes(meta_bytes(MACHINE))
+    name = "A Processor, 2 cores, 2 threads, bfloat16, torch 2"
+    assert read_run(path).rows == [dataclasses.replace(ROW, device=name)]
+    with RunFile.open(path, {**MACHINE, "device_name": "Another"}) as run:
+        run.append(dataclasses.replace(ROW, sample_index=9))
+    another = "Another, 2 threads, bfloat16, torch 2"
+    assert [row.device for row in read_rows(path)] == [None, another]
+    assert [row.device for row in read_run(path).rows] == ["", another]
 
 
 def test_only_fields_that_decide_a_text_are_named(path):
