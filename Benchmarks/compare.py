@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="FILE", type=Path, help="rows of a run")
     parser.add_argument("other", metavar="OTHER", type=Path, help="rows of the run to compare with")
     parser.add_argument("--methods", metavar="A,B", help="only these methods")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table to FILE, too")
     options = parser.parse_args(arguments)
+    if options.csv and not options.csv.parent.is_dir():
+        raise ConfigError(f"{options.csv} must be in a folder that exists; make it, or choose one")
     runs = read_run(options.run), read_run(options.other)
     shared = [m for m in dict.fromkeys(row.method for row in runs[0].rows) if m in methods_of(runs)]
     chosen = options.methods.split(",") if options.methods else shared
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "runs of one task"
         )
     print(format_comparison(table))
+    if options.csv:
+        table.to_csv(options.csv, index=False)
     return 0
 
 

@@ -2,7 +2,9 @@
 
     python Benchmarks/report.py            write the pages
     python Benchmarks/report.py --check    only say which pages differ, with exit code 1
-    python Benchmarks/report.py Results/results2.jsonl --html report.html    one run, as a page
+    python Benchmarks/report.py Results/results2.jsonl --html run.html    one run, as a page
+    python Benchmarks/report.py Results/results2.jsonl --csv run.csv      its table, as numbers
+    python Benchmarks/report.py Results/figure1/xsum-greedy.jsonl --csv out.csv --table figure1
 
 A page holds a table between two comments. The first one names what is shown and of which file:
 
@@ -20,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,17 +54,36 @@ HEADLINE = {  # of the README
 }
 
 
+class Table(NamedTuple):
+    """A table of results: as numbers, as the text that pages show, and the words below it."""
+
+    numbers: pd.DataFrame
+    text: pd.DataFrame
+    caption: str = ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="rows to show in --html")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page of the run RUN")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    add = parser.add_argument
+    add("run", metavar="RUN", nargs="?", type=Path, help="rows, or a folder of rows, to show")
+    add("--html", metavar="FILE", type=Path, help="write a page of the run RUN")
+    add("--csv", metavar="FILE", type=Path, help="write a table of RUN")
+    kind = f"which table --csv writes: {', '.join(KINDS)} (default: run)"
+    add("--table", metavar="KIND", default="run", help=kind)
+    add("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    if bool(options.run) != bool(options.html):
-        raise ConfigError("RUN and --html FILE belong together (got one of them); give both")
-    if options.html:
-        options.html.write_text(page_of(options.run), encoding="utf-8")
-        print(f"{options.html} shows {options.run}")
+    files = options.html, options.csv
+    if bool(options.run) != any(files):
+        raise ConfigError("RUN belongs with --html FILE or --csv FILE (got one of them); give both")
+    if options.run:
+        for file in filter(None, files):
+            if not file.parent.is_dir():
+                raise ConfigError(f"{file} must be in a folder that exists; make it, or choose one")
+        if options.html:
+            options.html.write_text(page_of(options.run), encoding="utf-8")
+        if options.csv:
+            made(options.table, options.run).numbers.to_csv(options.csv, index=False)
+        print(f"{' and '.join(map(str, filter(None, files)))} shows {options.run}")
         return 0
     different = []
     for page in sorted(path for pattern in PAGES for path in PROJECT.glob(pattern)):
@@ -82,9 +104,16 @@ def written(page: str) -> str:
 
 def table_of(kind: str, path: str) -> str:
     """The Markdown of one kind of table, over a file or folder of rows."""
+    if kind == "terminal":
+        return terminal_table(PROJECT / path)
+    table = made(kind, PROJECT / path)
+    return "\n\n".join(filter(None, (markdown(table.text), table.caption)))
+
+
+def made(kind: str, path: Path) -> Table:
     if kind not in KINDS:
-        raise ConfigError(f"a table must be one of {', '.join(KINDS)} (got {kind}); mend the page")
-    return KINDS[kind](PROJECT / path)
+        raise ConfigError(f"a table must be one of {', '.join(KINDS)} (got {kind}); name one")
+    return KINDS[kind](path)
 
 
 def summary_of(run: Run) -> pd.DataFrame:
@@ -92,15 +121,15 @@ def summary_of(run: Run) -> pd.DataFrame:
     return tables.summary_table(run.rows, run.scores, sampling)
 
 
-def run_table(path: Path, left_out: Sequence[str] = ()) -> str:
+def run_table(path: Path, left_out: Sequence[str] = ()) -> Table:
     """A run: a line per method, then what was run, on which machine, and by which command."""
     run = read_run(path)
     table = summary_of(run)
     shown = table.drop(columns=[*LEFT_OUT, *left_out], errors="ignore")
-    return f"{markdown(tables.printable(shown))}\n\n{caption(run)}"
+    return Table(table, tables.printable(shown), caption(run))
 
 
-def texts_table(path: Path) -> str:
+def texts_table(path: Path) -> Table:
     """A run that was made beside other work: its texts and scores, and no speeds."""
     return run_table(path, TIMED)
 
@@ -129,7 +158,7 @@ def terminal_table(path: Path) -> str:
     return f"```text\n{tables.format_table(table)}\n({device_names(run.meta)})\n```"
 
 
-def headline_table(folder: Path) -> str:
+def headline_table(folder: Path) -> Table:
     """The runs of `HEADLINE`: how fast, and whether the texts are the same."""
     lines = []
     for name, file in HEADLINE.items():
@@ -148,63 +177,68 @@ def headline_table(folder: Path) -> str:
                 "identical outputs": f"{same} of {num}",
             }
         )
-    return markdown(pd.DataFrame(lines))
+    return of_text(pd.DataFrame(lines))
 
 
-def precision_table(path: Path) -> str:
+def of_text(table: pd.DataFrame, caption: str = "") -> Table:
+    return Table(table, table, caption)
+
+
+def precision_table(path: Path) -> Table:
     rows = [quality.Quality(**json.loads(line)) for line in path.read_text().splitlines()]
     machines = ", ".join(dict.fromkeys(row.machine for row in rows))
-    return f"{markdown(quality.table_of(rows))}\n\nMachine: {machines}."
+    return of_text(quality.table_of(rows), f"Machine: {machines}.")
 
 
-def peers_table(path: Path) -> str:
+def peers_table(path: Path) -> Table:
     run = read_run(path)
     rows = tables.shared_rows([row for row in run.rows if not row.error])
-    return f"{markdown(peers.table_of(rows))}\n\n{device_names(run.meta)}, {run.meta['date'][:10]}."
+    return of_text(peers.table_of(rows), f"{device_names(run.meta)}, {run.meta['date'][:10]}.")
 
 
-def identity_table(folder: Path) -> str:
+def identity_table(folder: Path) -> Table:
     """What identity costs: each draft and rule, averaged over all settings."""
     chances = identity.read_chances(folder / identity.CHANCES)
     paths = identity.paths_of(folder)
     parts = [identity.identity_table(read_run(path), key, chances) for key, path in paths.items()]
     run = read_run(next(iter(paths.values())))
     whole = pd.concat(parts)
-    return (
-        f"{markdown(identity.over_settings(whole))}\n\nUp to {max(whole['n'])} problems in each of "
-        f"{len(paths)} settings, {run.meta['precision']}; {device_names(run.meta)}, "
-        f"{run.meta['date'][:10]}."
+    words = (
+        f"Up to {max(whole['n'])} problems in each of {len(paths)} settings, "
+        f"{run.meta['precision']}; {device_names(run.meta)}, {run.meta['date'][:10]}."
     )
+    return Table(whole, identity.over_settings(whole), words)
 
 
-def scale_table(path: Path) -> str:
+def scale_table(path: Path) -> Table:
     """Hours that the paper's 100 samples of each problem take, by a run's own seconds."""
     run = read_run(path)
     table = scale.table_of(run.rows, NUM_TEXTS, (1, 8, 64), 60)
-    return f"{markdown(table)}\n\nMachine: {device_names(run.meta)}, {run.meta['precision']}."
+    return of_text(table, f"Machine: {device_names(run.meta)}, {run.meta['precision']}.")
 
 
-def methods_table(path: Path) -> str:
+def methods_table(path: Path) -> Table:
     run = read_run(path)
     table = methods.methods_table(run)
-    return f"{markdown(methods.methods_text(table))}\n\n{caption(run)}"
+    return Table(table, methods.methods_text(table), caption(run))
 
 
-def figure1_table(path: Path) -> str:
+def figure1_table(path: Path) -> Table:
     run = read_run(path)
     table = figure1.over_k(run)
-    return f"{markdown(figure1.figure1_table(table))}\n\n{caption(run)}"
+    return Table(table, figure1.figure1_table(table), caption(run))
 
 
-def table1_table(folder: Path) -> str:
+def table1_table(folder: Path) -> Table:
     """The paper's Table 1: our cells that have rows, and the paper's own."""
     paths = table1.table1_paths(folder).values()
     runs = [read_run(path) for path in paths if path.is_file()]
-    text = table1.table1_beside_paper(table1.table1(runs)).reset_index()
-    return f"{markdown(text)}\n\nThe paper's own lines are {table1.PAPER_SETUP}."
+    table = table1.table1(runs)
+    text = table1.table1_beside_paper(table).reset_index()
+    return Table(table, text, f"The paper's own lines are {table1.PAPER_SETUP}.")
 
 
-def index_of_runs(folder: Path) -> str:
+def index_of_runs(folder: Path) -> Table:
     """Every run of a folder: what made it, and how many rows it has."""
     lines = []
     for beside in sorted(folder.rglob("*.meta.json")):
@@ -223,11 +257,10 @@ def index_of_runs(folder: Path) -> str:
                 "command": f"`{meta['command']}`",
             }
         )
-    return markdown(pd.DataFrame(lines))
+    return of_text(pd.DataFrame(lines))
 
 
-KINDS: dict[str, Callable[[Path], str]] = {
-    "terminal": terminal_table,
+KINDS: dict[str, Callable[[Path], Table]] = {
     "headline": headline_table,
     "run": run_table,
     "texts": texts_table,

@@ -1,6 +1,7 @@
 """The folder listing is the architecture: imports point down, by wing; a notebook opens at once."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import tomllib
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = PROJECT / "specsampling"
 SCRIPTS = {"autoregressive", "speculative", "main_exp1", "main_exp2"}
-MODULES = sorted(PACKAGE.rglob("*.py"))
+# The scripts' functions under the package's name, for those who have installed it.
+DOORS = {
+    PACKAGE / f"{name}.py" for name in ("autoregressive", "speculative", "speculative_generate")
+}
+MODULES = sorted({*PACKAGE.rglob("*.py")} - DOORS)
 
 # Each wing, or room of the hall, and what of ours it may import besides itself.
 ARROWS: dict[str, set[str]] = {
@@ -92,6 +97,14 @@ def test_the_arrows_make_no_circle():
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_the_package_never_imports_the_scripts(path):
     assert not {name.split(".")[0] for name in imported(path)} & SCRIPTS
+
+
+@pytest.mark.parametrize("path", sorted(DOORS), ids=relative)
+def test_a_door_shows_all_of_a_script(path):
+    script, door = (importlib.import_module(f"{of}{path.stem}") for of in ("", "specsampling."))
+    own = {name for name, it in vars(script).items() if getattr(it, "__module__", "") == path.stem}
+    assert set(door.__all__) == {name for name in own if not name.startswith("_")}
+    assert all(getattr(door, name) is getattr(script, name) for name in door.__all__)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

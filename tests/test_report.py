@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 
+import pandas as pd
 import pytest
 from test_end_to_end import config as config  # a fixture
 from test_end_to_end import run
@@ -14,6 +15,7 @@ from test_end_to_end import run
 from Benchmarks import report, run_page
 from specsampling.console import exit_code
 from specsampling.provenance import PROJECT
+from specsampling.results import metrics
 from specsampling.results.records import read_rows
 
 PAGES = sorted(
@@ -33,8 +35,8 @@ def test_a_page_that_was_edited_by_hand_is_named(tmp_path, monkeypatch, capsys):
     page.write_text("<!-- table: index Results/published -->\n1.84\n<!-- /table -->\n")
     (tmp_path / "Results").mkdir()
     monkeypatch.setattr(report, "PROJECT", tmp_path)
-    monkeypatch.setattr(report, "index_of_runs", lambda folder: "| made anew |")
-    monkeypatch.setitem(report.KINDS, "index", lambda folder: "| made anew |")
+    made = report.of_text(pd.DataFrame({"made anew": []}))
+    monkeypatch.setitem(report.KINDS, "index", lambda folder: made)
     assert exit_code(report.main, ["--check"]) == 1
     assert capsys.readouterr().out == "README.md differs from its rows\n"
     assert "1.84" in page.read_text()
@@ -132,6 +134,29 @@ def test_a_browser_shows_it_without_errors(page, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     num = len(data_of(page[0])["problems"])
     assert f"<title>shown 0 of {num} true</title>" in done.stdout, done.stdout[-2000:]
+
+
+def test_a_table_as_numbers(page, tmp_path, capsys):
+    run_path, file = page[0].with_name("results2.jsonl"), tmp_path / "run.csv"
+    assert exit_code(report.main, [str(run_path), "--csv", str(file)]) == 0
+    table = pd.read_csv(file).set_index("method")
+    assert table.loc["autoregressive", "speedup"] == 1
+    rows = [row for row in page[1] if row.method == "speculative"]
+    assert table.loc["speculative", "tokens/s"] == pytest.approx(metrics.tokens_per_second(rows))
+    for kind in report.KINDS.keys() - {"run", "texts", "figure1", "methods", "scale", "peers"}:
+        file.unlink()
+        path = report.PROJECT / {
+            **{"headline": "Results/published", "index": "Results/published/quick-start"},
+            **{"precision": "Results/published/quality.jsonl"},
+            **{"identity": "Results/published/smollm2/identity"},
+        }.get(kind, "Results/published/smollm2")
+        command = [str(path), "--csv", str(file), "--table", kind]
+        assert exit_code(report.main, command) == 0, capsys.readouterr().err
+        assert len(pd.read_csv(file)) > 0
+    capsys.readouterr()
+    for wrong in (["--table", "runs"], ["--csv", str(tmp_path / "none" / "run.csv")]):
+        assert exit_code(report.main, [str(run_path), "--csv", str(file), *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_page_needs_a_run_and_a_file(capsys):
