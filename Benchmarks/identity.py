@@ -128,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = pd.concat(
         identity_table(read_run(path), setting, chances) for setting, path in paths.items()
     )
-    print("\nby setting", *tables.aligned(tables.formatted(whole, FORMATS)), sep="\n")
-    print("\nover all settings", *tables.aligned(over_settings(whole)), sep="\n")
+    print("\nby setting", *tables.aligned(tables.formatted(whole, FORMATS), keys=4), sep="\n")
+    print("\nover all settings", *tables.aligned(over_settings(whole), keys=2), sep="\n")
     print(NOTE)
     return 0
 

@@ -147,7 +147,7 @@ def methods_text(table: pd.DataFrame) -> pd.DataFrame:
 
 def format_methods(table: pd.DataFrame) -> str:
     notes = tables.few_notes(max(table["n"], default=0))
-    return "\n".join([*tables.aligned(methods_text(table)), *notes])
+    return "\n".join([*tables.aligned(methods_text(table), keys=3), *notes])
 
 
 def methods_figure(table: pd.DataFrame, title: str) -> Figure:

@@ -265,7 +265,7 @@ def format_table1(table: pd.DataFrame) -> str:
         for line, value in zip(text.itertuples(), text.pop(name))
         if value != "-"
     ]
-    first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS))
+    first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS), width=math.inf)
     shown, above = [first, second], ("", "", "")
     for line, heading in zip(lines, zip(*(text[name] for name in TABLE1_HEADINGS)), strict=True):
         if heading[0] != above[0]:

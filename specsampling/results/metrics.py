@@ -252,8 +252,9 @@ def bootstrap(per_problem: Floats, statistic: Callable[[Floats], Floats]) -> Int
 
 
 def bootstrap_mean(values: Sequence[float] | Sequence[np.floating]) -> Interval:
-    """Return the `bootstrap` interval of the mean of one value per problem."""
-    return bootstrap(np.array(values, dtype=float).reshape(-1, 1), lambda means: means[:, 0])
+    """Return the `bootstrap` interval of the mean of one value per problem, in whatever order."""
+    column = np.sort(np.array(values, dtype=float)).reshape(-1, 1)
+    return bootstrap(column, lambda means: means[:, 0])
 
 
 def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:

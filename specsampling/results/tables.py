@@ -23,6 +23,7 @@ from specsampling.results.scores import Scores
 
 METHODS = ("autoregressive", "reference", "speculative")  # shown first, in this order
 FEW = 10  # examples, below which an interval over them means little
+WIDTH = 80  # characters in a line of a terminal
 BASELINE = "autoregressive"  # the fastest baseline: speedups are measured against it
 
 TERMINAL_HEADERS = {  # a header's two lines; other columns have their name on the second
@@ -276,33 +277,38 @@ def _intervals(table: pd.DataFrame, name: str) -> list[Any]:
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """Format a `summary_table` for a terminal of 120 columns, with its notes below.
-
-    A table of several measures of quality leaves the least important columns out.
-    """
+    """Format a `summary_table` for a terminal, with its notes below."""
     if table.empty:
         return "no rows to show"
-    unseen = ["end-to-end speedup low", "end-to-end speedup high"]
+    unseen = ["end-to-end speedup low", "end-to-end speedup high", "sampling"]
     if "rouge1" in table:
-        unseen += ["rouge2 low", "rouge2 high", "rougeL", "time outside forwards"]
-    if sum(name.startswith("pass@") for name in map(str, table)) > 3:  # one has three columns
-        unseen += ["time outside forwards", "end-to-end speedup"]
-    text = printable(table.drop(columns=[*unseen, "sampling"]))
-    notes = [textwrap.fill(note, 116, subsequent_indent="  ") for note in table.attrs["notes"]]
+        unseen += ["rouge2 low", "rouge2 high", "rougeL"]
+    text = printable(table.drop(columns=unseen))
+    notes = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in table.attrs["notes"]]
     return "\n".join([*aligned(text), *notes])
 
 
-def aligned(text: pd.DataFrame) -> list[str]:
-    """Return aligned lines: two lines of headers, a rule, and a line per row of `text`."""
+def aligned(text: pd.DataFrame, keys: int = 1, width: float = WIDTH) -> list[str]:
+    """Return aligned lines: two lines of headers, a rule, and a line per row of `text`.
+
+    Columns that do not fit into `width` characters stand in a second block below. Each block begins
+    with the first `keys` columns.
+    """
     columns = []
     for name in map(str, text):
         cells = [*TERMINAL_HEADERS.get(name, ("", name)), *text[name]]
-        width = max(map(len, cells))
-        columns.append(
-            [f"{cell:<{width}}" if name == "method" else f"{cell:>{width}}" for cell in cells]
-        )
-    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-    lines.insert(2, "-" * max(map(len, lines)))
+        side = "<" if name == "method" else ">"
+        columns.append([f"{cell:{side}{max(map(len, cells))}}" for cell in cells])
+    blocks = [columns[:keys]]
+    for column in columns[keys:]:
+        if sum(len(cells[0]) + 2 for cells in [*blocks[-1], column]) - 2 > width:
+            blocks.append(columns[:keys])
+        blocks[-1] = [*blocks[-1], column]
+    lines = []
+    for block in blocks:
+        of_block = ["  ".join(cells).rstrip() for cells in zip(*block, strict=True)]
+        of_block.insert(2, "-" * max(map(len, of_block)))
+        lines += [""] * bool(lines) + of_block
     return lines
 
 
