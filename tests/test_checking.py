@@ -36,9 +36,6 @@ def bomb(levels: int, width: int = 9) -> str:
         ("0o10", 8),  # text in YAML 1.1
         ("0x10", 16),
         ("0xfF", 255),
-        ("1:30", "1:30"),  # 90 in YAML 1.1
-        ("1:30:00", "1:30:00"),
-        ("1,000", "1,000"),
         ("1e3", 1000.0),  # text in YAML 1.1
         ("1e-3", 0.001),
         ("1E+3", 1000.0),
@@ -49,30 +46,17 @@ def bomb(levels: int, width: int = 9) -> str:
         ("+.inf", math.inf),
         (".inf", math.inf),
         ("-.INF", -math.inf),
-        ("inf", "inf"),
-        ("nan", "nan"),
-        (".", "."),
-        ("1.2.3", "1.2.3"),
-        ("e3", "e3"),
-        ("1e", "1e"),
-        ("٣", "٣"),  # a digit to str.isdigit
         ("true", True),
         ("False", False),
         ("TRUE", True),
-        ("tRUE", "tRUE"),
-        ("yes", "yes"),  # true in YAML 1.1
-        ("no", "no"),
-        ("on", "on"),
-        ("Off", "Off"),
-        ("y", "y"),
-        ("null", None),
-        ("~", None),
-        ("NULL", None),
-        ("nUll", "nUll"),
-        ("None", "None"),
-        ("2024-05-01", "2024-05-01"),  # a date in YAML 1.1
-        ("2024-13-01", "2024-13-01"),  # a traceback in PyYAML
-        ("2024-05-01T10:00:00Z", "2024-05-01T10:00:00Z"),
+        *((text, None) for text in ("null", "~", "NULL", "", "# only a comment")),
+        # Numbers, words and dates of YAML 1.1, and a digit to str.isdigit.
+        *((text, text) for text in ("1:30", "1:30:00", "1,000", "yes", "no", "on", "Off", "y")),
+        *((text, text) for text in ("2024-05-01", "2024-13-01", "2024-05-01T10:00:00Z", "٣")),
+        *(
+            (text, text)
+            for text in ("inf", "nan", ".", "1.2.3", "e3", "1e", "tRUE", "nUll", "None")
+        ),
         ("'010'", "010"),
         ('"true"', "true"),
         ("'null'", "null"),
@@ -81,8 +65,6 @@ def bomb(levels: int, width: int = 9) -> str:
         ("{a: 1, yes: 2}", {"a": 1, "yes": 2}),
         ("|\n 010", "010"),
         (">-\n a\n b", "a b"),
-        ("", None),
-        ("# only a comment", None),
         ("\ufeff7", 7),
         ("---\n7\n...", 7),
     ],
