@@ -5,8 +5,6 @@ enough that a greedy text varies, saved as a user's folder is. Knows what transf
 architectures; knows nothing of how this package decodes them.
 """
 
-from __future__ import annotations
-
 import inspect
 import string
 from collections.abc import Callable, Iterator
@@ -308,7 +306,7 @@ UNDECODABLE = (
     refused("xlnet", "xlnet", n_head=4, d_head=12, d_inner=96),
     Architecture("bart", "bart", SMALL_ENCODER, REFUSED, has_encoder=True),
     Architecture("pegasus", "pegasus", SMALL_ENCODER, REFUSED, has_encoder=True),
-    Architecture("t5", "t5", T5, REFUSED, is_common=True, has_encoder=True),
+    Architecture("t5", "t5", T5, REFUSED, "are encoder-decoders", True, has_encoder=True),
     refused("lfm2-moe", "lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1),
     refused("olmo-hybrid", "olmo_hybrid", **LINEAR),
     refused("kimi-linear", "kimi_linear", **LATENT, layer_types=LINEAR["layer_types"]),

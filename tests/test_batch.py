@@ -1,18 +1,16 @@
 """Several texts at once: each gets the tokens that it gets alone, whoever it is decoded beside."""
 
-from __future__ import annotations
-
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import make_model
 from test_end_to_end import config as config  # a fixture
 from test_end_to_end import run
 from test_ranks import without_process
-from transformers import MistralConfig, MistralForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.method.adaptive import AdaptiveDraft
@@ -29,23 +27,12 @@ LONGEST = 30 + 24
 WIDTH = 8
 
 
-def mistral():
-    """Its layers see only the newest 16 keys."""
-    torch.manual_seed(3)
-    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    config = MistralConfig(
-        vocab_size=120, sliding_window=16, initializer_range=0.3, **shape, **heads
-    )
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    return MistralForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt_neo", "mistral"])
 def pair(request):
     """Models of their own: they get runners."""
-    target = mistral() if request.param == "mistral" else make_model(request.param)
-    return target, make_model("llama", 1)
+    if request.param == "mistral":  # its layers see only the newest 16 keys
+        return ARCHITECTURES["mistral-sliding"].model(), make_model("llama", 1)
+    return make_model(request.param), make_model("llama", 1)
 
 
 def drafts_of(model):

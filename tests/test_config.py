@@ -7,6 +7,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import shipped_profile
+from helpers import error_line
 
 from specsampling.checking import Rule
 from specsampling.config import (
@@ -32,20 +33,13 @@ def demo(*overrides):
 
 def error_of(*overrides, path=SHIPPED, profile="demo"):
     """The one line that a user sees."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, profile, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return error_line(ConfigError, load_config, path, profile, overrides)
 
 
 def write(folder, text):
     path = folder / "config.yaml"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-# --- one value ---------------------------------------------------------------------
 
 
 def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
@@ -58,66 +52,61 @@ def test_an_error_names_the_field_the_rule_the_value_and_the_way_out():
     )
 
 
+LIMIT = "null or an integer >= 1 and <= 1000000000"
+DEVICES = "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"
+K = "an integer >= 1 and <= 1024 or auto"
+BROKEN = {  # what the message must contain: values that break the rule
+    # Of another type.
+    **{f'{LIMIT} (got "{value}")': [f"run.limit={value}"] for value in ("010:00", "1,000", "all")},
+    '>= 0 and <= 9223372036854775807 (got "2024-05-01")': ["sampling.seed=2024-05-01"],
+    'a number > 0 and <= 1 (got "1:30")': ["sampling.top_p=1:30"],
+    'true or false (got "yes")': ["decoding.bit_exact=yes"],
+    "true or false (got 1)": ["decoding.bit_exact=1"],
+    **{f"{K} (got {value})": [f"speculation.k={value}"] for value in ("true", "5.0", "null")},
+    f'{K} (got "5")': ["speculation.k='5'"],
+    "a block of `key: value` lines (got 5)": ["speculation=5"],
+    'a number >= 0 and <= 1000 (got "0.5")': ["sampling.temperature='0.5'"],
+    "a number >= 0 and <= 1000 (got true)": ["sampling.temperature=true"],
+    "a string that is not empty (got 5)": ["models.target=5"],
+    'a string that is not empty (got "")': ["models.target="],
+    "a string that is not empty (got null)": ["models.target=null"],
+    "a list, each item a string: autoregressive": ["run.methods=speculative"],
+    "each item a string that is not empty (got [1])": ["humaneval.stop_strings=[1]"],
+    # Out of range.
+    "one of auto, float32, float16, bfloat16": ["models.dtype=float8"],
+    DEVICES: ["models.device=gpu", "models.device='cuda:'"],
+    "one of none, int8, int4, nf4": ["models.draft_quantization=int5"],
+    "an integer >= 0": [
+        *("decoding.width=-8", "sampling.top_k=-1", "sampling.seed=-1", "run.warmup=-1"),
+        "xsum.num_shots=-1",
+    ],
+    "an integer >= 1": [
+        *("speculation.ngram_min=0", "decoding.max_new_tokens=0", "sampling.num_samples=0"),
+        *("run.batch_size=0", "run.limit=0", "speculation.model_k=0"),
+    ],
+    "an integer >= 64": ["humaneval.memory_mb=63"],
+    "a number >= 0 and < 1": ["speculation.min_confidence=1"],
+    "a number >= 0": ["sampling.temperature=-0.1", "sampling.temperature=.nan"],
+    "a number > 0 and <= 1": ["sampling.top_p=0", "sampling.top_p=1.1"],
+    "a number > 0": ["humaneval.timeout_seconds=0"],
+    "a number >= 0 and <= 1000 (got Infinity)": ["sampling.temperature=1e999"],
+    "and <= 1000 (got 1e+300)": ["sampling.temperature=1e300"],
+    "and <= 86400 (got 1e+300)": ["humaneval.timeout_seconds=1e300"],
+    "token": ["speculation.verifier=tokens"],
+    "or speculative:DRAFT": ["run.methods=['speculative:']"],
+    "methods of K 1 to speculation.k, here 7": ["run.methods=['speculative@0']"],
+    '(got "speculative:ngram@8"); choose such a K': ["run.methods=['speculative:ngram@8']"],
+    "each with @K or @block": ["run.methods=['speculative@both']"],
+    "at least one, none twice": ["run.methods=[]", "run.methods=[speculative, speculative]"],
+    "autoregressive, reference, speculative or speculative:DRAFT": ["run.methods=[greedy]"],
+    "a string that is not empty": ["humaneval.stop_strings=['']"],
+    "that holds {document}": ["xsum.prompt_template=Summarise:"],
+}
+
+
 @pytest.mark.parametrize(
     ("override", "rule"),
-    [
-        # Of another type.
-        ("run.limit=010:00", 'null or an integer >= 1 and <= 1000000000 (got "010:00")'),
-        ("run.limit=1,000", 'null or an integer >= 1 and <= 1000000000 (got "1,000")'),
-        ("run.limit=all", 'null or an integer >= 1 and <= 1000000000 (got "all")'),
-        ("sampling.seed=2024-05-01", '>= 0 and <= 9223372036854775807 (got "2024-05-01")'),
-        ("sampling.top_p=1:30", 'a number > 0 and <= 1 (got "1:30")'),
-        ("decoding.bit_exact=yes", 'true or false (got "yes")'),
-        ("decoding.bit_exact=1", "true or false (got 1)"),
-        ("speculation.k=true", "an integer >= 1 and <= 1024 or auto (got true)"),
-        ("speculation.k='5'", 'an integer >= 1 and <= 1024 or auto (got "5")'),
-        ("speculation.k=5.0", "an integer >= 1 and <= 1024 or auto (got 5.0)"),
-        ("speculation.k=null", "an integer >= 1 and <= 1024 or auto (got null)"),
-        ("speculation=5", "a block of `key: value` lines (got 5)"),
-        ("sampling.temperature='0.5'", 'a number >= 0 and <= 1000 (got "0.5")'),
-        ("sampling.temperature=true", "a number >= 0 and <= 1000 (got true)"),
-        ("models.target=5", "a string that is not empty (got 5)"),
-        ("models.target=", 'a string that is not empty (got "")'),
-        ("models.target=null", "a string that is not empty (got null)"),
-        ("run.methods=speculative", "a list, each item a string: autoregressive"),
-        ("humaneval.stop_strings=[1]", "each item a string that is not empty (got [1])"),
-        # Out of range.
-        ("models.dtype=float8", "one of auto, float32, float16, bfloat16"),
-        ("models.device=gpu", "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"),
-        ("models.device='cuda:'", "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"),
-        ("models.draft_quantization=int5", "one of none, int8, int4, nf4"),
-        ("speculation.ngram_min=0", "an integer >= 1"),
-        ("speculation.model_k=0", "null or an integer >= 1"),
-        ("speculation.min_confidence=1", "a number >= 0 and < 1"),
-        ("speculation.verifier=tokens", "token"),
-        ("run.methods=['speculative:']", "or speculative:DRAFT"),
-        ("run.methods=['speculative@0']", "methods of K 1 to speculation.k, here 7"),
-        ("run.methods=['speculative:ngram@8']", '(got "speculative:ngram@8"); choose such a K'),
-        ("run.methods=['speculative@both']", "each with @K or @block"),
-        ("run.methods=[]", "at least one, none twice"),
-        ("run.methods=[speculative, speculative]", "at least one, none twice"),
-        ("run.methods=[greedy]", "autoregressive, reference, speculative or speculative:DRAFT"),
-        ("run.limit=0", "null or an integer >= 1"),
-        ("run.warmup=-1", "an integer >= 0"),
-        ("run.batch_size=0", "an integer >= 1"),
-        ("decoding.max_new_tokens=0", "an integer >= 1"),
-        ("decoding.width=-8", "an integer >= 0"),
-        ("sampling.temperature=-0.1", "a number >= 0"),
-        ("sampling.temperature=.nan", "a number >= 0"),
-        ("sampling.temperature=1e999", "a number >= 0 and <= 1000 (got Infinity)"),
-        ("sampling.temperature=1e300", "and <= 1000 (got 1e+300)"),
-        ("sampling.top_k=-1", "an integer >= 0"),
-        ("sampling.top_p=0", "a number > 0 and <= 1"),
-        ("sampling.top_p=1.1", "a number > 0 and <= 1"),
-        ("sampling.seed=-1", "an integer >= 0"),
-        ("sampling.num_samples=0", "an integer >= 1"),
-        ("humaneval.stop_strings=['']", "a string that is not empty"),
-        ("humaneval.timeout_seconds=0", "a number > 0"),
-        ("humaneval.timeout_seconds=1e300", "and <= 86400 (got 1e+300)"),
-        ("humaneval.memory_mb=63", "an integer >= 64"),
-        ("xsum.prompt_template=Summarise:", "that holds {document}"),
-        ("xsum.num_shots=-1", "an integer >= 0"),
-    ],
+    [(override, rule) for rule, overrides in BROKEN.items() for override in overrides],
 )
 def test_a_value_that_breaks_its_rule_is_refused(override, rule):
     message = error_of(override)
@@ -125,31 +114,28 @@ def test_a_value_that_breaks_its_rule_is_refused(override, rule):
     assert rule in message
 
 
-@pytest.mark.parametrize(
-    ("override", "way_out"),
-    [
-        ("speculation.k=Auto", "did you mean auto?"),
-        ("speculation.k=AUTO", "did you mean auto?"),
-        ("speculation.k=' auto '", "did you mean auto?"),
-        ("speculation.k=automatic", "did you mean auto?"),
-        ("speculation.k=best", "write digits 0 to 9 only, without quotes, or auto"),
-        ("run.limit=None", "write digits 0 to 9 only, without quotes, or null"),
-        ("run.limit=Nul", "did you mean null?"),
-        ("run.methods=[Speculative]", "did you mean speculative?"),
-        ("run.methods=[speculative:ngram@Auto]", "did you mean speculative:ngram@auto?"),
-        ("models.device=CUDA:0", "did you mean cuda:0?"),
-        ("models.dtype=BFLOAT16", "did you mean bfloat16?"),
-        ("models.draft=NGRAM", "did you mean ngram?"),
-        ("models.draft=NGRAM+Qwen/X", "embedded: in small letters (got"),
-        ("models.target=Embedded:smollm2-135m", "did you mean embedded:smollm2-135m?"),
-        ("decoding.compile=OFF", "did you mean off?"),
-        ("decoding.bit_exact=Yes", "write one of these two words"),
-        ("speculation.K=3", "did you mean speculation.k?"),
-    ],
-)
-def test_the_way_out_is_the_broken_rules_own(override, way_out):
+WAYS_OUT = {
+    "did you mean auto?": [f"speculation.k={text}" for text in ("Auto", "' auto '", "automatic")],
+    "write digits 0 to 9 only, without quotes, or auto": ["speculation.k=best"],
+    "write digits 0 to 9 only, without quotes, or null": ["run.limit=None"],
+    "did you mean null?": ["run.limit=Nul"],
+    "did you mean speculative?": ["run.methods=[Speculative]"],
+    "did you mean speculative:ngram@auto?": ["run.methods=[speculative:ngram@Auto]"],
+    "did you mean cuda:0?": ["models.device=CUDA:0"],
+    "did you mean bfloat16?": ["models.dtype=BFLOAT16"],
+    "did you mean ngram?": ["models.draft=NGRAM"],
+    "embedded: in small letters (got": ["models.draft=NGRAM+Qwen/X"],
+    "did you mean embedded:smollm2-135m?": ["models.target=Embedded:smollm2-135m"],
+    "did you mean off?": ["decoding.compile=OFF"],
+    "write one of these two words": ["decoding.bit_exact=Yes"],
+    "did you mean speculation.k?": ["speculation.K=3"],
+}
+
+
+@pytest.mark.parametrize("way_out", WAYS_OUT)
+def test_the_way_out_is_the_broken_rules_own(way_out):
     """`k=Auto` was told to write digits only; a draft NGRAM was looked for on the hub."""
-    assert way_out in error_of(override)
+    assert all(way_out in error_of(override) for override in WAYS_OUT[way_out])
 
 
 def test_an_integer_may_stand_for_a_number():
@@ -165,23 +151,24 @@ def test_every_device_form_is_read(device):
     assert demo(f"models.device={device}").models.device == device
 
 
-# --- keys --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
         ("speculation.kk", "did you mean speculation.k?"),
         ("decoding.max_tokens", "did you mean decoding.max_new_tokens?"),
         ("speculaton.k", "did you mean speculation?"),
-        ("k", "the keys there are models, speculation, decoding"),
-        ("profile", "the keys there are models, speculation, decoding"),
+        *((key, "the keys there are models, speculation, decoding") for key in ("k", "profile")),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key, nearest):
     message = error_of(f"{key}=3")
-    assert "is not a known key" in message
-    assert nearest in message
+    assert "is not a known key" in message and nearest in message
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest():
+    message = error_of(profile="deepseek-t5")
+    assert "smollm2-cpu, qwen-coder-cpu, gpt-neo-rtx3050, deepseek-t4, qwen-coder-t4, " in message
+    assert "did you mean deepseek-t4?" in message
 
 
 def test_a_missing_key_or_block_is_named(tmp_path):
@@ -194,9 +181,6 @@ def test_a_missing_key_or_block_is_named(tmp_path):
     blocks = {name: block for name, block in DEMO.items() if name != "sampling"}
     path = write(tmp_path, json.dumps({"default": "mine", "profiles": {"mine": blocks}}))
     assert error_of(path=path, profile=None).startswith("sampling is missing")
-
-
-# --- rules between fields ----------------------------------------------------------
 
 
 FREE = ("run.methods=[speculative]", "decoding.bit_exact=false")
@@ -235,9 +219,6 @@ def test_a_width_that_is_set_is_kept():
     assert demo(*FREE, "decoding.width=9").width == 9
 
 
-# --- overrides ---------------------------------------------------------------------
-
-
 def test_overrides_are_read_as_yaml_the_last_one_wins_and_the_rest_stays():
     changed = config_as_dict(
         demo(
@@ -266,9 +247,6 @@ def test_overrides_are_read_as_yaml_the_last_one_wins_and_the_rest_stays():
 )
 def test_an_override_that_is_none_is_refused(override, start):
     assert error_of(override).startswith(start)
-
-
-# --- the file ----------------------------------------------------------------------
 
 
 def test_a_missing_file_and_a_folder_are_one_line(tmp_path):
@@ -349,13 +327,6 @@ def test_every_integer_has_an_upper_bound_and_a_way_out():
         assert not all(rule.check(10**20) for rule in rules), name
 
 
-def test_an_unknown_profile_is_refused_with_the_nearest():
-    message = error_of(profile="deepseek-t5")
-    names = "smollm2-cpu, qwen-coder-cpu, gpt-neo-rtx3050, deepseek-t4, qwen-coder-t4, "
-    assert f"{names}qwen-coder-24gb" in message
-    assert "did you mean deepseek-t4?" in message
-
-
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
 def test_old_names_of_profiles_still_mean_them(old, new):
     """Committed runs and habits name them so."""
@@ -380,9 +351,6 @@ def test_a_task_without_a_block_is_refused():
     assert require_task(demo(), "humaneval").prompt_style == "chat"
     with pytest.raises(ConfigError, match="xsum must be a block of profile smollm2-cpu"):
         require_task(demo("xsum=null"), "xsum")
-
-
-# --- the hash ----------------------------------------------------------------------
 
 
 def test_the_hash_ignores_what_changes_no_row(tmp_path):
@@ -453,9 +421,6 @@ def test_committed_runs_can_be_continued(path, tmp_path):
     profile = blocks.pop("profile")
     run = write(tmp_path, json.dumps({"default": profile, "profiles": {profile: blocks}}))
     assert config_hash(load_config(run)) == meta["config_hash"]
-
-
-# --- the shipped file --------------------------------------------------------------
 
 
 QWEN = {"target": "Qwen/Qwen2.5-Coder-7B-Instruct", "draft": "ngram+Qwen/Qwen2.5-Coder-0.5B-Instruct"}  # fmt: skip # noqa: E501

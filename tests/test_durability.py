@@ -4,8 +4,6 @@ In each case no byte of the user's is gone, and of the run's rows none that was 
 causes are held one by one in the tests of their modules; here is the matrix.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import itertools
@@ -41,9 +39,6 @@ ROWS = [dataclasses.replace(MADE, sample_index=number) for number in range(5)]
 SCORES = [{**SCORE, "sample_index": row.sample_index} for row in ROWS]
 NOTES = b"notes of somebody, which nobody else has\n"
 EQUAL, ONE_LINE = "equal", "one line"
-
-
-# --- mishaps: what befalls a file; returns the user's bytes, which must be somewhere afterwards
 
 
 def killed(path: Path) -> None:
@@ -107,8 +102,6 @@ def read_only(path: Path) -> None:
 
 
 MISHAPS = [killed, copied, replaced, removed, truncated, emptied, changed, added, linked, read_only]
-
-# --- the files of a run ------------------------------------------------------------------
 
 BEFORE, DURING = "before", "during"
 # What becomes of a mishap before the next start, and in the middle of a run: an equal result (=),
@@ -266,9 +259,6 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(suffix, nth, folder,
     assert outcome_of(output, lambda: go_on(output)) == EQUAL
 
 
-# --- names that a run gives, and files of the user's that have them ----------------------
-
-
 def a_finished_run(folder: Path, name: str) -> None:
     with RunFile.open(folder / name, META) as run:
         run.append(ROWS[0])
@@ -324,14 +314,12 @@ def test_a_file_of_the_users_where_a_runs_goes_is_refused(name, fresh, folder):
     (folder / name).write_bytes(NOTES)
     before = everything_in(folder)
     with pytest.raises(RecordsError):
-        check_output(output, None if fresh else META)
         RunFile.open(output, META, fresh=fresh)
     with pytest.raises(RecordsError):
+        check_output(output, None if fresh else META)
         RunFile.open(output, META, fresh=fresh)
     assert everything_in(folder) == before
 
-
-# --- the cache ---------------------------------------------------------------------------
 
 WEIGHTS = {"weights": os.urandom(100_000), "head_tokens.safetensors": b"weights" * 1000}
 
@@ -374,33 +362,26 @@ def test_a_file_of_the_cache_meets_a_mishap(name, mishap, folder, capsys):
     assert user in (None, NOTES)
 
 
-def test_one_byte_of_the_cache_is_seen_at_the_next_look(folder, monkeypatch, capsys):
-    """By its time at once; with its time put back, after the next boot or by --verify-cache."""
+def change_a_byte(path: Path, keep_time: bool) -> None:
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[50_000] ^= 1
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["by its time", "by --verify-cache", "after the next boot"])
+def test_one_byte_of_the_cache_is_seen_at_the_next_look(how, folder, monkeypatch):
     model = make(folder / "model")
-    weights = model / "weights"
-    before = weights.stat()
-
-    def change(keep_time: bool) -> None:
-        data = bytearray(weights.read_bytes())
-        data[50_000] ^= 1
-        weights.write_bytes(data)
-        if keep_time:
-            os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    change(keep_time=False)
-    assert "weights has another hash" in cache.problem_of(model)
-    make(model)
-    before = weights.stat()
-    change(keep_time=True)
-    assert not cache.problem_of(model)
+    change_a_byte(model / "weights", keep_time=how != "by its time")
+    if how != "by its time":
+        assert not cache.problem_of(model)
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
-    cache.forget_verified()
-    assert "weights has another hash" in cache.problem_of(model)
-    make(model)
-    before = weights.stat()
-    change(keep_time=True)
-    boot = cache.psutil.boot_time()
-    monkeypatch.setattr(cache.psutil, "boot_time", lambda: boot + 1000)
+    if how == "by --verify-cache":
+        cache.forget_verified()
+    elif how == "after the next boot":
+        boot = cache.psutil.boot_time()
+        monkeypatch.setattr(cache.psutil, "boot_time", lambda: boot + 1000)
     assert "weights has another hash" in cache.problem_of(model)
 
 
@@ -459,9 +440,6 @@ def test_a_full_disk_while_the_cache_is_made_is_one_line(folder, monkeypatch):
     make(folder / "model")
 
 
-# --- other files under the same names ----------------------------------------------------
-
-
 OTHERS = {  # what is done to a model's folder, and whether the model is another one then
     "weights": (lambda model, draft: shutil.copy(draft / "model.safetensors", model), True),
     "one tensor": (lambda model, draft: one_tensor(model), True),
@@ -493,15 +471,16 @@ def test_other_files_of_a_model_have_another_digest(what, model_folders, tmp_pat
     assert (digest_of(str(model)) != before) == is_other
 
 
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("where", ["t0", "small", "t4"])
 def test_a_large_file_is_known_by_each_of_its_tensors(where, tmp_path):
     """One tensor that differs is found, however small beside the others."""
+    path = tmp_path / "a.safetensors"
     tensors = {f"t{number}": torch.zeros(5 << 18) for number in range(5)} | {"small": torch.ones(3)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    before = sampled_sha256([tmp_path / "a.safetensors"])
-    tensors[{"first": "t0", "middle": "small", "last": "t4"}[where]][0] += 1
-    save_file(tensors, tmp_path / "a.safetensors")
-    assert sampled_sha256([tmp_path / "a.safetensors"]) != before
+    save_file(tensors, path)
+    before = sampled_sha256([path])
+    tensors[where][0] += 1
+    save_file(tensors, path)
+    assert sampled_sha256([path]) != before
 
 
 @pytest.mark.parametrize("suffix", [".gguf", ".bin"])
@@ -509,9 +488,7 @@ def test_a_large_file_of_another_kind_is_known_by_blocks(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(bytes(40 << 20))
     before = sampled_sha256([path])
-    with path.open("r+b") as file:
-        file.seek(30 << 20)
-        file.write(b"x" * (10 << 20))
+    path.write_bytes(bytes(30 << 20) + b"x" * (10 << 20))
     assert sampled_sha256([path]) != before
 
 

