@@ -5,10 +5,9 @@ enough that a greedy text varies, saved as a user's folder is. Knows what transf
 architectures; knows nothing of how this package decodes them.
 """
 
-from __future__ import annotations
-
 import inspect
 import string
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,42 +147,46 @@ def rope(kind: str, **settings: Any) -> dict[str, Any]:
 def long_rope(original: int) -> dict[str, Any]:
     """LongRoPE for six frequencies, one table up to `original` tokens and another beyond."""
     factors = {"short_factor": [1.0] * 6, "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 4.0]}
-    return rope(
-        "longrope", **factors, original_max_position_embeddings=original, factor=CONTEXT / original
-    )
+    original_length = {"original_max_position_embeddings": original}
+    return rope("longrope", **factors, **original_length, factor=CONTEXT / original)
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 SLIDING_FIRST = {"layer_types": ["sliding_attention", "full_attention"]}
-LATENT = {  # multi-head latent attention
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-}
+PER_LAYER = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 16}
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+SHARED |= {"layer_types": SLIDING_FIRST["layer_types"] * 2}
+HALF_ROTARY = rope("default", partial_rotary_factor=0.5)
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24}  # attention
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
 GROUPED_EXPERTS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 SOME_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 UNUSED_HEADS = {"num_key_value_heads": 2}  # a word that the architecture does not know
 INDEXED = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": WINDOW}  # sparse attention
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 16, "mamba_chunk_size": 16}
-LINEAR = {  # gated delta rule
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 12,
-}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}  # gated delta rule
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 12, "linear_value_head_dim": 12}
+PARALLEL = {"use_parallel_residual": True, "qk_layernorm": True}
+LONGCAT = {"head_dim": 8, "num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32}
+LONGCAT |= {"moe_topk": 2, "zero_expert_num": 2}
+ALIBI = {"alibi": True, "multi_query": False, "bias": True}
+CHUNKED = {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
+CHUNKED |= {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0]}
+CHUNKED |= {"layer_types": ["chunked_attention", "full_attention"]}
+COMPRESSED = ["compressed_sparse_attention", "heavily_compressed_attention"]
+DEEPSEEK_V4 = {"q_lora_rank": 24, "o_lora_rank": 16, "o_groups": 2, "num_key_value_heads": 1}
+DEEPSEEK_V4 |= {"index_n_heads": 2, "index_head_dim": 12, "hc_mult": 2}
+DEEPSEEK_V4 |= {"partial_rotary_factor": 0.5, "mlp_layer_types": ["hash_moe", "moe"]}
+DEEPSEEK_V4 |= {"layer_types": COMPRESSED, "compress_rates": dict(zip(COMPRESSED, (4, 8)))}
+ZAMBA2 = {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]}
+ZAMBA2 |= {"n_mamba_heads": 8, "mamba_d_state": 16, "chunk_size": 16, "adapter_rank": 8}
+GRIFFIN = {"num_hidden_layers": 3, "attention_window_size": WINDOW, "lru_width": 48}
 
 
-SMALL_ENCODER = {
-    "encoder_layers": 1,
-    "encoder_ffn_dim": 48,
-    "encoder_attention_heads": 4,
-    "decoder_layers": 2,
-    "decoder_ffn_dim": 96,
-    "decoder_attention_heads": 4,
-}
+SMALL_ENCODER = {"encoder_layers": 1, "encoder_ffn_dim": 48, "encoder_attention_heads": 4}
+SMALL_ENCODER |= {"decoder_layers": 2, "decoder_ffn_dim": 96, "decoder_attention_heads": 4}
+T5 = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 
 
 def common(name: str, model_type: str, **settings: Any) -> Architecture:
@@ -200,198 +203,84 @@ def refused(
     return Architecture(name, model_type, settings, REFUSED, word, is_common)
 
 
+def plain(kind: Callable[..., Architecture], names: str) -> Iterator[Architecture]:
+    """Architectures without settings of their own, by `name` or `name=model_type`."""
+    for name, _, model_type in (word.partition("=") for word in names.split()):
+        yield kind(name, model_type or name.replace("-", "_").replace(".", "_"))
+
+
 DECODED = (
-    common("llama", "llama"),
     rare("llama-linear", "llama", **rope("linear", factor=2.0)),
     rare("llama-dynamic", "llama", **rope("dynamic", factor=2.0)),
     rare("llama-yarn", "llama", **rope("yarn", factor=4.0, original_max_position_embeddings=32)),
-    common(
-        "llama3",
-        "llama",
-        **rope(
-            "llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=32,
-        ),
-    ),
+    common("llama3", "llama", **rope("llama3", factor=8.0, **LLAMA3)),
     rare("llama-longrope", "llama", **long_rope(96)),
     rare("llama-tied", "llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    common("mistral-sliding", "mistral"),
     rare("mistral", "mistral", sliding_window=None),
-    rare("ministral", "ministral"),
-    common("qwen2", "qwen2"),
     common("qwen2-sliding", "qwen2", use_sliding_window=True, max_window_layers=1, **SLIDING_FIRST),
-    common("qwen3", "qwen3"),
     rare("qwen3-sliding", "qwen3", use_sliding_window=True, **SLIDING_FIRST),
-    rare("qwen2-moe", "qwen2_moe"),
-    rare("qwen3-moe", "qwen3_moe"),
-    common("mixtral", "mixtral"),
-    rare("olmoe", "olmoe"),
-    rare("gemma", "gemma"),
-    common("gemma2", "gemma2"),
     common("gemma3", "gemma3_text", **SLIDING_FIRST),
-    rare(
-        "gemma3n",
-        "gemma3n_text",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        vocab_size_per_layer_input=VOCAB_SIZE,
-        hidden_size_per_layer_input=16,
-        laurel_rank=8,
-    ),
-    rare(
-        "gemma4",
-        "gemma4_text",
-        layer_types=["sliding_attention", "full_attention"],
-        vocab_size_per_layer_input=VOCAB_SIZE,
-        hidden_size_per_layer_input=16,
-    ),
-    rare(
-        "gemma4-shared",
-        "gemma4_text",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        vocab_size_per_layer_input=VOCAB_SIZE,
-        hidden_size_per_layer_input=16,
-        global_head_dim=24,
-    ),
-    rare("phi", "phi"),
-    common("phi3", "phi3"),
+    rare("gemma3n", "gemma3n_text", **SHARED, **PER_LAYER, laurel_rank=8),
+    rare("gemma4", "gemma4_text", **SLIDING_FIRST, **PER_LAYER),
+    rare("gemma4-shared", "gemma4_text", **SHARED, **PER_LAYER, global_head_dim=24),
     common("phi3-longrope", "phi3", **long_rope(96), original_max_position_embeddings=96),
-    common("gpt2", "gpt2"),
     rare("gpt-neo", "gpt_neo", attention_types=[[["global", "local"], 1]], window_size=WINDOW),
     rare("gpt-j", "gptj", rotary_dim=8),
-    common("gpt-neox", "gpt_neox"),
     common("gpt-neox-unused-heads", "gpt_neox", **UNUSED_HEADS),
-    rare("gpt-neox-japanese", "gpt_neox_japanese"),
-    rare("persimmon", "persimmon"),
     rare("persimmon-unused-heads", "persimmon", **UNUSED_HEADS),
-    rare("biogpt", "biogpt"),
     rare("biogpt-unused-heads", "biogpt", **UNUSED_HEADS),
     common("opt", "opt", ffn_dim=96, word_embed_proj_dim=48),
     rare("opt-projected", "opt", ffn_dim=96, word_embed_proj_dim=24),
     common("bloom", "bloom", seq_length=CONTEXT),
     common("falcon-new", "falcon", new_decoder_architecture=True, num_kv_heads=2),
-    rare("falcon-multi-query", "falcon"),
-    rare("stablelm", "stablelm", **rope("default", partial_rotary_factor=0.5)),
-    rare(
-        "stablelm-parallel",
-        "stablelm",
-        use_parallel_residual=True,
-        qk_layernorm=True,
-        **rope("default", partial_rotary_factor=0.5),
-    ),
-    rare("granite", "granite"),
-    rare("granite-moe", "granitemoe"),
+    rare("stablelm", "stablelm", **HALF_ROTARY),
+    rare("stablelm-parallel", "stablelm", **HALF_ROTARY, **PARALLEL),
     rare("granite-moe-shared", "granitemoeshared", shared_intermediate_size=32),
-    rare("granite-swa", "granite_swa"),
-    rare("olmo", "olmo"),
-    rare("olmo2", "olmo2"),
     rare("olmo3", "olmo3", **SLIDING_FIRST),
-    rare("cohere", "cohere"),
     common("cohere2", "cohere2", **SLIDING_FIRST),
-    rare("starcoder2", "starcoder2"),
-    rare("gpt-bigcode", "gpt_bigcode"),
     rare("gpt-bigcode-heads", "gpt_bigcode", multi_query=False, n_head=4),
     # Its configuration says 12 key heads where the layers have 4.
     rare("gpt-bigcode-misnamed-heads", "gpt_bigcode", multi_query=False, num_attention_heads=4),
     common("mpt", "mpt", max_seq_len=CONTEXT),
-    rare("glm", "glm"),
-    rare("glm4", "glm4"),
     rare("glm4-moe", "glm4_moe", first_k_dense_replace=1),
     rare("smollm3", "smollm3", no_rope_layers=[1, 0]),
     rare("deepseek-v2", "deepseek_v2", **LATENT, first_k_dense_replace=1),
     common("deepseek-v3", "deepseek_v3", **LATENT, **GROUPED_EXPERTS),
     rare("minicpm3", "minicpm3", **LATENT),
-    common("gpt-oss", "gpt_oss"),
     common("jetmoe", "jetmoe", kv_channels=12, num_key_value_heads=2),
-    rare("doge", "doge"),
     rare("doge-window", "doge", keep_window_size=WINDOW),
-    rare(
-        "longcat-flash",
-        "longcat_flash",
-        **LATENT,
-        head_dim=8,
-        num_layers=2,
-        ffn_hidden_size=96,
-        expert_ffn_hidden_size=32,
-        moe_topk=2,
-        zero_expert_num=2,
-    ),
-    rare(
-        "llama4",
-        "llama4_text",
-        intermediate_size_mlp=96,
-        attention_chunk_size=WINDOW,
-        no_rope_layers=[1, 0],
-        layer_types=["chunked_attention", "full_attention"],
-        interleave_moe_layer_step=2,
-    ),
+    rare("longcat-flash", "longcat_flash", **LATENT, **LONGCAT),
+    rare("llama4", "llama4_text", **CHUNKED),
     rare("codegen", "codegen", rotary_dim=8),
     rare("xglm", "xglm", ffn_dim=96),
-    rare("nemotron", "nemotron"),
-    rare("arcee", "arcee"),
     rare("exaone4", "exaone4", **SLIDING_FIRST),
-    rare("ernie4.5", "ernie4_5"),
     rare("ernie4.5-moe", "ernie4_5_moe", moe_k=2, moe_num_experts=4, moe_layer_start_index=0),
-    rare("helium", "helium"),
-    rare("apertus", "apertus"),
-    rare("phimoe", "phimoe"),
-    rare("seed-oss", "seed_oss"),
-    rare("hunyuan", "hunyuan_v1_dense"),
-    rare("diffllama", "diffllama"),
-    rare("bitnet", "bitnet"),
-    rare("nanochat", "nanochat"),
-    rare("vaultgemma", "vaultgemma"),
-    rare("minimax-m2", "minimax_m2"),
     rare("dots1", "dots1", first_k_dense_replace=1, n_shared_experts=1),
-    rare("flex-olmo", "flex_olmo"),
-    rare("afmoe", "afmoe"),
     rare("ctrl", "ctrl", dff=96),
-    rare("ministral3", "ministral3"),
-    rare("cohere2-moe", "cohere2_moe"),
     rare("exaone-moe", "exaone_moe", first_k_dense_replace=1),
     rare("glm4-moe-lite", "glm4_moe_lite", **LATENT),
-    rare("mimo-v2-flash", "mimo_v2_flash"),
-    rare("hunyuan-moe", "hunyuan_v1_moe"),
     rare("youtu", "youtu", **LATENT),
-    rare("solar-open", "solar_open"),
     rare("modernbert-decoder", "modernbert-decoder", local_attention=WINDOW, **SOME_IDS),
-    rare("laguna", "laguna"),
-    rare("jais2", "jais2"),
     rare("bart-decoder", "bart", **SMALL_ENCODER),
     rare("bert-decoder", "bert", is_decoder=True),
+    *plain(
+        common,
+        "llama mistral-sliding=mistral qwen2 qwen3 mixtral gemma2 phi3 gpt2 gpt-neox gpt-oss",
+    ),
+    *plain(
+        rare,
+        "ministral qwen2-moe qwen3-moe olmoe gemma phi gpt-neox-japanese persimmon biogpt "
+        "falcon-multi-query=falcon granite granite-moe=granitemoe granite-swa olmo olmo2 "
+        "cohere starcoder2 gpt-bigcode glm glm4 doge nemotron arcee ernie4.5 helium apertus "
+        "phimoe seed-oss hunyuan=hunyuan_v1_dense diffllama bitnet nanochat vaultgemma "
+        "minimax-m2 flex-olmo afmoe ministral3 cohere2-moe mimo-v2-flash "
+        "hunyuan-moe=hunyuan_v1_moe solar-open laguna jais2",
+    ),
 )
 
 UNDECODABLE = (
-    refused(
-        "falcon-alibi",
-        "falcon",
-        "preallocated cache",
-        True,
-        alibi=True,
-        multi_query=False,
-        bias=True,
-    ),
-    refused(
-        "deepseek-v4",
-        "deepseek_v4",
-        q_lora_rank=24,
-        o_lora_rank=16,
-        o_groups=2,
-        index_n_heads=2,
-        index_head_dim=12,
-        num_key_value_heads=1,
-        hc_mult=2,
-        partial_rotary_factor=0.5,
-        mlp_layer_types=["hash_moe", "moe"],
-        layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
-        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
-    ),
+    refused("falcon-alibi", "falcon", "preallocated cache", True, **ALIBI),
+    refused("deepseek-v4", "deepseek_v4", **DEEPSEEK_V4),
     # Their indexers keep keys of their own.
     refused("deepseek-v3.2", "deepseek_v32", **LATENT, **GROUPED_EXPERTS, **INDEXED),
     refused("glm-dsa", "glm_moe_dsa", **LATENT, **INDEXED),
@@ -400,30 +289,12 @@ UNDECODABLE = (
     refused("bamba", "bamba", attn_layer_indices=[1], **MAMBA),
     refused("granite-hybrid", "granitemoehybrid", layer_types=["mamba", "attention"], **MAMBA),
     refused("falcon-h1", "falcon_h1", mamba_d_ssm=96, **MAMBA),
-    refused("falcon-mamba", "falcon_mamba"),
     refused("qwen3-next", "qwen3_next", is_common=True, **LINEAR),
     refused("qwen3.5", "qwen3_5_text", **LINEAR),
     refused("qwen3.5-moe", "qwen3_5_moe_text", **LINEAR),
     refused("minimax", "minimax", block_size=16),
-    refused(
-        "zamba2",
-        "zamba2",
-        num_hidden_layers=3,
-        layers_block_type=["mamba", "mamba", "hybrid"],
-        n_mamba_heads=8,
-        mamba_d_state=16,
-        adapter_rank=8,
-        chunk_size=16,
-        use_mamba_kernels=False,
-    ),
-    refused(
-        "recurrent-gemma",
-        "recurrent_gemma",
-        is_common=True,
-        num_hidden_layers=3,
-        attention_window_size=WINDOW,
-        lru_width=48,
-    ),
+    refused("zamba2", "zamba2", **ZAMBA2, use_mamba_kernels=False),
+    refused("recurrent-gemma", "recurrent_gemma", is_common=True, **GRIFFIN),
     refused("rwkv", "rwkv", is_common=True, context_length=CONTEXT),
     refused("mamba", "mamba", is_common=True),
     refused("mamba2", "mamba2", num_heads=8, n_groups=2, state_size=16, chunk_size=16),
@@ -433,21 +304,13 @@ UNDECODABLE = (
     refused("roberta", "roberta", max_position_embeddings=CONTEXT + 2, pad_token_id=1),
     refused("electra", "electra", embedding_size=48),
     refused("xlnet", "xlnet", n_head=4, d_head=12, d_inner=96),
-    refused("xlm", "xlm"),
     Architecture("bart", "bart", SMALL_ENCODER, REFUSED, has_encoder=True),
     Architecture("pegasus", "pegasus", SMALL_ENCODER, REFUSED, has_encoder=True),
-    Architecture(
-        "t5",
-        "t5",
-        {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4},
-        REFUSED,
-        is_common=True,
-        has_encoder=True,
-    ),
+    Architecture("t5", "t5", T5, REFUSED, "are encoder-decoders", True, has_encoder=True),
     refused("lfm2-moe", "lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1),
     refused("olmo-hybrid", "olmo_hybrid", **LINEAR),
-    refused("nemotron-h", "nemotron_h"),
     refused("kimi-linear", "kimi_linear", **LATENT, layer_types=LINEAR["layer_types"]),
+    *plain(refused, "falcon-mamba xlm nemotron-h"),
 )
 
 # "target-layers:N" need not know where their layers are; it must say so in one line.

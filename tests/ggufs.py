@@ -4,8 +4,6 @@ The keys, their order and the tensors' layout are those of `conversion/base.py`,
 `qwen.py`, `gpt2.py` and `granite.py`; nothing here is taken from the code under test.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -51,9 +49,9 @@ def write_gguf(
     config = AutoConfig.from_pretrained(folder)
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    _add_sizes(writer, config)
-    if getattr(config, "rope_parameters", None):
-        _add_positions(writer, config)
+    _add(writer, _sizes(config) | _positions(config))
+    if getattr(config, "rope_parameters", {}).get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config))
     if kind == "gpt2":
         _add_byte_level(writer, folder, config.vocab_size, pre)
     else:
@@ -71,62 +69,59 @@ def write_gguf(
         if name in tied or without in f".{ours}":
             continue
         values = _as_the_converter_has_it(config, name, tensor).contiguous().numpy()
-        if quantization is None or values.ndim < 2:
-            writer.add_tensor(ours, values)
-        else:
-            packed = gguf.quantize(values, quantization)
-            writer.add_tensor(ours, packed, raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        kept = None if values.ndim < 2 else quantization
+        packed = values if kept is None else gguf.quantize(values, kept)
+        writer.add_tensor(ours, packed, raw_dtype=kept)
+    for write in ("write_header", "write_kv_data", "write_tensors"):
+        getattr(writer, f"{write}_to_file")()
     writer.close()
     return path
 
 
-def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_type("model")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_file_type(0)
+def _add(writer: gguf.GGUFWriter, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    sizes = {"type": "model", "name": "tiny", "block_count": config.num_hidden_layers}
+    sizes |= {"context_length": config.max_position_embeddings}
+    sizes |= {"embedding_length": config.hidden_size, "head_count": config.num_attention_heads}
+    sizes["file_type"] = 0
     if config.model_type == "gpt2":
-        writer.add_feed_forward_length(4 * config.n_embd)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-        return
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+        feed_forward = {"feed_forward_length": 4 * config.n_embd}
+        return sizes | feed_forward | {"layer_norm_eps": config.layer_norm_epsilon}
+    sizes |= {"feed_forward_length": config.intermediate_size, "vocab_size": config.vocab_size}
+    sizes |= {
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+    }
     head_dim = getattr(config, "head_dim", None)
     if head_dim is not None:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim or config.hidden_size // config.num_attention_heads)
+        sizes |= {"key_length": head_dim, "value_length": head_dim}
+    sizes["rope_dimension_count"] = head_dim or config.hidden_size // config.num_attention_heads
     if config.model_type == "granite":
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
+        sizes |= {"attention_scale": config.attention_multiplier}
+        sizes |= {"embedding_scale": config.embedding_multiplier}
+        sizes |= {
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    return sizes
 
 
-def _add_positions(writer: gguf.GGUFWriter, config: Any) -> None:
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        if "beta_fast" in rope:
-            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-        if "beta_slow" in rope:
-            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
-    elif rope["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_factors(config))
+def _positions(config: Any) -> dict[str, Any]:
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return {}
+    keys = {"rope_freq_base": rope["rope_theta"]}
+    if rope["rope_type"] in ("linear", "yarn"):
+        keys["rope_scaling_type"] = gguf.RopeScalingType(rope["rope_type"])
+        keys["rope_scaling_factor"] = rope["factor"]
+    if rope["rope_type"] == "yarn":
+        keys["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
+        keys |= {f"rope_scaling_yarn_{n}": rope[n] for n in ("beta_fast", "beta_slow") if n in rope}
+    return keys
 
 
 def llama3_factors(config: Any) -> np.ndarray:
@@ -144,25 +139,18 @@ def _add_byte_level(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, pre:
     written = json.loads((folder / "tokenizer.json").read_text())
     added = {token["id"]: token for token in written["added_tokens"]}
     spelled = {number: token for token, number in written["model"]["vocab"].items()}
-    tokens, types = [], []
+    kinds, tokens, types = gguf.TokenType, [], []
     for number in range(vocab_size):
         if number in added:
-            token, is_special = added[number]["content"], added[number]["special"]
-            types.append(gguf.TokenType.CONTROL if is_special else gguf.TokenType.USER_DEFINED)
-        elif number in spelled:
-            token = spelled[number]
-            types.append(gguf.TokenType.NORMAL)
+            tokens.append(added[number]["content"])
+            types.append(kinds.CONTROL if added[number]["special"] else kinds.USER_DEFINED)
         else:
-            token = f"[PAD{number}]"
-            types.append(gguf.TokenType.UNUSED)
-        tokens.append(token)
-    writer.add_tokenizer_model("gpt2")
-    if pre:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
+            tokens.append(spelled.get(number, f"[PAD{number}]"))
+            types.append(kinds.NORMAL if number in spelled else kinds.UNUSED)
     merges = written["model"]["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    header = {"tokenizer_model": "gpt2"} | ({"tokenizer_pre": pre} if pre else {})
+    _add(writer, header | {"token_list": tokens, "token_types": types, "token_merges": merges})
     _add_special(writer, folder, tokens)
 
 
@@ -173,37 +161,23 @@ def _add_sentence_piece(writer: gguf.GGUFWriter, folder: Path) -> None:
     for rank, merge in enumerate(written["model"]["merges"]):
         first, second = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault(first + second, -float(rank))
-    tokens, scores, types = [], [], []
-    special = {token["content"] for token in written["added_tokens"]}
-    vocabulary = sorted(written["model"]["vocab"].items(), key=lambda item: item[1])
-    for token, _ in vocabulary:
-        tokens.append(token)
-        scores.append(ranks.get(token, -1e6))
-        if token in special:
-            unknown = token == written["model"]["unk_token"]
-            types.append(gguf.TokenType.UNKNOWN if unknown else gguf.TokenType.CONTROL)
-        elif token.startswith("<0x"):
-            types.append(gguf.TokenType.BYTE)
-        else:
-            types.append(gguf.TokenType.NORMAL)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
+    vocabulary = written["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    special = {token["content"]: gguf.TokenType.CONTROL for token in written["added_tokens"]}
+    special[written["model"]["unk_token"]] = gguf.TokenType.UNKNOWN
+    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.BYTE)
+    types = [special.get(token, kinds[token.startswith("<0x")]) for token in tokens]
+    _add(writer, {"tokenizer_model": "llama", "tokenizer_pre": "default", "token_list": tokens})
+    scores = [ranks.get(token, -1e6) for token in tokens]
+    _add(writer, {"token_scores": scores, "token_types": types})
     _add_special(writer, folder, tokens)
 
 
 def _add_special(writer: gguf.GGUFWriter, folder: Path, tokens: list[str]) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    for name, add in (
-        ("bos_token", writer.add_bos_token_id),
-        ("eos_token", writer.add_eos_token_id),
-        ("unk_token", writer.add_unk_token_id),
-        ("pad_token", writer.add_pad_token_id),
-    ):
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if config.get(name) in tokens:
-            add(tokens.index(config[name]))
+            _add(writer, {f"{name}_id": tokens.index(config[name])})
     if config.get("add_bos_token") is not None:
         writer.add_add_bos_token(config["add_bos_token"])
     template = folder / "chat_template.jinja"
@@ -213,16 +187,11 @@ def _add_special(writer: gguf.GGUFWriter, folder: Path, tokens: list[str]) -> No
 
 def _as_the_converter_has_it(config: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Rows of queries and keys in pairs, GPT-2's matrices the other way round."""
-    if config.model_type == "gpt2" and name.endswith(
-        ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    ):
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    if config.model_type == "gpt2" and name.endswith(turned):
         return tensor.T
-    if config.model_type in INTERLEAVED:
-        for part, heads in (
-            (".q_proj.", config.num_attention_heads),
-            (".k_proj.", config.num_key_value_heads),
-        ):
-            if part in name:
-                halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-                return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if config.model_type in INTERLEAVED and (".q_proj." in name or ".k_proj." in name):
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
     return tensor

@@ -150,9 +150,7 @@ def require_equal(plain: PreTrainedModel, prompt: Tokens, ours: Tokens, theirs: 
 
 
 @pytest.mark.parametrize("architecture", named(EQUAL))
-def test_float32_outputs_are_those_of_generate(
-    architecture: Architecture, folder_of: FolderOf
-) -> None:
+def test_float32_outputs_are_those_of_generate(architecture, folder_of):
     """Layers chosen by a configuration's words crashed, or gave other tokens in silence."""
     folder = folder_of(architecture, TARGET)
     plain = load_plain(folder)
@@ -169,9 +167,7 @@ def test_float32_outputs_are_those_of_generate(
 
 
 @pytest.mark.parametrize("architecture", named(EQUAL))
-def test_bfloat16_outputs_are_those_of_the_reference(
-    architecture: Architecture, folder_of: FolderOf
-) -> None:
+def test_bfloat16_outputs_are_those_of_the_reference(architecture, folder_of):
     """In 16 bit another call shape gives other bits, and greedy argmaxes flip at near-ties."""
     folder = folder_of(architecture, TARGET)
     texts: list[Tokens] = []
@@ -184,9 +180,7 @@ def test_bfloat16_outputs_are_those_of_the_reference(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", named(EQUAL))
-def test_the_self_check_refuses_nothing_that_decodes(
-    architecture: Architecture, dtype: str, folder_of: FolderOf
-) -> None:
+def test_the_self_check_refuses_nothing_that_decodes(architecture, dtype, folder_of):
     """It is what a user meets first: one that is too strict loses an architecture."""
     pair = load(folder_of(architecture, TARGET), dtype=dtype)
     check_exactness(pair.target, 8, CAPACITY)
@@ -194,9 +188,7 @@ def test_the_self_check_refuses_nothing_that_decodes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NO_SELF_DRAFT))
-def test_a_self_draft_that_is_not_supported_is_refused_in_one_line(
-    name: str, folder_of: FolderOf
-) -> None:
+def test_a_self_draft_that_is_not_supported_is_refused_in_one_line(name, folder_of):
     """A cut whose layers had not been found ended in an IndexError, tokens later."""
     with pytest.raises(ModelError) as caught:
         load(folder_of(ARCHITECTURES[name], TARGET), SELF_DRAFT)
@@ -207,9 +199,7 @@ def test_a_self_draft_that_is_not_supported_is_refused_in_one_line(
 @pytest.mark.parametrize(
     "architecture", [pytest.param(CROSSING[name], id=name) for name in CROSSING]
 )
-def test_a_changing_frequency_table_is_never_wrong_in_silence(
-    architecture: Architecture, folder_of: FolderOf
-) -> None:
+def test_a_changing_frequency_table_is_never_wrong_in_silence(architecture, folder_of):
     """LongRoPE chose its table by a call's padding; the self-check looked elsewhere and agreed."""
     folder = folder_of(architecture, TARGET)
     try:
@@ -232,9 +222,7 @@ def test_a_changing_frequency_table_is_never_wrong_in_silence(
 
 
 @pytest.mark.parametrize("architecture", named(REFUSED))
-def test_what_cannot_be_decoded_is_refused_in_one_line(
-    architecture: Architecture, folder_of: FolderOf
-) -> None:
+def test_what_cannot_be_decoded_is_refused_in_one_line(architecture, folder_of):
     """Some ran to the end and printed a speedup over noise; others ended in a traceback."""
     folder = folder_of(architecture, TARGET)
     with pytest.raises(ModelError) as caught:

@@ -1,8 +1,7 @@
 """A run tells whether its tokens are the target's: right rules pass, classic mistakes do not."""
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -57,25 +56,22 @@ def simulate(rule, num_tokens: int, seed: int = 0, *, warp=PLAIN, reported=None,
     return evidence.transforms
 
 
-def accept_by_position(target_probs, draft_probs, draft_tokens, generator):
-    ratios = ratios_of(target_probs, draft_probs, range(K))
-    return finish(target_probs, draft_probs, ratios, generator)
+def accept_by_position(target, draft, tokens, generator):
+    return finish(target, draft, ratios_of(target, draft, range(K)), generator)
 
 
-def correct_from_target(target_probs, draft_probs, draft_tokens, generator):
-    ratios = ratios_of(target_probs, draft_probs, draft_tokens)
-    return finish(target_probs, draft_probs, ratios, generator, correct=lambda q, p: q)
+def correct_from_target(target, draft, tokens, generator):
+    ratios = ratios_of(target, draft, tokens)
+    return finish(target, draft, ratios, generator, correct=lambda q, p: q)
 
 
-def bonus_from_draft(target_probs, draft_probs, draft_tokens, generator):
-    ratios = ratios_of(target_probs, draft_probs, draft_tokens)
-    return finish(target_probs, draft_probs, ratios, generator, bonus=draft_probs[-1])
+def bonus_from_draft(target, draft, tokens, generator):
+    return finish(target, draft, ratios_of(target, draft, tokens), generator, bonus=draft[-1])
 
 
 def ratios_of(target_probs, draft_probs, draft_tokens):
-    at = [
-        (q.at(token), p.at(token)) for q, p, token in zip(target_probs, draft_probs, draft_tokens)
-    ]
+    rows = zip(target_probs, draft_probs, draft_tokens)
+    at = [(q.at(token), p.at(token)) for q, p, token in rows]
     return torch.tensor([q / p if p else 1.0 for q, p in at])
 
 
@@ -144,49 +140,37 @@ def few(probs: list[float]) -> Few:
     return Few({token: prob for token, prob in enumerate(probs) if prob})
 
 
-def assert_transforms(token, target, draft, uniform, value) -> None:
-    """However the two distributions are held."""
-    for target_form in (few, lambda probs: Full(torch.tensor(probs))):
-        for draft_form in (few, lambda probs: Full(torch.tensor(probs))):
-            drafted = None if draft is None else draft_form(draft)
-            found = transform(token, target_form(target), drafted, uniform)
-            assert found == pytest.approx(value)
+# Target, draft, and where a token's transform lies: from low to high, by the uniform number.
+TRANSFORMS = {
+    # Ratios 5, 0.5 and 0.67: first comes what the draft has too much of.
+    "by ratio": (
+        *([0.5, 0.3, 0.2, 0.0], [0.1, 0.6, 0.3, 0.0]),
+        {1: (0.0, 0.3), 2: (0.3, 0.5), 0: (0.5, 1.0), 3: (-1, -1)},
+    ),
+    # The first two have one ratio, so the rest: the target's order, and equals share.
+    "one ratio": (
+        *([0.1, 0.4, 0.2, 0.2, 0.1], [0.2, 0.8, 0.0, 0.0, 0.0]),
+        {1: (0.0, 0.4), 0: (0.4, 0.5), 2: (0.5, 0.9), 3: (0.5, 0.9), 4: (0.9, 1.0)},
+    ),
+    "equals without a draft": ([0.2, 0.4, 0.2, 0.2], None, {1: (0, 0.4), 0: (0.4, 1), 3: (0.4, 1)}),
+    "no draft": (
+        *([0.1, 0.5, 0.15, 0.25, 0.0], None),
+        {1: (0.0, 0.5), 3: (0.5, 0.75), 0: (0.9, 1.0), 4: (-1, -1)},
+    ),
+    "one-hot": ([0.2, 0.5, 0.3], [0.0, 0.0, 1.0], {2: (0.0, 0.3), 1: (0.3, 0.8), 0: (0.8, 1.0)}),
+}
 
 
-def test_the_transform_orders_tokens_by_what_the_draft_has_too_much_of():
-    target = [0.5, 0.3, 0.2, 0.0]
-    draft = [0.1, 0.6, 0.3, 0.0]  # ratios: 5, 0.5, 0.67
-    for token, low, high in ((1, 0.0, 0.3), (2, 0.3, 0.5), (0, 0.5, 1.0)):
-        for uniform in (0.0, 0.5):
-            assert_transforms(token, target, draft, uniform, low + uniform * (high - low))
-    assert_transforms(3, target, draft, 0.5, -1)
-
-
-def test_tokens_of_one_ratio_come_in_the_targets_order():
-    target = [0.1, 0.4, 0.2, 0.2, 0.1]
-    draft = [0.2, 0.8, 0.0, 0.0, 0.0]  # the first two have one ratio, so the rest
-    shared = ((2, 0.5, 0.9), (3, 0.5, 0.9))
-    for token, low, high in ((1, 0.0, 0.4), (0, 0.4, 0.5), *shared, (4, 0.9, 1.0)):
-        assert_transforms(token, target, draft, 0.5, (low + high) / 2)
-
-
-def test_without_a_draft_the_most_probable_comes_first_and_equals_share():
-    target = [0.2, 0.4, 0.2, 0.2]
-    for token, low, high in ((1, 0.0, 0.4), (0, 0.4, 1.0), (3, 0.4, 1.0)):
-        assert_transforms(token, target, None, 0.5, (low + high) / 2)
-
-
-def test_a_one_hot_draft_shows_how_often_it_was_accepted():
-    target = [0.2, 0.5, 0.3]
-    draft = [0.0, 0.0, 1.0]
-    for token, low, high in ((2, 0.0, 0.3), (1, 0.3, 0.8), (0, 0.8, 1.0)):
-        assert_transforms(token, target, draft, 0.5, (low + high) / 2)
-
-
-def test_gaps_are_those_of_the_chosen_token():
-    logits = torch.tensor([1.0, 3.0, 2.5])
-    assert [gap(logits, token) for token in range(3)] == [-2, 0.5, -0.5]
-    assert gap(logits[:1], 0) == float("inf")  # no other token
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("uniform", [0.0, 0.4, 0.5])
+def test_a_tokens_transform_however_the_distributions_are_held(name, uniform):
+    target, draft, spans = TRANSFORMS[name]
+    forms = (few, lambda probs: Full(torch.tensor(probs)))
+    for token, (low, high) in spans.items():
+        for of_target, of_draft in itertools.product(forms, forms):
+            drafted = None if draft is None else of_draft(draft)
+            found = transform(token, of_target(target), drafted, uniform)
+            assert found == pytest.approx(low + uniform * (high - low))
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +183,8 @@ def decoded(pair, sampling, seed, **options):
     either = CompositeDraft(NgramDraft(2, 1), ModelDraft(draft))
     terms = {"max_new_tokens": 60, "sampling": sampling, "eos_ids": [7]}
     terms |= {"generator": torch.Generator().manual_seed(seed)} | options
-    prompt = [3, 4, 5, 3, 4]
-    return (
-        speculative(target, either, prompt, k=3, **terms),
-        autoregressive(target, prompt, **terms),
-    )
+    alone = autoregressive(target, [3, 4, 5, 3, 4], **terms)
+    return speculative(target, either, [3, 4, 5, 3, 4], k=3, **terms), alone
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS.values(), ids=VERIFIERS)
@@ -216,7 +197,10 @@ def test_a_decoders_texts_carry_a_transform_per_token_and_pass(pair, verifier):
         assert audit_transforms([text.transforms for text in texts]).is_lossless
 
 
-def test_greedy_texts_carry_gaps(pair):
+def test_greedy_texts_carry_gaps_of_the_chosen_tokens(pair):
+    logits = torch.tensor([1.0, 3.0, 2.5])
+    assert [gap(logits, token) for token in range(3)] == [-2, 0.5, -0.5]
+    assert gap(logits[:1], 0) == float("inf")  # no other token
     ours, alone = decoded(pair, GREEDY, 0)
     assert ours.token_ids == alone.token_ids
     assert len(ours.gaps) == len(ours.token_ids) and ours.transforms is None
@@ -255,10 +239,3 @@ def test_the_tokens_of_a_nucleus_alone_give_the_same_transforms():
     whole.add(tokens, logits, *full)
     assert alone.transforms == pytest.approx(whole.transforms, abs=2e-6)
     assert alone.transforms[3] == -1
-
-
-def test_without_a_draft_the_most_probable_tokens_come_first():
-    """Turned around it is uniform too, but a token alone was looked at by no test of its value."""
-    target = [0.1, 0.5, 0.15, 0.25, 0.0]
-    for token, value in ((1, 0.2), (3, 0.6), (0, 0.94), (4, -1.0)):
-        assert_transforms(token, target, None, 0.4, value)

@@ -1,17 +1,16 @@
 """Several texts at once: each gets the tokens that it gets alone, whoever it is decoded beside."""
 
-from __future__ import annotations
-
 import time
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import make_model
 from test_end_to_end import config as config  # a fixture
 from test_end_to_end import run
 from test_ranks import without_process
-from transformers import MistralConfig, MistralForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.method.adaptive import AdaptiveDraft
@@ -28,23 +27,12 @@ LONGEST = 30 + 24
 WIDTH = 8
 
 
-def mistral():
-    """Its layers see only the newest 16 keys."""
-    torch.manual_seed(3)
-    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    config = MistralConfig(
-        vocab_size=120, sliding_window=16, initializer_range=0.3, **shape, **heads
-    )
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    return MistralForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt_neo", "mistral"])
 def pair(request):
     """Models of their own: they get runners."""
-    target = mistral() if request.param == "mistral" else make_model(request.param)
-    return target, make_model("llama", 1)
+    if request.param == "mistral":  # its layers see only the newest 16 keys
+        return ARCHITECTURES["mistral-sliding"].model(), make_model("llama", 1)
+    return make_model(request.param), make_model("llama", 1)
 
 
 def drafts_of(model):
@@ -72,15 +60,32 @@ def alone(*arguments):
     return [job().token_ids for job in jobs_of(*arguments)]
 
 
-def together(target, model, size, *arguments):
-    for decoded in (target, model):
-        install(decoded, size, LONGEST, WIDTH, WIDTH if decoded is target else None)
+@contextmanager
+def installed(*models, size, capacity=LONGEST, width=WIDTH, fixed=None):
+    """Runners of several texts for a target, whose calls may have a fixed width, and others."""
+    runners = [
+        install(model, size, capacity, width, None if number else fixed)
+        for number, model in enumerate(models)
+    ]
     try:
-        done = list(decode_together(jobs_of(target, *arguments), size))
+        yield runners[0]
     finally:
-        for decoded in (target, model):
-            del decoded.__dict__[RUNNER]
+        for model in models:
+            del model.__dict__[RUNNER]
+
+
+def together(target, model, size, *arguments):
+    with installed(target, model, size=size, fixed=WIDTH):
+        done = list(decode_together(jobs_of(target, *arguments), size))
     return [text.result.token_ids for text in sorted(done)]
+
+
+def test_calls_are_shared(pair, monkeypatch):
+    sizes, run_batch = [], BatchRunner.run
+    spy = lambda self, asked: sizes.append(len(asked)) or run_batch(self, asked)  # noqa: E731
+    monkeypatch.setattr(BatchRunner, "run", spy)
+    together(*pair, 6, None, WIDTH, GREEDY)
+    assert max(sizes) == 6 and len(sizes) <= 20  # as many calls as the longest text has tokens
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_p=0.9)], ids=["greedy", "sampled"])
@@ -96,26 +101,12 @@ def test_each_text_is_the_one_it_is_alone(kind, width, sampling, pair):
         assert together(target, model, size, draft, width, sampling) == expected
 
 
-def test_calls_are_shared(pair, monkeypatch):
-    target, model = pair
-    sizes = []
-    run_batch = BatchRunner.run
-    monkeypatch.setattr(
-        BatchRunner, "run", lambda self, asked: sizes.append(len(asked)) or run_batch(self, asked)
-    )
-    together(target, model, 6, None, WIDTH, GREEDY)
-    assert max(sizes) == 6 and len(sizes) <= 20  # as many calls as the longest text has tokens
-
-
 def test_the_seconds_of_texts_add_up_to_the_time_that_passed(pair):
     target, model = pair
-    for decoded in (target, model):
-        install(decoded, 3, LONGEST, WIDTH)
-    start = time.perf_counter()
-    done = list(decode_together(jobs_of(target, ModelDraft(model), None, GREEDY), 3))
-    passed = time.perf_counter() - start
-    for decoded in (target, model):
-        del decoded.__dict__[RUNNER]
+    with installed(target, model, size=3):
+        start = time.perf_counter()
+        done = list(decode_together(jobs_of(target, ModelDraft(model), None, GREEDY), 3))
+        passed = time.perf_counter() - start
     seconds = [
         text.share * (text.result.prefill_seconds + text.result.decode_seconds) for text in done
     ]
@@ -123,57 +114,38 @@ def test_the_seconds_of_texts_add_up_to_the_time_that_passed(pair):
     assert all(0 < text.share <= 1.01 for text in done)
 
 
-def test_bits_are_the_same_among_others(pair):
-    target, _ = pair
-    install(target, 5, 64, WIDTH, WIDTH)
-    try:
-        check = check_exactness(target, WIDTH, 64)
-        assert check.is_exact and check.num_rows >= 16 and check.num_texts == 5
-        assert check.from_alone < 1e-4
-    finally:
-        del target.__dict__[RUNNER]
-
-
-def test_bits_that_depend_on_others_are_noticed(pair, monkeypatch):
-    """The negative control."""
-    target, _ = pair
-    install(target, 5, 64, WIDTH, WIDTH)
+@pytest.mark.parametrize("error", [0, 1e-6])
+def test_bits_are_the_same_among_others_and_the_check_would_see(error, pair, monkeypatch):
+    """The negative control: rows of a call of several texts that are off by 1e-6."""
     run_batch = BatchRunner.run
-    monkeypatch.setattr(
-        BatchRunner,
-        "run",
-        lambda self, asked: [rows + 1e-6 * (len(asked) > 1) for rows in run_batch(self, asked)],
-    )
-    try:
-        assert not check_exactness(target, WIDTH, 64).is_exact
-    finally:
-        del target.__dict__[RUNNER]
+    wrong = lambda self, asked: [rows + error * (len(asked) > 1) for rows in run_batch(self, asked)]  # noqa: E731, E501
+    if error:
+        monkeypatch.setattr(BatchRunner, "run", wrong)
+    with installed(pair[0], size=5, capacity=64, fixed=WIDTH):
+        check = check_exactness(pair[0], WIDTH, 64)
+    assert check.is_exact == (not error)
+    if not error:
+        assert check.num_rows >= 16 and check.num_texts == 5 and check.from_alone < 1e-4
 
 
 def test_a_text_of_nan_leaves_the_others_alone(pair):
-    target, model = pair
+    target, _ = pair
     expected = alone(target, None, WIDTH, GREEDY)
-    runner = install(target, 3, LONGEST, WIDTH)
-    run_batch = runner.run
-    poisoned = []
+    with installed(target, size=3) as runner:
+        run_batch, poisoned = runner.run, []
 
-    def run(asked):
-        logits = run_batch(asked)
-        if len(poisoned) < 1 and len(asked) == 3:
-            place = asked[1].place if isinstance(asked, list) else None
-            poisoned.append(place)
-            runner._places[place].values[0].fill_(torch.nan)
-            logits[1] = torch.full_like(logits[1], torch.nan)
-        return logits
+        def run(asked):
+            logits = run_batch(asked)
+            if not poisoned and len(asked) == 3:
+                poisoned.append(asked[1].place)
+                runner._places[asked[1].place].values[0].fill_(torch.nan)
+                logits[1] = torch.full_like(logits[1], torch.nan)
+            return logits
 
-    runner.run = run
-    try:
+        runner.run = run
         done = sorted(decode_together(jobs_of(target, None, WIDTH, GREEDY), 3))
-    finally:
-        del target.__dict__[RUNNER]
-    assert poisoned
     results = [text.result for text in done]
-    assert [result.finish_reason for result in results].count("error") == 1
+    assert poisoned and [result.finish_reason for result in results].count("error") == 1
     for result, tokens in zip(results, expected):
         assert result.finish_reason == "error" or result.token_ids == tokens
 
@@ -182,60 +154,37 @@ def test_a_text_of_nan_leaves_the_others_alone(pair):
 def test_texts_that_lack_memory_leave_the_others_alone(kind, pair):
     target, _ = pair
     expected = alone(target, None, WIDTH, GREEDY)
-    runner = install(target, 3, LONGEST, WIDTH, WIDTH)
-    run_batch, num_calls = runner.run, []
-
-    def run(asked):
-        num_calls.append(len(asked))
-        if len(num_calls) == 4:
-            raise kind("no more")
-        return run_batch(asked)
 
     def guarded(job):
-        try:
+        with suppress(kind):
             return job().token_ids
-        except kind:
-            return None
 
-    runner.run = run
-    try:
+    with installed(target, size=3, fixed=WIDTH) as runner:
+        run_batch, num_calls = runner.run, []
+
+        def run(asked):
+            num_calls.append(len(asked))
+            if len(num_calls) == 4:
+                raise kind("no more")
+            return run_batch(asked)
+
+        runner.run = run
         jobs = [partial(guarded, job) for job in jobs_of(target, None, WIDTH, GREEDY)]
         found = [text.result for text in sorted(decode_together(jobs, 3))]
-    finally:
-        del target.__dict__[RUNNER]
     assert 1 <= found.count(None) <= 3
-    assert [tokens for tokens in found if tokens] == [
-        tokens for tokens, mine in zip(expected, found) if mine
-    ]
+    assert all(tokens in (None, wanted) for tokens, wanted in zip(found, expected))
 
 
 def test_a_run_of_several_at_once_has_the_rows_of_one_by_one(config, tmp_path):
-    outputs = [tmp_path / name for name in ("one.jsonl", "four.jsonl")]
-    for output, size in zip(outputs, (1, 4)):
-        code, printed, errors = run(
-            *("--config", config, "--limit", 6, "--output", output),
-            *("--set", f"run.batch_size={size}"),
-        )
+    found = []
+    for size in (1, 4):
+        arguments = ("--config", config, "--limit", 6, "--output", tmp_path / f"{size}.jsonl")
+        code, printed, errors = run(*arguments, "--set", f"run.batch_size={size}")
         assert code == 0, errors
         assert "6/6" in printed and "confirmed" in errors
-    one, four = (
-        sorted(without_process(output), key=lambda row: (row["example_id"], row["method"]))
-        for output in outputs
-    )
-    for row in (*one, *four):  # logits' differences, in float32, by rounding
-        row.pop("gaps")
-    assert one == four
-    assert all(row.decode_seconds > 0 for row in read_rows(outputs[1]))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["run.batch_size=0"], "run.batch_size must be an integer >= 1"),
-        (["run.batch_size=2000"], "run.batch_size must be an integer >= 1 and <= 1024"),
-    ],
-)
-def test_what_cannot_be_is_one_line(settings, message, config, tmp_path):
-    changed = [part for field in settings for part in ("--set", field)]
-    code, printed, errors = run("--config", config, "--output", tmp_path / "a.jsonl", *changed)
-    assert (code, printed) == (2, "") and message in errors and errors.count("\n") == 1
+        rows = without_process(tmp_path / f"{size}.jsonl")
+        found.append(sorted(rows, key=lambda row: (row["example_id"], row["method"])))
+        for row in rows:  # logits' differences, in float32, by rounding
+            row.pop("gaps")
+    assert found[0] == found[1]
+    assert all(row.decode_seconds > 0 for row in read_rows(tmp_path / "4.jsonl"))

@@ -1,7 +1,5 @@
 """A chat template on a given day: what it prints of the clock is the run's, not the day's."""
 
-from __future__ import annotations
-
 from datetime import datetime
 
 import pytest
@@ -76,15 +74,10 @@ def ask():
 def test_a_template_sees_the_time_that_it_is_given(template, ask, later):
     """Templates that print the day gave a run that takes two days two prompts for one example."""
     assert ask(template, START) == f"{DAYS[template]}user: hi\n"
-
-
-@pytest.mark.parametrize("template", DAYS, ids=DAYS.get)
-def test_at_the_clocks_time_it_is_what_transformers_renders(template, ask, later):
     made = make_tokenizer()
     made.chat_template = template + MESSAGES
-    chat = [{"role": "user", "content": "hi"}]
-    expected = made.apply_chat_template(chat, tokenize=False)
-    assert ask(template, LATER) == expected
+    expected = made.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert ask(template, LATER) == expected  # at the clock's time: as transformers renders it
 
 
 def test_without_a_time_it_is_the_clocks(ask):

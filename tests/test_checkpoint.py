@@ -1,20 +1,19 @@
 """A checkpoint is whole, proved and asked before it decodes: never wrong in silence."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model
+from helpers import change_json, error_line
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSeq2SeqLM, T5Config
 
 from autoregressive import autoregressive
 from specsampling.kernel.build import KernelError
@@ -34,19 +33,14 @@ from specsampling.tasks.task import StopStrings
 from speculative import speculative
 
 CPU = torch.device("cpu")
+INT8 = {"target_quantization": "int8"}
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
 def folder(model_folders, tmp_path) -> Path:
     """A copy of a Llama's folder, to be broken."""
-    copy = tmp_path / "model"
-    shutil.copytree(model_folders["llama-target"], copy)
-    return copy
-
-
-def change_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return Path(shutil.copytree(model_folders["llama-target"], tmp_path / "model"))
 
 
 def change_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
@@ -59,19 +53,12 @@ def without(part: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: t for name, t in tensors.items() if part not in name}
 
 
-def with_more(name: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: tensors | {name: torch.ones(48)}
-
-
 def load(folder: Path | str, draft: str = "ngram", dtype: str = "float32", **options: Any) -> Any:
     return load_pair(str(folder), draft, device="cpu", dtype=dtype, **options)
 
 
 def refusal(folder: Path | str, draft: str = "ngram", dtype: str = "float32") -> str:
-    with pytest.raises(ModelError) as caught:
-        load(folder, draft, dtype)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return error_line(ModelError, load, folder, draft, dtype)
 
 
 # --- every tensor accounted for --------------------------------------------------------
@@ -88,23 +75,14 @@ def refusal(folder: Path | str, draft: str = "ngram", dtype: str = "float32") ->
         (dict, {"num_hidden_layers": 1}, "config.json leaves out (9: model.layers.1."),
         (dict, {"intermediate_size": 80}, "of another shape than its config.json says"),
         (dict, {"vocab_size": 300}, "of another shape than its config.json says"),
-        (with_more("model.layers.0.self_attn.q_proj.bias"), {}, "(1: model.layers.0.self_attn"),
-        (with_more("lm_head.bias"), {}, "config.json leaves out (1: lm_head.bias)"),
     ],
 )
 def test_a_tensor_left_to_chance_is_refused_by_name(change, settings, words, folder):
-    """A checkpoint without a head decoded noise, another text each run, exit code 0: the load
-    report was silenced and never read."""
+    """A checkpoint without a head decoded noise, another text each run, exit code 0."""
     change_tensors(folder, change)
     change_json(folder / "config.json", **settings)
     assert words in refusal(folder)
-
-
-@pytest.mark.parametrize("name", ["vision_tower.patch.weight", "rotary_emb.inv_freq"])
-def test_tensors_that_change_nothing_are_no_error(name, folder):
-    change_tensors(folder, with_more(name))
-    weight = load_file(folder / "model.safetensors")["lm_head.weight"]
-    assert torch.equal(load(folder, compile="off").target.lm_head.weight, weight)
+    assert words in error_line(ModelError, load_model, str(folder), torch.float32, CPU)
 
 
 def test_a_tied_head_needs_no_tensor(folder):
@@ -114,28 +92,40 @@ def test_a_tied_head_needs_no_tensor(folder):
     assert target.lm_head.weight is target.model.embed_tokens.weight
 
 
-def test_code_of_a_checkpoint_is_not_asked_for(folder, monkeypatch):
-    """transformers asked on stdin whether to run it, and waited."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
-    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    change_json(folder / "config.json", model_type="its-own", auto_map=auto_map)
-    assert "auto_map" in refusal(folder)
+INDEX = "model.safetensors.index.json"
+AUTO_MAP = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+EMPTY_GGUF = b"GGUF\x03\0\0\0" + bytes(40)
+LATER = {"version": "9.0", "model": {"type": "Later"}}
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "words"),
     [
-        ("model.safetensors", b""),
-        ("model.safetensors", b"x" * 100),
-        ("config.json", b"{"),
-        ("config.json", b'{"model_type": "nonsense"}'),
-        ("tokenizer.json", b"{"),
-        ("tokenizer.json", b'{"version": "9.0", "model": {"type": "Later"}}'),
+        *(("model.safetensors", content, "cannot load") for content in (b"", b"x" * 100)),
+        *(("m.gguf", content, "cannot load") for content in (b"", EMPTY_GGUF, b"nope" * 50)),
+        *((f"{part}.json", b"{", "cannot load") for part in ("config", "tokenizer")),
+        ("config.json", {"model_type": "nonsense"}, "cannot load"),
+        ("config.json", {"model_type": "its-own", "auto_map": AUTO_MAP}, "auto_map"),
+        ("tokenizer.json", LATER, "cannot load"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Later"}}, "pip install -U tokenizers"),
+        # "check the name and the network" was said of a folder with a file too few.
+        (INDEX, {"weight_map": {"a": "model-1.safetensors"}}, "1.safetensors is missing, which"),
+        (INDEX, {}, "is no index of weights (KeyError('weight_map'))"),
+        (INDEX, b"[1]", "is no index of weights"),
     ],
-)
-def test_broken_files_are_one_line(name, content, folder):
-    (folder / name).write_bytes(content)
-    assert "cannot load" in refusal(folder)
+)  # fmt: skip
+def test_broken_files_are_one_line(name, content, words, folder, monkeypatch):
+    """transformers asked on stdin whether to run a checkpoint's code, and waited."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    path = folder / name
+    if name == INDEX:
+        (folder / "model.safetensors").unlink()
+    if isinstance(content, dict):
+        whole = json.loads(path.read_text()) if path.exists() else {}
+        content = json.dumps(whole | content).encode()
+    path.write_bytes(content)
+    message = refusal(path if name == "m.gguf" else folder)
+    assert words in message and (name != INDEX or message.endswith("download it again"))
 
 
 LOCAL, LIMIT = "download or convert it again", "raise what `ulimit -v` shows"
@@ -150,11 +140,7 @@ LOCAL, LIMIT = "download or convert it again", "raise what `ulimit -v` shows"
         (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), ": out of", LIMIT),
         (OSError(12, "Cannot allocate memory"), ": out of memory ([Errno 12]", LIMIT),
         (RuntimeError("can't start new thread"), ": out of memory (can't start", LIMIT),
-        (
-            ImportError("a.so: failed to map segment from shared file"),
-            ": out of memory (a.so",
-            LIMIT,
-        ),
+        (ImportError("a.so: failed to map segment from shared file"), ": out of memory (a", LIMIT),
         (PermissionError(13, "denied", "a.json"), "([Errno 13]", "see that you may read"),
         (ValueError("x: it does not recognize this architecture"), "(x", "-U transformers"),
         (OSError("Error no file named model.safetensors"), "(Error no file", LOCAL),
@@ -174,8 +160,9 @@ def test_what_fails_has_the_way_out_of_its_cause(part, error, said, way_out, fol
     assert said in message and way_out in message and "network" not in message
 
 
-def test_memory_behind_another_error_is_memory(folder, monkeypatch):
-    """Libraries say "cannot load" of whatever kept them from it."""
+@pytest.mark.parametrize("part", ["read_model", "to_kernel"])
+def test_memory_behind_another_error_or_in_fast_layers_is_memory(part, folder, monkeypatch):
+    """Libraries say "cannot load", and the model was read again with transformers' layers."""
 
     def fail(*_, **__):
         try:
@@ -183,18 +170,8 @@ def test_memory_behind_another_error_is_memory(folder, monkeypatch):
         except MemoryError as error:
             raise OSError("unable to load weights") from error
 
-    monkeypatch.setattr(checkpoint, "read_model", fail)
+    monkeypatch.setattr(checkpoint, part, fail)
     assert "out of memory (unable to load weights)" in refusal(folder)
-
-
-def test_too_little_memory_is_not_taken_for_layers_that_fail(folder, monkeypatch):
-    """The model was read a second time, with transformers' layers."""
-
-    def fail(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(checkpoint, "to_kernel", fail)
-    assert "out of memory" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -211,36 +188,7 @@ def test_a_file_of_a_model_is_no_model(folder):
     assert f"{path}: it is a file" in refusal(path) and str(folder) in refusal(path)
 
 
-@pytest.mark.parametrize(
-    ("index", "words"),
-    [
-        (
-            {"weight_map": {"a": "model-1.safetensors"}},
-            "model-1.safetensors is missing, which model",
-        ),
-        ({}, "is no index of weights (KeyError('weight_map'))"),
-        ([1], "is no index of weights"),
-    ],
-)
-def test_a_shard_that_the_index_names_and_that_is_missing_is_named(index, words, folder):
-    """ "check the name and the network" was said of a folder with a file too few."""
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    message = refusal(folder)
-    assert words in message and message.endswith("download it again")
-
-
-def test_a_newer_librarys_tokenizer_says_what_to_install(folder):
-    path = folder / "tokenizer.json"
-    change_json(path, pre_tokenizer={"type": "FromTheFuture"})
-    assert "pip install -U tokenizers" in refusal(folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF\x03\0\0\0" + bytes(40), b"nope" * 50])
-def test_a_broken_gguf_is_one_line(content, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    assert "cannot load" in refusal(path)
+MISSING = {"weight_map": {"a": "model-1.safetensors"}}
 
 
 def test_tokenizers_are_compared_before_weights_are_read(folder, model_folders, tmp_path):
@@ -256,20 +204,12 @@ def test_tokenizers_are_compared_before_weights_are_read(folder, model_folders, 
 # --- what can be decoded ---------------------------------------------------------------
 
 
-def test_an_encoder_decoder_is_refused(tmp_path, tokenizer):
-    config = T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, vocab_size=400)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert "are encoder-decoders" in refusal(tmp_path)
-
-
-def test_a_model_that_ignores_its_cache_is_refused(model_of):
+def test_a_model_that_ignores_its_cache_is_refused():
     """RWKV and OpenAI-GPT take a cache and decode noise without a word."""
     model = make_model("gpt2")
-    forward = model.forward
-    model.forward = lambda *args, **options: forward(
-        *args, **{**options, "past_key_values": None, "use_cache": False, "position_ids": None}
-    )
+    forward, ignored = model.forward, dict.fromkeys(("past_key_values", "position_ids"))
+    ignored["use_cache"] = False
+    model.forward = lambda *args, **options: forward(*args, **{**options, **ignored})
     with pytest.raises(ModelError, match="more than rounding"):
         require_decodable(model, "it")
 
@@ -293,48 +233,42 @@ def test_a_cache_that_keeps_what_was_rolled_back_is_refused():
 
 def test_not_finite_logits_are_told_the_precision(folder):
     """float16 overflow was told to choose another architecture."""
+    large = ("up_proj", "down_proj")
     change_tensors(
-        folder,
-        lambda t: {n: x * (3e3 if "up_proj" in n or "down_proj" in n else 1) for n, x in t.items()},
+        folder, lambda t: {n: x * (3e3 if any(p in n for p in large) else 1) for n, x in t.items()}
     )
     assert "choose bfloat16 or float32" in refusal(folder, dtype="float16")
 
 
-@pytest.mark.parametrize("context", [9, 16, 47])
-def test_short_contexts_are_served(context, folder):
+@pytest.mark.parametrize("context", [8, 9, 16, 47])
+def test_short_contexts_are_served_if_they_have_room_for_a_call(context, folder):
     """The self-check asked for 48 tokens of every model."""
     change_json(folder / "config.json", max_position_embeddings=context)
-    pair = load(folder)
+    if context == 8:
+        assert "context of 8 tokens is too short" in refusal(folder)
+        return
+    pair, options = load(folder), {"max_new_tokens": 99, "width": 8}
     assert check_exactness(pair.target, 8, capacity=context).is_exact
-    reference = autoregressive(pair.target, [5, 6], max_new_tokens=99, width=8)
+    reference = autoregressive(pair.target, [5, 6], **options)
     assert reference.finish_reason == "context" and len(reference.token_ids) == context - 2
-    assert speculative(
-        pair.target, pair.draft, [5, 6], k=4, max_new_tokens=99, width=8
-    ).token_ids == (reference.token_ids)
-
-
-def test_a_context_without_room_for_a_call_is_refused(folder):
-    change_json(folder / "config.json", max_position_embeddings=8)
-    assert "context of 8 tokens is too short" in refusal(folder)
+    drafted = speculative(pair.target, pair.draft, [5, 6], k=4, **options)
+    assert drafted.token_ids == reference.token_ids
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_texts_end_where_the_frequencies_of_all_positions_change(kind, folder, caplog):
-    """The table was chosen by a call's largest position, padding included, and keys in the cache
-    kept the old one: 3 of 6 outputs differed from a reference that was confirmed bit-exact."""
+    """A call's largest position, padding included, chose the table: 3 of 6 outputs differed."""
     rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 40}
-    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "factor": 4.0}
-    change_json(
-        folder / "config.json",
-        max_position_embeddings=160,
-        rope_parameters=rope | (factors if kind == "longrope" else {"factor": 4.0}),
-    )
+    rope["factor"] = 4.0
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    change_json(folder / "config.json", max_position_embeddings=160, rope_parameters=rope)
     pair = load(folder)
     assert context_limit(pair.target) == 40
     assert "end at 40 tokens, not at 160" in caplog.text
-    prompt = list(range(3, 30))
-    reference = autoregressive(pair.target, prompt, max_new_tokens=99, width=8)
-    decoded = speculative(pair.target, NgramDraft(), prompt, k=7, max_new_tokens=99, width=8)
+    prompt, options = list(range(3, 30)), {"max_new_tokens": 99, "width": 8}
+    reference = autoregressive(pair.target, prompt, **options)
+    decoded = speculative(pair.target, NgramDraft(), prompt, k=7, **options)
     assert decoded.token_ids == reference.token_ids
     assert decoded.finish_reason == "context"
 
@@ -359,52 +293,53 @@ def test_the_self_check_looks_at_the_lengths_of_the_run(folder):
 # --- faster layers only where they agree -----------------------------------------------
 
 
-def test_faster_layers_that_fail_are_left_out(folder, monkeypatch, caplog):
+@pytest.mark.parametrize("mistake", ["fails", "computes something else", None])
+def test_faster_layers_stay_where_they_agree(mistake, folder, monkeypatch, caplog):
     """JetMoE, Doge and LongCat worked until their layers were made fast, then crashed."""
-    monkeypatch.setattr(checkpoint, "group_heads", lambda model: 1 / 0)
-    pair = load(folder, compile="off")
-    assert not pair.target.config._attn_implementation.startswith("grouped")
-    (line,) = [r.getMessage() for r in caplog.records if "keeps transformers" in r.getMessage()]
-    assert "ZeroDivisionError" in line and str(folder) in line
-
-
-def test_faster_layers_that_compute_something_else_are_left_out(folder, monkeypatch, caplog):
     honest = attention.grouped_sdpa
-    monkeypatch.setattr(attention, "grouped_sdpa", lambda *a, **o: (1.3 * honest(*a, **o)[0], None))
-    pair = load(folder, compile="off")
-    assert not pair.target.config._attn_implementation.startswith("grouped")
-    assert "give other logits" in caplog.text
-
-
-def test_faster_layers_that_agree_stay(folder, caplog):
+    wrong = lambda *a, **o: (1.3 * honest(*a, **o)[0], None)  # noqa: E731
+    if mistake == "fails":
+        monkeypatch.setattr(checkpoint, "group_heads", lambda model: 1 / 0)
+    elif mistake:
+        monkeypatch.setattr(attention, "grouped_sdpa", wrong)
     target = load(folder, compile="off").target
-    assert target.config._attn_implementation.startswith("grouped")
-    assert isinstance(load(folder).target, KernelModel)
-    assert not caplog.records
+    is_fast = target.config._attn_implementation.startswith("grouped")
+    assert is_fast == (mistake is None) and bool(caplog.records) == (not is_fast)
+    if mistake == "fails":
+        (line,) = [m for m in caplog.messages if "keeps transformers" in m]
+        assert "ZeroDivisionError" in line and str(folder) in line
+    elif mistake:
+        assert "give other logits" in caplog.text
+    else:
+        assert isinstance(load(folder).target, KernelModel) and not caplog.records
 
 
-@pytest.mark.parametrize(("change", "why"), [
-    ({"hidden_act": "gelu"}, "the activation gelu"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
-])  # fmt: skip
-def test_a_model_that_the_kernel_does_not_know_keeps_pytorch(change, why, folder, caplog):
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"hidden_act": "gelu"}, "the activation gelu"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
+        ({}, "there is no C compiler; install gcc"),
+    ],
+)
+def test_a_model_that_the_kernel_cannot_decode_keeps_pytorch(
+    change, why, folder, monkeypatch, caplog
+):
+    def nothing(*_: Any) -> None:
+        raise KernelError(why)
+
+    if not change:
+        monkeypatch.setattr(kernel_model, "kernel_library", nothing)
     change_json(folder / "config.json", **change)
     assert not isinstance(load(folder).target, KernelModel)
-    (line,) = [r.getMessage() for r in caplog.records if "without the CPU kernel" in r.getMessage()]
+    (line,) = [message for message in caplog.messages if "without the CPU kernel" in message]
     assert why in line
-    with pytest.raises(ModelError, match=r"needs the CPU kernel \(.*\); choose decoding.compile"):
-        load(folder, compile="on")
-    with pytest.raises(ModelError, match=r"needs the CPU kernel \(.*\); choose none"):
-        load(folder, target_quantization="int8")
-
-
-def test_without_a_compiler_one_line_says_what_to_install(folder, monkeypatch, caplog):
-    def nothing(*_: Any) -> None:
-        raise KernelError("there is no C compiler; install gcc")
-
-    monkeypatch.setattr(kernel_model, "kernel_library", nothing)
-    assert not isinstance(load(folder).target, KernelModel)
-    assert "without the CPU kernel: there is no C compiler; install gcc" in caplog.text
+    for options, way_out in (({"compile": "on"}, "decoding.compile"), (INT8, "none")):
+        with pytest.raises(ModelError, match=rf"needs the CPU kernel \(.*\); choose {way_out}"):
+            load(folder, **options)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -426,22 +361,6 @@ def test_a_drafts_rounding_on_a_cpu_is_the_kernels_own(dtype, quantization, mode
     assert sum(ours.drafted) > 0
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo"])
-def test_a_rounded_target_on_a_cpu_is_decoded_bit_exactly(
-    architecture, quantization, model_folders
-):
-    """bitsandbytes' int8 mixes the rows of a call, and cannot be."""
-    target, draft = (str(model_folders[f"{architecture}-{name}"]) for name in ("target", "draft"))
-    pair = load_pair(target, draft, dtype="bfloat16", target_quantization=quantization)
-    assert check_exactness(pair.target, None, capacity=120).is_exact
-    prompt = pair.encode("def add(a, b):")
-    expected = autoregressive(pair.target, prompt, max_new_tokens=24)
-    for k in (1, 4, 7, 15):
-        ours = speculative(pair.target, pair.draft, prompt, k=k, max_new_tokens=24)
-        assert ours.token_ids == expected.token_ids
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's memory maps")
 def test_packed_weights_do_not_keep_the_checkpoints_files_in_memory(tmp_path):
     """A norm's weight that was a view of its file kept the whole file: twice the memory."""
@@ -461,14 +380,9 @@ def test_packed_weights_do_not_keep_the_checkpoints_files_in_memory(tmp_path):
 def test_too_little_memory_is_told_before_a_model_is_read(dtype, way_out, folder, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     monkeypatch.setattr(checkpoint, "read_model", None)
-    with pytest.raises(ModelError) as caught:
-        load_model(str(folder), getattr(torch, dtype), CPU)
-    assert re.fullmatch(
-        r"loading .* needs 0\.0 GB of memory \(available: 0\.0 GB\); close other programs, or "
-        r"choose a smaller model.*",
-        str(caught.value),
-    )
-    assert way_out in str(caught.value)
+    message = error_line(ModelError, load_model, str(folder), getattr(torch, dtype), CPU)
+    said = r"loading .* needs 0\.0 GB of memory \(available: 0\.0 GB\); close other programs, or"
+    assert re.match(f"{said} choose a smaller model", message) and way_out in message
 
 
 def test_a_prefills_mask_is_not_made_per_head():
@@ -493,26 +407,20 @@ def test_first_layers_share_the_targets_tensors(architecture, model_of):
 # --- logits that are not finite --------------------------------------------------------
 
 
-class Poisoned:
+@contextmanager
+def poisoned(model, position, value=float("nan")):
     """Makes a model's logits NaN from a position on."""
+    honest = Session.score
 
-    def __init__(self, model, position, value=float("nan")):
-        self.model, self.position, self.value = model, position, value
+    def poison(session, tokens, last):
+        rows = honest(session, tokens, last).clone()
+        if session.model is model:
+            rows[max(position - (len(tokens) - last), 0) :] = value
+        return rows
 
-    def __enter__(self):
-        self.score = honest = Session.score
-
-        def poison(session, tokens, last):
-            rows = honest(session, tokens, last).clone()
-            if session.model is self.model:
-                rows[max(self.position - (len(tokens) - last), 0) :] = self.value
-            return rows
-
-        Session.score = poison
-        return self
-
-    def __exit__(self, *_):
-        Session.score = self.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "score", poison)
+        yield
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -521,19 +429,15 @@ class Poisoned:
 def test_logits_that_are_not_finite_end_a_text_in_an_error(value, sampling, width):
     """Greedy accepted 4 of 4 drafts of NaN and printed nothing; sampling raised IndexError."""
     model = make_model("llama", seed=5)
-    options = {"max_new_tokens": 30, "sampling": sampling, "width": width}
-    with Poisoned(model, 12, value):
-        alone = autoregressive(
-            model, [3, 4, 5], generator=torch.Generator().manual_seed(0), **options
-        )
-        drafted = speculative(
-            model,
-            NgramDraft(),
-            [3, 4, 5],
-            k=4,
-            generator=torch.Generator().manual_seed(0),
-            **options,
-        )
+
+    def options() -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        of_text = {"max_new_tokens": 30, "sampling": sampling, "width": width}
+        return of_text | {"generator": generator}
+
+    with poisoned(model, 12, value):
+        alone = autoregressive(model, [3, 4, 5], **options())
+        drafted = speculative(model, NgramDraft(), [3, 4, 5], k=4, **options())
     for generation in (alone, drafted):
         assert generation.finish_reason == "error"
         assert "target's logits are not finite" in generation.error
@@ -544,7 +448,7 @@ def test_logits_that_are_not_finite_end_a_text_in_an_error(value, sampling, widt
 
 def test_a_drafts_logits_that_are_not_finite_are_the_drafts(model_of):
     draft = make_model("llama", seed=6)
-    with Poisoned(draft, 8):
+    with poisoned(draft, 8):
         generation = speculative(
             model_of("llama"), ModelDraft(draft), [3, 4, 5], k=4, max_new_tokens=30
         )
@@ -567,26 +471,23 @@ def test_the_chat_templates_end_of_turn_ends_a_text(folder):
     assert load(folder).eos_ids == {7, tokenizer.eos_token_id, end}
 
 
-@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize("is_special", [True, False, None])
 @pytest.mark.parametrize(
     "separator",
     ["<|file_sep|>", "<|fim_pad|>", "<file_sep>", "<filename>", "<fim-middle>", "<|fim_middle|>"]
     + ["<｜fim▁hole｜>", "<|EOT|>", "▁<MID>", "▁<EOT>", "[SUFFIX]", "<|file_separator|>"],
 )
-def test_a_code_models_separator_ends_a_text(folder, separator, is_special):
+def test_a_code_models_separator_ends_a_text_if_it_is_a_token(folder, separator, is_special):
     """Qwen2.5-Coder ran past <|file_sep|>, a token that is not special, into another file."""
     tokenizer = load(folder).tokenizer
-    tokenizer.add_tokens([separator], special_tokens=is_special)
-    tokenizer.save_pretrained(folder)
-    end = tokenizer.convert_tokens_to_ids(separator)
-    assert load(folder).eos_ids == {tokenizer.eos_token_id, end}
-
-
-def test_a_separator_that_is_several_tokens_ends_nothing(folder):
-    """Its first token is "<", which code is full of."""
-    pair = load(folder)
-    assert len(pair.encode("<|file_sep|>")) > 1
-    assert pair.eos_ids == {pair.tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id}
+    if is_special is None:  # several tokens, of which the first is "<": code is full of it
+        assert len(tokenizer(separator)["input_ids"]) > 1
+    else:
+        tokenizer.add_tokens([separator], special_tokens=is_special)
+        tokenizer.save_pretrained(folder)
+        ends.add(tokenizer.convert_tokens_to_ids(separator))
+    assert load(folder).eos_ids == ends
 
 
 @pytest.mark.parametrize(
@@ -610,19 +511,11 @@ def test_an_end_beyond_the_vocabulary_is_told_and_left_out(name, named, told, fo
 
 
 def test_without_any_end_left_texts_are_said_to_end_at_their_length(folder, caplog):
-    tokenizer = load(folder).tokenizer
+    tokenizer, model = load(folder).tokenizer, make_model("llama", vocab_size=400)
     tokenizer.eos_token = None
-    model = make_model("llama", vocab_size=400)
     model.generation_config.eos_token_id = [-1, 400]
     assert end_ids(tokenizer, model) == set()
     assert "left out; texts end only at decoding.max_new_tokens" in caplog.text
-
-
-def test_a_template_that_raises_is_no_reason_not_to_decode(folder):
-    tokenizer = load(folder).tokenizer
-    tokenizer.chat_template = "{{ raise_exception('no system, no tools, no chat') }}"
-    tokenizer.save_pretrained(folder)
-    assert load(folder).eos_ids == {tokenizer.eos_token_id}
 
 
 def test_a_stop_string_that_is_a_special_token_fires(folder):
@@ -636,27 +529,23 @@ def test_a_stop_string_that_is_a_special_token_fires(folder):
 def test_an_end_that_a_tokenizer_appends_is_not_the_prompts(folder):
     """T5's and some Llama tokenizers end every text; a prompt is to be continued."""
     tokenizer = load(folder).tokenizer
-    plain = tokenizer("def f(x):")["input_ids"]
+    plain, end = tokenizer("def f(x):")["input_ids"], tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+        single="<eos> $A <eos>", special_tokens=[("<eos>", end)]
     )
+    tokenizer.chat_template = "{{ raise_exception('no system, no tools, no chat') }}"
     tokenizer.save_pretrained(folder)
     pair = load(folder)
-    assert num_appended(pair.tokenizer) == 1
-    assert pair.encode("def f(x):") == [tokenizer.eos_token_id, *plain]
+    assert num_appended(pair.tokenizer) == 1 and pair.encode("def f(x):") == [end, *plain]
+    assert pair.eos_ids == {end}  # a template that raises is no reason not to decode
 
 
 def test_what_generate_would_do_and_we_do_not_is_said_once(folder, caplog):
     """Qwen2.5-Coder ships repetition_penalty 1.1: `generate` gives another text."""
-    change_json(
-        folder / "generation_config.json",
-        repetition_penalty=1.1,
-        suppress_tokens=[3],
-        min_new_tokens=2,
-        temperature=0.5,
-    )
+    settings = {"repetition_penalty": 1.1, "suppress_tokens": [3], "min_new_tokens": 2}
+    change_json(folder / "generation_config.json", **settings, temperature=0.5)
     load(folder)
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = caplog.messages
     assert "repetition_penalty 1.1, min_new_tokens 2, suppress_tokens [3]" in line
 
 
@@ -666,9 +555,3 @@ def test_the_probability_of_tiny_temperatures_is_greedy():
     for temperature in (1e-3, 1e-5, 1e-20, 1e-38, 1e-45, 5e-324):
         probs = [of.dense(3).tolist() for of in probs_from_logits(logits, Sampling(temperature))]
         assert probs == [[0, 1, 0], [0, 0, 1]], temperature
-
-
-def test_load_model_alone_checks_too(folder):
-    change_tensors(folder, without("lm_head"))
-    with pytest.raises(ModelError, match="lm_head"):
-        load_model(str(folder), torch.float32, CPU)

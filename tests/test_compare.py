@@ -1,15 +1,13 @@
 """Benchmarks/compare.py: two runs of one task beside each other."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
+from helpers import mistake
 from test_notebooks import write_results
 from test_records import ROW
 
 from Benchmarks import compare as script
-from specsampling.console import exit_code
 from specsampling.results.records import Run, Source
 from specsampling.results.scores import write_scores
 
@@ -28,12 +26,15 @@ def score(example: str, passed: bool, method: str = "speculative") -> dict:
     return {**key, "passed": passed, "result": "passed" if passed else "failed: NameError"}
 
 
+def compared(first, second, *metas):
+    first_meta, second_meta = metas or ({}, {})
+    both = Run(first, first_meta, None), Run(second, second_meta, None)
+    return script.compare_runs(*both, ["speculative"])
+
+
 def test_equal_texts_and_tokens_before_the_first_difference():
     extra = dataclasses.replace(ROW, example_id="only here", method="speculative")
-    table = script.compare_runs(
-        Run([*rows(0), extra], {}, None), Run(rows(1), {}, None), ["speculative"]
-    )
-    (line,) = table.to_dict("records")
+    (line,) = compared([*rows(0), extra], rows(1)).to_dict("records")
     assert (line["n"], line["equal"]) == (3, "1/3")
     assert line["before"] == pytest.approx((4 + 2 + 1) / 10)
     assert not any("pass@1" in name for name in line)
@@ -43,16 +44,12 @@ def test_speeds_are_compared_on_one_machine_only():
     """`compare.py` said nothing of speeds, and a reader put two machines' tables together."""
     fast = [dataclasses.replace(row, decode_seconds=row.decode_seconds / 2) for row in rows(0)]
     meta = {"device_name": "A processor, 2 cores", "threads": 2}
-    tables = [
-        script.compare_runs(
-            Run(rows(0), meta, None), Run(fast, meta | others, None), ["speculative"]
-        )
-        for others in ({}, {"device_name": "A phone"}, {"threads": 1})
-    ]
-    (line,) = tables[0].to_dict("records")
+    others = ({}, {"device_name": "A phone"}, {"threads": 1})
+    same, *tables = (compared(rows(0), fast, meta, meta | other) for other in others)
+    (line,) = same.to_dict("records")
     assert float(line["other's tokens/s"]) == pytest.approx(2 * float(line["tokens/s"]), abs=0.2)
-    assert "small differences in speed mean little" in tables[0].attrs["notes"][1]
-    for table in tables[1:]:
+    assert "small differences in speed mean little" in same.attrs["notes"][1]
+    for table in tables:
         assert "tokens/s" not in table
         assert any(note.startswith("Speeds are not compared") for note in table.attrs["notes"])
 
@@ -68,30 +65,25 @@ def test_scores_are_compared_over_what_both_have(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "intervals over fewer than 10 problems mean little" in printed
     assert "66.7% [" in printed and "33.3% [" in printed and "70.0%" in printed
-    assert exit_code(script.main, [*map(str, paths), "--methods", "reference"]) == 2
-    assert "--methods must be of those in both files: speculative" in capsys.readouterr().err
-    assert exit_code(script.main, [str(paths[0]), str(tmp_path / "none.jsonl")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    line = mistake(script.main, [*paths, "--methods", "reference"], capsys)
+    assert "--methods must be of those in both files: speculative" in line
+    assert "none.meta.json" in mistake(script.main, [paths[0], tmp_path / "none.jsonl"], capsys)
 
 
 def test_runs_of_other_examples_cannot_be_compared(tmp_path, capsys):
     ours = write_results(tmp_path / "a", rows(0), "results2")
     others = [dataclasses.replace(row, example_id="x" + row.example_id) for row in rows(1)]
     theirs = write_results(tmp_path / "b", others, "results2")
-    assert exit_code(script.main, [str(ours), str(theirs)]) == 2
-    assert "must have examples in common" in capsys.readouterr().err
+    assert "must have examples in common" in mistake(script.main, [ours, theirs], capsys)
 
 
-def asked(rows, prompts: dict[str, list[int]] | None, length: int = 3):
+def asked(rows, prompts: dict[str, list[int]] | None):
     """Rows with the prompts that an example had; without them, only their length."""
     return [
         dataclasses.replace(
             row,
-            **(
-                Source.of(prompts[row.example_id], None)._asdict()
-                if prompts
-                else {"num_prompt_tokens": length}
-            ),
+            **(Source.of(prompts[row.example_id], None)._asdict() if prompts else {}),
+            **({} if prompts else {"num_prompt_tokens": 3}),
         )
         for row in rows
     ]
@@ -128,7 +120,6 @@ def test_runs_of_other_prompts_say_so_in_one_line(mine, theirs, told, tmp_path, 
 
 def test_prompts_of_methods_that_are_not_compared_do_not_matter():
     other = {name: [7] for name in TEXTS}
-    first = Run([*asked(rows(0), PROMPTS), *asked(rows(0, "reference"), other)], {}, None)
-    second = Run(asked(rows(1), PROMPTS), {}, None)
-    notes = script.compare_runs(first, second, ["speculative"]).attrs["notes"]
+    first = [*asked(rows(0), PROMPTS), *asked(rows(0, "reference"), other)]
+    notes = compared(first, asked(rows(1), PROMPTS)).attrs["notes"]
     assert not any("different prompts" in note for note in notes)

@@ -1,12 +1,11 @@
 """console.py: sizes against the loaded model and machine; what one prompt looks like."""
 
-from __future__ import annotations
-
 import os
 from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import error_line
 
 from autoregressive import autoregressive_stream
 from specsampling.config import ConfigError, load_config
@@ -32,20 +31,19 @@ def tiny(model_folders, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "field"),
-    [
-        (["speculation.k=1024"], "speculation.k"),
-        (["decoding.width=1032"], "decoding.width"),
-        (["decoding.width=2048"], "decoding.width"),
-        (["decoding.max_new_tokens=1024"], "decoding.max_new_tokens"),
-        (["decoding.max_new_tokens=10000000"], "decoding.max_new_tokens"),
-    ],
+    ("field", "least", "far"),
+    [("speculation.k", 1024, 1024), ("decoding.width", 1032, 2048)]
+    + [("decoding.max_new_tokens", 1024, 10_000_000)],
 )
-def test_sizes_beyond_the_context_are_refused(model_folders, overrides, field):
+def test_sizes_beyond_the_context_are_refused(model_folders, field, least, far):
     """k=65536 hung, k=3000 took 49 seconds for 8 tokens, on a context of 2,048."""
-    with pytest.raises(ConfigError) as caught:
-        load_configured_pair(tiny(model_folders, *overrides))
-    assert f"{field} must fit the target's context of {CONTEXT} tokens (got " in str(caught.value)
+    for size in (least, far):
+        config = tiny(model_folders, f"{field}={size}")
+        message = error_line(ConfigError, load_configured_pair, config)
+        assert f"{field} must fit the target's context of {CONTEXT} tokens (got " in message
+    most = least - (8 if field == "decoding.width" else 1)
+    pair = load_configured_pair(tiny(model_folders, f"{field}={most}"))
+    assert context_limit(pair.target) == CONTEXT
 
 
 @pytest.mark.parametrize(
@@ -65,14 +63,6 @@ def test_reference_is_decoded_where_rows_meet(model_folders, architecture, overr
     assert baselines(config) == ["autoregressive", *["reference"] * has_reference]
 
 
-@pytest.mark.parametrize(
-    "override", ["speculation.k=1023", "decoding.width=1024", "decoding.max_new_tokens=1023"]
-)
-def test_sizes_up_to_the_context_are_taken(model_folders, override):
-    pair = load_configured_pair(tiny(model_folders, override))
-    assert context_limit(pair.target) == CONTEXT
-
-
 def test_more_threads_than_the_machine_can_use_are_refused(model_folders):
     """5,000,000 threads ended the process inside of OpenMP."""
     most = 8 * (os.cpu_count() or 1)
@@ -84,23 +74,23 @@ def test_more_threads_than_the_machine_can_use_are_refused(model_folders):
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ messages[7]['content'] }}",
-        "{{ 1 / 0 }}",
-        "{% for m in messages %}",
-        "{{ messages | no_such_filter }}",
-        "{{ messages + 1 }}",
-        "{{ 'x'.encode() + 'y' }}",
-        "{% include 'other' %}",
+        *("{{ raise_exception('roles must alternate') }}", "{{ messages[7]['content'] }}"),
+        *("{{ 1 / 0 }}", "{% for m in messages %}", "{{ messages | no_such_filter }}"),
+        *("{{ messages + 1 }}", "{{ 'x'.encode() + 'y' }}", "{% include 'other' %}"),
     ],
 )
 def test_a_chat_template_that_fails_is_one_line(llama, tokenizer, monkeypatch, template):
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(ModelError) as caught:
-        Pair(llama, None, tokenizer, frozenset()).encode_chat("hello")
-    message = str(caught.value)
+    pair = Pair(llama, None, tokenizer, frozenset())
+    message = error_line(ModelError, pair.encode_chat, "hello")
     assert "the chat template of" in message and "prompt_style: completion" in message
-    assert "\n" not in message
+
+
+@pytest.fixture
+def options(model_folders):
+    """A tiny target on the command line, and a draft that is a lookup."""
+    target = ["--target", model_folders["llama-target"], "--dtype", "float32", "--device", "cpu"]
+    return [*map(str, target), "--draft", "ngram"]
 
 
 @pytest.mark.parametrize(
@@ -111,54 +101,46 @@ def test_a_chat_template_that_fails_is_one_line(llama, tokenizer, monkeypatch, t
         ("word " * 3000, "the prompt must have at most 1023 tokens"),
     ],
 )
-def test_a_prompt_that_cannot_be_decoded_is_one_line(model_folders, prompt, message, capsys):
-    options = ["--prompt", prompt, "--device", "cpu", "--set", "models.draft=ngram"]
-    options += ["--set", f"models.target={model_folders['llama-target']}", "--dtype", "float32"]
-    assert exit_code(partial(decode_one_prompt, None, None), options) == 2
+def test_a_prompt_that_cannot_be_decoded_is_one_line(options, prompt, message, capsys):
+    main = partial(decode_one_prompt, None, None)
+    assert exit_code(main, [*options, "--prompt", prompt]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_one_prompt_is_decoded_by_the_configured_rule(rule, model_folders, capsys):
+def test_one_prompt_is_decoded_by_the_configured_rule(rule, options, capsys):
     """It was the token by token one, whatever speculation.verifier said."""
-    options = ["--prompt", "word", "--device", "cpu", "--draft", "ngram", "--raw"]
-    options += ["--target", model_folders["llama-target"], "--dtype", "float32"]
     given = {}
 
     def decode(target, draft, prompt, **options):
         given.update(options)
         return steps_of(Generation([65], "length", accepted=[0], drafted=[0], decode_seconds=1.0))
 
-    options += ["--set", f"speculation.verifier={rule}"]
-    main = partial(decode_one_prompt, decode, decode)
-    assert exit_code(main, list(map(str, options))) == 0
+    options += ["--prompt", "word", "--raw", "--set", f"speculation.verifier={rule}"]
+    assert exit_code(partial(decode_one_prompt, decode, decode), options) == 0
     assert given["verifier"] is VERIFIERS[rule]
     assert "speculative: 1 tokens (length)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.9"])
-def test_a_comparison_is_live_and_ends_with_the_verdict(temperature, model_folders, capsys):
+def test_a_comparison_ends_with_the_verdict(temperature, options, model_folders, capsys):
     """Sampled texts are the same too if draft and target share their noise."""
-    options = ["--prompt", "def f(x):", "--device", "cpu", "--compare", "--max-new-tokens", "20"]
-    options += ["--target", model_folders["llama-target"], "--draft", model_folders["llama-draft"]]
-    options += ["--temperature", temperature, "--set", "speculation.verifier=coupled", "--k", "3"]
+    options += ["--prompt", "def f(x):", "--compare", "--max-new-tokens", "20", "--k", "3"]
+    options += ["--temperature", temperature, "--set", "speculation.verifier=coupled"]
+    options += ["--draft", str(model_folders["llama-draft"])]
     main = partial(decode_one_prompt, speculative_stream, autoregressive_stream)
-    assert exit_code(main, list(map(str, options))) == 0
+    assert exit_code(main, options) == 0
     printed, errors = capsys.readouterr()
-    baseline, text = printed.splitlines()[:1], printed.splitlines()[-1:]
-    assert baseline and text and "\033" not in printed  # this is no terminal
+    assert printed.strip() and "\033" not in printed  # this is no terminal
     assert "autoregressive: 20 tokens" in errors and "speculative: 20 tokens" in errors
     assert errors.splitlines()[-1].startswith("identical: yes; speedup: ")
 
 
-def test_a_text_without_a_draft_loads_none(model_folders, capsys):
-    options = ["--prompt", "def f(x):", "--device", "cpu", "--max-new-tokens", "5"]
-    options += ["--target", model_folders["llama-target"], "--draft", "no/such-model"]
-    main = partial(decode_one_prompt, None, autoregressive_stream)
-    assert exit_code(main, list(map(str, options))) == 0
-    assert "autoregressive: 5 tokens (length), 1.00 for each of 5 target calls" in (
-        capsys.readouterr().err
-    )
+def test_a_text_without_a_draft_loads_none(options, capsys):
+    options += ["--prompt", "def f(x):", "--max-new-tokens", "5", "--draft", "no/such-model"]
+    assert exit_code(partial(decode_one_prompt, None, autoregressive_stream), options) == 0
+    told = "autoregressive: 5 tokens (length), 1.00 for each of 5 target calls"
+    assert told in capsys.readouterr().err
 
 
 def steps_of(generation):
@@ -203,10 +185,6 @@ def test_a_character_of_several_tokens_is_shown_once_it_is_whole(tokenizer, caps
     assert capsys.readouterr().out == "é東x\n"
 
 
-def test_a_text_cut_in_its_last_cycle_keeps_its_kinds():
-    generation = Generation([1, 2], "eos", accepted=[4], drafted=[4])
-    assert generation.kinds() == ["accepted", "accepted"]
-
-
-def test_without_a_draft_every_token_is_the_targets():
+def test_kinds_of_a_cut_text_and_of_one_without_a_draft():
+    assert Generation([1, 2], "eos", accepted=[4], drafted=[4]).kinds() == ["accepted"] * 2
     assert Generation([1, 2], "eos").kinds() == ["target", "target"]

@@ -1,7 +1,5 @@
 """The coupled rule: the text of one seed is the same with any draft, and it is a fair sample."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 
@@ -77,8 +75,6 @@ def test_a_text_goes_on_where_it_was_cut(model_of):
         assert whole[:cut] + rest == whole
 
 
-# --- the joint distribution of the first three tokens ------------------------------------
-
 TARGET, DRAFT = 1, 2
 NUM_TOKENS = 3
 DRAFTS = ("model", "greedy", "n-gram", "composite")
@@ -149,16 +145,12 @@ class SamePlace(Noise):
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_noise_shared_between_positions_is_seen(draft):
+def test_wrong_noise_is_seen(draft):
+    """Noise keyed by the call makes fair samples too, but others with each K."""
     texts = Counter(
         three_tokens(3, draft, 2, lambda call, i=i: SamePlace((i, 77))) for i in range(2000)
     )
     assert chi2.sf(statistic(3, texts), 26) < 1e-8
-
-
-@pytest.mark.parametrize("draft", DRAFTS)
-def test_noise_keyed_by_the_call_is_seen(draft):
-    """Its texts are fair samples too, but others with each K: identity is what breaks."""
     by_call = [lambda call, i=i: Noise((i, call)) for i in range(200)]
     by_text = [lambda call, i=i: Noise((i, 5)) for i in range(200)]
     for noises, least, most in ((by_call, 20, 200), (by_text, 0, 0)):

@@ -1,7 +1,5 @@
 """Greedy decoding: speculative == autoregressive == Hugging Face, token for token."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +20,7 @@ from specsampling.method.drafts import (
 from specsampling.method.sampling import Sampling
 from specsampling.method.session import Session
 from specsampling.models.checkpoint import load_model
+from specsampling.models.exactness import check_exactness
 from specsampling.models.kernel_model import KernelModel
 from speculative import speculative, speculative_stream
 
@@ -83,33 +82,29 @@ def test_greedy_outputs_are_the_same_tokens(architecture, k, width, model_of, te
             assert generation.token_ids == expected, name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_outputs_are_bit_exact_in_bfloat16(architecture, model_folders):
-    """Without one fixed width, 16-bit argmaxes flip at near-ties and the outputs part."""
-    folder = str(model_folders[f"{architecture}-target"])
-    target = load_model(folder, torch.bfloat16, torch.device("cpu"), compile="off")  # grouped heads
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [
+        *((name, None) for name in ARCHITECTURES),
+        *((name, of) for name in ("llama", "qwen2", "gpt_neo") for of in ("none", "int8", "int4")),
+    ],
+)
+def test_greedy_outputs_are_bit_exact_in_bfloat16(architecture, quantization, model_folders):
+    """In PyTorch (None) argmaxes flip at near-ties unless all calls have one width."""
+    folder, cpu = str(model_folders[f"{architecture}-target"]), torch.device("cpu")
+    if quantization is None:
+        target = load_model(folder, torch.bfloat16, cpu, compile="off")  # grouped heads
+    else:
+        target = load_model(folder, torch.bfloat16, cpu, quantization)
+    assert isinstance(target, KernelModel) == (quantization is not None)
+    options = {"max_new_tokens": 60, "width": 8 if quantization is None else None}
+    assert check_exactness(target, options["width"], capacity=120).is_exact
     drafts = {"n-gram": NgramDraft(), "first layer": ModelDraft(first_layers(target, 1))}
     for prompt in PROMPTS:
-        expected = autoregressive(target, prompt, max_new_tokens=60, width=8).token_ids
-        for k in (2, 5, 7):
+        expected = autoregressive(target, prompt, **options).token_ids
+        for k in (2, 5, 7) if quantization is None else (1, 2, 7, 15, 30):
             for name, draft in drafts.items():
-                generation = speculative(target, draft, prompt, k=k, max_new_tokens=60, width=8)
-                assert generation.token_ids == expected, (name, k)
-
-
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo"])
-def test_greedy_outputs_are_bit_exact_in_the_kernel(architecture, quantization, model_folders):
-    """No width is fixed there: the baseline's calls have one row, and the others as many as K."""
-    folder = str(model_folders[f"{architecture}-target"])
-    target = load_model(folder, torch.bfloat16, torch.device("cpu"), quantization)
-    assert isinstance(target, KernelModel)
-    drafts = {"n-gram": NgramDraft(), "first layer": ModelDraft(first_layers(target, 1))}
-    for prompt in PROMPTS:
-        expected = autoregressive(target, prompt, max_new_tokens=60).token_ids
-        for k in (1, 2, 7, 15, 30):
-            for name, draft in drafts.items():
-                generation = speculative(target, draft, prompt, k=k, max_new_tokens=60)
+                generation = speculative(target, draft, prompt, k=k, **options)
                 assert generation.token_ids == expected, (name, k)
 
 
@@ -161,101 +156,59 @@ def test_no_draft_token_is_fed_twice(llama, model_of):
 
 @pytest.mark.parametrize(("target_vocab", "draft_vocab"), [(100, 104), (104, 100), (100, 90)])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)])
-def test_vocabularies_padded_to_different_widths_work(
-    target_vocab, draft_vocab, sampling, model_of
-):
+def test_vocabularies_of_different_sizes_work(target_vocab, draft_vocab, sampling, model_of):
     """Heads of 151,936 and 152,064 rows met in one subtraction."""
     target = model_of("llama", vocab_size=target_vocab)
     draft = ModelDraft(model_of("llama", seed=1, vocab_size=draft_vocab))
-    generation = speculative(
-        target,
-        draft,
-        [1, 2],
-        k=3,
-        max_new_tokens=60,
-        sampling=sampling,
-        generator=torch.Generator().manual_seed(0),
-    )
+    options = {"max_new_tokens": 60, "sampling": sampling}
+    options["generator"] = torch.Generator().manual_seed(0)
+    generation = speculative(target, draft, [1, 2], k=3, **options)
     assert len(generation.token_ids) == 60
     if sampling == Sampling():
-        assert generation.token_ids == autoregressive(target, [1, 2], max_new_tokens=60).token_ids
+        assert generation.token_ids == autoregressive(target, [1, 2], **options).token_ids
 
 
 def test_same_generator_seed_same_text(llama, model_of):
-    def decode(seed):
-        return speculative(
-            llama,
-            ModelDraft(model_of("llama", seed=1)),
-            [1, 2],
-            k=3,
-            max_new_tokens=30,
-            sampling=Sampling(1.0),
-            generator=torch.Generator().manual_seed(seed),
-        ).token_ids
-
-    assert decode(0) == decode(0)
-    assert decode(0) != decode(1)
+    draft = ModelDraft(model_of("llama", seed=1))
+    options = {"k": 3, "max_new_tokens": 30, "sampling": Sampling(1.0)}
+    texts = [
+        speculative(llama, draft, [1, 2], generator=torch.Generator().manual_seed(seed), **options)
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0].token_ids == texts[1].token_ids != texts[2].token_ids
 
 
 def test_the_draft_reports_what_it_sampled_from(llama):
     """The warp on one model only, or a reported distribution that is not the sampled one."""
-    sampling = Sampling(0.7, top_k=5)
-    terms = DraftTerms.of(llama, 64, sampling, torch.Generator().manual_seed(0))
+    terms = DraftTerms.of(llama, 64, Sampling(0.7, top_k=5), torch.Generator().manual_seed(0))
     proposer = ModelDraft(llama).start(terms)
     proposer.prefill([1, 2, 3])
-    tokens, probs = proposer.propose([1, 2, 3, 4], 6)
-    probs = torch.stack([of.dense(VOCAB_SIZE) for of in probs])
-    assert (probs > 0).sum(-1).tolist() == [5] * 6
+    tokens, reported = proposer.propose([1, 2, 3, 4], 6)
     session = Session(llama, 64)
     session.prefill([1, 2, 3])
-    for i in range(6):
+    for i, probs in enumerate(of.dense(VOCAB_SIZE) for of in reported):
         logits = session.score([1, 2, 3, 4, *tokens[:i]], last=1)[0]
-        kept = probs[i] > 0
-        assert kept[tokens[i]]
-        assert torch.allclose(probs[i][kept], (logits[kept] / 0.7).softmax(-1), atol=1e-5)
+        kept = probs > 0
+        assert kept[tokens[i]] and kept.sum() == 5
+        assert torch.allclose(probs[kept], (logits[kept] / 0.7).softmax(-1), atol=1e-5)
 
 
-# --- n-gram lookup ---------------------------------------------------------------------
-
-
-def propose(tokens, k, longest=3, shortest=1):
+@pytest.mark.parametrize(
+    ("tokens", "k", "longest", "shortest", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3], 2, 3, 1, [5, 6]),  # the last occurrence
+        ([1, 2, 3, 50, 3, 60, 2, 3], 1, 2, 1, [50]),  # the longer match
+        ([8, 1, 2, 1, 2], 5, 3, 1, [1, 2, 1, 2, 1]),  # it runs on into its own proposals
+        ([1, 2, 3, 4], 3, 3, 1, []),
+        ([1, 2, 3, 9, 3], 3, 3, 2, []),
+        ([1], 3, 3, 1, []),
+    ],
+)
+def test_lookup_proposes_what_followed(tokens, k, longest, shortest, expected):
     terms = DraftTerms(64, VOCAB_SIZE, torch.device("cpu"), Sampling(), None)
-    proposer = NgramDraft(longest, shortest).start(terms)
-    ids, probs = proposer.propose(tokens, k)
+    ids, probs = NgramDraft(longest, shortest).start(terms).propose(tokens, k)
+    assert ids == expected
     assert [of.probs for of in probs] == [{token: 1.0} for token in ids]
-    return ids
-
-
-def test_lookup_proposes_what_followed_the_last_occurrence():
-    assert propose([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 1, 2, 3], 2) == [5, 6]
-
-
-def test_lookup_prefers_the_longer_match():
-    assert propose([1, 2, 3, 50, 3, 60, 2, 3], 1, longest=2) == [50]
-
-
-def test_lookup_runs_on_into_its_own_proposals():
-    assert propose([8, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
-
-
-def test_lookup_without_a_match_proposes_nothing():
-    assert propose([1, 2, 3, 4], 3) == []
-    assert propose([1, 2, 3, 9, 3], 3, longest=3, shortest=2) == []
-    assert propose([1], 3) == []
-
-
-# --- the shallow draft -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_first_layers_share_the_targets_tensors(architecture, model_of):
-    target = model_of(architecture)
-    shallow = first_layers(target, 1)
-    theirs = {tensor.data_ptr() for tensor in target.parameters()}
-    ours = {tensor.data_ptr() for tensor in shallow.parameters()}
-    assert ours < theirs
-    assert shallow.config.num_hidden_layers == 1
-    assert target.config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("num_layers", [0, 3])
@@ -264,40 +217,31 @@ def test_first_layers_must_be_some_of_the_targets(num_layers, llama):
         first_layers(llama, num_layers)
 
 
-# --- stopping --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ScriptedDraft:
     """Proposes a known text, wrong at some positions: chooses what is accepted and corrected."""
 
     text: tuple[int, ...]
     wrong_at: frozenset[int] = frozenset()
-
-    def start(self, terms):
-        return ScriptedProposer(self)
-
-
-class ScriptedProposer:
     num_calls = 0
     forward_seconds = 0.0
 
-    def __init__(self, draft):
-        self.draft = draft
+    def start(self, terms):
+        return self
 
     def prefill(self, tokens):
-        self.num_prompt_tokens = len(tokens) + 1
-
-    def propose(self, tokens, k):
-        at = len(tokens) - self.num_prompt_tokens
-        ids = [
-            (token + (i in self.draft.wrong_at)) % VOCAB_SIZE
-            for i, token in enumerate(self.draft.text[at : at + k], start=at)
-        ]
-        return ids, one_hot(ids)
+        pass
 
     def rollback(self, length):
         pass
+
+    def propose(self, tokens, k):
+        at = len(tokens) - len(PROMPT)
+        ids = [
+            (token + (i in self.wrong_at)) % VOCAB_SIZE
+            for i, token in enumerate(self.text[at : at + k], start=at)
+        ]
+        return ids, one_hot(ids)
 
 
 PROMPT = [11, 12, 13]
@@ -327,27 +271,14 @@ def first_at(text, position):
     raise AssertionError("the text repeats too much for this test")
 
 
-def test_eos_ends_the_text_among_accepted_tokens(llama, text):
-    eos, at = first_at(text, 1)
-    generation = both(llama, text, max_new_tokens=30, eos_ids=[eos], k=8)
-    assert generation.token_ids == text[: at + 1]
-    assert generation.kinds()[-1] == "accepted"
-    assert generation.finish_reason == "eos"
-
-
-def test_eos_ends_the_text_as_correction(llama, text):
+@pytest.mark.parametrize("kind", ["accepted", "correction", "bonus"])
+def test_eos_ends_the_text_whatever_it_is(kind, llama, text):
     """EOS was looked for among accepted tokens only."""
     eos, at = first_at(text, 1)
-    generation = both(llama, text, wrong_at=[at], max_new_tokens=30, eos_ids=[eos], k=8)
+    options = {"wrong_at": [at] * (kind == "correction"), "k": at if kind == "bonus" else 8}
+    generation = both(llama, text, max_new_tokens=30, eos_ids=[eos], **options)
     assert generation.token_ids == text[: at + 1]
-    assert generation.kinds()[-1] == "correction"
-
-
-def test_eos_ends_the_text_as_bonus(llama, text):
-    eos, at = first_at(text, 1)
-    generation = both(llama, text, max_new_tokens=30, eos_ids=[eos], k=at)
-    assert generation.token_ids == text[: at + 1]
-    assert generation.kinds()[-1] == "bonus"
+    assert generation.kinds()[-1] == kind and generation.finish_reason == "eos"
 
 
 def test_of_several_eos_ids_the_earliest_position_counts(llama, text):
@@ -430,50 +361,38 @@ def test_the_counts_add_up(llama, text):
     assert 0 < generation.forward_seconds < generation.prefill_seconds + generation.decode_seconds
 
 
-# --- step by step ---------------------------------------------------------------------
-
-
-def steps_and_end(stream):
-    steps = []
-    while True:
-        try:
-            steps.append(next(stream))
-        except StopIteration as end:
-            return steps, end.value
-
-
 @pytest.mark.parametrize("name", ["other", "n-gram", None])
 def test_steps_are_the_text_cycle_by_cycle(model_of, name):
     """The last cycle's step has no token behind the text's end."""
     target = model_of("llama")
     options = {"max_new_tokens": 17, "eos_ids": ()}
-    if name is None:
-        stream = autoregressive_stream(target, PROMPTS[1], **options)
-        whole = autoregressive(target, PROMPTS[1], **options)
-    else:
-        draft = all_drafts(model_of, "llama")[name]
-        stream = speculative_stream(target, draft, PROMPTS[1], k=4, **options)
-        whole = speculative(target, draft, PROMPTS[1], k=4, **options)
-    steps, end = steps_and_end(stream)
+    arguments = [target, *([all_drafts(model_of, "llama")[name]] if name else []), PROMPTS[1]]
+    options |= {"k": 4} if name else {}
+    decode = (speculative_stream, speculative) if name else (autoregressive_stream, autoregressive)
+    steps, end = steps_and_end(decode[0](*arguments, **options))
+    whole = decode[1](*arguments, **options)
     assert [token for step in steps for token in step.token_ids] == whole.token_ids
     assert [kind for step in steps for kind in step.kinds] == whole.kinds()
-    assert (end.token_ids, end.accepted, end.finish_reason) == (
-        *(whole.token_ids, whole.accepted, whole.finish_reason),
-    )
+    for field in ("token_ids", "accepted", "finish_reason"):
+        assert getattr(end, field) == getattr(whole, field)
     assert len(steps) == (len(whole.accepted) or 17)
+
+
+def steps_and_end(stream, pause=0.0):
+    steps = []
+    while True:
+        try:
+            steps.append(next(stream))
+            time.sleep(pause)
+        except StopIteration as end:
+            return steps, end.value
 
 
 def test_the_clock_stops_between_steps(model_of):
     """Whoever shows a text takes none of its time."""
     stream = autoregressive_stream(model_of("llama"), PROMPTS[1], max_new_tokens=3)
-    steps = []
-    while True:
-        try:
-            steps.append(next(stream))
-            time.sleep(0.2)
-        except StopIteration as end:
-            assert len(steps) == 3 and end.value.decode_seconds < 0.4
-            return
+    steps, end = steps_and_end(stream, pause=0.2)
+    assert len(steps) == 3 and end.decode_seconds < 0.4
 
 
 def test_a_bare_model_is_no_draft(model_of):

@@ -1,7 +1,5 @@
 """The shipped draft: joined with its target's embedding, a trimmed head, its hash."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest
@@ -30,19 +28,11 @@ CPU = torch.device("cpu")
 def folders(tmp_path_factory, tokenizer):
     """A tied target as `embedded:smollm2-135m` is one, and the draft made of its first layer."""
     root = tmp_path_factory.mktemp("distilled")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    target = LlamaForCausalLM(config)
+    target = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3))
     target.generation_config.eos_token_id = tokenizer.eos_token_id
     target.save_pretrained(root / "target")
     tokenizer.save_pretrained(root / "target")
@@ -53,6 +43,10 @@ def folders(tmp_path_factory, tokenizer):
     save_file(shrunk, root / "draft.safetensors", {"format": "pt"})
     assemble(root / "target", root / "draft.safetensors", root / "draft")
     return root
+
+
+def load(folders, draft: str, **options):
+    return load_pair(str(folders / "target"), draft, device="cpu", **options)
 
 
 def test_the_assembled_folder_is_an_ordinary_one(folders):
@@ -124,9 +118,7 @@ def test_loading_the_folder_trims_the_head(dtype, folders):
 @pytest.mark.parametrize("lookup", ["", "ngram+"])
 def test_greedy_outputs_do_not_depend_on_the_head(lookup, dtype, folders):
     """Most of what the target wants is outside the trimmed head: all of it must come out."""
-    pair = load_pair(
-        str(folders / "target"), f"{lookup}{folders / 'draft'}", dtype=dtype, device="cpu"
-    )
+    pair = load(folders, f"{lookup}{folders / 'draft'}", dtype=dtype)
     outside = 0
     for prompt in ([5], [7, 3, 9, 3, 9, 3], list(range(20, 50))):
         options = {"max_new_tokens": 60, "width": 8, "eos_ids": pair.eos_ids}
@@ -137,15 +129,8 @@ def test_greedy_outputs_do_not_depend_on_the_head(lookup, dtype, folders):
 
 
 def test_composite_asks_the_model_where_the_text_has_no_answer(folders):
-    pair = load_pair(
-        str(folders / "target"),
-        f"ngram+{folders / 'draft'}",
-        dtype="float32",
-        device="cpu",
-        ngram_max=3,
-        ngram_min=2,
-        model_k=2,
-    )
+    sizes = {"ngram_max": 3, "ngram_min": 2, "model_k": 2}
+    pair = load(folders, f"ngram+{folders / 'draft'}", dtype="float32", **sizes)
     assert isinstance(pair.draft, CompositeDraft)
     assert pair.draft.lookup == NgramDraft(3, 2) and isinstance(pair.draft.model, ModelDraft)
     proposer = pair.draft.start(DraftTerms.of(pair.target, 64, Sampling(), None))

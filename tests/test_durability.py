@@ -4,8 +4,6 @@ In each case no byte of the user's is gone, and of the run's rows none that was 
 causes are held one by one in the tests of their modules; here is the matrix.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import itertools
@@ -43,25 +41,20 @@ NOTES = b"notes of somebody, which nobody else has\n"
 EQUAL, ONE_LINE = "equal", "one line"
 
 
-# --- mishaps: what befalls a file; the bytes that must be somewhere afterwards -----------
-
-
-def killed(path: Path) -> bytes:
+def killed(path: Path) -> None:
     """A process was killed while it wrote the file aside, or a row to its end."""
     whole = path.read_bytes()
     files.scratch_path(path).write_bytes(whole[: len(whole) // 2])
     if path.suffix == ".jsonl":
         with path.open("ab") as file:
             file.write(whole[:40])
-    return b""
 
 
-def copied(path: Path) -> bytes:
+def copied(path: Path) -> None:
     """What `sed -i`, an editor or git do: a new file of the same content in its place."""
     copy = path.with_name("copy")
     shutil.copy(path, copy)
     copy.replace(path)
-    return b""
 
 
 def replaced(path: Path) -> bytes:
@@ -70,27 +63,23 @@ def replaced(path: Path) -> bytes:
     return NOTES
 
 
-def removed(path: Path) -> bytes:
+def removed(path: Path) -> None:
     path.unlink()
-    return b""
 
 
-def truncated(path: Path) -> bytes:
+def truncated(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-    return b""
 
 
-def emptied(path: Path) -> bytes:
+def emptied(path: Path) -> None:
     os.truncate(path, 0)
-    return b""
 
 
-def changed(path: Path) -> bytes:
+def changed(path: Path) -> None:
     """One byte, a letter within a text; the file is still JSON."""
     data = path.read_bytes()
     at = next(data.index(text) for text in (b"HumanEval", b"Processor", b"weights") if text in data)
     path.write_bytes(data[:at] + b"X" + data[at + 1 :])
-    return b""
 
 
 def added(path: Path) -> bytes:
@@ -100,80 +89,45 @@ def added(path: Path) -> bytes:
     return NOTES
 
 
-def linked(path: Path) -> bytes:
+def linked(path: Path) -> None:
     """The file lies elsewhere, and a link leads there."""
     elsewhere = path.parent / "elsewhere"
     elsewhere.mkdir()
     path.replace(elsewhere / path.name)
     path.symlink_to(elsewhere / path.name)
-    return b""
 
 
-def read_only(path: Path) -> bytes:
+def read_only(path: Path) -> None:
     path.chmod(0o444)
-    return b""
 
 
-MISHAPS = [
-    *(killed, copied, replaced, removed, truncated),
-    *(emptied, changed, added, linked, read_only),
-]
+MISHAPS = [killed, copied, replaced, removed, truncated, emptied, changed, added, linked, read_only]
 
-# --- the files of a run ------------------------------------------------------------------
-
-# What becomes of a mishap before the next start, and in the middle of a run.
 BEFORE, DURING = "before", "during"
-OUTCOMES: dict[str, dict[Callable, tuple[str, str]]] = {
-    ".jsonl": {
-        killed: (EQUAL, ""),
-        copied: (EQUAL, EQUAL),
-        replaced: (ONE_LINE, ONE_LINE),
-        removed: (EQUAL, ONE_LINE),
-        truncated: (EQUAL, EQUAL),
-        emptied: (EQUAL, EQUAL),
-        changed: (ONE_LINE, ONE_LINE),
-        added: (ONE_LINE, ONE_LINE),
-        linked: (EQUAL, EQUAL),
-        read_only: (ONE_LINE, EQUAL),
-    },
-    ".meta.json": {
-        killed: (EQUAL, ""),
-        copied: (EQUAL, EQUAL),
-        replaced: (ONE_LINE, ONE_LINE),
-        removed: (ONE_LINE, EQUAL),
-        truncated: (ONE_LINE, ONE_LINE),
-        emptied: (ONE_LINE, EQUAL),
-        changed: (ONE_LINE, ONE_LINE),
-        added: (ONE_LINE, ONE_LINE),
-        linked: (EQUAL, EQUAL),
-        read_only: (EQUAL, EQUAL),
-    },
-    ".scores.jsonl": {
-        killed: (EQUAL, ""),
-        copied: (EQUAL, EQUAL),
-        replaced: (ONE_LINE, ONE_LINE),
-        removed: (EQUAL, EQUAL),
-        truncated: (EQUAL, EQUAL),
-        emptied: (EQUAL, EQUAL),
-        changed: (EQUAL, EQUAL),
-        added: (ONE_LINE, ONE_LINE),
-        linked: (EQUAL, EQUAL),
-        read_only: (EQUAL, EQUAL),
-    },
-    # A damaged shard is told. A shard whose meta does not name it is left alone, and its rows are
-    # made again. Nobody writes to a shard in the middle of the run that takes it in.
-    ".rank0001.jsonl": {
-        mishap: (ONE_LINE if mishap in (replaced, changed, added, read_only) else EQUAL, "")
-        for mishap in MISHAPS
-    },
-    ".rank0001.meta.json": dict.fromkeys(MISHAPS, (EQUAL, "")),
-}
+# What becomes of a mishap before the next start, and in the middle of a run: an equal result (=),
+# one line that says why (!), or the mishap does not happen then (-). A damaged shard is told. A
+# shard whose meta does not name it is left alone, and its rows are made again. Nobody writes to a
+# shard in the middle of the run that takes it in.
+OUTCOMES = """
+mishap     .jsonl .meta.json .scores.jsonl .rank0001.jsonl .rank0001.meta.json
+killed     =-     =-         =-            =-              =-
+copied     ==     ==         ==            =-              =-
+replaced   !!     !!         !!            !-              =-
+removed    =!     !=         ==            =-              =-
+truncated  ==     !!         ==            =-              =-
+emptied    ==     !=         ==            =-              =-
+changed    !!     !!         ==            !-              =-
+added      !!     !!         !!            !-              =-
+linked     ==     ==         ==            =-              =-
+read_only  !=     ==         ==            !-              =-
+"""
+_, *SUFFIXES = OUTCOMES.split("\n")[1].split()
 CASES = [
-    (suffix, mishap, when, outcome)
-    for suffix, by_mishap in OUTCOMES.items()
-    for mishap, outcomes in by_mishap.items()
-    for when, outcome in zip((BEFORE, DURING), outcomes)
-    if outcome
+    (suffix, mishap, when, {"=": EQUAL, "!": ONE_LINE}[sign])
+    for mishap, line in zip(MISHAPS, OUTCOMES.split("\n")[2:])
+    for suffix, signs in zip(SUFFIXES, line.split()[1:])
+    for when, sign in zip((BEFORE, DURING), signs)
+    if sign != "-"
 ]
 
 
@@ -266,7 +220,7 @@ def test_a_runs_file_meets_a_mishap(suffix, mishap, when, expected, folder):
     kept: list[bytes] = []
 
     def happen() -> None:
-        kept.append(mishap(path))
+        kept.append(mishap(path) or b"")
 
     if when == BEFORE:
         happen()
@@ -305,40 +259,36 @@ def test_a_full_disk_is_one_line_and_the_next_start_goes_on(suffix, nth, folder,
     assert outcome_of(output, lambda: go_on(output)) == EQUAL
 
 
-# --- names that a run gives, and files of the user's that have them ----------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["r.rank0002.jsonl", "r.rank2.jsonl", "r.rank0001.meta.json", "r.rank1.scores.jsonl"]
-)
-def test_notes_with_the_name_of_a_shard_stay(name, folder):
-    """They were merged and deleted, exit code 0."""
-    output = folder / "r.jsonl"
-    (folder / name).write_bytes(NOTES)
-    with RunFile.open(output, META) as run:
-        run.append(ROWS[0])
-    shards.take_in(output, None, fresh=False)
-    shards.take_in(output, None, fresh=True)
-    assert (folder / name).read_bytes() == NOTES
-
-
-@pytest.mark.parametrize("name", ["r.rank0001.jsonl", "r.rank1.jsonl"])
-def test_a_finished_run_with_the_name_of_a_shard_stays(name, folder):
+def a_finished_run(folder: Path, name: str) -> None:
     with RunFile.open(folder / name, META) as run:
         run.append(ROWS[0])
-    before = everything_in(folder)
-    for fresh in (False, True):
-        assert not shards.take_in(folder / "r.jsonl", None, fresh)
-    assert everything_in(folder) == before
 
 
-def test_the_shard_of_another_run_stays(folder):
+def another_runs_shard(folder: Path, name: str) -> None:
     """A copy under this run's name still says in its meta whose part it is."""
     other = folder / "other.jsonl"
     with RunFile.open(shards.shard_path(other, 1), shards.shard_meta(META, other, 1)) as shard:
         shard.append(ROWS[0])
     for suffix in (".rank0001.jsonl", ".rank0001.meta.json"):
         (folder / f"other{suffix}").rename(folder / f"r{suffix}")
+
+
+def notes(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(NOTES)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((notes, f"r.{part}") for part in ("rank0002.jsonl", "rank2.jsonl")),
+        *((notes, f"r.{part}") for part in ("rank0001.meta.json", "rank1.scores.jsonl")),
+        *((a_finished_run, f"r.{part}") for part in ("rank0001.jsonl", "rank1.jsonl")),
+        (another_runs_shard, ""),
+    ],
+)
+def test_files_with_the_name_of_a_shard_stay(make, name, folder):
+    """Notes were merged and deleted, exit code 0."""
+    make(folder, name)
     before = everything_in(folder)
     for fresh in (False, True):
         assert not shards.take_in(folder / "r.jsonl", None, fresh)
@@ -364,14 +314,12 @@ def test_a_file_of_the_users_where_a_runs_goes_is_refused(name, fresh, folder):
     (folder / name).write_bytes(NOTES)
     before = everything_in(folder)
     with pytest.raises(RecordsError):
-        check_output(output, None if fresh else META)
         RunFile.open(output, META, fresh=fresh)
     with pytest.raises(RecordsError):
+        check_output(output, None if fresh else META)
         RunFile.open(output, META, fresh=fresh)
     assert everything_in(folder) == before
 
-
-# --- the cache ---------------------------------------------------------------------------
 
 WEIGHTS = {"weights": os.urandom(100_000), "head_tokens.safetensors": b"weights" * 1000}
 
@@ -386,11 +334,10 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def zeros_behind(path: Path) -> bytes:
+def zeros_behind(path: Path) -> None:
     """What a power cut left of a file that was not waited for: its length, and zeros."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-    return b""
 
 
 CACHE = [killed, copied, replaced, removed, truncated, emptied, added, linked, zeros_behind]
@@ -412,36 +359,29 @@ def test_a_file_of_the_cache_meets_a_mishap(name, mishap, folder, capsys):
     is_damage |= name == cache.MANIFEST and mishap not in (killed, copied, linked)
     assert (f"{model} is damaged (" in errors) == is_damage
     assert not cache.problem_of(model)
-    assert user in (b"", NOTES)
+    assert user in (None, NOTES)
 
 
-def test_one_byte_of_the_cache_is_seen_at_the_next_look(folder, monkeypatch, capsys):
-    """By its time at once; with its time put back, after the next boot or by --verify-cache."""
+def change_a_byte(path: Path, keep_time: bool) -> None:
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[50_000] ^= 1
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["by its time", "by --verify-cache", "after the next boot"])
+def test_one_byte_of_the_cache_is_seen_at_the_next_look(how, folder, monkeypatch):
     model = make(folder / "model")
-    weights = model / "weights"
-    before = weights.stat()
-
-    def change(keep_time: bool) -> None:
-        data = bytearray(weights.read_bytes())
-        data[50_000] ^= 1
-        weights.write_bytes(data)
-        if keep_time:
-            os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    change(keep_time=False)
-    assert "weights has another hash" in cache.problem_of(model)
-    make(model)
-    before = weights.stat()
-    change(keep_time=True)
-    assert not cache.problem_of(model)
+    change_a_byte(model / "weights", keep_time=how != "by its time")
+    if how != "by its time":
+        assert not cache.problem_of(model)
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
-    cache.forget_verified()
-    assert "weights has another hash" in cache.problem_of(model)
-    make(model)
-    before = weights.stat()
-    change(keep_time=True)
-    boot = cache.psutil.boot_time()
-    monkeypatch.setattr(cache.psutil, "boot_time", lambda: boot + 1000)
+    if how == "by --verify-cache":
+        cache.forget_verified()
+    elif how == "after the next boot":
+        boot = cache.psutil.boot_time()
+        monkeypatch.setattr(cache.psutil, "boot_time", lambda: boot + 1000)
     assert "weights has another hash" in cache.problem_of(model)
 
 
@@ -500,63 +440,47 @@ def test_a_full_disk_while_the_cache_is_made_is_one_line(folder, monkeypatch):
     make(folder / "model")
 
 
-# --- other files under the same names ----------------------------------------------------
+OTHERS = {  # what is done to a model's folder, and whether the model is another one then
+    "weights": (lambda model, draft: shutil.copy(draft / "model.safetensors", model), True),
+    "one tensor": (lambda model, draft: one_tensor(model), True),
+    "a line of the tokenizer": (lambda model, draft: append(model / "tokenizer.json", "\n"), True),
+    "a readme": (lambda model, draft: append(model / "README.md", "notes"), False),
+    "pickles beside": (lambda model, draft: append(model / "pytorch_model.bin", "x"), False),
+}
 
 
-def other_weights(model: Path, model_folders: dict[str, Path]) -> None:
-    shutil.copy(model_folders["llama-draft"] / "model.safetensors", model)
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
 
 
-def one_tensor(model: Path, _: dict[str, Path]) -> None:
+def one_tensor(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
-def another_tokenizer(model: Path, _: dict[str, Path]) -> None:
-    path = model / "tokenizer.json"
-    path.write_text(path.read_text().replace("ByteLevel", "ByteLevel", 1) + "\n")
-
-
-def a_readme(model: Path, _: dict[str, Path]) -> None:
-    (model / "README.md").write_bytes(NOTES)
-
-
-def other_pickles(model: Path, _: dict[str, Path]) -> None:
-    """Nobody reads them where safetensors are."""
-    (model / "pytorch_model.bin").write_bytes(NOTES)
-
-
-@pytest.mark.parametrize(
-    ("change", "is_other"),
-    [
-        (other_weights, True),
-        (one_tensor, True),
-        (another_tokenizer, True),
-        (a_readme, False),
-        (other_pickles, False),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_other_files_of_a_model_have_another_digest(change, is_other, model_folders, tmp_path):
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_files_of_a_model_have_another_digest(what, model_folders, tmp_path):
     """Rows of two models went into one file, and all tokens were the target's argmax."""
-    model = tmp_path / "model"
+    model, (change, is_other) = tmp_path / "model", OTHERS[what]
     shutil.copytree(model_folders["llama-target"], model)
     before = digest_of(str(model))
     assert digest_of(str(model)) == before
-    change(model, model_folders)
+    change(model, model_folders["llama-draft"])
     assert (digest_of(str(model)) != before) == is_other
 
 
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("where", ["t0", "small", "t4"])
 def test_a_large_file_is_known_by_each_of_its_tensors(where, tmp_path):
     """One tensor that differs is found, however small beside the others."""
+    path = tmp_path / "a.safetensors"
     tensors = {f"t{number}": torch.zeros(5 << 18) for number in range(5)} | {"small": torch.ones(3)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    before = sampled_sha256([tmp_path / "a.safetensors"])
-    tensors[{"first": "t0", "middle": "small", "last": "t4"}[where]][0] += 1
-    save_file(tensors, tmp_path / "a.safetensors")
-    assert sampled_sha256([tmp_path / "a.safetensors"]) != before
+    save_file(tensors, path)
+    before = sampled_sha256([path])
+    tensors[where][0] += 1
+    save_file(tensors, path)
+    assert sampled_sha256([path]) != before
 
 
 @pytest.mark.parametrize("suffix", [".gguf", ".bin"])
@@ -564,9 +488,7 @@ def test_a_large_file_of_another_kind_is_known_by_blocks(suffix, tmp_path):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(bytes(40 << 20))
     before = sampled_sha256([path])
-    with path.open("r+b") as file:
-        file.seek(30 << 20)
-        file.write(b"x" * (10 << 20))
+    path.write_bytes(bytes(30 << 20) + b"x" * (10 << 20))
     assert sampled_sha256([path]) != before
 
 

@@ -1,7 +1,5 @@
 """edge.py: one line and a sane exit code, whatever happens and wherever the output goes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shipped_profile
+from helpers import mistake
 
 import main_exp1
 import main_exp2
@@ -50,9 +49,6 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
-# --- mistakes ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("main", [main_exp1.main, main_exp2.main], ids=["exp1", "exp2"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -61,71 +57,31 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
         (["extra"], "unrecognized arguments: extra"),
         (["--limit"], "argument --limit: expected one argument"),
         (["--set"], "argument --set: expected one argument"),
-        (["--output"], "argument --output: expected one argument"),
         (["--s", "1"], "ambiguous option: --s could match"),
         (["--fresh=1"], "argument --fresh: ignored explicit argument"),
         (["--limit", ""], 'null or an integer >= 1 and <= 1000000000 (got "")'),
-        (["--limit", "0"], "run.limit must be null or an integer >= 1 and <= 1000000000 (got 0)"),
-        (["--limit", "-1"], "(got -1)"),
-        (["--limit", "1.0"], "(got 1.0)"),
-        (["--limit", "1:30"], 'null or an integer >= 1 and <= 1000000000 (got "1:30")'),
-        (["--limit", "[1]"], "(got [1])"),
-        (["--limit", "'1'"], '(got "1")'),
-        (["--limit", "yes"], '(got "yes")'),
         (["--limit", "٣"], '(got "٣")'),
         (["--limit", "1" * 20], "null or an integer >= 1 and <= 1000000000 (got 1111"),
         (["--limit", "9" * 5000], "--set run.limit must be valid YAML (got Exceeds the limit"),
-        (["--limit", ".inf"], "(got Infinity)"),
-        (["--seed", "null"], "an integer >= 0 and <= 9223372036854775807 (got null)"),
         (["--seed", str(2**63)], "a seed has 63 bits"),
-        (["--seed", "1e3"], "(got 1000.0)"),
-        (["--device", "{a: b}"], 'cuda:N, mps, auto-split or auto-split-offload (got "{a: b}")'),
         (["--device", "cuda:99999999999999999999"], "N counts this machine's GPUs"),
         (["--device", "cuda:٣"], "cuda:N, mps, auto-split or auto-split-offload"),
-        (["--device", "cpu\n"], 'cuda:N, mps, auto-split or auto-split-offload (got "cpu\\\\n")'),
-        (["--device", ""], 'cuda:N, mps, auto-split or auto-split-offload (got "")'),
-        (["--device", "null"], 'cuda:N, mps, auto-split or auto-split-offload (got "null")'),
+        (["--device", "cpu\n"], 'cuda:N, mps, auto-split or auto-split-offload (got "cpu\\n")'),
         (["--dtype", "float16 # half"], 'one of auto, float32, float16, bfloat16 (got "float16 #'),
-        (["--dtype", "[float16]"], "one of auto, float32, float16, bfloat16"),
         (["--methods", "a]: b"], '@block, at least one, none twice (got ["a]: b"])'),
         (["--methods", ""], "run.methods must be a list"),
         (["--methods", "speculative,"], "run.methods must be a list"),
-        (["--methods", "speculative,speculative"], "none twice"),
-        (["--methods", "[speculative]"], "run.methods must be a list"),
-        (["--methods", "speculative\n"], "--config"),
         (["--profile", "a\nb\x1b[31m"], 'profile must be one of: smollm2-cpu'),
-        (["--profile", "x" * 100_000], "profile must be one of"),
         (["--config", "a\0b"], "embedded null byte"),
         (["--config", "x" * 300], "File name too long"),
-        (["--config", ""], "not a file"),
         (["--config", "/dev/zero"], "not a file"),
-        (["--config", "/dev/null"], "not a file"),
         (["--config", "/proc/self/mem"], "config must be a YAML file"),
-        (["--set", "speculation.k=010:00"], 'an integer >= 1 and <= 1024 or auto (got "010:00")'),
-        (["--set", "speculation.k=65536"], "and <= 1024 or auto (got 65536)"),
-        (["--set", "speculation.model_k=9999"], "and <= 1024 (got 9999)"),
-        (["--set", "speculation.ngram_max=100000"], "and <= 64 (got 100000)"),
-        (["--set", "decoding.width=65536"], "and <= 2048 (got 65536)"),
         (["--set", "decoding.max_new_tokens=99999999999"], "no model's context is longer"),
-        (["--set", "sampling.num_samples=99999999999999999999"], "and <= 10000 (got 9999"),
-        (["--set", "sampling.top_k=99999999999"], "and <= 10000000 (got 99999999999)"),
-        (["--set", "sampling.temperature=1e300"], "and <= 1000 (got 1e+300)"),
-        (["--set", "sampling.temperature=1e999"], "a number >= 0 and <= 1000 (got Infinity)"),
-        (["--set", "run.threads=5000000"], "and <= 1024 (got 5000000)"),
         (["--set", "run.warmup=1000000"], "decoded and thrown away"),
-        (["--set", "humaneval.timeout_seconds=1e300"], "and <= 86400 (got 1e+300)"),
-        (["--set", "humaneval.memory_mb=9999999999"], "and <= 1048576 (got"),
         (["--set", "xsum.num_shots=99999"], "stands in every prompt"),
-        (["--set", "decoding.bit_exact=yes"], 'true or false (got "yes"); write one of these two'),
-        (["--set", "run.limit="], 'null or an integer >= 1 and <= 1000000000 (got "")'),
-        (["--set", "a\nb=1"], "a\\\\nb is not a known key"),
+        (["--set", "a\nb=1"], "a\\nb is not a known key"),
         (["--set", "x" * 100_000 + "=1"], "xxx... is not a known key"),
-        (["--set", "speculation.k=" + "[" * 50_000], "nested too deep"),
-        (["--set", "speculation.k=&a [*a]"], "Circular reference detected"),
-        (["--set", "speculation.k=" + "x" * 100_000], 'and <= 1024 or auto (got "xxx'),
-        (["--set", "..=1"], "--set must be key.path=value"),
         (["--set", "speculation.k =5", "--limit", "x"], "run.limit must be"),
-        (["--output", "a\0b.jsonl", "--limit", "x"], "run.limit must be"),
         (["--output", "a\0b.jsonl"], "embedded null byte"),
         (["--output", ""], "must be a file that ends in .jsonl (got .)"),
         (["--output", "a\nb"], "must be a file that ends in .jsonl (got a\\nb)"),
@@ -138,22 +94,9 @@ def run(body: str, shell: str = "") -> tuple[int, str, str]:
 def test_an_odd_option_is_one_line_and_exit_code_2_at_once(main, arguments, message, capsys):
     """YAML in options, argparse's two lines, values of 100,000 characters, control characters."""
     start = time.process_time()
-    if arguments == ["--methods", "speculative\n"]:  # a name is stripped; another option is wrong
-        arguments = [*arguments, "--config", "\udcff"]
-    assert exit_code(main, arguments) == 2
-    printed, errors = capsys.readouterr()
-    assert message.replace("\\\\", "\\") in errors or message in errors
-    assert errors.startswith("error: ")
-    assert (printed, errors.count("\n")) == ("", 1) and len(errors) < 2100
-    assert all(letter.isprintable() for letter in errors[:-1])
+    line = mistake(main, arguments, capsys)
+    assert message in line and len(line) < 2100 and line.isprintable()
     assert time.process_time() - start < 2
-
-
-def test_010_is_ten():
-    """It ran 8 examples."""
-    options, config = main_exp1.read_experiment("", "xsum", "a.jsonl", ["--limit", "010"])
-    assert config.run.limit == 10
-    assert config.humaneval is None
 
 
 @pytest.mark.parametrize(
@@ -164,23 +107,20 @@ def test_010_is_ten():
         (["--profile", "qwen-coder-cpu", "--output", "a.jsonl"], "a.jsonl"),
     ],
 )
-def test_a_profile_that_is_named_has_rows_of_its_own(arguments, path, tmp_path, monkeypatch):
+def test_a_profile_that_is_named_has_rows_of_its_own(arguments, path):
     """The shipped rows are another profile's: a new clone's first run was refused."""
-    monkeypatch.chdir(tmp_path)
     options, _ = main_exp1.read_experiment("", "humaneval", "results2.jsonl", arguments)
     assert options.output == Path(path)
 
 
-def test_a_profiles_name_is_no_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("../../up", ".hidden", "a/b:c"):
-        config = tmp_path / "config.yaml"
-        profiles = {name: shipped_profile("demo")}
-        config.write_text(json.dumps({"default": name, "profiles": profiles}))
-        arguments = ["--config", str(config), "--profile", name]
-        options, _ = main_exp1.read_experiment("", "xsum", "results1.jsonl", arguments)
-        assert len(options.output.parts) == 3 and ".." not in options.output.parts
-        assert re.fullmatch(r"[\w-][\w.-]*", options.output.parts[1])
+@pytest.mark.parametrize("name", ["../../up", ".hidden", "a/b:c"])
+def test_a_profiles_name_is_no_path(name, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"default": name, "profiles": {name: shipped_profile("demo")}}))
+    arguments = ["--config", str(config), "--profile", name]
+    options, _ = main_exp1.read_experiment("", "xsum", "results1.jsonl", arguments)
+    assert len(options.output.parts) == 3
+    assert re.fullmatch(r"[\w-][\w.-]*", options.output.parts[1])
 
 
 @pytest.mark.parametrize(
@@ -213,28 +153,21 @@ def test_a_message_cannot_steer_the_terminal(text, line):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory (D"),
         (ImportError("a.so: failed to map segment from shared object"), 2, "error: out of memory"),
         (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (TypeError("a bug of ours"), None, ""),
     ],
     ids=lambda value: "",
 )
-def test_what_can_go_wrong_outside_is_one_line(error, code, said, capsys):
+def test_what_can_go_wrong_outside_is_one_line_and_a_bug_a_traceback(error, code, said, capsys):
     def main(arguments):
         raise error
 
+    if code is None:
+        with pytest.raises(TypeError):
+            exit_code(main)
+        return
     assert exit_code(main) == code
     errors = capsys.readouterr().err
-    assert said in errors
-    assert errors.count("\n") == bool(said)
-
-
-def test_a_bug_of_ours_keeps_its_traceback():
-    def main(arguments):
-        raise TypeError
-
-    with pytest.raises(TypeError):
-        exit_code(main)
-
-
-# --- too little address space --------------------------------------------------------
+    assert said in errors and errors.count("\n") == bool(said)
 
 
 def start_under(limit: int, script: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -254,7 +187,6 @@ def start_under(limit: int, script: str, *arguments: object) -> subprocess.Compl
 @pytest.mark.parametrize(
     ("script", "arguments", "limit"),
     [
-        ("main_exp1.py", [], 1 << 30),
         ("main_exp1.py", ["--score", "a.jsonl"], 1 << 30),
         ("main_exp2.py", [], 1_200_000_000),
         ("main_exp2.py", ["--score=a.jsonl"], 200_000_000),
@@ -278,14 +210,11 @@ def test_too_little_address_space_is_one_line_before_the_libraries(script, argum
         ([], "16", 1.75e9, "16 threads (got 1.8 GB); raise it, or set OMP_NUM_THREADS=1"),
         ([], "16", 1.5e9, "16 threads (got 1.5 GB); raise it"),
         ([], "many", 1e12, None),
-        (["--score", "a.jsonl"], "1", 0.6e9, None),
-        (["--help"], "1", 0.6e9, None),
+        *((arguments, "1", 0.6e9, None) for arguments in (["--score", "a.jsonl"], ["--help"])),
         ([], "1", -1, None),
     ],
 )
-def test_how_much_address_space_is_asked_for(
-    arguments, threads, limit, way_out, monkeypatch, capsys
-):
+def test_how_much_memory_is_asked_for(arguments, threads, limit, way_out, monkeypatch, capsys):
     import resource
 
     monkeypatch.setattr(sys, "argv", ["main_exp2.py", *arguments])
@@ -293,13 +222,9 @@ def test_how_much_address_space_is_asked_for(
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (int(limit), -1))
     if way_out is None:
         return edge.check_address_space()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         edge.check_address_space()
-    assert ended.value.code == 2
     assert capsys.readouterr().err.rstrip().endswith(way_out)
-
-
-# --- streams -------------------------------------------------------------------------
 
 
 @posix
@@ -338,8 +263,6 @@ def test_with_stderr_closed_a_file_does_not_take_its_place(tmp_path):
     assert path.read_bytes() == b""
 
 
-# --- signals -------------------------------------------------------------------------
-
 KINDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
@@ -353,16 +276,22 @@ def stop(process: subprocess.Popen, number: int, times: int = 1) -> tuple[int, s
     return process.returncode, errors
 
 
+READY = "print('ready', flush=True); time.sleep(60)"
+STOPPED_IN = {  # what a script does when the signal comes; {folder} is for temporary files
+    "a folder of its own": f"with tempfile.TemporaryDirectory(dir={{folder!r}}): {READY}",
+    # A library makes another error of what stops it.
+    "an import": f"try: {READY}\n    except BaseException: raise ImportError('no C') from None",
+}
+
+
 @posix
 @pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("what", STOPPED_IN)
 @pytest.mark.parametrize(("number", "code"), KINDS)
-def test_a_signal_is_one_line_and_leaves_no_temporary_files(number, code, times, tmp_path):
+def test_a_signal_is_one_line_and_leaves_no_temporary_files(number, code, what, times, tmp_path):
     """SIGTERM ended the process where it stood; an impatient second Ctrl-C was a traceback."""
-    body = (
-        f"folder = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})\n"
-        "    with folder: print('ready', flush=True); time.sleep(60)"
-    )
-    assert stop(start(body), number, times) == (code, f"{STOPPED}\n")
+    process = start(STOPPED_IN[what].format(folder=str(tmp_path)))
+    assert stop(process, number, times) == (code, f"{STOPPED}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -370,18 +299,7 @@ def test_a_signal_is_one_line_and_leaves_no_temporary_files(number, code, times,
 @pytest.mark.parametrize(("number", "code"), KINDS)
 def test_a_signal_while_importing_is_one_line(number, code):
     """Torch alone takes seconds, and Ctrl-C in them was a traceback of its modules."""
-    process = start("return 0", after="print('ready', flush=True); time.sleep(60)")
-    assert stop(process, number) == (code, f"{STOPPED}\n")
-
-
-@posix
-@pytest.mark.parametrize(("number", "code"), KINDS)
-def test_a_library_that_makes_another_error_of_it_changes_nothing(number, code):
-    body = (
-        "try: print('ready', flush=True); time.sleep(60)\n"
-        "    except BaseException: raise ImportError('cannot load the C extension') from None"
-    )
-    assert stop(start(body), number) == (code, f"{STOPPED}\n")
+    assert stop(start("return 0", after=READY), number) == (code, f"{STOPPED}\n")
 
 
 @posix

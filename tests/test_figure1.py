@@ -1,10 +1,9 @@
 """Benchmarks/figure1.py and its arithmetic: a run per cell, a method per K, predictions."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
+from helpers import mistake
 from test_end_to_end import run
 from test_notebooks import execute, outputs_of, write_results
 from test_records import ROW
@@ -12,8 +11,6 @@ from test_results import META
 from test_table1 import config as config  # a fixture
 
 from Benchmarks import figure1 as grid
-from Benchmarks import figure1 as script
-from specsampling.console import exit_code
 from specsampling.results.records import Run, read_meta, read_rows
 
 DRAFT, TARGET, REST = 0.002, 0.010, 0.0005  # seconds
@@ -21,16 +18,13 @@ DRAFT, TARGET, REST = 0.002, 0.010, 0.0005  # seconds
 
 def rows_of(k: int, example: str):
     """Four cycles of K tokens of which 2 are accepted, or all where there are fewer."""
-    accepted = min(2, k)
-    cycles, tokens = 4, 4 * (accepted + 1)
-    if k == 0:
-        cycles = tokens = 12
+    accepted, cycles = min(2, k), 4 if k else 12
     seconds = {"target": cycles * TARGET, "draft": cycles * k * DRAFT, "rest": cycles * REST}
     return dataclasses.replace(
         ROW,
         example_id=example,
         method=f"speculative@{k}" if k else "autoregressive",
-        token_ids=[1] * tokens,
+        token_ids=[1] * (cycles * (accepted + 1)),
         accepted=[accepted] * cycles if k else [],
         drafted=[k] * cycles if k else [],
         target_calls=cycles,
@@ -52,17 +46,12 @@ def test_a_line_per_k_with_loop_time_acceptance_and_prediction(made):
     assert list(table.index) == [0, 1, 2, 3, 4]
     assert table["ms/token"].tolist() == pytest.approx([10.5, 6.25, 14.5 / 3, 16.5 / 3, 18.5 / 3])
     assert table["accepted"][1:].tolist() == pytest.approx([1, 1, 2 / 3, 0.5])
-    assert table["alpha"][3] == pytest.approx(2 / 3)
-    assert table["c"][3] == pytest.approx(0.2)
-    assert table["loop ms"][3] == pytest.approx(16.5)
-    assert table["draft ms"][3] == pytest.approx(6)
-    assert table["rest ms"][3] == pytest.approx(0.5)
-    alpha = 2 / 3
+    alpha, speedup = 2 / 3, 10.5 / (16.5 / 3)
     predicted = (1 - alpha**4) / ((1 - alpha) * (3 * 0.2 + 1))
-    assert table["predicted"][3] == pytest.approx(predicted)
-    speedup = 10.5 / (16.5 / 3)
-    assert table["speedup"][3] == pytest.approx(speedup)
-    assert table["measured / predicted"][3] == pytest.approx(speedup / predicted)
+    expected = {"alpha": alpha, "c": 0.2, "loop ms": 16.5, "draft ms": 6, "rest ms": 0.5}
+    expected |= {"predicted": predicted, "speedup": speedup}
+    expected["measured / predicted"] = speedup / predicted
+    assert {name: table[name][3] for name in expected} == pytest.approx(expected)
     assert grid.best_k(grid.over_k(made)) == 2
 
 
@@ -152,7 +141,6 @@ def test_the_script_leaves_a_run_per_cell_with_every_k(config, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(arguments, message, tmp_path, capsys):
-    assert exit_code(script.main, [*arguments, "--output-folder", str(tmp_path / "out")]) == 2
-    printed, errors = capsys.readouterr()
-    assert message in errors and (printed, errors.count("\n")) == ("", 1)
+    output = ["--output-folder", tmp_path / "out"]
+    assert message in mistake(grid.main, [*arguments, *output], capsys)
     assert not (tmp_path / "out").exists()

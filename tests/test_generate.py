@@ -1,7 +1,5 @@
 """speculative_generate.py: greedy tokens are those of `generate`; the rest is refused by name."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -37,21 +35,17 @@ def test_greedy_tokens_are_those_of_generate(model_of, architecture, draft):
     assert torch.equal(ours, expected(target, do_sample=False, max_new_tokens=20))
 
 
-def test_lengths_and_ends_are_those_of_generate(model_of):
+def test_lengths_ends_and_configs_are_those_of_generate(model_of):
     target = model_of("llama")
     whole = expected(target, do_sample=False, max_new_tokens=20)[0].tolist()
     end = whole[len(IDS[0]) + 7]
     for options in ({"max_length": 15}, {"max_new_tokens": 20, "eos_token_id": [end, 1]}):
         ours = speculative_generate(target, IDS, prompt_lookup_num_tokens=3, **options)
         assert torch.equal(ours, expected(target, do_sample=False, **options))
-
-
-def test_a_config_is_followed_and_arguments_win(model_of):
-    target = model_of("llama")
     config = GenerationConfig(max_new_tokens=9, prompt_lookup_num_tokens=3)
-    assert speculative_generate(target, IDS, generation_config=config).shape == (1, 15)
-    ours = speculative_generate(target, inputs=IDS, generation_config=config, max_new_tokens=4)
-    assert ours.shape == (1, 10)
+    for options, length in (({}, 15), ({"max_new_tokens": 4}, 10)):
+        ours = speculative_generate(target, inputs=IDS, generation_config=config, **options)
+        assert ours.shape == (1, length)
 
 
 def test_a_seed_has_one_text(model_of):

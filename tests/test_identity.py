@@ -1,23 +1,22 @@
 """Benchmarks/identity.py: what theory expects of each rule, and the tables beside it."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_model
+from helpers import mistake
 from test_end_to_end import run
 from test_table1 import config as config  # a fixture
 
 from autoregressive import autoregressive
 from Benchmarks import identity, race
 from specsampling.console import exit_code
-from specsampling.method.drafts import ModelDraft
+from specsampling.method.drafts import DraftTerms, ModelDraft
 from specsampling.method.noise import Noise
 from specsampling.method.sampling import Sampling
-from specsampling.method.verify import verify, verify_coupled
+from specsampling.method.verify import verify_coupled
 from specsampling.results.records import read_rows
 from speculative import speculative
 
@@ -50,29 +49,20 @@ def test_chances_of_equal_and_of_disjoint_distributions():
     assert identity.greedy_chance(p, q) == p[q.argmax()]
 
 
-@pytest.mark.parametrize("rule", [verify, verify_coupled])
-def test_a_draft_may_be_greedy_where_the_target_samples(rule):
+def test_a_draft_may_be_greedy_where_the_target_samples():
     """Under `coupled` it changes no text; under `token` its distributions are one-hot."""
     target, draft = make_model("llama"), ModelDraft(make_model("llama", 1), is_greedy=True)
     sampling = Sampling(1.0)
-    if rule is verify:
-        proposer = draft.start(identity_terms(target, sampling))
-        proposer.prefill([7, 3])
-        tokens, probs = proposer.propose([7, 3, 9], 3)
-        assert [dict(of.probs) for of in probs] == [{token: 1.0} for token in tokens]
-        return
+    proposer = draft.start(DraftTerms.of(target, 32, sampling, None))
+    proposer.prefill([7, 3])
+    tokens, probs = proposer.propose([7, 3, 9], 3)
+    assert [dict(of.probs) for of in probs] == [{token: 1.0} for token in tokens]
     for seed in range(5):
-        noise = Noise.of(seed)
-        options = {"max_new_tokens": 8, "sampling": sampling, "width": 8, "generator": noise}
+        options = {"max_new_tokens": 8, "sampling": sampling, "width": 8}
+        options["generator"] = Noise.of(seed)
         wanted = autoregressive(target, [7, 3, 9], **options).token_ids
-        found = speculative(target, draft, [7, 3, 9], k=3, verifier=rule, **options)
+        found = speculative(target, draft, [7, 3, 9], k=3, verifier=verify_coupled, **options)
         assert found.token_ids == wanted
-
-
-def identity_terms(target, sampling):
-    from specsampling.method.drafts import DraftTerms
-
-    return DraftTerms.of(target, 32, sampling, None)
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +104,14 @@ def test_finished_rows_are_shown_without_models(finished, tmp_path, capsys):
     arguments = ["--show", "--output-folder", str(folder)]
     assert exit_code(identity.main, arguments) == 0
     assert capsys.readouterr().out.strip() in printed
-    assert exit_code(identity.main, ["--show", "--output-folder", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert mistake(identity.main, ["--show", "--output-folder", tmp_path], capsys)
 
 
 @pytest.mark.parametrize("arguments", [["--k", "0"], ["--k", "many"], ["--profile", "none"]])
 def test_mistakes_are_one_line(arguments, tmp_path, capsys):
-    assert exit_code(identity.main, [*arguments, "--output-folder", str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    name = arguments[0].strip("-")
+    line = mistake(identity.main, [*arguments, "--output-folder", tmp_path / "x"], capsys)
+    assert f"{name} must be" in line
 
 
 def test_the_figure_of_the_race_is_the_one_that_its_script_draws(tmp_path, monkeypatch):
