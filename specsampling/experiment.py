@@ -166,10 +166,13 @@ def load(plan: Plan) -> tuple[Pair, Drafts, str]:
     drafts = loading.load_drafts(config, pair)
     if config.decoding.compile == "off":
         loading.say(f"  decode calls: eager ({plan.why_eager})")
-    elif not plan.is_finished and not loading.make_steps(config, pair, drafts, plan.longest_text):
-        meta.pop("steps", None)
+    elif not plan.is_finished:
+        made = loading.make_steps(config, pair, drafts, plan.longest_text)
+        pair, drafts, is_static = made
+        if not is_static:
+            meta.pop("steps", None)
     if config.run.batch_size > 1:
-        loading.make_batch(config, pair, drafts, plan.longest_text)
+        pair, drafts = loading.make_batch(config, pair, drafts, plan.longest_text)
     meta["bit_exact"] = loading.self_check(config, pair, plan.longest_text)
     return pair, drafts, expected
 

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -261,36 +261,44 @@ def settle_noise(config: Config, existing_run: Run | None) -> frozenset[str]:
     return config.coupled_methods | baselines & {*config.run.methods}
 
 
-def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool:
+def make_steps(
+    config: Config, pair: Pair, drafts: Drafts, longest: int
+) -> tuple[Pair, Drafts, bool]:
     """Capture the models' decode calls on a GPU, and print the result for each model.
 
     Returns:
-        Whether the target's calls are static now.
+        The pair and the drafts with these calls, and whether the target's calls are static.
     """
-    from specsampling.method.forward import is_exact, runner_of
+    from transformers import PreTrainedModel
+
     from specsampling.models.static import make_static
 
-    for name, model in _models_by_name(config, pair, drafts).items():
+    def capture(name: str, model: Model) -> Model:
         report = partial(say, f"  {name}:")
         # A draft is fed one token, two after all were accepted, or all that it missed.
         sizes = {1, config.width} if model is pair.target else {1, 2, config.width}
-        report(make_static(model, config.decoding.compile, longest, sizes, report))
-    return is_exact(pair.target) or runner_of(pair.target) is not None
+        made, result = make_static(model, config.decoding.compile, longest, sizes, report)
+        report(result)
+        return made
+
+    made, drafts = _with_each_model(config, pair, drafts, capture)
+    return made, drafts, not isinstance(made.target, PreTrainedModel)
 
 
-def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None:
+def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> tuple[Pair, Drafts]:
     """Make the models ready for `run.batch_size` texts at once; raise ModelError if one cannot."""
     from transformers import PreTrainedModel
 
-    from specsampling.method.batch import install
+    from specsampling.method.batch import BatchRunner
     from specsampling.method.forward import is_exact
     from specsampling.method.step import has_step
     from specsampling.models.errors import ModelError
 
     size = config.run.batch_size
-    for name, model in _models_by_name(config, pair, drafts).items():
+
+    def prepare(name: str, model: Model) -> Model:
         if is_exact(model):
-            continue  # its calls take rows of any texts
+            return model  # its calls take rows of any texts
         assert isinstance(model, PreTrainedModel)
         if not has_step(model):
             raise ModelError(
@@ -298,17 +306,24 @@ def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None
                 "models keep transformers' forward, which decodes one text at a time here"
             )
         width = config.width if config.decoding.bit_exact and model is pair.target else None
-        install(model, size, longest, config.width, width)
+        return BatchRunner(model, size, longest, config.width, width)
+
+    return _with_each_model(config, pair, drafts, prepare)
 
 
-def _models_by_name(config: Config, pair: Pair, drafts: Drafts) -> dict[str, Model]:
-    from specsampling.models.load import draft_models
+def _with_each_model(
+    config: Config, pair: Pair, drafts: Drafts, prepare: Callable[[str, Model], Model]
+) -> tuple[Pair, Drafts]:
+    """Replace each model by what `prepare` makes of it and its name."""
+    from specsampling.models.load import draft_models, with_models
 
-    models = {config.models.target: pair.target}
+    names = {pair.target: config.models.target}
     for (spec, _), draft in drafts.items():
         for name, model in draft_models(spec or config.models.draft, draft).items():
-            models[f"the draft {name}"] = model
-    return models
+            names[model] = f"the draft {name}"
+    made = {model: prepare(name, model) for model, name in names.items()}
+    drafts = {key: with_models(draft, made) for key, draft in drafts.items()}
+    return replace(pair, target=made[pair.target], draft=drafts["", False]), drafts
 
 
 def self_check(config: Config, pair: Pair, longest: int) -> str:

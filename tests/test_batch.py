@@ -15,9 +15,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from autoregressive import autoregressive
 from specsampling.method.adaptive import AdaptiveDraft
-from specsampling.method.batch import BatchRunner, decode_together, install
+from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
-from specsampling.method.forward import RUNNER
 from specsampling.method.sampling import GREEDY, Sampling
 from specsampling.models.exactness import check_exactness
 from specsampling.results.records import read_rows
@@ -42,7 +41,6 @@ def mistral():
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt_neo", "mistral"])
 def pair(request):
-    """Models of their own: they get runners."""
     target = mistral() if request.param == "mistral" else make_model(request.param)
     return target, make_model("llama", 1)
 
@@ -72,14 +70,10 @@ def alone(*arguments):
     return [job().token_ids for job in jobs_of(*arguments)]
 
 
-def together(target, model, size, *arguments):
-    for decoded in (target, model):
-        install(decoded, size, LONGEST, WIDTH, WIDTH if decoded is target else None)
-    try:
-        done = list(decode_together(jobs_of(target, *arguments), size))
-    finally:
-        for decoded in (target, model):
-            del decoded.__dict__[RUNNER]
+def together(target, model, size, kind, *arguments):
+    target = BatchRunner(target, size, LONGEST, WIDTH, WIDTH)
+    draft = drafts_of(BatchRunner(model, size, LONGEST, WIDTH)).get(kind)
+    done = list(decode_together(jobs_of(target, draft, *arguments), size))
     return [text.result.token_ids for text in sorted(done)]
 
 
@@ -93,7 +87,7 @@ def test_each_text_is_the_one_it_is_alone(kind, width, sampling, pair):
     draft = None if kind == "baseline" else drafts_of(model)[kind]
     expected = alone(target, draft, width, sampling)
     for size in (2, 9):
-        assert together(target, model, size, draft, width, sampling) == expected
+        assert together(target, model, size, kind, width, sampling) == expected
 
 
 def test_calls_are_shared(pair, monkeypatch):
@@ -103,19 +97,15 @@ def test_calls_are_shared(pair, monkeypatch):
     monkeypatch.setattr(
         BatchRunner, "run", lambda self, asked: sizes.append(len(asked)) or run_batch(self, asked)
     )
-    together(target, model, 6, None, WIDTH, GREEDY)
+    together(target, model, 6, "baseline", WIDTH, GREEDY)
     assert max(sizes) == 6 and len(sizes) <= 20  # as many calls as the longest text has tokens
 
 
 def test_the_seconds_of_texts_add_up_to_the_time_that_passed(pair):
-    target, model = pair
-    for decoded in (target, model):
-        install(decoded, 3, LONGEST, WIDTH)
+    target, model = (BatchRunner(decoded, 3, LONGEST, WIDTH) for decoded in pair)
     start = time.perf_counter()
     done = list(decode_together(jobs_of(target, ModelDraft(model), None, GREEDY), 3))
     passed = time.perf_counter() - start
-    for decoded in (target, model):
-        del decoded.__dict__[RUNNER]
     seconds = [
         text.share * (text.result.prefill_seconds + text.result.decode_seconds) for text in done
     ]
@@ -124,36 +114,26 @@ def test_the_seconds_of_texts_add_up_to_the_time_that_passed(pair):
 
 
 def test_bits_are_the_same_among_others(pair):
-    target, _ = pair
-    install(target, 5, 64, WIDTH, WIDTH)
-    try:
-        check = check_exactness(target, WIDTH, 64)
-        assert check.is_exact and check.num_rows >= 16 and check.num_texts == 5
-        assert check.from_alone < 1e-4
-    finally:
-        del target.__dict__[RUNNER]
+    check = check_exactness(BatchRunner(pair[0], 5, 64, WIDTH, WIDTH), WIDTH, 64)
+    assert check.is_exact and check.num_rows >= 16 and check.num_texts == 5
+    assert check.from_alone < 1e-4
 
 
 def test_bits_that_depend_on_others_are_noticed(pair, monkeypatch):
     """The negative control."""
-    target, _ = pair
-    install(target, 5, 64, WIDTH, WIDTH)
     run_batch = BatchRunner.run
     monkeypatch.setattr(
         BatchRunner,
         "run",
         lambda self, asked: [rows + 1e-6 * (len(asked) > 1) for rows in run_batch(self, asked)],
     )
-    try:
-        assert not check_exactness(target, WIDTH, 64).is_exact
-    finally:
-        del target.__dict__[RUNNER]
+    assert not check_exactness(BatchRunner(pair[0], 5, 64, WIDTH, WIDTH), WIDTH, 64).is_exact
 
 
 def test_a_text_of_nan_leaves_the_others_alone(pair):
     target, model = pair
     expected = alone(target, None, WIDTH, GREEDY)
-    runner = install(target, 3, LONGEST, WIDTH)
+    runner = BatchRunner(target, 3, LONGEST, WIDTH)
     run_batch = runner.run
     poisoned = []
 
@@ -167,10 +147,7 @@ def test_a_text_of_nan_leaves_the_others_alone(pair):
         return logits
 
     runner.run = run
-    try:
-        done = sorted(decode_together(jobs_of(target, None, WIDTH, GREEDY), 3))
-    finally:
-        del target.__dict__[RUNNER]
+    done = sorted(decode_together(jobs_of(runner, None, WIDTH, GREEDY), 3))
     assert poisoned
     results = [text.result for text in done]
     assert [result.finish_reason for result in results].count("error") == 1
@@ -182,7 +159,7 @@ def test_a_text_of_nan_leaves_the_others_alone(pair):
 def test_texts_that_lack_memory_leave_the_others_alone(kind, pair):
     target, _ = pair
     expected = alone(target, None, WIDTH, GREEDY)
-    runner = install(target, 3, LONGEST, WIDTH, WIDTH)
+    runner = BatchRunner(target, 3, LONGEST, WIDTH, WIDTH)
     run_batch, num_calls = runner.run, []
 
     def run(asked):
@@ -198,11 +175,8 @@ def test_texts_that_lack_memory_leave_the_others_alone(kind, pair):
             return None
 
     runner.run = run
-    try:
-        jobs = [partial(guarded, job) for job in jobs_of(target, None, WIDTH, GREEDY)]
-        found = [text.result for text in sorted(decode_together(jobs, 3))]
-    finally:
-        del target.__dict__[RUNNER]
+    jobs = [partial(guarded, job) for job in jobs_of(runner, None, WIDTH, GREEDY)]
+    found = [text.result for text in sorted(decode_together(jobs, 3))]
     assert 1 <= found.count(None) <= 3
     assert [tokens for tokens in found if tokens] == [
         tokens for tokens, mine in zip(expected, found) if mine

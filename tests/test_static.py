@@ -3,7 +3,6 @@
 import pytest
 from conftest import make_model
 
-from specsampling.method.forward import runner_of
 from specsampling.method.step import has_step
 from specsampling.models.checkpoint import make_fast
 from specsampling.models.errors import ModelError
@@ -14,17 +13,18 @@ STEPPED = ["llama", "qwen2", "gpt_neo"]
 
 def test_auto_says_why_it_stays_eager():
     model = make_model("llama")
-    assert make_static(model, "off", 64, {1}, print) == "eager (decoding.compile: off)"
-    assert make_static(model, "auto", 64, {1}, print) == "eager (nothing is captured on cpu)"
+    assert make_static(model, "off", 64, {1}, print) == (model, "eager (decoding.compile: off)")
+    eager = model, "eager (nothing is captured on cpu)"
+    assert make_static(model, "auto", 64, {1}, print) == eager
     with pytest.raises(ModelError, match=r"decoding.compile on cannot be had \(.*\); choose"):
         make_static(model, "on", 64, {1}, print)
-    assert runner_of(model) is None
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_a_model_in_the_kernel_needs_nothing_more(mode):
     model = make_fast(make_model("llama"))
-    assert make_static(model, mode, 64, {1}, print).startswith("the CPU kernel (")
+    made, result = make_static(model, mode, 64, {1}, print)
+    assert made is model and result.startswith("the CPU kernel (")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neo", "gpt2"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
-from specsampling.method.forward import RUNNER, Model, is_exact
+from specsampling.method.forward import Model, is_exact
 from specsampling.method.sampling import (
     GREEDY,
     Randomness,
@@ -301,20 +301,13 @@ def first_layers(model: Model, num_layers: int) -> Model:
 
 def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any:
     """Copy a model with another module at a path. Modules off the path are shared."""
-    clone = _shallow_copy(model)
+    clone = copy.copy(model)
+    clone._modules = dict(model._modules)  # the same children and tensors
     if isinstance(getattr(model, "config", None), PreTrainedConfig):
         is_whole = model.config.model_type == config.model_type
         clone.config = config if is_whole else config.get_text_config(decoder=True)
     name, *rest = path
     setattr(clone, name, _with_part(getattr(model, name), rest, part, config) if rest else part)
-    return clone
-
-
-def _shallow_copy(module: Any) -> Any:
-    """Make a new module over the same children and tensors."""
-    clone = copy.copy(module)
-    clone.__dict__.pop(RUNNER, None)  # the runner runs the original
-    clone._modules = dict(module._modules)
     return clone
 
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import num_logits
-from specsampling.method.forward import RUNNER, Model, runner_of
+from specsampling.method.forward import Model
 from specsampling.method.session import Session, attention_windows, context_limit
 from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 
@@ -241,14 +241,10 @@ def check_exactness(target: Model, width: int | None, capacity: int) -> Exactnes
 
     all_together, all_alone = _together_and_alone(target, tokens, starts, width)
     num_texts, from_alone = 1, 0.0
-    if isinstance(runner := runner_of(target), BatchRunner):
-        num_texts = runner.num_places
+    if isinstance(target, BatchRunner):
+        num_texts = target.num_places
         among = [_among_others(target, num_texts, tokens, start, last, width) for start in starts]
-        target.__dict__.pop(RUNNER)
-        try:
-            one_text, _ = _together_and_alone(target, tokens, starts, width)
-        finally:
-            target.__dict__[RUNNER] = runner
+        one_text, _ = _together_and_alone(target.model, tokens, starts, width)
         from_alone = _largest(torch.cat(all_together), torch.cat(one_text))
         all_together, all_alone = all_together + among, all_alone + all_together
     one, other = torch.cat(all_together), torch.cat(all_alone)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import import_module
 from typing import Any
@@ -224,6 +224,13 @@ def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
     if not isinstance(asked, ModelDraft):
         return {}
     return {DraftName.parse(draft).model: asked.model}
+
+
+def with_models(draft: Draft, made: Mapping[Model, Model]) -> Draft:
+    """Return a draft whose model, if it has one, is what was `made` of it."""
+    if isinstance(draft, (CompositeDraft, AdaptiveDraft)) and draft.model:
+        return replace(draft, model=replace(draft.model, model=made[draft.model.model]))
+    return replace(draft, model=made[draft.model]) if isinstance(draft, ModelDraft) else draft
 
 
 def _first_layers(target: Model, spec: str) -> Model:
