@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from specsampling.edge import rank
 from specsampling.experiment import bind_decoders
 from specsampling.models.cache import forget_verified
 from specsampling.provenance import PROJECT
+from specsampling.results.metrics import grouped
 from specsampling.results.records import is_run
 from specsampling.results.runfile import check_output
 from specsampling.results.scores import Scores, write_scores
@@ -153,9 +153,7 @@ def print_scores(
     Another tool's file has the method "". `summarise` makes a JSON object of a method's scores, and
     `describe` makes its line. If `keep`, a run's scores are written beside its rows.
     """
-    by_method: dict[str, list[Any]] = defaultdict(list)
-    for item in scores:
-        by_method[item["method"]].append(item)
+    by_method = grouped((score["method"], score) for score in scores)
     summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
     for method, summary in summaries.items():
         print(f"{method or path.name}: {describe(summary)}")

@@ -37,32 +37,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before its models are loaded.
+    """A run before its models are loaded."""
 
-    Attributes:
-        config: the configuration as this process decodes it.
-        task: what is decoded.
-        output, fresh: where rows go, and whether the file starts over.
-        ranks: this process among several; None for the only one.
-        was_stopped: whether several processes were stopped before their rows were merged.
-        existing_run: what an earlier process left; None if nothing.
-        meta: what new rows are made with.
-        planned: the models as they will be loaded, the target first.
-        prompts: the examples with their prompts.
-        why_eager: why decode calls run PyTorch's operations one by one, if they do.
-    """
-
-    config: Config
+    config: Config  # as this process decodes it
     task: Task
     output: Path
-    fresh: bool
-    ranks: Ranks | None
-    was_stopped: bool
-    existing_run: Run | None
-    meta: dict[str, Any]
-    planned: Sequence[Planned]
+    fresh: bool  # whether the output starts over
+    ranks: Ranks | None  # this process among several; None for the only one
+    was_stopped: bool  # whether several processes were stopped before their rows were merged
+    existing_run: Run | None  # what an earlier process left
+    meta: dict[str, Any]  # what new rows are made with
+    planned: Sequence[Planned]  # the models as they will be loaded, the target first
     prompts: Sequence[tuple[Example, Prompt]]
-    why_eager: str
+    why_eager: str  # why decode calls run PyTorch's operations one by one, if they do
 
     @property
     def jobs(self) -> list[Job]:
@@ -167,8 +154,7 @@ def load(plan: Plan) -> tuple[Pair, Drafts, str]:
     if config.decoding.compile == "off":
         loading.say(f"  decode calls: eager ({plan.why_eager})")
     elif not plan.is_finished:
-        made = loading.make_steps(config, pair, drafts, plan.longest_text)
-        pair, drafts, is_static = made
+        pair, drafts, is_static = loading.make_steps(config, pair, drafts, plan.longest_text)
         if not is_static:
             meta.pop("steps", None)
     if config.run.batch_size > 1:

@@ -391,3 +391,12 @@ def test_the_scripts_catch_signals_before_their_imports(script):
     guard = text.index("catch_signals()")
     assert guard < text.index("import annotations\n") + 200
     assert "import" not in text[: text.index("from __future__")].replace("important", "")
+
+
+def test_windows_ends_with_one_line(monkeypatch, capsys):
+    """Nobody has run the package there: its locks and its sandbox are those of Linux and macOS."""
+    monkeypatch.setattr(edge.sys, "platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        edge.catch_signals()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("(got Windows); run it in WSL\n")

@@ -388,7 +388,6 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert available_bytes() == pytest.approx(machine, rel=0.2)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
 def test_a_limit_of_the_address_space_counts(monkeypatch):
     """Under `ulimit -v` a model was loaded for which there was no room, into an abort."""
     import resource
@@ -415,7 +414,6 @@ def no_home(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", no_account)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="replaces POSIX accounts")
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 @pytest.mark.parametrize("chosen", [None, ""])
 def test_an_account_without_a_home_is_told_which_variable_to_set(
@@ -429,7 +427,6 @@ def test_an_account_without_a_home_is_told_which_variable_to_set(
         cache.cache_folder()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="replaces POSIX accounts")
 @pytest.mark.parametrize(
     ("platform", "given", "folder"),
     [

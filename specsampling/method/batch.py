@@ -29,13 +29,9 @@ BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
 
 
 class Caller(Protocol):
-    """A model that takes the calls of several texts as one.
+    """A model that takes the calls of several texts as one."""
 
-    Attributes:
-        size: a measure by which a draft is smaller than its target.
-    """
-
-    size: int
+    size: int  # a measure by which a draft is smaller than its target
 
     def run(self, calls: list[Any]) -> list[Tensor]:
         """Answer each call."""
@@ -64,17 +60,12 @@ _own_thread = threading.local()  # its `text` is the one that the thread decodes
 
 @dataclass(frozen=True, order=True)
 class Done:
-    """A text that has ended.
+    """A text that has ended."""
 
-    Attributes:
-        index: the place of its job among the jobs.
-        result: what the job returned.
-        share: the part of the time from its start to its end that is its own. Each moment is
-            divided equally among the texts that were open then.
-    """
-
-    index: int
-    result: Any
+    index: int  # the place of its job among the jobs
+    result: Any  # what the job returned
+    # The part of the time from its start to its end that is its own. Each moment is divided equally
+    # among the texts that were open then.
     share: float
 
 

