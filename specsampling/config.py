@@ -29,6 +29,7 @@ from specsampling.checking import (
 )
 from specsampling.draft_name import GREEDY, LOOKUPS, TARGET_LAYERS, DraftName
 
+PROJECT = Path(__file__).resolve().parent.parent  # the folder of config.yaml
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
 MAX_FILE_BYTES = 200_000  # room for some hundred profiles; a larger file is of another kind
 MAX_NAMES = 10  # profiles that an error lists

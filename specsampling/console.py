@@ -1,7 +1,7 @@
 """Holds what the scripts at the top share: their options and what they print.
 
-Torch is imported only after the configuration has been read, so that a mistake in the configuration
-is reported at once.
+Torch is imported only after the configuration has been read, so that a mistake there is reported at
+once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from specsampling import loading
-from specsampling.config import Config, ConfigError, load_config, require_task
+from specsampling.config import PROJECT, Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.edge import rank
-from specsampling.experiment import bind_decoders
 from specsampling.models.cache import forget_verified
-from specsampling.provenance import PROJECT
+from specsampling.models.errors import say
 from specsampling.results.metrics import grouped
 from specsampling.results.records import is_run
 from specsampling.results.runfile import check_output
@@ -193,6 +191,8 @@ def decode_one_prompt(
     if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
         raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
 
+    from specsampling import loading
+    from specsampling.experiment import bind_decoders
     from specsampling.runner import check_prompt, source_of
 
     outline, planned = loading.outline_models(config)
@@ -211,15 +211,15 @@ def decode_one_prompt(
         generator = source_of(pair.target.device, *names, method in positional)
         steps: Any = decode(prompt, generator=generator, is_stop=None)
         generation = show(steps, pair.decode)
-        loading.say(f"\n{describe(method, generation)}")
+        say(f"\n{describe(method, generation)}")
         if generation.error:
-            loading.say(f"error: {generation.error}")
+            say(f"error: {generation.error}")
         generations.append(generation)
     if len(generations) == 2:
         alone, ours = generations
         same = "yes" if alone.token_ids == ours.token_ids else "no"
         ratio = _rate(ours) / _rate(alone) if _rate(alone) else float("nan")
-        loading.say(f"identical: {same}; speedup: {ratio:.2f}")
+        say(f"identical: {same}; speedup: {ratio:.2f}")
     return 1 if any(generation.error for generation in generations) else 0
 
 
