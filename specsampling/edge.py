@@ -108,10 +108,8 @@ def catch_signals() -> None:
 def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     """End with one line if `ulimit -v` leaves too little room for the libraries.
 
-    Without this check, their imports could end in a traceback, abort silently or hang.
-
-    Args:
-        scoring_bytes: the address space that `--score` takes.
+    Without this check, their imports could end in a traceback, abort silently or hang. `--score`
+    takes `scoring_bytes` of address space.
     """
     import resource
 

@@ -138,11 +138,7 @@ def require_same_machine(plan: Plan) -> None:
 
 
 def load(plan: Plan) -> tuple[Pair, Drafts, str]:
-    """Load a plan's models and prove what they can do.
-
-    Returns:
-        The pair, the drafts of all methods, and the expected peak of memory in words.
-    """
+    """Load a plan's models and prove what they can do; return also the expected peak of memory."""
     config, meta = plan.config, plan.meta
     sizes = plan.longest_prompt, plan.ranks.local_count if plan.ranks else 1
     device_map, expected = loading.settle_memory(config, plan.planned, *sizes)

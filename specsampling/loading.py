@@ -59,10 +59,7 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
 
     Returns:
         A pair without weights, which encodes prompts, and the models as they will be loaded, the
-            target first.
-
-    Raises:
-        ModelError: a model or its tokenizer is missing or does not fit.
+            target first. A ModelError names what is missing or does not fit.
     """
     models = config.models
     named = [models.draft, *drafts_named(config)]
@@ -112,14 +109,12 @@ def settle_memory(
     """Compare what a run will take with the memory that is free, and print both.
 
     `models` come from `outline_models`, and the longest prompt has `num_prompt_tokens`.
-    `num_sharing` processes share this machine's memory equally.
+    `num_sharing` processes share this machine's memory equally. If the models do not fit, a
+    ModelError names choices that fit.
 
     Returns:
         The device of each part of the target, if several GPUs share it, and the expected peak in
             words, if it is estimated.
-
-    Raises:
-        ModelError: the models do not fit; the error names choices that fit.
     """
     if any(hasattr(model.outline.config, "quantization_config") for model in models):
         say("  memory: not estimated, because a checkpoint is already quantised")
@@ -150,9 +145,7 @@ def settle_memory(
 def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
     """Load the target and its draft, and print the device and the precision.
 
-    Raises:
-        ConfigError: a size does not fit the target's context, or there are too many threads.
-        ModelError: a model cannot be loaded.
+    A ConfigError says that a size does not fit the target's context, or that threads are too many.
     """
     threads, most = config.run.threads, THREADS_PER_CORE * (os.cpu_count() or 1)
     if threads > most:

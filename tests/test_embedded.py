@@ -98,11 +98,10 @@ def error_of_get() -> str:
 
 
 def test_the_table_names_where_each_model_can_be_had():
-    """Licence, hub file, pieces of the index, size and hash: of every one, well formed."""
+    """Hub file, pieces of the index, size and hash: of every one, well formed."""
     assert {"smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"} <= set(MODELS)
     for model in MODELS.values():
         source = model.source
-        assert model.licence == "Apache-2.0"
         assert re.fullmatch(r"[0-9a-f]{40}", source.revision)
         assert re.fullmatch(r"[0-9a-f]{64}", source.sha256)
         assert re.fullmatch(r"[0-9a-f]{64}", model.tensors_sha256)
@@ -414,7 +413,6 @@ def no_home(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", no_account)
 
 
-@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 @pytest.mark.parametrize("chosen", [None, ""])
 def test_an_account_without_a_home_is_told_which_variable_to_set(
     no_home, monkeypatch, platform, chosen
@@ -431,13 +429,11 @@ def test_an_account_without_a_home_is_told_which_variable_to_set(
     ("platform", "given", "folder"),
     [
         ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/specsampling"),
-        ("win32", {"LOCALAPPDATA": "/x"}, "/x/specsampling"),
         ("linux", {"SPECSAMPLING_CACHE": "/x"}, "/x"),
         ("darwin", {"SPECSAMPLING_CACHE": "/x", "XDG_CACHE_HOME": "/y"}, "/x"),
         ("linux", {"HOME": "/x"}, "/x/.cache/specsampling"),
         ("linux", {"HOME": "/x", "XDG_CACHE_HOME": ""}, "/x/.cache/specsampling"),
         ("darwin", {"HOME": "/x", "XDG_CACHE_HOME": "/y"}, "/x/Library/Caches/specsampling"),
-        ("win32", {"HOME": "/x"}, "/x/AppData/Local/specsampling"),
     ],
 )
 def test_a_cache_that_is_named_needs_no_home(no_home, monkeypatch, platform, given, folder):

@@ -203,14 +203,7 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
     """Run jobs whose models take several texts, up to `size` jobs at once.
 
     If texts wait for several models, the smallest is called first. So a target is called once all
-    texts have drafted.
-
-    Args:
-        jobs: each decodes a text. An error of one ends all.
-        size: the most jobs at once.
-
-    Returns:
-        A `Done` for each job, in the order in which they ended.
+    texts have drafted. An error of one job ends all. Jobs are yielded in the order of their ends.
     """
     pending = enumerate(jobs)
     texts: list[_Open] = []

@@ -36,11 +36,7 @@ class Proposer(Protocol):
         """Take in the prompt without its newest token."""
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        """Propose what comes after `tokens`.
-
-        Returns:
-            At most k token ids, and for each the distribution that it was drawn from.
-        """
+        """Propose at most k ids behind `tokens`, each with the distribution it was drawn from."""
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -72,19 +68,15 @@ class Draft(Protocol):
 class ModelDraft:
     """A smaller model, with the target's warp.
 
-    Attributes:
-        model: the model.
-        max_k: the most tokens that it proposes in a cycle; None for as many as it is asked for.
-        min_confidence: a cycle's proposals end with the first one for which the model's largest
-            probability, before the warp, is below this number. That proposal is verified like all
-            others, so the output stays exact. 0 switches this off.
-        is_greedy: whether it proposes its most probable tokens even if the target samples. Each is
-            accepted as often as the target would draw it.
+    A cycle's proposals end after the first one for which the model's largest probability, before
+    the warp, is below `min_confidence`. That proposal is verified like all others, so the output
+    stays exact. If `is_greedy`, it proposes its most probable tokens even if the target samples.
+    Each is accepted as often as the target would draw it.
     """
 
     model: Model
-    max_k: int | None = None
-    min_confidence: float = 0.0
+    max_k: int | None = None  # the most tokens of a cycle; None for as many as asked for
+    min_confidence: float = 0.0  # 0 is off
     is_greedy: bool = False
 
     def start(self, terms: DraftTerms) -> ModelProposer:
@@ -253,10 +245,8 @@ def first_layers(model: Model, num_layers: int) -> Model:
     """Cut a shallow model from `model`: its first layers, final norm and head.
 
     The shallow model shares the tensors, so it needs no memory of its own. It was not trained for
-    its depth, so few of its proposals are accepted.
-
-    Raises:
-        ValueError: `num_layers` is not between 1 and the model's own number.
+    its depth, so few of its proposals are accepted. A ValueError says that `num_layers` is not
+    between 1 and the model's own number.
     """
     config = copy.deepcopy(model.config)
     text_config = config.get_text_config(decoder=True)

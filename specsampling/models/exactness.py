@@ -88,11 +88,7 @@ class ExactnessCheck:
 
 
 def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
-    """Compute the logits of a loaded model, which the user calls `name`, without a cache.
-
-    Raises:
-        ModelError: the model cannot be decoded.
-    """
+    """Compute a loaded model's logits without a cache, or raise a ModelError about `name`."""
     with _one_line(*_blame(model, name)):
         if why := _why_not_rolled_back(model):
             raise ModelError(f"{_refusal(model, name)} {why}; {WAY_OUT}")
@@ -112,15 +108,9 @@ def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
 
 
 def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = None) -> Proof:
-    """Refuse a model whose cache cannot be rolled back; see `prove_without_cache`.
+    """Refuse a model whose cache cannot be rolled back, by a ModelError about `name`.
 
-    Args:
-        model: as it was loaded.
-        name: what the user calls it.
-        truth: its logits without a cache, if they are known.
-
-    Returns:
-        The model's logits without a cache.
+    Its logits without a cache are `truth`, if they are known, and are returned.
     """
     truth = truth or prove_without_cache(model, name)
     refusal = _refusal(model, name)
@@ -152,8 +142,7 @@ def _refusal(model: PreTrainedModel, name: str) -> str:
 def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
     """Return what to say if a model fails, and the way out.
 
-    A quantised model's way out is another quantisation, because the kernels of 4 bit take only
-    layers of some widths.
+    That is another quantisation for a quantised model: 4 bit takes only layers of some widths.
     """
     method = getattr(model, "quantization_method", None)
     if method is None:

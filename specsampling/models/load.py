@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specsampling.draft_name import LOOKUPS, TARGET_LAYERS, DraftName
 from specsampling.method.adaptive import AdaptiveDraft
-from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, first_layers
 from specsampling.method.forward import Model, is_exact
 from specsampling.method.session import CONTEXT_NAMES, context_limit
 from specsampling.models.checkpoint import load_model
@@ -148,10 +148,8 @@ def check_tokenizers(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a target shares with its drafts, before any weights are read.
 
-    Specs are as `load_pair` takes them. With a `tokenizer` for all, nothing is compared.
-
-    Raises:
-        ModelError: a tokenizer cannot be loaded, or a draft's encodes differently.
+    Specs are as `load_pair` takes them. With a `tokenizer` for all, nothing is compared. A
+    ModelError names a tokenizer that cannot be loaded, or a draft's that encodes differently.
     """
     shared = load_tokenizer(tokenizer or target)
     for draft in drafts:
@@ -199,7 +197,7 @@ def load_draft(
     loaded is a ModelError.
     """
     name = DraftName.parse(draft)
-    lookup = _lookup(name.lookup)(ngram_max, ngram_min) if name.lookup else None
+    lookup = resolve_name(LOOKUPS[name.lookup])(ngram_max, ngram_min) if name.lookup else None
     if lookup and not name.model:
         return lookup
     if loaded and name.model in loaded:
@@ -210,12 +208,6 @@ def load_draft(
         model = load_model(name.model, dtype, target.device, quantization, compile=compile)
     model_draft = ModelDraft(model, model_k, min_confidence, name.is_greedy)
     return CompositeDraft(lookup, model_draft) if lookup else model_draft
-
-
-def _lookup(name: str) -> type[NgramDraft]:
-    """Import the class of a registered lookup."""
-    module, _, attribute = LOOKUPS[name].partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
@@ -248,10 +240,9 @@ def _first_layers(target: Model, spec: str) -> Model:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose a device. `auto` is a CUDA GPU, else Apple's, else the CPU; a split begins on GPU 0.
+    """Choose a device, or raise a ModelError if it is missing.
 
-    Raises:
-        ModelError: the device asked for is missing.
+    `auto` is a CUDA GPU, else Apple's, else the CPU. A split begins on GPU 0.
     """
     if device == "auto":
         if torch.cuda.is_available():

@@ -19,11 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
 
 
 def require_memory(purpose: str, needed: int, way_out: str) -> None:
-    """Refuse a purpose that needs more bytes than the machine's memory can hold now.
-
-    Raises:
-        ModelError: less is available.
-    """
+    """Raise a ModelError if a purpose needs more bytes than the machine's memory can hold now."""
     available = available_bytes()
     if available < needed:
         raise ModelError(

@@ -47,11 +47,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def require_same_tokenizer(
     target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, spec: str
 ) -> None:
-    """Refuse a draft, `spec`, whose tokenizer encodes some text otherwise than the target's.
-
-    Raises:
-        ModelError: the draft's ids mean nothing to the target.
-    """
+    """Raise a ModelError if the draft `spec` encodes some text otherwise than the target."""
     for probe in (*PROBES, SPECIAL_PROBE):
         if target(probe)["input_ids"] == draft(probe)["input_ids"]:
             continue
@@ -138,10 +134,8 @@ def encode_chat(
 ) -> list[int]:
     """Encode a user's message in the chat template, up to where the answer begins.
 
-    The template takes `now` for the local time. None stands for the clock's time.
-
-    Raises:
-        ModelError: the tokenizer has no chat template, or one that fails.
+    The template takes `now`, or the clock's time, for the local time. A ModelError says that there
+    is no template, or that it fails.
     """
     if not tokenizer.chat_template:
         raise ModelError(

@@ -55,13 +55,10 @@ def require_writable_folder(path: Path) -> None:
 
 
 def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
-    """Open a file at its start, for this process alone.
+    """Open a file at its start, for this process alone, or raise a RecordsError.
 
     Another process may put a new file at the path before the lock is taken. The lock would then
     be on a file that nobody sees any more, so the new file is opened instead.
-
-    Raises:
-        RecordsError: another process has it open.
     """
     while True:
         with ExitStack() as unless_kept:

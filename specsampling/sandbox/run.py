@@ -46,6 +46,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import IO, Any
 
+import psutil
+
 from specsampling.sandbox import judge, wire
 from specsampling.sandbox.control_group import control_group, find_parent
 from specsampling.sandbox.leases import owned_folder
@@ -113,9 +115,8 @@ def run_program(
 ) -> Outcome:
     """Run `program` and judge it. Several threads may call this at once.
 
-    Raises:
-        SandboxError: an interpreter did not start, a limit could not be set, or there is no
-            namespace for root's process and `allow_weak` is false.
+    A SandboxError says that an interpreter did not start, a limit could not be set, or there is no
+    namespace for root's process and `allow_weak` is false.
     """
     require_sandbox(allow_weak)
     if not find_wrap().works:
@@ -180,8 +181,7 @@ def platform_limits() -> dict[str, str]:
 def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tuple[str, str]:
     """Start both processes, and take the judge's verdict: status and error.
 
-    Raises:
-        subprocess.TimeoutExpired: the deadline has passed before the verdict.
+    A subprocess.TimeoutExpired says that the deadline has passed before the verdict.
     """
     cpu_seconds = ceil(max(1.0, deadline - time.perf_counter())) + 1
     with ExitStack() as stack, tempfile.TemporaryFile() as complaints:
@@ -264,24 +264,15 @@ def _kill_left_overs(group: int, scratch: str) -> None:
     """
     with suppress(ProcessLookupError, PermissionError):  # no process is left, or only zombies
         os.killpg(group, signal.SIGKILL)
-    marker = f"TMPDIR={scratch}\0".encode()
     for _ in range(1000 if sys.platform == "linux" and scratch else 0):
-        strays = [int(name) for name in os.listdir("/proc") if _carries(marker, name)]
+        processes = psutil.process_iter(["environ"])  # None for another user's process
+        strays = [p for p in processes if (p.info["environ"] or {}).get("TMPDIR") == scratch]
         if not strays:
             break
         for stray in strays:
-            with suppress(ProcessLookupError):
-                os.kill(stray, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                stray.kill()
         time.sleep(0.001)
-
-
-def _carries(marker: bytes, process_name: str) -> bool:
-    """Tell whether a process was started with `marker` in its environment."""
-    try:
-        with open(f"/proc/{process_name}/environ", "rb") as environ_file:
-            return process_name.isdigit() and marker in environ_file.read()
-    except OSError:  # not a process, or ended, or another user's
-        return False
 
 
 def _command(python: str, role: str, *limits: object) -> list[str]:
