@@ -21,7 +21,6 @@ from specsampling.config import ConfigError
 from specsampling.edge import STOPPED, exit_code, one_line
 
 PROJECT = Path(__file__).parents[1]
-posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and pipes")
 
 START = """
 from specsampling.edge import catch_signals, exit_code
@@ -250,7 +249,6 @@ def start_under(limit: int, script: str, *arguments: object) -> subprocess.Compl
     )
 
 
-@posix
 @pytest.mark.parametrize(
     ("script", "arguments", "limit"),
     [
@@ -270,7 +268,6 @@ def test_too_little_address_space_is_one_line_before_the_libraries(script, argum
     assert f"(got {limit / 1e9:.1f} GB); raise it" in line
 
 
-@posix
 @pytest.mark.parametrize(
     ("arguments", "threads", "limit", "way_out"),
     [
@@ -302,7 +299,6 @@ def test_how_much_address_space_is_asked_for(
 # --- streams -------------------------------------------------------------------------
 
 
-@posix
 @pytest.mark.parametrize(
     ("body", "shell", "code", "printed"),
     [
@@ -329,7 +325,6 @@ def test_output_that_nobody_can_take_is_no_traceback(body, shell, code, printed,
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
-@posix
 def test_with_stderr_closed_a_file_does_not_take_its_place(tmp_path):
     """The rows' file became number 2, and a library's warnings went into it."""
     path = tmp_path / "rows"
@@ -353,7 +348,6 @@ def stop(process: subprocess.Popen, number: int, times: int = 1) -> tuple[int, s
     return process.returncode, errors
 
 
-@posix
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize(("number", "code"), KINDS)
 def test_a_signal_is_one_line_and_leaves_no_temporary_files(number, code, times, tmp_path):
@@ -366,7 +360,6 @@ def test_a_signal_is_one_line_and_leaves_no_temporary_files(number, code, times,
     assert list(tmp_path.iterdir()) == []
 
 
-@posix
 @pytest.mark.parametrize(("number", "code"), KINDS)
 def test_a_signal_while_importing_is_one_line(number, code):
     """Torch alone takes seconds, and Ctrl-C in them was a traceback of its modules."""
@@ -374,7 +367,6 @@ def test_a_signal_while_importing_is_one_line(number, code):
     assert stop(process, number) == (code, f"{STOPPED}\n")
 
 
-@posix
 @pytest.mark.parametrize(("number", "code"), KINDS)
 def test_a_library_that_makes_another_error_of_it_changes_nothing(number, code):
     body = (
@@ -384,7 +376,6 @@ def test_a_library_that_makes_another_error_of_it_changes_nothing(number, code):
     assert stop(start(body), number) == (code, f"{STOPPED}\n")
 
 
-@posix
 @pytest.mark.parametrize("script", ["main_exp1.py", "speculative.py"])
 def test_the_scripts_catch_signals_before_their_imports(script):
     text = (PROJECT / script).read_text()

@@ -413,6 +413,7 @@ def no_home(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", no_account)
 
 
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
 @pytest.mark.parametrize("chosen", [None, ""])
 def test_an_account_without_a_home_is_told_which_variable_to_set(
     no_home, monkeypatch, platform, chosen

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -243,7 +242,6 @@ def test_a_killed_run_continues(config, tmp_path):
     assert "6/6" in printed
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_is_one_line_and_loses_nothing(config, tmp_path):
     output = tmp_path / "results2.jsonl"
     process = start("--config", config, "--limit", 8, "--output", output)
