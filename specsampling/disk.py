@@ -32,8 +32,11 @@ def pointer_problem(path: Path) -> str:
 
 def sha256_of(path: Path) -> str:
     """Return a file's hash in hexadecimal digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sampled_sha256(paths: Iterable[Path]) -> str:

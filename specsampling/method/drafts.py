@@ -215,30 +215,34 @@ class CompositeDraft:
         return CompositeProposer(self.lookup.start(terms), self.model.start(terms))
 
 
-class CompositeProposer:
-    def __init__(self, lookup: Proposer, model: Proposer):
-        self._lookup = lookup
-        self._model = model
+class JointProposer:
+    """What proposers that share a text have in common."""
+
+    def __init__(self, *parts: Proposer | None):
+        self._parts = [part for part in parts if part is not None]
 
     @property
     def num_calls(self) -> int:
-        return self._model.num_calls
+        return sum(part.num_calls for part in self._parts)
 
     @property
     def forward_seconds(self) -> float:
-        return self._model.forward_seconds
+        return sum(part.forward_seconds for part in self._parts)
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        self._lookup.prefill(tokens)
-        self._model.prefill(tokens)
-
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        proposed, draft_probs = self._lookup.propose(tokens, k)
-        return (proposed, draft_probs) if proposed else self._model.propose(tokens, k)
+        for part in self._parts:
+            part.prefill(tokens)
 
     def rollback(self, length: int) -> None:
-        self._lookup.rollback(length)
-        self._model.rollback(length)
+        for part in self._parts:
+            part.rollback(length)
+
+
+class CompositeProposer(JointProposer):
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
+        lookup, model = self._parts
+        proposed, draft_probs = lookup.propose(tokens, k)
+        return (proposed, draft_probs) if proposed else model.propose(tokens, k)
 
 
 def first_layers(model: Model, num_layers: int) -> Model:
