@@ -11,20 +11,8 @@ On Linux bubblewrap locks the program into a namespace (`namespace`). There it t
 outside and makes only the system calls that programs need (`system_calls`). Where bubblewrap
 does not work, and on macOS, the program is only limited. Limits stop accidents.
 They do not stop an attacker, who has the rights of our user. Root's programs therefore need a
-namespace, unless the caller allows otherwise.
-
-Limits (`platform_limits` names those of this machine):
-
-    wall clock  everywhere
-    CPU time    everywhere, so a busy program ends even if its caller was killed
-    memory      Linux: each process's address space; macOS: none
-    file size   each file's; in a namespace all files' too
-    files       in a namespace: how many there are; elsewhere none
-    kernel      in a namespace, where a control group may be made: what the kernel keeps for it
-    processes   no new ones (without a namespace no threads either, and root may start any number)
-    threads     in a namespace (Linux 5.14; root's only in a control group); elsewhere none
-    left-overs  namespace or process group; on Linux without a namespace also what left the
-                group, found by its environment, unless it replaced the environment as well
+namespace, unless the caller allows otherwise. `docs/scoring.md` has a table of the limits, and
+`platform_limits` names those of this machine.
 
 This module knows nothing about tasks, models or rows.
 """
