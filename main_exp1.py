@@ -26,7 +26,6 @@ from typing import Any
 
 from specsampling.config import require_task
 from specsampling.console import exit_code, print_scores, read_experiment
-from specsampling.experiment import run_experiment
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import ROUGE_NAMES
 from specsampling.results.records import RecordsError, is_run
@@ -42,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = XSum(require_task(config, "xsum"))
 
     from autoregressive import autoregressive
+    from specsampling.experiment import run_experiment
     from speculative import speculative
 
     return run_experiment(config, task, options, autoregressive, speculative, score_samples)

@@ -28,7 +28,6 @@ from typing import Any
 
 from specsampling.config import HumanEvalConfig, require_task
 from specsampling.console import exit_code, print_scores, read_experiment
-from specsampling.experiment import run_experiment
 from specsampling.results.foreign import read_objects
 from specsampling.results.metrics import pass_at_k
 from specsampling.results.records import RecordsError, is_run
@@ -49,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     from autoregressive import autoregressive
+    from specsampling.experiment import run_experiment
     from speculative import speculative
 
     return run_experiment(

@@ -29,7 +29,7 @@ from specsampling.method.sampling import Sampling
 from specsampling.method.session import Session, context_limit
 from specsampling.method.text import PromptError
 from specsampling.method.verify import RULES
-from specsampling.models.errors import ModelError
+from specsampling.models.errors import ModelError, say
 from specsampling.runner import source_of
 from specsampling.tasks.task import StopStrings
 from speculative import speculative
@@ -194,7 +194,7 @@ def main() -> int:
     try:
         cli_evaluate()
     except (ConfigError, ModelError, PromptError) as error:
-        loading.say(f"error: {one_line(str(error))}")
+        say(f"error: {one_line(str(error))}")
         return MISTAKE
     return 0
 

@@ -45,7 +45,6 @@ from specsampling.checking import parse_yaml
 from specsampling.config import SPECULATIVE, ConfigError, load_config
 from specsampling.console import exit_code
 from specsampling.draft_name import DraftName
-from specsampling.loading import baselines
 from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, Run
@@ -95,6 +94,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile: table1's, and one method for each K."""
+    from specsampling.loading import baselines
+
     config = load_config(options.config, options.profile)
     draft = DraftName.parse(config.models.draft).model or config.models.draft
     # The formula takes a call of K + 1 rows for as long as one of 1: so are `reference`'s calls.

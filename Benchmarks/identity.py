@@ -38,8 +38,6 @@ from specsampling.config import SPECULATIVE, Config, ConfigError, load_config, r
 from specsampling.console import exit_code
 from specsampling.draft_name import GREEDY, DraftName
 from specsampling.edge import rank
-from specsampling.loading import baselines
-from specsampling.provenance import prompt_date
 from specsampling.results import metrics, tables
 from specsampling.results.records import Run, read_run
 from specsampling.results.runfile import check_output
@@ -168,6 +166,8 @@ def arguments_of(
     setting: tuple[float, float], path: Path, config: Config, options: argparse.Namespace
 ) -> list[str]:
     """Arguments of main_exp2.py for a setting's run."""
+    from specsampling.loading import baselines
+
     model = model_of(config)
     rules = {
         "ngram": ["token", "coupled"],  # with one-hot drafts the block's rule is the token's
@@ -202,6 +202,7 @@ def add_chances(
     from specsampling.loading import load_configured_pair, outline_models
     from specsampling.method.session import Session
     from specsampling.models.load import draft_models
+    from specsampling.provenance import prompt_date
     from specsampling.runner import encode_prompts
 
     done = {(item.temperature, item.top_p, item.example_id) for item in read_chances(path)}

@@ -40,7 +40,6 @@ from Benchmarks.table1 import (
 from specsampling.config import SPECULATIVE, load_config
 from specsampling.console import exit_code
 from specsampling.draft_name import DraftName
-from specsampling.loading import baselines
 from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure
 from specsampling.results.records import Run
@@ -80,6 +79,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def overrides_of(cell: str, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile: table1's, and a method for each combination."""
+    from specsampling.loading import baselines
+
     config = load_config(options.config, options.profile)
     model = DraftName.parse(config.models.draft).model
     drafts = ["ngram", model, f"ngram+{model}"] if model else ["ngram"]

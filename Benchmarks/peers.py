@@ -77,10 +77,8 @@ from tqdm import tqdm
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.draft_name import DraftName
-from specsampling.experiment import read_existing_run
 from specsampling.method.text import Generation
 from specsampling.models.errors import ModelError
-from specsampling.provenance import run_meta
 from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, Source, read_run
@@ -153,7 +151,8 @@ def ours(options: argparse.Namespace, family: str, quantization: str) -> Found:
     pair = load_configured_pair(config)
     drafts = load_drafts(config, pair)
     longest = max(len(ids) for ids in prompts_of(config, options.now).values())
-    make_steps(config, pair, drafts, longest + config.decoding.max_new_tokens)
+    longest += config.decoding.max_new_tokens
+    pair, drafts, _ = make_steps(config, pair, drafts, longest)
     decoders = bind_decoders(config, pair, drafts, autoregressive, speculative)
     yield (
         family,
@@ -689,6 +688,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     config = configured(options, "none")
     require_task(config, "humaneval")
+    from specsampling.experiment import read_existing_run  # it imports torch
+
     _, options.now = read_existing_run(options.output, options.fresh)  # for the contenders
     meta = meta_of(config, options.now)
     check_fresh(options.output) if options.fresh else check_output(options.output, meta)
@@ -752,6 +753,8 @@ def meta_of(config: Config, now: datetime) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    from specsampling.provenance import run_meta
+
     meta = run_meta(config, config.decoding.compile, now)
     return {**meta, "versions": meta["versions"] | versions}
 

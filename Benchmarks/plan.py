@@ -360,8 +360,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     widths = {width_of(k) for k in range(1, options.k + 1)}
     say = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731
-    for model, sizes in ((target, {1, *widths}), (draft, {1, 2, max(widths)})):
-        say(make_static(model, options.compile, longest + 64, sizes, say))
+    target, made = make_static(target, options.compile, longest + 64, {1, *widths}, say)
+    say(made)
+    draft, made = make_static(draft, options.compile, longest + 64, {1, 2, max(widths)}, say)
+    say(made)
     calls = measure(target, draft, options.k, options.prompt_tokens)
     print(
         f"{device_name(target.device)}, {str(target.dtype).removeprefix('torch.')}; peak memory "

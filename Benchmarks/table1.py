@@ -37,7 +37,6 @@ import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.edge import rank
-from specsampling.loading import baselines
 from specsampling.results import metrics, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure
 from specsampling.results.records import Run, read_run
@@ -165,6 +164,8 @@ def chosen_cells(text: str) -> list[str]:
 
 def cell_overrides(cell: Cell, options: argparse.Namespace) -> list[str]:
     """What a cell changes in the profile, as `--set` takes it."""
+    from specsampling.loading import baselines
+
     is_greedy = cell.temperature == 0
     config = load_config(options.config, options.profile)
     methods = [*(baselines(config) if is_greedy else ["autoregressive"]), "speculative"]

@@ -48,9 +48,8 @@ def mistake(field: str, rule: str, got: object, way_out: str = "") -> ConfigErro
 def parse_yaml(text: str, source: str) -> Any:
     """Return a YAML document as the plain values of JSON; None for an empty document.
 
-    Raises:
-        ConfigError: a syntax error, a repeated key, what JSON cannot hold, an alias to its own
-            parent, or more depth, values or digits than any configuration has.
+    A ConfigError names a syntax error, a repeated key, what JSON cannot hold, an alias to its own
+    parent, or more depth, values or digits than any configuration has.
     """
     reader = YAML(typ="safe", pure=True)
     reader.Constructor = _Constructor
@@ -112,11 +111,7 @@ def within(minimum: int, maximum: int, way_out: str) -> Rule:
 
 
 def build(cls: Any, values: dict[str, Any]) -> Any:
-    """Make an instance of a config dataclass from its keys and values.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value does not fit its type hint.
-    """
+    """Make an instance of a config dataclass from its keys and values, or raise a ConfigError."""
     try:
         return _adapter(cls).validate_json(json.dumps(values))
     except ValidationError as error:

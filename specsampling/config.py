@@ -29,6 +29,7 @@ from specsampling.checking import (
 )
 from specsampling.draft_name import GREEDY, LOOKUPS, TARGET_LAYERS, DraftName
 
+PROJECT = Path(__file__).resolve().parent.parent  # the folder of config.yaml
 WIDTH_STEP = 8  # a row's bits stay the same at widths that are a multiple of this
 MAX_FILE_BYTES = 200_000  # room for some hundred profiles; a larger file is of another kind
 MAX_NAMES = 10  # profiles that an error lists
@@ -298,16 +299,13 @@ def load_config(
     profile: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """Read one profile of a configuration file.
+    """Read one profile of a configuration file, or raise a ConfigError.
 
     Args:
         path: a YAML file: `default: NAME`, `profiles: {NAME: {block: {key: value}}}`, and if you
             like `defaults: {block: {key: value}}` for what a profile does not state.
         profile: the profile's name; None takes the file's default.
         overrides: `key.path=value` each, with the value in YAML; later ones win.
-
-    Raises:
-        ConfigError: the file, the profile, a key, a value or an override is wrong.
     """
     file: _File = build(_File, read_blocks(path))
     name = file.default if profile is None else profile
@@ -403,11 +401,7 @@ class _File(Block):
 
 
 def read_blocks(path: str | Path) -> dict[str, Any]:
-    """Return the keys and values of a YAML file, unchecked.
-
-    Raises:
-        ConfigError: the file is missing, too large, or no YAML in UTF-8.
-    """
+    """Return the keys and values of a YAML file, unchecked; or raise a ConfigError."""
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise OSError(0, "not a file")  # reading a pipe or a device may never end

@@ -1,7 +1,7 @@
 """Holds what the scripts at the top share: their options and what they print.
 
-Torch is imported only after the configuration has been read, so that a mistake in the configuration
-is reported at once.
+Torch is imported only after the configuration has been read, so that a mistake there is reported at
+once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import json
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from specsampling import loading
-from specsampling.config import Config, ConfigError, load_config, require_task
+from specsampling.config import PROJECT, Config, ConfigError, load_config, require_task
 from specsampling.edge import exit_code as exit_code  # the scripts' last line
 from specsampling.edge import rank
-from specsampling.experiment import bind_decoders
 from specsampling.models.cache import forget_verified
-from specsampling.provenance import PROJECT
+from specsampling.models.errors import say
+from specsampling.results.metrics import grouped
 from specsampling.results.records import is_run
 from specsampling.results.runfile import check_output
 from specsampling.results.scores import Scores, write_scores
@@ -153,9 +151,7 @@ def print_scores(
     Another tool's file has the method "". `summarise` makes a JSON object of a method's scores, and
     `describe` makes its line. If `keep`, a run's scores are written beside its rows.
     """
-    by_method: dict[str, list[Any]] = defaultdict(list)
-    for item in scores:
-        by_method[item["method"]].append(item)
+    by_method = grouped((score["method"], score) for score in scores)
     summaries = {method: summarise(of_method) for method, of_method in by_method.items()}
     for method, summary in summaries.items():
         print(f"{method or path.name}: {describe(summary)}")
@@ -195,6 +191,8 @@ def decode_one_prompt(
     if not options.prompt or any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
         raise ConfigError(f"--prompt must be a text in UTF-8 (got {options.prompt!r:.60}); mend it")
 
+    from specsampling import loading
+    from specsampling.experiment import bind_decoders
     from specsampling.runner import check_prompt, source_of
 
     outline, planned = loading.outline_models(config)
@@ -213,15 +211,15 @@ def decode_one_prompt(
         generator = source_of(pair.target.device, *names, method in positional)
         steps: Any = decode(prompt, generator=generator, is_stop=None)
         generation = show(steps, pair.decode)
-        loading.say(f"\n{describe(method, generation)}")
+        say(f"\n{describe(method, generation)}")
         if generation.error:
-            loading.say(f"error: {generation.error}")
+            say(f"error: {generation.error}")
         generations.append(generation)
     if len(generations) == 2:
         alone, ours = generations
         same = "yes" if alone.token_ids == ours.token_ids else "no"
         ratio = _rate(ours) / _rate(alone) if _rate(alone) else float("nan")
-        loading.say(f"identical: {same}; speedup: {ratio:.2f}")
+        say(f"identical: {same}; speedup: {ratio:.2f}")
     return 1 if any(generation.error for generation in generations) else 0
 
 

@@ -20,17 +20,11 @@ GREEDY = "greedy:"
 
 
 class DraftName(NamedTuple):
-    """The parts of a draft's name.
+    """The parts of a draft's name."""
 
-    Attributes:
-        lookup: a key of `LOOKUPS`, or "".
-        model: a model's spec, `target-layers:N`, or "".
-        is_greedy: whether the model proposes its most probable tokens also when sampling.
-    """
-
-    lookup: str
-    model: str
-    is_greedy: bool
+    lookup: str  # a key of `LOOKUPS`, or ""
+    model: str  # a model's spec, `target-layers:N`, or ""
+    is_greedy: bool  # whether the model proposes its most probable tokens also when sampling
 
     @classmethod
     def parse(cls, name: str) -> DraftName:

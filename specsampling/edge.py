@@ -93,7 +93,13 @@ _signals = _Signals()
 
 
 def catch_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the process with one line, and with exit code 130 or 143."""
+    """Let Ctrl-C and SIGTERM end the process with one line, and with exit code 130 or 143.
+
+    A script ends here with one line on Windows, which lacks what the package needs.
+    """
+    if sys.platform == "win32":
+        _say("error: specsampling runs on Linux and macOS (got Windows); run it in WSL")
+        raise SystemExit(MISTAKE)
     for number in CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and `&` ignore it
             signal.signal(number, _signals)
@@ -102,15 +108,11 @@ def catch_signals() -> None:
 def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
     """End with one line if `ulimit -v` leaves too little room for the libraries.
 
-    Without this check, their imports could end in a traceback, abort silently or hang.
-
-    Args:
-        scoring_bytes: the address space that `--score` takes.
+    Without this check, their imports could end in a traceback, abort silently or hang. `--score`
+    takes `scoring_bytes` of address space.
     """
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
+    import resource
+
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return
@@ -120,7 +122,7 @@ def check_address_space(scoring_bytes: int = LIGHT_BYTES) -> None:
         if argument.startswith(("--score", "--help", "-h")):
             base_bytes = scoring_bytes if argument.startswith("--score") else LIGHT_BYTES
     thread_count = os.environ.get("OMP_NUM_THREADS", "")
-    has_affinity = hasattr(os, "sched_getaffinity")
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     threads = int(thread_count) if _is_number(thread_count) and int(thread_count) else num_cores
     needed = base_bytes + threads * THREAD_BYTES

@@ -1,7 +1,7 @@
 """Makes one run of a configuration: resolves it, loads the models, decodes, and reports.
 
-The decoders are arguments. Torch is imported only after the configuration has been read, so that a
-mistake in the configuration is reported at once.
+The decoders are arguments. The scripts import this module, and torch with it, only after they have
+read the configuration, so that a mistake there is reported at once.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specsampling import loading
 from specsampling.config import Config, method_parts
 from specsampling.edge import launched_by, rank
+from specsampling.loading import Drafts
+from specsampling.method.sampling import Sampling
+from specsampling.method.verify import RULES
+from specsampling.models.errors import say
+from specsampling.models.estimate import Planned
+from specsampling.models.load import Pair
 from specsampling.provenance import device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
 from specsampling.results import tables
@@ -26,49 +32,29 @@ from specsampling.results.records import RecordsError, Row, Run, read_meta, read
 from specsampling.results.runfile import RunFile, check_fresh, check_output, keep_rows
 from specsampling.results.scores import Scores, write_scores
 from specsampling.results.shards import Shard, take_in
-
-if TYPE_CHECKING:
-    from specsampling.loading import Drafts
-    from specsampling.models.estimate import Planned
-    from specsampling.models.load import Pair
-    from specsampling.runner import Decode, Job
-    from specsampling.tasks.task import Example, Prompt, Task
+from specsampling.runner import Decode, Job, all_jobs, encode_prompts, run
+from specsampling.tasks.task import Example, Prompt, Task
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before its models are loaded.
+    """A run before its models are loaded."""
 
-    Attributes:
-        config: the configuration as this process decodes it.
-        task: what is decoded.
-        output, fresh: where rows go, and whether the file starts over.
-        ranks: this process among several; None for the only one.
-        was_stopped: whether several processes were stopped before their rows were merged.
-        existing_run: what an earlier process left; None if nothing.
-        meta: what new rows are made with.
-        planned: the models as they will be loaded, the target first.
-        prompts: the examples with their prompts.
-        why_eager: why decode calls run PyTorch's operations one by one, if they do.
-    """
-
-    config: Config
+    config: Config  # as this process decodes it
     task: Task
     output: Path
-    fresh: bool
-    ranks: Ranks | None
-    was_stopped: bool
-    existing_run: Run | None
-    meta: dict[str, Any]
-    planned: Sequence[Planned]
+    fresh: bool  # whether the output starts over
+    ranks: Ranks | None  # this process among several; None for the only one
+    was_stopped: bool  # whether several processes were stopped before their rows were merged
+    existing_run: Run | None  # what an earlier process left
+    meta: dict[str, Any]  # what new rows are made with
+    planned: Sequence[Planned]  # the models as they will be loaded, the target first
     prompts: Sequence[tuple[Example, Prompt]]
-    why_eager: str
+    why_eager: str  # why decode calls run PyTorch's operations one by one, if they do
 
     @property
     def jobs(self) -> list[Job]:
         """The rows of the run, in their order."""
-        from specsampling.runner import all_jobs
-
         return all_jobs(self.prompts, self.config.run.methods, self.config.sampling.num_samples)
 
     @property
@@ -108,7 +94,7 @@ def run_experiment(
     if plan.is_finished and plan.existing_run:
         meta = plan.existing_run.meta
         made = f"{device_names(meta)}, {meta.get('date', '')[:10]}"
-        loading.say(f"Nothing is left to decode. The rows were made on {made}.")
+        say(f"Nothing is left to decode. The rows were made on {made}.")
     pair, drafts, expected = load(plan)
     decoders = bind_decoders(plan.config, pair, drafts, autoregressive, speculative)
     audits = decode(plan, pair, decoders, expected)
@@ -119,8 +105,6 @@ def run_experiment(
 
 def resolve(config: Config, task: Task, output: Path, fresh: bool) -> Plan:
     """Settle all that does not need weights. A mistake is told here, before minutes of loading."""
-    from specsampling.runner import encode_prompts
-
     ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
     models = config.models
     if ranks:
@@ -154,22 +138,20 @@ def require_same_machine(plan: Plan) -> None:
 
 
 def load(plan: Plan) -> tuple[Pair, Drafts, str]:
-    """Load a plan's models and prove what they can do.
-
-    Returns:
-        The pair, the drafts of all methods, and the expected peak of memory in words.
-    """
+    """Load a plan's models and prove what they can do; return also the expected peak of memory."""
     config, meta = plan.config, plan.meta
     sizes = plan.longest_prompt, plan.ranks.local_count if plan.ranks else 1
     device_map, expected = loading.settle_memory(config, plan.planned, *sizes)
     pair = loading.load_configured_pair(config, device_map)
     drafts = loading.load_drafts(config, pair)
     if config.decoding.compile == "off":
-        loading.say(f"  decode calls: eager ({plan.why_eager})")
-    elif not plan.is_finished and not loading.make_steps(config, pair, drafts, plan.longest_text):
-        meta.pop("steps", None)
+        say(f"  decode calls: eager ({plan.why_eager})")
+    elif not plan.is_finished:
+        pair, drafts, is_static = loading.make_steps(config, pair, drafts, plan.longest_text)
+        if not is_static:
+            meta.pop("steps", None)
     if config.run.batch_size > 1:
-        loading.make_batch(config, pair, drafts, plan.longest_text)
+        pair, drafts = loading.make_batch(config, pair, drafts, plan.longest_text)
     meta["bit_exact"] = loading.self_check(config, pair, plan.longest_text)
     return pair, drafts, expected
 
@@ -178,18 +160,16 @@ def decode(
     plan: Plan, pair: Pair, decoders: dict[str, Decode], expected_memory: str
 ) -> Mapping[str, Audit | None]:
     """Decode what is missing, and return each method's audit over all rows. Rank 0 audits."""
-    from specsampling.runner import run
-
     config, ranks, device = plan.config, plan.ranks, pair.target.device
     start = plan.output, plan.meta, plan.fresh
     existing, name = plan.existing_rows, device_name(device)
     audits: dict[str, Audit | None] = {}
     if plan.fresh and not rank() and (kept := keep_rows(plan.output)):
-        loading.say(f"  the rows that were there are kept in {kept}")
+        say(f"  the rows that were there are kept in {kept}")
     with Shard(*start, existing, ranks, name) if ranks else RunFile.open(*start) as run_file:
         num_rows = len(run_file.rows)
         more = f" (it has {num_rows} already; --fresh starts over)" if num_rows else ""
-        loading.say(f"  rows go to {plan.output}{more}")
+        say(f"  rows go to {plan.output}{more}")
         try:
             run(
                 *(pair, plan.task, plan.prompts, decoders, run_file),
@@ -213,7 +193,7 @@ def decode(
             audits = {method: audit(of_method) for method, of_method in by_method.items()}
             run_file.note(audit={method: str(found) for method, found in audits.items() if found})
             more = f" (expected {expected_memory})" if expected_memory else ""
-            loading.say(f"  peak memory: {peak}{more}")
+            say(f"  peak memory: {peak}{more}")
     return audits
 
 
@@ -255,9 +235,6 @@ def bind_decoders(
     config: Config, pair: Pair, drafts: Drafts, autoregressive: Callable, speculative: Callable
 ) -> dict[str, Decode]:
     """Return each method's decoder, bound to its models and settings."""
-    from specsampling.method.sampling import Sampling
-    from specsampling.method.verify import RULES
-
     warp = config.sampling
     shared: dict[str, Any] = {
         "max_new_tokens": config.decoding.max_new_tokens,

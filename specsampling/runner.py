@@ -6,7 +6,6 @@ The decoders are arguments. This module generates texts and does not score them.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from specsampling.models.kernel_model import fastest_race
 from specsampling.models.load import Pair
 from specsampling.models.memory import release_memory
 from specsampling.ranks import Ranks
+from specsampling.results.metrics import grouped
 from specsampling.results.records import OUT_OF_MEMORY, Key, Row, Source
 from specsampling.results.runfile import RunFile
 from specsampling.results.shards import Shard
@@ -97,9 +97,6 @@ class Job(NamedTuple):
     def key(self) -> Key:
         return self.example.id, self.method, self.sample_index
 
-    def pair(self) -> tuple[str, int]:
-        return self.example.id, self.sample_index
-
 
 def all_jobs(
     prompts: Sequence[tuple[Example, Prompt]], methods: Sequence[str], num_samples: int
@@ -117,16 +114,14 @@ def all_jobs(
     ]
 
 
-def _grouped(jobs: Iterable[Job], key: Callable[[Job], object]) -> list[list[Job]]:
-    groups: dict[object, list[Job]] = defaultdict(list)
-    for job in jobs:
-        groups[key(job)].append(job)
-    return list(groups.values())
+def _pairs(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Return the jobs of each (example, sample) pair."""
+    return list(grouped(((job.example.id, job.sample_index), job) for job in jobs).values())
 
 
 def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
     """Return a rank's jobs: its (example, sample) pairs, dealt in turn, with all methods."""
-    return [job for pair in _grouped(jobs, Job.pair)[ranks.index :: ranks.count] for job in pair]
+    return [job for pair in _pairs(jobs)[ranks.index :: ranks.count] for job in pair]
 
 
 def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
@@ -134,9 +129,10 @@ def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
 
     A block has more pairs than a batch has places, since some texts end early.
     """
-    pairs, size = _grouped(jobs, Job.pair), BLOCK * batch_size
+    pairs, size = _pairs(jobs), BLOCK * batch_size
     for start in range(0, len(pairs), size):
-        yield from _grouped(chain(*pairs[start : start + size]), lambda job: job.method)
+        block = chain(*pairs[start : start + size])
+        yield from grouped((job.method, job) for job in block).values()
 
 
 def run(

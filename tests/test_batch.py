@@ -1,7 +1,7 @@
 """Several texts at once: each gets the tokens that it gets alone, whoever it is decoded beside."""
 
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -14,9 +14,8 @@ from test_ranks import without_process
 
 from autoregressive import autoregressive
 from specsampling.method.adaptive import AdaptiveDraft
-from specsampling.method.batch import BatchRunner, decode_together, install
+from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import CompositeDraft, ModelDraft, NgramDraft
-from specsampling.method.forward import RUNNER
 from specsampling.method.sampling import GREEDY, Sampling
 from specsampling.models.exactness import check_exactness
 from specsampling.results.records import read_rows
@@ -29,7 +28,6 @@ WIDTH = 8
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt_neo", "mistral"])
 def pair(request):
-    """Models of their own: they get runners."""
     if request.param == "mistral":  # its layers see only the newest 16 keys
         return ARCHITECTURES["mistral-sliding"].model(), make_model("llama", 1)
     return make_model(request.param), make_model("llama", 1)
@@ -60,32 +58,11 @@ def alone(*arguments):
     return [job().token_ids for job in jobs_of(*arguments)]
 
 
-@contextmanager
-def installed(*models, size, capacity=LONGEST, width=WIDTH, fixed=None):
-    """Runners of several texts for a target, whose calls may have a fixed width, and others."""
-    runners = [
-        install(model, size, capacity, width, None if number else fixed)
-        for number, model in enumerate(models)
-    ]
-    try:
-        yield runners[0]
-    finally:
-        for model in models:
-            del model.__dict__[RUNNER]
-
-
-def together(target, model, size, *arguments):
-    with installed(target, model, size=size, fixed=WIDTH):
-        done = list(decode_together(jobs_of(target, *arguments), size))
+def together(target, model, size, kind, *arguments):
+    target = BatchRunner(target, size, LONGEST, WIDTH, WIDTH)
+    draft = drafts_of(BatchRunner(model, size, LONGEST, WIDTH)).get(kind)
+    done = list(decode_together(jobs_of(target, draft, *arguments), size))
     return [text.result.token_ids for text in sorted(done)]
-
-
-def test_calls_are_shared(pair, monkeypatch):
-    sizes, run_batch = [], BatchRunner.run
-    spy = lambda self, asked: sizes.append(len(asked)) or run_batch(self, asked)  # noqa: E731
-    monkeypatch.setattr(BatchRunner, "run", spy)
-    together(*pair, 6, None, WIDTH, GREEDY)
-    assert max(sizes) == 6 and len(sizes) <= 20  # as many calls as the longest text has tokens
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_p=0.9)], ids=["greedy", "sampled"])
@@ -98,15 +75,25 @@ def test_each_text_is_the_one_it_is_alone(kind, width, sampling, pair):
     draft = None if kind == "baseline" else drafts_of(model)[kind]
     expected = alone(target, draft, width, sampling)
     for size in (2, 9):
-        assert together(target, model, size, draft, width, sampling) == expected
+        assert together(target, model, size, kind, width, sampling) == expected
+
+
+def test_calls_are_shared(pair, monkeypatch):
+    target, model = pair
+    sizes = []
+    run_batch = BatchRunner.run
+    monkeypatch.setattr(
+        BatchRunner, "run", lambda self, asked: sizes.append(len(asked)) or run_batch(self, asked)
+    )
+    together(target, model, 6, "baseline", WIDTH, GREEDY)
+    assert max(sizes) == 6 and len(sizes) <= 20  # as many calls as the longest text has tokens
 
 
 def test_the_seconds_of_texts_add_up_to_the_time_that_passed(pair):
-    target, model = pair
-    with installed(target, model, size=3):
-        start = time.perf_counter()
-        done = list(decode_together(jobs_of(target, ModelDraft(model), None, GREEDY), 3))
-        passed = time.perf_counter() - start
+    target, model = (BatchRunner(decoded, 3, LONGEST, WIDTH) for decoded in pair)
+    start = time.perf_counter()
+    done = list(decode_together(jobs_of(target, ModelDraft(model), None, GREEDY), 3))
+    passed = time.perf_counter() - start
     seconds = [
         text.share * (text.result.prefill_seconds + text.result.decode_seconds) for text in done
     ]
@@ -121,8 +108,7 @@ def test_bits_are_the_same_among_others_and_the_check_would_see(error, pair, mon
     wrong = lambda self, asked: [rows + error * (len(asked) > 1) for rows in run_batch(self, asked)]  # noqa: E731, E501
     if error:
         monkeypatch.setattr(BatchRunner, "run", wrong)
-    with installed(pair[0], size=5, capacity=64, fixed=WIDTH):
-        check = check_exactness(pair[0], WIDTH, 64)
+    check = check_exactness(BatchRunner(pair[0], 5, 64, WIDTH, WIDTH), WIDTH, 64)
     assert check.is_exact == (not error)
     if not error:
         assert check.num_rows >= 16 and check.num_texts == 5 and check.from_alone < 1e-4
@@ -131,19 +117,20 @@ def test_bits_are_the_same_among_others_and_the_check_would_see(error, pair, mon
 def test_a_text_of_nan_leaves_the_others_alone(pair):
     target, _ = pair
     expected = alone(target, None, WIDTH, GREEDY)
-    with installed(target, size=3) as runner:
-        run_batch, poisoned = runner.run, []
+    runner = BatchRunner(target, 3, LONGEST, WIDTH)
+    run_batch = runner.run
+    poisoned = []
 
-        def run(asked):
-            logits = run_batch(asked)
-            if not poisoned and len(asked) == 3:
-                poisoned.append(asked[1].place)
-                runner._places[asked[1].place].values[0].fill_(torch.nan)
-                logits[1] = torch.full_like(logits[1], torch.nan)
-            return logits
+    def run(asked):
+        logits = run_batch(asked)
+        if not poisoned and len(asked) == 3:
+            poisoned.append(asked[1].place)
+            runner._places[asked[1].place].values[0].fill_(torch.nan)
+            logits[1] = torch.full_like(logits[1], torch.nan)
+        return logits
 
-        runner.run = run
-        done = sorted(decode_together(jobs_of(target, None, WIDTH, GREEDY), 3))
+    runner.run = run
+    done = sorted(decode_together(jobs_of(runner, None, WIDTH, GREEDY), 3))
     results = [text.result for text in done]
     assert poisoned and [result.finish_reason for result in results].count("error") == 1
     for result, tokens in zip(results, expected):
@@ -154,23 +141,22 @@ def test_a_text_of_nan_leaves_the_others_alone(pair):
 def test_texts_that_lack_memory_leave_the_others_alone(kind, pair):
     target, _ = pair
     expected = alone(target, None, WIDTH, GREEDY)
+    runner = BatchRunner(target, 3, LONGEST, WIDTH, WIDTH)
+    run_batch, num_calls = runner.run, []
+
+    def run(asked):
+        num_calls.append(len(asked))
+        if len(num_calls) == 4:
+            raise kind("no more")
+        return run_batch(asked)
 
     def guarded(job):
         with suppress(kind):
             return job().token_ids
 
-    with installed(target, size=3, fixed=WIDTH) as runner:
-        run_batch, num_calls = runner.run, []
-
-        def run(asked):
-            num_calls.append(len(asked))
-            if len(num_calls) == 4:
-                raise kind("no more")
-            return run_batch(asked)
-
-        runner.run = run
-        jobs = [partial(guarded, job) for job in jobs_of(target, None, WIDTH, GREEDY)]
-        found = [text.result for text in sorted(decode_together(jobs, 3))]
+    runner.run = run
+    jobs = [partial(guarded, job) for job in jobs_of(runner, None, WIDTH, GREEDY)]
+    found = [text.result for text in sorted(decode_together(jobs, 3))]
     assert 1 <= found.count(None) <= 3
     assert all(tokens in (None, wanted) for tokens, wanted in zip(found, expected))
 

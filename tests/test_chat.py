@@ -6,8 +6,8 @@ import pytest
 from conftest import make_tokenizer
 from transformers.utils import chat_template_utils
 
-from specsampling.models.chat import encode_chat
 from specsampling.models.errors import ModelError
+from specsampling.models.tokenizer import encode_chat
 
 START = datetime(2026, 3, 31, 23, 59, 58)
 LATER = datetime(2027, 11, 9, 8, 5, 1)

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,7 +206,6 @@ def everything_in(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there an open file cannot be replaced")
 @pytest.mark.parametrize(
     ("suffix", "mishap", "when", "expected"),
     CASES,
@@ -343,7 +341,6 @@ def zeros_behind(path: Path) -> None:
 CACHE = [killed, copied, replaced, removed, truncated, emptied, added, linked, zeros_behind]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 @pytest.mark.parametrize("name", [*WEIGHTS, cache.MANIFEST, cache.VERIFIED])
 @pytest.mark.parametrize("mishap", CACHE, ids=lambda mishap: mishap.__name__)
 def test_a_file_of_the_cache_meets_a_mishap(name, mishap, folder, capsys):

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +177,6 @@ def test_another_draft_is_a_method_of_its_own(config, tmp_path):
     assert "target-layers:99: the number of layers must be between" in errors
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_is_one_line_and_loses_nothing(config, tmp_path):
     output = tmp_path / "results2.jsonl"
     process = start("--config", config, "--limit", 8, "--output", output)

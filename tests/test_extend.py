@@ -10,9 +10,9 @@ from test_end_to_end import OURS
 from test_end_to_end import config as config  # a fixture
 
 import main_exp2
+from specsampling.config import PROJECT
 from specsampling.console import exit_code
 from specsampling.draft_name import LOOKUPS
-from specsampling.provenance import PROJECT
 from specsampling.results.records import read_rows, read_run
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (PROJECT / "docs/extend.md").read_text(), re.DOTALL)

@@ -11,9 +11,8 @@ from helpers import error_line, mistake
 
 import main_exp1
 import main_exp2
-from specsampling.config import load_config, require_task
+from specsampling.config import PROJECT, load_config, require_task
 from specsampling.console import exit_code
-from specsampling.provenance import PROJECT
 from specsampling.results import foreign
 from specsampling.results.files import read_file
 from specsampling.results.foreign import read_objects

@@ -113,7 +113,7 @@ def test_every_room_is_small_enough_to_read(path):
 
 
 RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens")
-SANDBOX = ("run", "judge", "wire", "namespace", "containment", "system_calls", "leases")
+SANDBOX = ("run", "judge", "wire", "namespace", "system_calls", "leases")
 LIGHT = [
     "edge",
     "config",

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,6 @@ from test_ranks import chance_port, without_process
 
 from specsampling.results.records import read_meta
 from specsampling.results.scores import read_scores, scores_path
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs kill -9")
 
 SAMPLED = ["--set", "sampling.temperature=1", "--set", "sampling.num_samples=2"]
 AUTO = ["--set", "speculation.k=auto"]

@@ -234,7 +234,7 @@ import datetime, os, sys
 sys.path.insert(0, {project!r})
 from transformers.utils import chat_template_utils
 from specsampling import provenance
-from specsampling.models import chat
+from specsampling.models import tokenizer
 from specsampling.console import exit_code
 
 class Clock(datetime.datetime):  # a day for each rank
@@ -252,7 +252,7 @@ if __name__ == "__main__":
     raise SystemExit(exit_code(main_exp2.main))
 """
 OTHERWISE = """
-encode = chat.encode_chat
+encode = tokenizer.encode_chat
 def otherwise(tokenizer, message, now):
     return encode(tokenizer, message + "!" * int(os.environ["RANK"]), now)
 from specsampling.models import load

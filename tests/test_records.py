@@ -447,7 +447,6 @@ def test_a_missing_file_to_read_is_one_line(path):
         assert "cannot be read (No such file" in error_of(read, path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a file size limit")
 def test_a_full_disk_leaves_no_part_of_a_row(path):
     """The half row would stand in the middle once later rows are appended."""
     import resource
@@ -502,7 +501,6 @@ def in_place_of_the_meta(folder: Path) -> Path:
     return folder / "a.jsonl"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX paths")
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -609,7 +607,6 @@ def test_a_second_process_is_refused_and_may_read(path, holder):
     assert read_rows(path) == [OTHER]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs kill -9")
 def test_a_killed_process_leaves_no_lock(path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()

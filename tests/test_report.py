@@ -13,8 +13,8 @@ from test_end_to_end import config as config  # a fixture
 from test_end_to_end import run
 
 from Benchmarks import report, run_page
+from specsampling.config import PROJECT
 from specsampling.console import exit_code
-from specsampling.provenance import PROJECT
 from specsampling.results import metrics
 from specsampling.results.records import read_rows
 

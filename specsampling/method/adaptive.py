@@ -23,6 +23,7 @@ from specsampling.method.drafts import (
     CompositeDraft,
     Draft,
     DraftTerms,
+    JointProposer,
     ModelDraft,
     ModelProposer,
     NgramDraft,
@@ -73,7 +74,7 @@ class Turn:
         return not (self._has_model and self._experience.prefers_model(matched, num, expected))
 
 
-class AdaptiveProposer:
+class AdaptiveProposer(JointProposer):
     """Lets the model draft while that pays. A lookup that is worth more goes on from there.
 
     Who proposes a token, if anyone does, depends on the tokens before it alone.
@@ -85,20 +86,8 @@ class AdaptiveProposer:
         model = draft.model
         turn = self._turn = Turn(self._lookup, model is not None, draft.experience)
         self._model = CarefulProposer(model, terms, draft.experience, turn) if model else None
+        super().__init__(self._lookup, self._model)
         self._cycle: Cycle | None = None  # the one under way
-
-    @property
-    def num_calls(self) -> int:
-        return self._model.num_calls if self._model else 0
-
-    @property
-    def forward_seconds(self) -> float:
-        return self._model.forward_seconds if self._model else 0.0
-
-    def prefill(self, tokens: Sequence[int]) -> None:
-        for proposer in (self._lookup, self._model):
-            if proposer:
-                proposer.prefill(tokens)
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
         cycle = self._cycle = Cycle()
@@ -131,9 +120,7 @@ class AdaptiveProposer:
         return proposed, draft_probs
 
     def rollback(self, length: int) -> None:
-        for proposer in (self._lookup, self._model):
-            if proposer:
-                proposer.rollback(length)
+        super().rollback(length)
         if self._cycle:
             self._cycle.seconds = time.perf_counter() - self._started
             # The text may have ended before some accepted tokens, which are then not counted.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specsampling.method.forward import RUNNER
+from specsampling.method.forward import Runner
 from specsampling.method.step import Buffers, decode_step
 
 Result = TypeVar("Result")
@@ -29,13 +29,9 @@ BLOCK = 64  # capacities are multiples of it: whole blocks for the kernels
 
 
 class Caller(Protocol):
-    """A model that takes the calls of several texts as one.
+    """A model that takes the calls of several texts as one."""
 
-    Attributes:
-        size: a measure by which a draft is smaller than its target.
-    """
-
-    size: int
+    size: int  # a measure by which a draft is smaller than its target
 
     def run(self, calls: list[Any]) -> list[Tensor]:
         """Answer each call."""
@@ -64,27 +60,24 @@ _own_thread = threading.local()  # its `text` is the one that the thread decodes
 
 @dataclass(frozen=True, order=True)
 class Done:
-    """A text that has ended.
+    """A text that has ended."""
 
-    Attributes:
-        index: the place of its job among the jobs.
-        result: what the job returned.
-        share: the part of the time from its start to its end that is its own. Each moment is
-            divided equally among the texts that were open then.
-    """
-
-    index: int
-    result: Any
+    index: int  # the place of its job among the jobs
+    result: Any  # what the job returned
+    # The part of the time from its start to its end that is its own. Each moment is divided equally
+    # among the texts that were open then.
     share: float
 
 
-class BatchRunner:
-    """A model's decode step for several texts; see `forward.Runner`.
+class BatchRunner(Runner):
+    """A model that decodes several texts at once; see `forward.Runner`.
 
-    Attributes:
-        capacity: positions in each text's part of the cache.
+    Args:
+        model: one for which `step.has_step` is true.
         num_places: the most texts at once.
-        widest: the most rows that a text has in a call.
+        longest: the tokens of the longest text.
+        widest: the most rows that a text has in a call. So many positions stay free behind the
+            longest text and the padding of its last call.
         width: rows per text of the calls that cover all places. A row's bits in them do not depend
             on how many texts are open. None if all calls are only as large as needed.
     """
@@ -93,17 +86,17 @@ class BatchRunner:
         self,
         model: PreTrainedModel,
         num_places: int,
-        capacity: int,
+        longest: int,
         widest: int,
         width: int | None = None,
     ):
-        self.capacity = capacity
+        capacity = -(-(longest + 2 * widest) // BLOCK) * BLOCK
+        super().__init__(model, capacity)
         self.widest = widest
         self.width = width
         self.num_places = num_places
         config: Any = model.config
         self.size = config.num_hidden_layers * config.hidden_size**2  # see `Caller`
-        self._model = model
         self._all = Buffers.of(model, capacity, num_places)
         self._places = [
             Buffers(*([layer[i : i + 1] for layer in layers] for layers in self._all))
@@ -137,7 +130,7 @@ class BatchRunner:
         """
         by_place = {call.place: call for call in calls}
         num_rows = max(len(call.ids) for call in calls)
-        steps = torch.arange(num_rows, device=self._model.device)
+        steps = torch.arange(num_rows, device=self.device)
         ids, positions = [], []
         is_whole = num_rows == self.width
         for place in range(self.num_places if is_whole else max(by_place) + 1):
@@ -151,31 +144,8 @@ class BatchRunner:
                 ids.append(torch.zeros_like(steps))
             positions.append(start + steps)
         buffers = Buffers(*([layer[: len(ids)] for layer in layers] for layers in self._all))
-        logits = decode_step(self._model, torch.stack(ids), torch.stack(positions), buffers)
+        logits = decode_step(self.model, torch.stack(ids), torch.stack(positions), buffers)
         return [logits[call.place, : len(call.ids)] for call in calls]
-
-
-def install(
-    model: PreTrainedModel,
-    num_places: int,
-    longest: int,
-    widest: int,
-    width: int | None = None,
-) -> BatchRunner:
-    """Give a model a runner for several texts, in place of any that it has.
-
-    Args:
-        model: one for which `step.has_step` is true.
-        num_places: the most texts at once.
-        longest: the tokens of the longest text.
-        widest: the most rows that a text has in a call. So many positions stay free behind the
-            longest text and the padding of its last call.
-        width: see `BatchRunner`.
-    """
-    capacity = -(-(longest + 2 * widest) // BLOCK) * BLOCK
-    runner = BatchRunner(model, num_places, capacity, widest, width)
-    model.__dict__[RUNNER] = runner
-    return runner
 
 
 class _Open:
@@ -233,14 +203,7 @@ def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator
     """Run jobs whose models take several texts, up to `size` jobs at once.
 
     If texts wait for several models, the smallest is called first. So a target is called once all
-    texts have drafted.
-
-    Args:
-        jobs: each decodes a text. An error of one ends all.
-        size: the most jobs at once.
-
-    Returns:
-        A `Done` for each job, in the order in which they ended.
+    texts have drafted. An error of one job ends all. Jobs are yielded in the order of their ends.
     """
     pending = enumerate(jobs)
     texts: list[_Open] = []

@@ -18,14 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specsampling.method.distribution import Distribution, NonFiniteError, one_hot
-from specsampling.method.forward import RUNNER, Model, is_exact
-from specsampling.method.sampling import (
-    GREEDY,
-    Randomness,
-    Sampling,
-    probs_from_logits,
-    sample,
-)
+from specsampling.method.forward import Model, is_exact
+from specsampling.method.sampling import GREEDY, Randomness, Sampling, probs_from_logits, sample
 from specsampling.method.session import Session, context_limit
 
 
@@ -33,22 +27,16 @@ class Proposer(Protocol):
     """A draft at work on one text."""
 
     @property
-    def num_calls(self) -> int:
-        """Forward calls after the prefill."""
+    def num_calls(self) -> int: ...  # after the prefill
 
     @property
-    def forward_seconds(self) -> float:
-        """Time inside a model, prefill included."""
+    def forward_seconds(self) -> float: ...  # inside a model, prefill included
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Take in the prompt without its newest token."""
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        """Propose what comes after `tokens`.
-
-        Returns:
-            At most k token ids, and for each the distribution that it was drawn from.
-        """
+        """Propose at most k ids behind `tokens`, each with the distribution it was drawn from."""
 
     def rollback(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -56,30 +44,16 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class DraftTerms:
-    """The terms on which a draft works on one of a target's texts.
+    """The terms on which a draft works on one of a target's texts."""
 
-    Attributes:
-        capacity: the most tokens that the text can have.
-        vocab_size: logits in a row of the target's; a draft proposes no token beyond them.
-        device: the target's.
-        sampling: the target's warp.
-        source: the source of all randomness.
-    """
-
-    capacity: int
-    vocab_size: int
-    device: torch.device
-    sampling: Sampling
-    source: Randomness
+    capacity: int  # the most tokens that the text can have
+    vocab_size: int  # logits in a row of the target's; a draft proposes no token beyond them
+    device: torch.device  # the target's
+    sampling: Sampling  # the target's warp
+    source: Randomness  # of all draws
 
     @classmethod
-    def of(
-        cls,
-        target: Model,
-        capacity: int,
-        sampling: Sampling,
-        source: Randomness,
-    ) -> DraftTerms:
+    def of(cls, target: Model, capacity: int, sampling: Sampling, source: Randomness) -> DraftTerms:
         return cls(capacity, num_logits(target), target.device, sampling, source)
 
 
@@ -94,19 +68,15 @@ class Draft(Protocol):
 class ModelDraft:
     """A smaller model, with the target's warp.
 
-    Attributes:
-        model: the model.
-        max_k: the most tokens that it proposes in a cycle; None for as many as it is asked for.
-        min_confidence: a cycle's proposals end with the first one for which the model's largest
-            probability, before the warp, is below this number. That proposal is verified like all
-            others, so the output stays exact. 0 switches this off.
-        is_greedy: whether it proposes its most probable tokens even if the target samples. Each is
-            accepted as often as the target would draw it.
+    A cycle's proposals end after the first one for which the model's largest probability, before
+    the warp, is below `min_confidence`. That proposal is verified like all others, so the output
+    stays exact. If `is_greedy`, it proposes its most probable tokens even if the target samples.
+    Each is accepted as often as the target would draw it.
     """
 
     model: Model
-    max_k: int | None = None
-    min_confidence: float = 0.0
+    max_k: int | None = None  # the most tokens of a cycle; None for as many as asked for
+    min_confidence: float = 0.0  # 0 is off
     is_greedy: bool = False
 
     def start(self, terms: DraftTerms) -> ModelProposer:
@@ -135,8 +105,8 @@ class ModelProposer:
         self._session.prefill(self._known(tokens[: self._longest]))
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        k = min(k, self._draft.max_k or k)
-        k = max(0, min(k, self._longest - len(tokens) + 1))  # none in a full context
+        room = self._longest - len(tokens) + 1  # none in a full context
+        k = max(0, min(k, self._draft.max_k or k, room))
         sequence = list(tokens)
         terms = self._terms
         draft_probs: list[Distribution] = []
@@ -179,14 +149,10 @@ class NgramDraft:
 
     This is also called prompt lookup. Its distributions are one-hot, so the verifier accepts a
     token with exactly the probability that the target gives it.
-
-    Attributes:
-        longest: the n-gram that is searched first has so many tokens.
-        shortest: the n-gram that is searched last has so many tokens.
     """
 
-    longest: int = 3
-    shortest: int = 1
+    longest: int = 3  # tokens of the n-gram that is searched first
+    shortest: int = 1  # tokens of the one that is searched last
 
     def start(self, terms: DraftTerms) -> NgramProposer:
         return NgramProposer(self.longest, self.shortest)
@@ -249,40 +215,42 @@ class CompositeDraft:
         return CompositeProposer(self.lookup.start(terms), self.model.start(terms))
 
 
-class CompositeProposer:
-    def __init__(self, lookup: Proposer, model: Proposer):
-        self._lookup = lookup
-        self._model = model
+class JointProposer:
+    """What proposers that share a text have in common."""
+
+    def __init__(self, *parts: Proposer | None):
+        self._parts = [part for part in parts if part is not None]
 
     @property
     def num_calls(self) -> int:
-        return self._model.num_calls
+        return sum(part.num_calls for part in self._parts)
 
     @property
     def forward_seconds(self) -> float:
-        return self._model.forward_seconds
+        return sum(part.forward_seconds for part in self._parts)
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        self._lookup.prefill(tokens)
-        self._model.prefill(tokens)
-
-    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        proposed, draft_probs = self._lookup.propose(tokens, k)
-        return (proposed, draft_probs) if proposed else self._model.propose(tokens, k)
+        for part in self._parts:
+            part.prefill(tokens)
 
     def rollback(self, length: int) -> None:
-        self._lookup.rollback(length)
-        self._model.rollback(length)
+        for part in self._parts:
+            part.rollback(length)
+
+
+class CompositeProposer(JointProposer):
+    def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
+        lookup, model = self._parts
+        proposed, draft_probs = lookup.propose(tokens, k)
+        return (proposed, draft_probs) if proposed else model.propose(tokens, k)
 
 
 def first_layers(model: Model, num_layers: int) -> Model:
     """Cut a shallow model from `model`: its first layers, final norm and head.
 
     The shallow model shares the tensors, so it needs no memory of its own. It was not trained for
-    its depth, so few of its proposals are accepted.
-
-    Raises:
-        ValueError: `num_layers` is not between 1 and the model's own number.
+    its depth, so few of its proposals are accepted. A ValueError says that `num_layers` is not
+    between 1 and the model's own number.
     """
     config = copy.deepcopy(model.config)
     text_config = config.get_text_config(decoder=True)
@@ -301,20 +269,13 @@ def first_layers(model: Model, num_layers: int) -> Model:
 
 def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any:
     """Copy a model with another module at a path. Modules off the path are shared."""
-    clone = _shallow_copy(model)
+    clone = copy.copy(model)
+    clone._modules = dict(model._modules)  # the same children and tensors
     if isinstance(getattr(model, "config", None), PreTrainedConfig):
         is_whole = model.config.model_type == config.model_type
         clone.config = config if is_whole else config.get_text_config(decoder=True)
     name, *rest = path
     setattr(clone, name, _with_part(getattr(model, name), rest, part, config) if rest else part)
-    return clone
-
-
-def _shallow_copy(module: Any) -> Any:
-    """Make a new module over the same children and tensors."""
-    clone = copy.copy(module)
-    clone.__dict__.pop(RUNNER, None)  # the runner runs the original
-    clone._modules = dict(module._modules)
     return clone
 
 

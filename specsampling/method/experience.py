@@ -40,13 +40,12 @@ QUICK, QUICK_CYCLES = 2.0, 3  # factor, and number of cycles in a row faster by 
 
 
 class AcceptanceRate:
-    """Estimates the share of accepted tokens from verdicts and a prior."""
+    """Estimates the share of accepted tokens from the verdicts that it sees and a prior."""
 
     def __init__(self) -> None:
         self._accepted = self._tested = 0
 
     def see(self, is_accepted: bool) -> None:
-        """Count a verdict."""
         self._accepted += is_accepted
         self._tested += 1
 
@@ -56,45 +55,40 @@ class AcceptanceRate:
 
 
 class FadingRate:
-    """Estimates an amount per unit, such as seconds per call. Old observations fade."""
+    """Estimates an amount per unit, such as seconds per call. What it saw long ago fades."""
 
     def __init__(self) -> None:
         self._amount = self._units = 0.0
 
     def see(self, amount: float, units: float) -> None:
-        """Add an observation."""
         self._amount = MEMORY * self._amount + amount
         self._units = MEMORY * self._units + units
 
     @property
     def estimate(self) -> float:
-        """The amount per unit. Returns 0 if nothing has been observed."""
+        """The amount per unit; 0 if nothing has been seen."""
         return self._amount / self._units if self._units else 0.0
 
 
 class SecondsByRows:
-    """Predicts a call's seconds from its rows by a least-squares line that never falls.
-
-    Old observations fade.
-    """
+    """Predicts a call's seconds from its rows by a least-squares line that never falls."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, rows, seconds, rows^2, rows * seconds
 
     def see(self, rows: float, seconds: float) -> None:
-        """Add an observation."""
         terms = (1.0, rows, seconds, rows * rows, rows * seconds)
         self._sums = [MEMORY * old + new for old, new in zip(self._sums, terms)]
 
     @property
     def slope(self) -> float:
-        """Seconds per row. Returns 0 if calls of one size alone have been observed."""
+        """Seconds per row; 0 if calls of one size alone have been seen."""
         n, x, y, xx, xy = self._sums
         spread = n * xx - x * x
         return max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * n else 0.0
 
     def at(self, rows: float) -> float:
-        """Predict a call's seconds. Returns 0 if nothing has been observed."""
+        """Predict a call's seconds; 0 if nothing has been seen."""
         n, x, y = self._sums[:3]
         return (y + self.slope * (n * rows - x)) / n if n else 0.0
 
@@ -104,21 +98,15 @@ class CallSeconds:
 
     Calls of one row use other kernels, so they have their own mean. One line through calls of all
     sizes would see the step between one row and two as the price of every row.
-
-    Attributes:
-        num_of_one: calls of one row that have been timed.
-        most_rows: the largest call that has been timed.
-        least_seconds: the fastest call that has been timed, or 0.
     """
 
     def __init__(self) -> None:
         self._one, self._more = FadingRate(), SecondsByRows()
-        self.num_of_one = 0
-        self.most_rows = 0
-        self.least_seconds = 0.0
+        self.num_of_one = 0  # calls of one row
+        self.most_rows = 0  # the rows of the largest call
+        self.least_seconds = 0.0  # the time of the fastest call
 
     def see(self, rows: int, seconds: float) -> None:
-        """Add the time of a call."""
         self.least_seconds = min(self.least_seconds or seconds, seconds)
         self.most_rows = max(self.most_rows, rows)
         if rows == 1:
@@ -128,7 +116,7 @@ class CallSeconds:
             self._more.see(rows, seconds)
 
     def at(self, rows: int) -> float:
-        """Predict a call's seconds. Returns 0 if no such call has been timed."""
+        """Predict a call's seconds; 0 if no such call has been seen."""
         one, more = self._one.estimate, self._more.at(rows)
         if rows == 1:
             return one or more
@@ -154,46 +142,29 @@ class Retry:
 
     @property
     def is_due(self) -> bool:
-        """True if the silence has lasted long enough."""
         return self._num_silent >= self._patience
 
     def see(self, was_asked: bool, is_trial: bool) -> None:
         """Count a cycle. If the drafter was used, and not for a trial, doubling begins anew."""
-        if not was_asked:
-            self._num_silent += 1
-            return
-        if self.is_due:
+        if was_asked and self.is_due:
             self._patience *= 2
-        elif not is_trial:
+        elif was_asked and not is_trial:
             self._patience = PATIENCE
-        self._num_silent = 0
+        self._num_silent = 0 if was_asked else self._num_silent + 1
 
 
 @dataclass
 class Cycle:
-    """Who proposed how many tokens in a cycle, and how long it took.
+    """Who proposed how many tokens in a cycle, and how long it took."""
 
-    Attributes:
-        num_proposed: all proposed tokens. The model's come before the lookup's.
-        matched: tokens that a lookup found again at the cycle's start, whoever then proposes.
-            It is 0 if there was no match.
-        lookup_from: the position of the first proposal that is a lookup's.
-        lookup_matched: tokens that the lookup found again at that position. It is 0 if the lookup
-            proposes nothing.
-        confidences: the model's largest probability at each of its tokens. The last may be absent.
-        draft_calls: calls of the model.
-        draft_seconds: time in these calls.
-        seconds: time of the whole cycle.
-    """
-
-    num_proposed: int = 0
-    matched: int = 0
-    lookup_from: int = 0
-    lookup_matched: int = 0
-    confidences: Sequence[float] = ()
+    num_proposed: int = 0  # by the model first, and then by the lookup
+    matched: int = 0  # tokens that a lookup found again at the start, whoever then proposes
+    lookup_from: int = 0  # the position of the first proposal that is a lookup's
+    lookup_matched: int = 0  # tokens that the lookup found again there; 0 if it proposes nothing
+    confidences: Sequence[float] = ()  # the model's largest probabilities; the last may be absent
     draft_calls: int = 0
-    draft_seconds: float = 0.0
-    seconds: float = 0.0
+    draft_seconds: float = 0.0  # in these calls
+    seconds: float = 0.0  # of the whole cycle
 
     @property
     def target_seconds(self) -> float:
@@ -218,24 +189,21 @@ class Times:
     num_quick: int = 0  # quick cycles in a row
 
 
-@dataclass
 class Experience:
-    """The experience of a run with its cycles so far."""
+    """The experience of a run with its cycles so far.
 
-    times: Times = field(default_factory=Times)
-    # Tokens per cycle in which the model drafted.
-    model_cycle: FadingRate = field(default_factory=FadingRate)
-    # What lookups add behind the model's tokens, per token of the model.
-    tail: FadingRate = field(default_factory=FadingRate)
-    model: AcceptanceRate = field(default_factory=AcceptanceRate)
-    by_confidence: dict[int, AcceptanceRate] = field(
-        default_factory=lambda: defaultdict(AcceptanceRate)
-    )
-    # By how many tokens were found again, and by the position behind them, too.
-    lookup: dict[int, AcceptanceRate] = field(default_factory=lambda: defaultdict(AcceptanceRate))
-    by_position: dict[tuple[int, int], AcceptanceRate] = field(
-        default_factory=lambda: defaultdict(AcceptanceRate)
-    )
+    In all methods, `matched` counts the tokens that a lookup found again at the cycle's start.
+    """
+
+    def __init__(self, times: Times | None = None) -> None:
+        self.times = times or Times()
+        self.model_cycle = FadingRate()  # tokens per cycle in which the model drafted
+        self.tail = FadingRate()  # what lookups add behind the model's tokens, per such token
+        self.model = AcceptanceRate()
+        self.by_confidence: dict[int, AcceptanceRate] = defaultdict(AcceptanceRate)
+        self.lookup: dict[int, AcceptanceRate] = defaultdict(AcceptanceRate)  # by `matched`
+        # By `matched`, and by the position behind these tokens.
+        self.by_position: dict[tuple[int, int], AcceptanceRate] = defaultdict(AcceptanceRate)
 
     def learn(self, cycle: Cycle, num_accepted: int) -> None:
         """Learn from a cycle that is over."""
@@ -273,9 +241,8 @@ class Experience:
 
     def _expected(self, cycle: Cycle) -> tuple[float, float]:
         """Predict the seconds of a cycle's target call and of its draft calls."""
-        times, rows = self.times, cycle.num_proposed + 1
-        draft_seconds = times.draft_call.estimate * cycle.draft_calls
-        return times.target_call.at(rows), draft_seconds
+        draft_seconds = self.times.draft_call.estimate * cycle.draft_calls
+        return self.times.target_call.at(cycle.num_proposed + 1), draft_seconds
 
     def _is_news(self, cycle: Cycle) -> bool:
         """Say whether a cycle shows that the machine is faster than the estimates say.
@@ -288,9 +255,8 @@ class Experience:
             target_seconds = 0.0
         # The fitted line may lie below all observed times.
         target_seconds = max(target_seconds, times.target_call.least_seconds)
-        if STALL * cycle.target_seconds < target_seconds:
-            return True
-        if STALL * cycle.draft_seconds < draft_seconds:
+        is_fast = STALL * cycle.target_seconds < target_seconds
+        if is_fast or STALL * cycle.draft_seconds < draft_seconds:
             return True
         if target_seconds:
             is_quick = QUICK * cycle.target_seconds < target_seconds
@@ -337,18 +303,14 @@ class Experience:
     def one_more_pays(self, chance_so_far: float, matched: int = 0) -> bool:
         """Say whether the model should draft one more token.
 
-        Args:
-            chance_so_far: the chance that all tokens before it are accepted.
-            matched: tokens that a lookup found again at the cycle's start.
+        `chance_so_far` is the chance that all tokens before it are accepted.
         """
         return self._gain(chance_so_far, matched) > 0
 
     def turn_pays(self, most: int, matched: int = 0) -> bool:
-        """Say whether the model should draft at all. The target call then has several rows.
+        """Say whether the model should draft at all, up to `most` tokens.
 
-        Args:
-            most: the most tokens that it may draft.
-            matched: tokens that a lookup found again at the cycle's start.
+        The target call then has several rows.
         """
         times = self.times
         if times.target_call.num_of_one < TRIALS:  # one row's price is not known yet
@@ -372,11 +334,8 @@ class Experience:
     def lookup_plan(self, matched: int, most: int, chance: float = 1.0) -> tuple[int, float]:
         """Plan how many tokens a lookup proposes; also return how many it expects accepted.
 
-        Args:
-            matched: tokens that it found again.
-            most: the most tokens that it may propose.
-            chance: the chance that all tokens before them are accepted. It is 1 if there are none,
-                and then the lookup proposes at least one token.
+        It may propose `most` tokens, and `chance` is the chance that all tokens before them are
+        accepted. If there are none, the chance is 1, and the lookup proposes at least one token.
         """
         cost = self.times.pace[matched].estimate * self._seconds_per_row
         usual = self.lookup[matched].estimate(LOOKUP_PRIOR)
@@ -391,15 +350,12 @@ class Experience:
     def prefers_model(self, matched: int, num_proposed: int, expected: float) -> bool:
         """Say whether the model's turn is worth more than a lookup.
 
-        Args:
-            matched: tokens that the lookup found again.
-            num_proposed: tokens that the lookup would propose.
-            expected: how many of these would be accepted.
+        The lookup would propose `num_proposed` tokens, of which `expected` would be accepted.
         """
-        times = self.times
-        lookup_seconds = times.target_call.at(num_proposed + 1)
         if self.is_model_due:
             return True
+        times = self.times
+        lookup_seconds = times.target_call.at(num_proposed + 1)
         is_lookup_due = CURIOSITY * times.seconds_without_lookup > lookup_seconds
         if is_lookup_due or not times.model_seconds.estimate:
             return False

@@ -8,6 +8,7 @@ This module knows nothing of lengths, time or rolling back; `session.py` does.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeGuard
@@ -19,31 +20,33 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specsampling.method.step import Buffers, decode_step, has_step, head, hidden_states
 
-RUNNER = "step_runner"  # the attribute in which a model carries its `Runner`
 
-
-class Runner(Protocol):
-    """A model's decode step made ready for calls of a few sizes.
+class Runner(abc.ABC):
+    """A model whose decode step is ready for calls of a few sizes. All else is the model's own.
 
     Attributes:
+        model: the model itself.
         capacity: positions in the buffers that it is ready for.
     """
 
-    capacity: int
+    def __init__(self, model: PreTrainedModel, capacity: int):
+        self.model = model
+        self.capacity = capacity
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    @abc.abstractmethod
     def num_rows(self, needed: int) -> int:
         """Return the smallest size of call that holds `needed` tokens, or else the largest."""
 
+    @abc.abstractmethod
     def buffers(self, capacity: int, owner: object) -> Buffers:
         """Return a text's buffers. They belong to `owner` as long as it is alive."""
 
+    @abc.abstractmethod
     def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
         """Return what `decode_step` returns."""
-
-
-def runner_of(model: Model) -> Runner | None:
-    """Return the runner that a model was given, if any."""
-    return model.__dict__.get(RUNNER)
 
 
 class Forward(Protocol):
@@ -82,7 +85,7 @@ class ExactModel(Protocol):
         """Cut a shallow model: the first layers, final norm and head."""
 
 
-Model = PreTrainedModel | ExactModel
+Model = PreTrainedModel | ExactModel | Runner
 
 
 def is_exact(model: Model) -> TypeGuard[ExactModel]:
@@ -94,6 +97,8 @@ def forward_of(model: Model, capacity: int, context: int) -> Forward:
     """Choose how to call a model, over a new cache of `capacity` tokens, of `context` positions."""
     if is_exact(model):
         return model.make_forward(capacity)
+    if isinstance(model, Runner):
+        return StepForward(model.model, capacity, model)
     assert isinstance(model, PreTrainedModel)
     if has_step(model):
         return StepForward(model, capacity)
@@ -103,9 +108,8 @@ def forward_of(model: Model, capacity: int, context: int) -> Forward:
 class StepForward:
     """Calls a model by our static step."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int):
+    def __init__(self, model: PreTrainedModel, capacity: int, runner: Runner | None = None):
         self._model = model
-        runner = runner_of(model)
         self._buffers = runner.buffers(capacity, self) if runner else Buffers.of(model, capacity)
         self._run: Callable[[Tensor, Tensor, Buffers], Tensor] = runner or partial(
             decode_step, model

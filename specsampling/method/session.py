@@ -13,7 +13,7 @@ into calls, and greedy speculative decoding is bit-exact in 16 bit. A model whos
 (`forward.ExactModel`) ignores the width.
 
 Without a width, a call has as many rows as there are new tokens and sees only the filled part of
-the cache. This is the fastest way, and speedups are measured against it. A model with a runner
+the cache. This is the fastest way, and speedups are measured against it. A model in a runner
 (`forward.Runner`) has calls of a few sizes only, and takes the smallest that holds the new tokens.
 
 This module knows nothing of sampling, drafting or text.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from specsampling.method.forward import Model, forward_of, is_exact, runner_of
+from specsampling.method.forward import Model, Runner, forward_of, is_exact
 
 
 class Session:
@@ -55,7 +55,7 @@ class Session:
         if width is not None:
             # A padded last call writes up to `width` rows. A multiple of 64 keeps blocks whole.
             capacity = -(-(capacity + width) // 64) * 64
-        runner = runner_of(model)
+        runner = model if isinstance(model, Runner) else None
         if runner is not None:
             capacity = max(capacity, runner.capacity)
         self.model = model

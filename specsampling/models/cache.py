@@ -40,14 +40,11 @@ def cache_folder() -> Path:
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
-    variable, below_home = {
-        "win32": ("LOCALAPPDATA", "AppData/Local"),
-        "darwin": ("", "Library/Caches"),
-    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    if base := os.environ.get(variable):
+    is_mac = sys.platform == "darwin"
+    if not is_mac and (base := os.environ.get("XDG_CACHE_HOME")):
         return Path(base, "specsampling")
     try:
-        return Path.home() / below_home / "specsampling"
+        return Path.home() / ("Library/Caches" if is_mac else ".cache") / "specsampling"
     except RuntimeError as error:  # no HOME, and an account without a folder of its own
         raise ModelError(
             "models that are fetched or converted are kept in a folder, and this user has no home; "
@@ -66,10 +63,8 @@ def made_once(folder: Path) -> Iterator[Path | None]:
     """Yield where to make a folder of the cache, or None if the folder is whole.
 
     The folder is made aside and then moved into place. So a killed process leaves no half-made
-    folder, and the next process clears its scratch files. A second process waits.
-
-    Raises:
-        ModelError: the cache cannot be written.
+    folder, and the next process clears its scratch files. A second process waits. A ModelError says
+    that the cache cannot be written.
     """
     if not problem_of(folder):
         yield None
@@ -138,14 +133,10 @@ def _is_verified(folder: Path, written: dict[str, int]) -> bool:
 
 
 def _mark_verified(folder: Path, written: dict[str, int]) -> None:
-    mark = folder / VERIFIED
-    aside = mark.with_name(f"{mark.name}.unfinished")
-    with suppress(OSError):  # if the cache is not writable, the next start compares again
-        try:
-            aside.write_text(json.dumps({"boot": psutil.boot_time(), "written": written}))
-            aside.replace(mark)
-        finally:
-            aside.unlink(missing_ok=True)
+    """Note that the hashes agree. If the note is missing or torn, the next start compares again."""
+    note = {"boot": psutil.boot_time(), "written": written}
+    with suppress(OSError):  # the cache may not be writable
+        (folder / VERIFIED).write_text(json.dumps(note))
 
 
 def _publish(made: Path, folder: Path) -> None:

@@ -150,12 +150,8 @@ def _into_kernel(
 def make_fast(model: PreTrainedModel, quantization: str = "none") -> Model:
     """Prepare a model of any weights for decoding, without a proof.
 
-    Args:
-        model: on its device. It is returned itself, or it loses its weights to the kernel.
-        quantization: as `load_model` takes it. Only the CPU kernel quantises here.
-
-    Raises:
-        ModelError: the kernel does not know a model that it must quantise.
+    The model is returned itself, or it loses its weights to the CPU kernel. Only the kernel
+    quantises here: a ModelError says that it does not know a model that it must quantise.
     """
     if quantization != "none" or uses_kernel(model, quantization, model.device):
         try:
@@ -209,11 +205,7 @@ def _read(
 
 
 def plan_model(spec: str, dtype: torch.dtype, quantization: str = "none") -> Planned:
-    """Describe a model as `load_model` would make it, without reading its weights.
-
-    Raises:
-        ModelError: its configuration cannot be found or read.
-    """
+    """Describe a model as `load_model` would make it, unread; or raise a ModelError."""
     with _one_line(spec):
         if (config := read_config(spec)).is_encoder_decoder:
             raise ModelError(

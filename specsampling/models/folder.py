@@ -98,10 +98,8 @@ def file_of(location: str, name: str) -> Path | None:
 def weight_files(location: str, names: tuple[str, str]) -> list[Path]:
     """List the files of a folder's or a hub id's weights, in order; [] if it has none so named.
 
-    The two names are those of one file that holds all weights, and of the index of several files.
-
-    Raises:
-        ModelError: the index cannot be read, or it names a missing file.
+    The two names are those of one file that holds all weights, and of the index of several files. A
+    ModelError says that the index cannot be read, or names a missing file.
     """
     whole, index = (file_of(location, name) for name in names)
     if whole or not index:
@@ -140,10 +138,9 @@ def _hub_answers() -> bool:
 
 
 def safe_location(location: str) -> str:
-    """Return where a model has safetensors. Pickles are converted into a folder of the cache.
+    """Return where a model has safetensors: for pickles, a folder of the cache.
 
-    Raises:
-        ModelError: a pickle holds more than tensors, or the cache cannot be written.
+    A ModelError says that a pickle holds more than tensors.
     """
     if any(file_of(location, name) for name in SAFE_WEIGHTS):
         config = file_of(location, "config.json") if hub_options(location) else None
@@ -220,12 +217,9 @@ def stored_quantization(location: str) -> dict[str, Any] | None:
 
 
 def require_wide(location: str, unexpected: set[str], spec: str) -> None:
-    """Refuse matrices of 8-bit numbers, whose scales would not be applied.
+    """Refuse matrices of 8-bit numbers, whose scales no quantiser would apply.
 
-    Args:
-        location: where the weights are, which no quantiser of transformers reads.
-        unexpected: names of stored tensors that the model did not take.
-        spec: what the user calls the model.
+    `unexpected` names the stored tensors that the model did not take.
     """
     for path in weight_files(location, SAFE_WEIGHTS):
         with safe_open(path, framework="pt") as file:
@@ -289,9 +283,8 @@ def without_adapter(location: str) -> Iterator[str]:
 def merge_adapter(base: PreTrainedModel, location: str, spec: str) -> PreTrainedModel:
     """Add an adapter to its base's weights, in the base's precision.
 
-    Raises:
-        ModelError: peft is missing, or the adapter cannot be merged, gives other logits once it is
-            merged, or has tensors without a place.
+    A ModelError says that peft is missing, or that the adapter does not fit its base or gives other
+    logits once it is merged.
     """
     try:
         import peft
@@ -360,10 +353,8 @@ def read_tokenizer_file(location: str) -> PreTrainedTokenizerBase | None:
     """Read the tokenizer of a folder's or hub id's `tokenizer.json`; None without such a file.
 
     The special tokens, the chat template and the tokens around a text are those of
-    `tokenizer_config.json`. The class that it names may have its own splits, so it is not used.
-
-    Raises:
-        ModelError: one of `PROBES` is encoded otherwise than the file says.
+    `tokenizer_config.json`. The class that it names may have its own splits, so it is not used. A
+    ModelError says that one of `PROBES` is encoded otherwise than the file says.
     """
     path = file_of(location, "tokenizer.json")
     if path is None:

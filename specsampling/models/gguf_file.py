@@ -37,8 +37,7 @@ class Reader(gguf.GGUFReader):
 class GgufFile:
     """A GGUF file's header, by its keys, and tensors, by name, as the `gguf` package reads them.
 
-    Raises:
-        ModelError: the file is damaged, is a part of a whole, or holds no language model.
+    A ModelError says that a file is damaged, is a part of a whole, or holds no language model.
     """
 
     def __init__(self, path: Path):

@@ -116,8 +116,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 def gguf_config(file: GgufFile) -> PreTrainedConfig:
     """Make the configuration that a file's header and its tensors' names describe.
 
-    Raises:
-        ModelError: a key is missing, or one that changes the model is not covered.
+    A ModelError names a key that is missing, or that changes the model and is not covered.
     """
     try:
         return _config(file)
@@ -234,14 +233,11 @@ def _scaling(file: GgufFile, context: int) -> dict[str, Any]:
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
-    """Find the `llama3` parameters that gave a file's factors of the frequencies.
+    """Find the `llama3` parameters that gave a file's factors of frequencies, or refuse the file.
 
     The converter writes factors, not parameters (`LlamaModel.generate_extra_tensors`). The largest
     factor is the scaling factor. The published models differ only in this and in the original
     context, so each context that may have given the factors is tried.
-
-    Raises:
-        ModelError: no such parameters give the file's factors.
     """
     factors = torch.from_numpy(file.values(ROPE_FACTORS)).double()
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
@@ -291,8 +287,7 @@ def gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Convert a file's tensors to `dtype`, under the names of `model`, the outline.
 
-    Raises:
-        ModelError: a tensor is missing, has no place in the model, or another shape.
+    A file that lacks a tensor, or has one without a place or of another shape, is refused.
     """
     architecture = ARCHITECTURES[file.architecture]
     names = _names(file, model)
@@ -320,8 +315,7 @@ def _state(file: GgufFile, model: PreTrainedModel, dtype: torch.dtype) -> dict[s
 def tensors_of(file: GgufFile, model: PreTrainedModel) -> Callable[[str], tuple[Any, Tensor]]:
     """Make a function that finds a linear layer's tensor in a file, by its name in the model.
 
-    The function returns the tensor as the `gguf` package reads it, and for each row of the layer
-    the number of the tensor's row.
+    It also returns, for each row of the layer, the number of the tensor's row.
     """
     by_name = {theirs: ours for ours, theirs in _names(file, model).items()}
 

@@ -125,11 +125,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Make a GGUF file's tokenizer, as transformers uses it.
-
-    Raises:
-        ModelError: a key of the header, or its value, is not covered.
-    """
+    """Make a GGUF file's tokenizer. A ModelError names what of its header is not covered."""
     file = open_gguf(path)
     _require_covered(file)
     tokens = _tokens(file)
@@ -236,8 +232,7 @@ def _sentence_piece(
 ) -> Tokenizer:
     """Make a tokenizer over letters with bytes as a last resort, like Llama 2's.
 
-    A blank is put before a text, and behind special tokens, as in Llama 2's tokenizer.json and in
-    llama.cpp.
+    A blank is put before a text and behind special tokens, as in llama.cpp.
     """
     unknown = tokens.get(_value(file, "unknown_token_id", 0))
     merges = _merges(file) or _merges_of_scores(file, vocabulary)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specsampling.draft_name import LOOKUPS, TARGET_LAYERS, DraftName
 from specsampling.method.adaptive import AdaptiveDraft
-from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, NgramDraft, first_layers
+from specsampling.method.drafts import CompositeDraft, Draft, ModelDraft, first_layers
 from specsampling.method.forward import Model, is_exact
 from specsampling.method.session import CONTEXT_NAMES, context_limit
-from specsampling.models.chat import encode_chat
 from specsampling.models.checkpoint import load_model
 from specsampling.models.errors import ModelError, model_error
 from specsampling.models.exactness import require_decodable
@@ -31,6 +30,7 @@ from specsampling.models.source import model_location
 from specsampling.models.split import SPLIT
 from specsampling.models.tokenizer import (
     QUIET,
+    encode_chat,
     end_ids,
     load_tokenizer,
     num_appended,
@@ -70,7 +70,7 @@ class Pair:
         return ids[: len(ids) - num_appended(self.tokenizer)]
 
     def encode_chat(self, message: str) -> list[int]:
-        """Encode a user's message in the chat template; see `chat.encode_chat`."""
+        """Encode a user's message in the chat template; see `tokenizer.encode_chat`."""
         return encode_chat(self.tokenizer, message, self.now)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -148,10 +148,8 @@ def check_tokenizers(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a target shares with its drafts, before any weights are read.
 
-    Specs are as `load_pair` takes them. With a `tokenizer` for all, nothing is compared.
-
-    Raises:
-        ModelError: a tokenizer cannot be loaded, or a draft's encodes differently.
+    Specs are as `load_pair` takes them. With a `tokenizer` for all, nothing is compared. A
+    ModelError names a tokenizer that cannot be loaded, or a draft's that encodes differently.
     """
     shared = load_tokenizer(tokenizer or target)
     for draft in drafts:
@@ -199,7 +197,7 @@ def load_draft(
     loaded is a ModelError.
     """
     name = DraftName.parse(draft)
-    lookup = _lookup(name.lookup)(ngram_max, ngram_min) if name.lookup else None
+    lookup = resolve_name(LOOKUPS[name.lookup])(ngram_max, ngram_min) if name.lookup else None
     if lookup and not name.model:
         return lookup
     if loaded and name.model in loaded:
@@ -212,18 +210,19 @@ def load_draft(
     return CompositeDraft(lookup, model_draft) if lookup else model_draft
 
 
-def _lookup(name: str) -> type[NgramDraft]:
-    """Import the class of a registered lookup."""
-    module, _, attribute = LOOKUPS[name].partition(":")
-    return getattr(import_module(module), attribute)
-
-
 def draft_models(draft: str, loaded: Draft) -> dict[str, Model]:
     """Return the model of a loaded draft by its spec; {} if it has none."""
     asked = loaded.model if isinstance(loaded, (CompositeDraft, AdaptiveDraft)) else loaded
     if not isinstance(asked, ModelDraft):
         return {}
     return {DraftName.parse(draft).model: asked.model}
+
+
+def with_models(draft: Draft, made: Mapping[Model, Model]) -> Draft:
+    """Return a draft whose model, if it has one, is what was `made` of it."""
+    if isinstance(draft, (CompositeDraft, AdaptiveDraft)) and draft.model:
+        return replace(draft, model=replace(draft.model, model=made[draft.model.model]))
+    return replace(draft, model=made[draft.model]) if isinstance(draft, ModelDraft) else draft
 
 
 def _first_layers(target: Model, spec: str) -> Model:
@@ -241,10 +240,9 @@ def _first_layers(target: Model, spec: str) -> Model:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose a device. `auto` is a CUDA GPU, else Apple's, else the CPU; a split begins on GPU 0.
+    """Choose a device, or raise a ModelError if it is missing.
 
-    Raises:
-        ModelError: the device asked for is missing.
+    `auto` is a CUDA GPU, else Apple's, else the CPU. A split begins on GPU 0.
     """
     if device == "auto":
         if torch.cuda.is_available():

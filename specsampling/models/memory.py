@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")  # a container's own limit, on Linux
 
 
 def require_memory(purpose: str, needed: int, way_out: str) -> None:
-    """Refuse a purpose that needs more bytes than the machine's memory can hold now.
-
-    Raises:
-        ModelError: less is available.
-    """
+    """Raise a ModelError if a purpose needs more bytes than the machine's memory can hold now."""
     available = available_bytes()
     if available < needed:
         raise ModelError(
@@ -38,12 +35,9 @@ def available_bytes() -> int:
     """
     machine = min(_machine_bytes(), _address_space())
     try:
-        limit, used = (
-            int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
-        )
-        statistics = dict(
-            line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()
-        )
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        statistics = dict(line.split() for line in lines)
     except (OSError, ValueError):  # no such limit: not Linux, no container, or "max"
         return machine
     return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
@@ -55,10 +49,6 @@ def _machine_bytes() -> int:
 
 def _address_space() -> int:
     """Return the bytes that this process may still map; `sys.maxsize` without a limit."""
-    if sys.platform == "win32":
-        return sys.maxsize
-    import resource
-
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -84,10 +74,6 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """Return the most bytes that this process has had so far of the machine's memory."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
 

@@ -49,12 +49,9 @@ SAFE = {"trust_remote_code": False}  # else transformers asks on stdin whether t
 
 
 def model_location(spec: str) -> str:
-    """Return what `from_pretrained` takes: a local folder or a hub id.
+    """Return what `from_pretrained` takes: a local folder or a hub id, or raise a ModelError.
 
-    The folder of an embedded model is an ordinary Hugging Face folder, made at the first call.
-
-    Raises:
-        ModelError: the embedded model is unknown or cannot be had.
+    An embedded model's folder is an ordinary Hugging Face folder, made at the first call.
     """
     if spec.startswith(EMBEDDED):
         return str(embedded_folder(spec.removeprefix(EMBEDDED), _gguf_to_folder, assemble))
@@ -65,12 +62,9 @@ def model_location(spec: str) -> str:
 def digest_of(spec: str) -> str:
     """Tell a model's or tokenizer's files from other files of the same names.
 
-    Returns:
-        For an embedded model the name of its cached folder, for a hub id the commit, and for a
-        folder or a GGUF file a hash. An adapter's digest includes that of its base.
-
-    Raises:
-        ModelError, OSError: the model cannot be had, or a file cannot be read.
+    An embedded model has the name of its cached folder, a hub id the commit, and a folder or a GGUF
+    file a hash. An adapter's digest includes that of its base. A file that cannot be read is an
+    OSError.
     """
     location = model_location(spec)
     if spec.startswith(EMBEDDED):
@@ -121,12 +115,8 @@ def read_config(spec: str) -> PreTrainedConfig:
 def read_model(spec: str, **options: Any) -> Any:
     """Read a spec's model, with every tensor from the checkpoint and any adapter merged in.
 
-    Args:
-        spec: a model's spec.
-        options: those of `from_pretrained`; a GGUF file takes `dtype` alone.
-
-    Raises:
-        ModelError: the checkpoint lacks tensors, or has others than its configuration says.
+    The options are those of `from_pretrained`; a GGUF file takes `dtype` alone. A ModelError says
+    that the checkpoint lacks tensors, or has others than its configuration says.
     """
     location = model_location(spec)
     if is_gguf(spec):
@@ -211,8 +201,7 @@ def _is_in_known_part(model: PreTrainedModel, name: str) -> bool:
 def _gguf_to_folder(gguf: Path, folder: Path) -> str:
     """Convert a GGUF file to a folder in bfloat16, and return the hash of its tensors.
 
-    Loading maps a file into memory until the last of its layers has been packed, so many small
-    files keep its peak low.
+    Many small files keep the peak of memory low, because a file is mapped until it is packed.
     """
     model = read_model(str(gguf), dtype=torch.bfloat16)
     with quiet_transformers():

@@ -29,11 +29,9 @@ def split_target(
 ) -> dict[str, int | str] | None:
     """Choose where each part of a target goes; None if the first GPU holds target and drafts.
 
-    A target that the GPUs cannot hold is a ModelError.
-
     Args:
         target, drafts, lengths: as `estimate.need_of` takes them.
-        free: bytes of each GPU.
+        free: bytes of each GPU. A target that they cannot hold is a ModelError.
         asked: `SPLIT` or `SPLIT_OFFLOAD`.
     """
     device = torch.device("cuda", min(free))

@@ -2,7 +2,7 @@
 
 A decode call of a small model is hundreds of short operations, each launched on its own. Here the
 whole step is captured as a CUDA graph, for each number of rows, and launched at once. The model
-carries the graphs as its runner (`method/forward.py`), so both decoders gain.
+with its graphs is a runner (`method/forward.py`), so both decoders gain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specsampling.method.batch import BLOCK
-from specsampling.method.forward import RUNNER, Model, is_exact
+from specsampling.method.forward import Model, Runner, is_exact
 from specsampling.method.session import Session
 from specsampling.method.step import Buffers, decode_step, has_step
 from specsampling.models.errors import ModelError, is_out_of_memory, reason
@@ -34,8 +34,8 @@ def make_static(
     capacity: int,
     sizes: Collection[int],
     report: Callable[[str], None],
-) -> str:
-    """Give a model a runner for calls of a few sizes, if that is asked for and possible.
+) -> tuple[Model, str]:
+    """Put a model into a runner for calls of a few sizes, if that is asked for and possible.
 
     Args:
         model: on its device, its layers as they will stay.
@@ -45,10 +45,11 @@ def make_static(
         report: is called with one line before each step that takes long.
 
     Returns:
-        What was done, or why nothing was done. With "on", the second is a ModelError.
+        The runner and what was done, or the model and why nothing was done. With "on", the second
+            is a ModelError.
     """
     if is_exact(model):
-        return f"the CPU kernel ({kernel_library().kind().decode()})"
+        return model, f"the CPU kernel ({kernel_library().kind().decode()})"
     assert isinstance(model, PreTrainedModel)
     start = time.perf_counter()
     problem = ""
@@ -60,35 +61,33 @@ def make_static(
         problem = f"{model.config.model_type} models keep transformers' forward"
     else:
         capacity = -(-(capacity + max(sizes)) // BLOCK) * BLOCK
+        runner = GraphRunner(model, capacity, sizes)
         try:
-            _prove(model, GraphRunner(model, capacity, sizes), report)
+            _prove(runner, report)
         except Exception as error:  # a capture can fail in any way
-            model.__dict__.pop(RUNNER, None)
             if is_out_of_memory(error):
                 raise
             problem = reason(error)
     if not problem:
         rows = " and ".join(map(str, sorted(sizes)))
         seconds = time.perf_counter() - start
-        return f"captured for calls of {rows} rows ({seconds:.0f} s, not counted)"
+        return runner, f"captured for calls of {rows} rows ({seconds:.0f} s, not counted)"
     if mode == "on":
         raise ModelError(
             f"decoding.compile on cannot be had ({problem}); choose auto, which decodes eagerly "
             "then, or off"
         )
-    return f"eager ({problem})"
+    return model, f"eager ({problem})"
 
 
-def _prove(model: PreTrainedModel, runner: GraphRunner, report: Callable[[str], None]) -> None:
+def _prove(runner: GraphRunner, report: Callable[[str], None]) -> None:
     """Make a runner ready. Raise a RuntimeError if its logits differ from the eager step's."""
-    embeddings: Any = model.get_input_embeddings()
+    embeddings: Any = runner.get_input_embeddings()
     for size in runner.sizes:
         tokens = [(7919 * i + 1) % embeddings.num_embeddings for i in range(size)]
-        model.__dict__.pop(RUNNER, None)
-        eager = Session(model, size, width=size).score(tokens, last=size).float()
+        eager = Session(runner.model, size, width=size).score(tokens, last=size).float()
         report(f"capturing calls of {size} rows ...")
-        model.__dict__[RUNNER] = runner
-        ours = Session(model, size, width=size).score(tokens, last=size).float()
+        ours = Session(runner, size, width=size).score(tokens, last=size).float()
         is_scored = eager.isfinite()  # a trimmed head leaves tokens out
         away = (ours - eager).masked_fill(~is_scored, 0.0).norm()
         error = float(away / eager.masked_fill(~is_scored, 0.0).norm())
@@ -105,13 +104,12 @@ class _Place:
     calls: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
 
 
-class GraphRunner:
-    """A `forward.Runner` of CUDA graphs, one for each number of rows and each open text."""
+class GraphRunner(Runner):
+    """A runner of CUDA graphs, one for each number of rows and each open text."""
 
     def __init__(self, model: PreTrainedModel, capacity: int, sizes: Collection[int]):
-        self.capacity = capacity
+        super().__init__(model, capacity)
         self.sizes = sorted(sizes)
-        self._model = model
         self._places: list[_Place] = []
 
     def num_rows(self, needed: int) -> int:
@@ -124,7 +122,7 @@ class GraphRunner:
                 for tensor in (*place.buffers.keys, *place.buffers.values):
                     tensor.zero_()  # a nan of the last text would remain
                 return place.buffers
-        self._places.append(_Place(Buffers.of(self._model, capacity), weakref.ref(owner)))
+        self._places.append(_Place(Buffers.of(self.model, capacity), weakref.ref(owner)))
         return self._places[-1].buffers
 
     def __call__(self, ids: Tensor, positions: Tensor, buffers: Buffers) -> Tensor:
@@ -142,11 +140,11 @@ class GraphRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are chosen and workspaces made outside of the graph
-                decode_step(self._model, ids, positions, buffers)
+                decode_step(self.model, ids, positions, buffers)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = decode_step(self._model, ids, positions, buffers)
+            logits = decode_step(self.model, ids, positions, buffers)
 
         def replay(new_ids: Tensor, new_positions: Tensor) -> Tensor:
             ids.copy_(new_ids)

@@ -1,11 +1,20 @@
-"""Loads the tokenizer that a pair shares, compares it, and finds the ids that end texts."""
+"""Loads the tokenizer that a pair shares, compares it, and finds the ids that end texts.
+
+A chat template may print today's date by `strftime_now`, which transformers takes from the clock. A
+run that takes two days needs the same prompts on both. So do two runs that are compared.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from specsampling.method.drafts import num_logits
 from specsampling.method.text import SEPARATORS
@@ -38,11 +47,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
 def require_same_tokenizer(
     target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase, spec: str
 ) -> None:
-    """Refuse a draft, `spec`, whose tokenizer encodes some text otherwise than the target's.
-
-    Raises:
-        ModelError: the draft's ids mean nothing to the target.
-    """
+    """Raise a ModelError if the draft `spec` encodes some text otherwise than the target."""
     for probe in (*PROBES, SPECIAL_PROBE):
         if target(probe)["input_ids"] == draft(probe)["input_ids"]:
             continue
@@ -122,3 +127,41 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
     known = tokenizer.added_tokens_decoder  # id -> token
     return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, message: str, now: datetime | None
+) -> list[int]:
+    """Encode a user's message in the chat template, up to where the answer begins.
+
+    The template takes `now`, or the clock's time, for the local time. A ModelError says that there
+    is no template, or that it fails.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "prompt_style chat needs a tokenizer with a chat template "
+            f"({tokenizer.name_or_path} has none); choose prompt_style: completion"
+        )
+    chat = [{"role": "user", "content": message}]
+    try:
+        with _clock_at(now or datetime.now()):
+            encoded: Any = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, tokenizer_kwargs=QUIET
+            )
+    except Exception as error:  # a template is a program, which may raise anything
+        failure = f"the chat template of {tokenizer.name_or_path} fails"
+        way_out = "choose prompt_style: completion, or mend the template"
+        raise model_error(failure, error, way_out) from error
+    return encoded["input_ids"]
+
+
+@contextmanager
+def _clock_at(now: datetime) -> Iterator[None]:
+    """Let `strftime_now` read this time. A variable of that name would reach templates as text."""
+    clock: Any = chat_template_utils.datetime
+    module: Any = chat_template_utils
+    module.datetime = SimpleNamespace(now=lambda: now)
+    try:
+        yield
+    finally:
+        module.datetime = clock

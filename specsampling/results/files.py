@@ -5,9 +5,9 @@ This module knows nothing about what the files hold.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -55,19 +55,16 @@ def require_writable_folder(path: Path) -> None:
 
 
 def open_alone(path: Path, mode: str = "a+") -> io.FileIO:
-    """Open a file at its start, for this process alone.
+    """Open a file at its start, for this process alone, or raise a RecordsError.
 
     Another process may put a new file at the path before the lock is taken. The lock would then
     be on a file that nobody sees any more, so the new file is opened instead.
-
-    Raises:
-        RecordsError: another process has it open.
     """
     while True:
         with ExitStack() as unless_kept:
             file = unless_kept.enter_context(io.FileIO(path, mode))
             try:
-                _lock(file)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise RecordsError(
                     f"{path} is being written by another process; "
@@ -106,8 +103,6 @@ def replaced(path: Path, data: bytes) -> Iterator[io.FileIO]:
         write_all(file, data)
         os.fsync(file.fileno())
         yield file
-        if sys.platform == "win32":  # Windows cannot move an open file
-            file.close()
         scratch.replace(path)
         sync(path.parent)
     except BaseException:
@@ -182,16 +177,3 @@ def read_file(path: Path) -> bytes:
         if problem := pointer_problem(path):
             raise RecordsError(problem)
         return path.read_bytes()
-
-
-def _lock(file: io.FileIO) -> None:
-    """Lock a file, or raise an OSError; the lock ends with the process."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(2**30)  # beyond any row, so that others can still read the rows
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -38,11 +38,8 @@ _RULE = "each line must hold one whole JSON object"
 def read_objects(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     """Read the objects of a JSONL file, packed with gzip or not, without its blank lines.
 
-    Args:
-        fields: the names and types that each object must hold, perhaps among others.
-
-    Raises:
-        RecordsError: the file cannot be read, or a line is no such object.
+    Each object must hold `fields` of these types, perhaps among others. A RecordsError names a line
+    that holds no such object.
     """
     path = Path(path)
     lines = io.StringIO(_text(path, _unpacked(path)), newline=None)  # of any system

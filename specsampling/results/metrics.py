@@ -24,6 +24,7 @@ CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20230202
 
 Floats = NDArray[np.float64]
+Name = TypeVar("Name")
 Value = TypeVar("Value")
 RougeName = Literal["rouge1", "rouge2", "rougeL"]
 ROUGE_NAMES: tuple[RougeName, ...] = get_args(RougeName)
@@ -264,9 +265,9 @@ def _bootstrap_sample_mean(values: Iterable[tuple[str, float]]) -> Interval:
     return bootstrap(per_example, lambda means: means[:, 0] / means[:, 1])
 
 
-def grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
+def grouped(pairs: Iterable[tuple[Name, Value]]) -> dict[Name, list[Value]]:
     """Collect the values of each name, in order of first appearance."""
-    groups: dict[str, list[Value]] = {}
+    groups: dict[Name, list[Value]] = {}
     for name, value in pairs:
         groups.setdefault(name, []).append(value)
     return groups

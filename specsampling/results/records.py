@@ -132,9 +132,9 @@ def is_run(path: str | Path) -> bool:
 
 
 def newest_run(folder: Path, task: str, published: Path) -> Path:
-    """Return the newest rows of a task in a folder, or `published` if there are none.
+    """Return the newest rows of a task (xsum or humaneval) in a folder, or else `published`.
 
-    `task` is xsum or humaneval. What lies in a folder of the name published is left out.
+    What lies in a folder of the name published is left out.
     """
     metas = [beside.with_suffix("").with_suffix(".jsonl") for beside in folder.rglob("*.meta.json")]
     paths = [

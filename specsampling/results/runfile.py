@@ -32,24 +32,16 @@ from specsampling.results.scores import require_own_scores, scores_path
 
 
 class RunFile:
-    """The rows of a run, open for appending in one process at a time.
-
-    Attributes:
-        rows: the rows in the file, in its order.
-        done: their keys.
-    """
+    """A run's `rows` in their order and their keys, `done`, open for appending in one process."""
 
     @classmethod
     def open(cls, path: str | Path, meta: dict[str, Any], fresh: bool = False) -> RunFile:
         """Open a run to append to it, in a new file or where an earlier process stopped.
 
-        A last line that was torn by a kill is dropped, and so are rows that lacked memory.
-        `meta` is written beside a new file. A resumed file keeps its own meta, which must agree
-        with `meta` in `meta.MUST_AGREE`; the differences join its list `resumed`.
-
-        Args:
-            path: ends in `.jsonl`; its folder is made.
-            fresh: drop existing rows, meta and scores.
+        A last line that was torn by a kill is dropped, and so are rows that lacked memory. With
+        `fresh`, all rows, the meta and the scores are dropped. `meta` is written beside a new file.
+        A resumed file keeps its own meta, which must agree with `meta` in `meta.MUST_AGREE`; the
+        differences join its list `resumed`.
 
         Raises:
             RecordsError: the rows cannot go on under `meta`, another process has the file open,
@@ -115,9 +107,8 @@ class RunFile:
     def append(self, row: Row) -> None:
         """Write a row with its machine, and return when the row is on the disk.
 
-        Raises:
-            RecordsError: the file has a row of this key, or the row cannot be written whole. No
-                part of the row then stays in the file.
+        A RecordsError says that the file has a row of this key, or that the row cannot be written
+        whole. No part of the row then stays in the file.
         """
         if row.key in self.done:
             raise RecordsError(f"{self._path} already holds a row for {row.key}")
@@ -194,7 +185,7 @@ class RunFile:
         with one_line_errors(self._path, "written"):
             with files.replaced(self._path, _lines(rows)) as file:
                 self._file.close()
-            self._file = open_alone(self._path) if file.closed else file
+            self._file = file
         self._state = files.state_of(self._file.fileno())
         self.rows = rows
         self.done = {row.key for row in rows}
@@ -256,11 +247,8 @@ def check_fresh(path: str | Path) -> None:
 def keep_rows(path: Path) -> Path | None:
     """Write a run's rows and meta to new files beside it, before it starts over.
 
-    Returns:
-        The new file of rows; None if there are none.
-
-    Raises:
-        RecordsError: the rows cannot be read or written, so nothing may start over.
+    Returns the new file of rows, or None if there are no rows. A RecordsError says that they cannot
+    be read or written, so nothing may start over.
     """
     if not is_there(path) or not (rows := rows_in(path, files.read_file(path))[0]):
         return None

@@ -60,9 +60,7 @@ def is_shard(path: Path, output: Path) -> bool:
 class Shard(AbstractContextManager):
     """A rank's part of a run file. Rank 0 keeps the whole file open, so no other run has it.
 
-    Attributes:
-        rows: the rows of the whole file before this run, and the rank's own.
-        done: their keys.
+    `rows` are those of the whole file before this run, and the rank's own. `done` are their keys.
     """
 
     def __init__(
@@ -76,11 +74,8 @@ class Shard(AbstractContextManager):
     ):
         """Open this rank's file; `take_in` has emptied the one of an earlier run.
 
-        Args:
-            meta, fresh: the arguments of `RunFile.open`.
-            existing_rows: rows that the run's file has and that stay.
-            ranks: this process's place among the others.
-            device: the name of this process's device, for its rows.
+        `existing_rows` stay in the run's file, whose `meta` and `fresh` are as for `RunFile.open`.
+        `device` is the name of this process's device, for its rows.
         """
         self._ranks = ranks
         self._device = machine_of({**meta, "device_name": device})

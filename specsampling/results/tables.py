@@ -176,9 +176,7 @@ def _audit_notes(rows: Mapping[str, Sequence[Row]]) -> list[str]:
 def target_and_draft_table(run: Run, draft_alone: Run) -> pd.DataFrame:
     """Make a table of the target alone, the draft alone, and both together.
 
-    Args:
-        run: the run of the pair.
-        draft_alone: a run over the same examples whose target is the draft.
+    `draft_alone` is a run over the same examples whose target is the draft.
     """
     parts = {
         "the target alone": (run, BASELINE),
@@ -226,10 +224,7 @@ def example_table(
 ) -> pd.DataFrame:
     """Show the first examples: the document's start, the reference, each method's first output.
 
-    Args:
-        rows: rows of the methods to show.
-        documents: example id -> text, for some or all of the examples.
-        num_characters: where a document is cut.
+    `documents` gives the texts of some or all examples by id. Each is cut at `num_characters`.
     """
     lines: dict[str, dict[str, str | None]] = {}
     for method, of_method in shared_rows(rows).items():

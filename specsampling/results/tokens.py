@@ -34,12 +34,7 @@ def text_pieces(
 
 
 def tokens_html(row: Row, decode: Callable[[Sequence[int]], str]) -> str:
-    """Write a row's text as HTML, its tokens coloured by origin, above a legend with counts.
-
-    Args:
-        row: a row of any method.
-        decode: token ids -> text.
-    """
+    """Write a row's text as HTML, its tokens coloured by origin, above a legend with counts."""
     kinds = Generation(row.token_ids, row.finish_reason, row.accepted, row.drafted).kinds()
     pieces = text_pieces(row.token_ids, kinds, decode)
     text = "".join(TOKEN_MARKS[kind][0].format(html.escape(piece)) for kind, piece in pieces)

@@ -38,8 +38,7 @@ def find_parent() -> str:
 def control_group(memory_bytes: int, parent: str | None = None) -> Iterator[list[str]]:
     """Make a group in `parent`, by default in `find_parent`'s, and remove it at the end.
 
-    Yields:
-        The words that start a command in the group; none if there is no group.
+    It yields the words that start a command in the group; none if there is no group.
     """
     parent = find_parent() if parent is None else parent
     if not parent:

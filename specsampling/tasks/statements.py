@@ -38,12 +38,9 @@ class Line:
 def without_strings(line: str, quote: str = "") -> tuple[str, str]:
     """Return a physical line without its comment, each string replaced by a 0.
 
-    Args:
-        quote: the quote that is open at the line's beginning, "" for none.
-
-    Returns:
-        The code, and the quote that is open at the line's end. A string that should have ended on
-        its line leaves its quote in the code.
+    `quote` is the quote that is open at the line's beginning, "" for none. The quote that is open
+    at its end is returned, too. A string that should have ended on its line leaves its quote in the
+    code.
     """
     open_quote = ""
 
