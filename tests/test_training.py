@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
+import train as training_recipe
 from corpus import (
     Decontamination,
     documented_functions,
@@ -50,18 +51,20 @@ def settings():
 
 @pytest.fixture(scope="module")
 def decontamination():
-    texts = [text for example in evaluation_problems() for text in example]
-    texts += [text for example in evaluation_articles() for text in example]
-    return Decontamination(texts)
+    examples = [*evaluation_problems(), *evaluation_articles()]
+    return Decontamination([text for example in examples for text in example])
 
 
-def test_every_evaluation_text_is_found(decontamination):
+def test_every_evaluation_text_is_found_and_the_recipes_exercises_are_clean(
+    settings, decontamination
+):
     """Whole, and in another layout: line breaks, capitals and signs hide nothing."""
     for prompt, solution, _ in evaluation_problems():
         assert decontamination.finds(prompt) and decontamination.finds(solution)
         assert decontamination.finds(f"x = 1\n{prompt.upper()}".replace("\n", " ; "))
     for document, summary in evaluation_articles():
         assert decontamination.finds(f"They said: {document}") and decontamination.finds(summary)
+    assert not any(decontamination.finds(text) for text in settings["exercises"])
 
 
 def test_ten_words_in_a_row_are_found_and_nine_are_not():
@@ -72,11 +75,7 @@ def test_ten_words_in_a_row_are_found_and_nine_are_not():
     assert not decontamination.finds(" ".join(reversed(words)))
 
 
-def test_the_recipes_own_exercises_are_clean(settings, decontamination):
-    assert not any(decontamination.finds(text) for text in settings["exercises"])
-
-
-def test_heads_of_functions_are_cut_out():
+def test_heads_of_functions_and_prose_are_cut_out():
     source = (
         'import os\n\ndef join(parts: list[str], by=",") -> str:\n'
         '    """Join parts with a sign between them, none at the end."""\n'
@@ -88,9 +87,6 @@ def test_heads_of_functions_are_cut_out():
         '    """ Join parts with a sign between them, none at the end.\n    """'
     ]
     assert documented_functions("def broken(:") == []
-
-
-def test_english_is_prose_and_no_code():
     prose = " ".join(["This module reads what other people wrote down."] * 12)
     code = ">>> f(x)[1:2] == {'a': 1}"
     assert english_paragraphs(f'"""{prose}\n\n{code}\n"""') == [prose]
@@ -107,10 +103,8 @@ def test_an_invented_exercise_is_a_whole_head(settings):
 
 def test_batches_hold_every_prompt_once():
     prompts = [[i] * (i % 7 + 1) for i in range(50)]
-    made = batches_by_length(prompts, 8, seed=0)
-    assert sorted(map(tuple, (prompt for batch in made for prompt in batch))) == sorted(
-        map(tuple, prompts)
-    )
+    made = [prompt for batch in batches_by_length(prompts, 8, seed=0) for prompt in batch]
+    assert sorted(made) == sorted(prompts)
 
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11], [20, 21, 22, 23]]
@@ -178,9 +172,9 @@ def test_the_loss_has_autograds_value_and_gradient():
 
 def test_one_epoch_has_every_sample_once():
     samples = [Sample(torch.arange(n % 50 + 2), torch.zeros(n % 50 + 1, 4), 0) for n in range(700)]
-    seen = [sample for batch in batches(samples, 200, seed=0, epoch=3) for sample in batch]
-    assert sorted(map(id, seen)) == sorted(map(id, samples))
-    for batch in batches(samples, 200, seed=0, epoch=3):
+    made = list(batches(samples, 200, seed=0, epoch=3))
+    assert sorted(id(sample) for batch in made for sample in batch) == sorted(map(id, samples))
+    for batch in made:
         assert len(batch) * max(len(sample.tokens) for sample in batch) <= 200
 
 
@@ -210,29 +204,15 @@ def test_a_mistake_is_one_line(tmp_path, settings, capsys):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, settings, model_folders):
-    """A whole recipe small enough for a test, and the folder where its data was made.
-
-    One of its sources holds an evaluation problem.
-    """
-    small = {
-        **settings,
+    """A small recipe and the folder of its data. One source holds an evaluation problem."""
+    data = {"num_files": 6, "max_new_tokens": 8, "python_tokens": 1024, "english_tokens": 0}
+    data |= dict.fromkeys(("batch", "exercises", "articles", "code_prompts", "documents"), 4)
+    training = {"steps": 12, "batch_tokens": 512, "warmup_steps": 2, "checkpoint_every": 4}
+    small = settings | {
         "target": str(model_folders["llama-target"]),
-        "data": settings["data"]
-        | {
-            "num_files": 6,
-            "batch": 4,
-            "max_new_tokens": 8,
-            "exercises": 4,
-            "articles": 4,
-            "code_prompts": 4,
-            "documents": 4,
-            "python_tokens": 1024,
-            "english_tokens": 0,
-            "text_length": 64,
-        },
+        "data": settings["data"] | data | {"text_length": 64},
         "draft": {"layers": [0], "head_size": 100},
-        "training": settings["training"]
-        | {"steps": 12, "batch_tokens": 512, "warmup_steps": 2, "checkpoint_every": 4},
+        "training": settings["training"] | training,
     }
     work = tmp_path_factory.mktemp("work")
     problem, articles = evaluation_problems()[0], evaluation_articles()
@@ -249,17 +229,14 @@ def small(tmp_path_factory, settings, model_folders):
 
 def test_data_is_the_same_after_a_kill(small, tmp_path):
     settings, work = small
-    made = sorted(path.name for path in (work / "data").iterdir())
-    assert {name.rsplit("-", 1)[0] for name in made} >= {
-        *EVALUATIONS, "articles", "exercises", "code", "summaries", "python",
-    }  # fmt: skip
+    made = {path.name: path.read_bytes() for path in (work / "data").iterdir()}
+    kinds = {*EVALUATIONS, "articles", "exercises", "code", "summaries", "python"}
+    assert {name.rsplit("-", 1)[0] for name in made} >= kinds
     (tmp_path / "data").mkdir()
-    for name in made[::2]:  # what a killed run had left
-        (tmp_path / "data" / name).write_bytes((work / "data" / name).read_bytes())
+    for name in sorted(made)[::2]:  # what a killed run had left
+        (tmp_path / "data" / name).write_bytes(made[name])
     make_data(settings, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == made
-    for name in made:
-        assert (tmp_path / "data" / name).read_bytes() == (work / "data" / name).read_bytes()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == made
 
 
 def test_no_evaluation_text_is_trained_on(small, tokenizer):
@@ -284,25 +261,21 @@ def test_training_learns_and_survives_a_kill(small, tmp_path):
 
     (tmp_path / "data").symlink_to(work / "data")
     killed = {**settings, "training": settings["training"] | {"checkpoint_every": 5}}
+    rate = training_recipe.learning_rate
+
+    def interrupted(options, at):
+        if at == 10:
+            raise KeyboardInterrupt
+        return rate(options, at)
+
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.learning_rate", interrupt_at(10))
+        patch.setattr(training_recipe, "learning_rate", interrupted)
         train(killed, target, tmp_path)
     train(killed, target, tmp_path)
     resumed = torch.load(tmp_path / "draft.pt", weights_only=True)
     assert torch.equal(resumed["head_ids"], whole["head_ids"])
     for name, tensor in whole["student"].items():
         assert torch.equal(tensor, resumed["student"][name]), name
-
-
-def interrupt_at(step: int):
-    from train import learning_rate
-
-    def rate(options, at):
-        if at == step:
-            raise KeyboardInterrupt
-        return learning_rate(options, at)
-
-    return rate
 
 
 def test_the_targets_own_layers_agree_with_it(small):
