@@ -310,13 +310,6 @@ def test_rows_without_a_readable_meta_are_refused(path, meta):
     assert read_rows(path) == [ROW]
 
 
-def test_a_file_that_is_no_run_of_ours_is_not_cut(path):
-    """Its only line looks torn; dropping it would delete somebody's text."""
-    path.write_text("my notes, without a newline")
-    assert "--output" in error_of(resume, path)
-    assert path.read_text() == "my notes, without a newline"
-
-
 def test_a_missing_file_to_read_is_one_line(path):
     for read in (read_rows, read_meta, read_scores):
         assert "cannot be read (No such file" in error_of(read, path)
@@ -342,65 +335,32 @@ def test_a_full_disk_leaves_no_part_of_a_row(path):
     assert read_rows(path) == [ROW, OTHER]
 
 
-def below(folder: Path) -> Path:
-    (folder / "file").write_text("")
-    return folder / "file" / "a.jsonl"
-
-
-def as_folder(folder: Path) -> Path:
-    (folder / "a.jsonl").mkdir()
-    return folder / "a.jsonl"
-
-
-def as_loop(folder: Path) -> Path:
-    (folder / "a.jsonl").symlink_to(folder / "b.jsonl")
-    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
-    return folder / "a.jsonl"
-
-
-def as_pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "a.jsonl")
-    return folder / "a.jsonl"
-
-
-def beside_a_folder(folder: Path) -> Path:
-    write_run(folder / "a.jsonl", ROW)
-    (folder / "a.scores.jsonl").mkdir()
-    return folder / "a.jsonl"
-
-
 NO_FILE = "must be a file that ends in .jsonl"
-
-
-def in_place_of_the_meta(folder: Path) -> Path:
-    (folder / "a.meta.json").mkdir()
-    return folder / "a.jsonl"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX paths")
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("command", "name", "message"),
     [
-        (below, "cannot be written (Not a directory)"),
-        (as_folder, NO_FILE),
-        (as_loop, "(Too many levels of symbolic links)"),
-        (as_pipe, NO_FILE),
-        (beside_a_folder, "a.scores.jsonl must be a file beside the rows"),
-        (in_place_of_the_meta, "a.meta.json must be a file beside the rows"),
-        (lambda folder: folder / "a\0b.jsonl", "embedded null byte"),
-        (lambda folder: folder / f"{'x' * 300}.jsonl", "File name too long"),
-        (lambda folder: folder / "a.json", NO_FILE),
-        (lambda folder: folder, NO_FILE),
-        (lambda folder: "", NO_FILE),
-        (lambda folder: Path("/dev/null"), NO_FILE),
-        (lambda folder: Path("/proc/none/a.jsonl"), "cannot be written"),
+        ("touch file", "file/a.jsonl", "cannot be written (Not a directory)"),
+        ("mkdir a.jsonl", "a.jsonl", NO_FILE),
+        ("ln -s b.jsonl a.jsonl; ln -s a.jsonl b.jsonl", "a.jsonl", "(Too many levels of symbolic"),
+        ("mkfifo a.jsonl", "a.jsonl", NO_FILE),
+        ("mkdir a.scores.jsonl", "a.jsonl", "a.scores.jsonl must be a file beside the rows"),
+        ("mkdir a.meta.json", "a.jsonl", "a.meta.json must be a file beside the rows"),
+        ("", "a\0b.jsonl", "embedded null byte"),
+        ("", f"{'x' * 300}.jsonl", "File name too long"),
+        *(("", name, NO_FILE) for name in ("a.json", ".", "", "/dev/null")),
+        ("", "/proc/none/a.jsonl", "cannot be written"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_output_that_cannot_be_is_told_beforehand(tmp_path, make, message, fresh):
+def test_an_output_that_cannot_be_is_told_beforehand(tmp_path, command, name, message, fresh):
     """Each of them was told after minutes of loading, or when the old rows were gone."""
-    path = make(tmp_path)
+    if "scores" in command:
+        write_run(tmp_path / name, ROW)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    path = tmp_path / name if name else ""
     before = {file: file.stat().st_size for file in tmp_path.iterdir() if file.is_file()}
     assert message in error_of(check_output, path, None if fresh else META)
     assert message in error_of(RunFile.open, path, META, fresh)
@@ -428,6 +388,7 @@ def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them
 def test_fresh_deletes_no_file_of_another_kind(path, text):
     """`--output articles.jsonl --fresh` emptied the data set that the run was to read."""
     path.write_text(text)
+    assert "--output" in error_of(resume, path)  # it is not cut as if torn
     assert "holds lines that are no rows" in error_of(check_fresh, path)
     assert "holds lines that are no rows" in error_of(RunFile.open, path, META, fresh=True)
     assert path.read_text() == text
@@ -448,18 +409,13 @@ def test_fresh_keeps_the_old_rows_if_the_new_meta_cannot_be_written(path, monkey
 @pytest.fixture
 def holder(path):
     """Another process that has appended `OTHER` and keeps the file open."""
-    row = json.dumps(dataclasses.asdict(OTHER))
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD_OPEN, str(path), json.dumps(META), row],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert process.stdout.readline() == "open\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    command = [sys.executable, "-c", HOLD_OPEN, str(path), json.dumps(META)]
+    command.append(json.dumps(dataclasses.asdict(OTHER)))
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    with subprocess.Popen(command, **options) as process:
+        assert process.stdout.readline() == "open\n"
+        yield process
+        process.kill()
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -26,16 +26,10 @@ META = {
         "sampling": {"temperature": 0, "top_k": 0, "top_p": 1.0, "seed": 0, "num_samples": 1},
         "humaneval": {},
     },
-    "config_hash": "0123456789abcdef",
-    "profile": "demo",
+    **{"config_hash": "0123456789abcdef", "profile": "demo", "git_commit": "abc1234"},
+    **{"device": "cpu", "device_name": "A Processor", "precision": "bfloat16", "threads": 2},
+    **{"date": "2030-01-02", "command": "python main_exp2.py"},
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-    "device": "cpu",
-    "device_name": "A Processor",
-    "precision": "bfloat16",
-    "threads": 2,
-    "git_commit": "abc1234",
-    "date": "2030-01-02",
-    "command": "python main_exp2.py",
     "bit_exact": "32 of 32 rows of logits were bitwise equal",
 }
 TOKENS_PER_SECOND = {"autoregressive": 40, "reference": 32, "speculative": 80}
@@ -205,8 +199,8 @@ def test_speeds_of_two_machines_are_lines_of_their_own_and_no_ratio_joins_them()
     for draw in FIGURES:
         figure = draw(rows)
         figure.draw_without_rendering()
-        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-        assert draw is figures.accepted_figure or "speculative\non machine 2" in labels
+        labels = texts_of(figure.axes[0].get_yticklabels())
+        assert draw is figures.accepted_figure or "speculative on machine 2" in labels
 
 
 def test_a_method_added_on_another_machine_has_no_speedup():
@@ -440,15 +434,11 @@ def test_terminal_table1_keeps_the_papers_figures_apart():
         ["-", "0.156", "-", "7.00", "2.01", "-"],
         ["-", "47.0%", "-", "5.73", "2.46", "-"],
     ]
-    cells = [line for line in text.splitlines() if line.startswith(("XSum", "HumanEval"))]
-    assert [line for line in cells if ": " not in line] == [
-        "XSum (ROUGE-2), temperature 1, top-p 0.8",
-        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
-        "HumanEval (pass@1), greedy",
-        "XSum (ROUGE-2), temperature 1, top-p 0.8",
-        "XSum (ROUGE-2), greedy",
-        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
-    ]
+    xsum, humaneval = (f"{name}), " for name in ("XSum (ROUGE-2", "HumanEval (pass@1"))
+    nucleus = [f"{xsum}temperature 1, top-p 0.8", f"{humaneval}temperature 0.8, top-p 0.95"]
+    cells = [line for line in text.splitlines() if line.startswith((xsum, humaneval))]
+    titles = [*nucleus, f"{humaneval}greedy", nucleus[0], f"{xsum}greedy", nucleus[1]]
+    assert [cell for cell in cells if ": " not in cell] == titles
     assert max(len(line) for line in lines) <= 120
 
 
@@ -495,6 +485,10 @@ def test_run_in_words_names_hardware_precision_config_and_command():
 FIGURES = [figures.speedup_figure, figures.accepted_figure, figures.tokens_per_second_figure]
 
 
+def texts_of(labels) -> list[str]:
+    return [label.get_text().strip().replace("\n", " ") for label in labels]
+
+
 @pytest.mark.parametrize("draw", FIGURES)
 @pytest.mark.parametrize("methods", [tables.METHODS, ("autoregressive",), ("speculative",)])
 @pytest.mark.filterwarnings("error")
@@ -539,24 +533,25 @@ def test_seven_methods_have_labels_that_do_not_overlap(draw):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width + 1, texts[number]
 
 
-def test_speedup_figure_shows_every_problem_and_the_total():
+def test_speed_figures_show_every_problem_and_the_total():
     (axes,) = figures.speedup_figure(make_run()).axes
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["reference", "speculative"]
+    assert texts_of(axes.get_yticklabels()) == ["reference", "speculative"]
     dots, totals = (
         [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == marker]
         for marker in ".D"
     )
     assert dots == [pytest.approx([ratio] * 12) for ratio in (0.8, 2.0)]
     assert totals == [pytest.approx([0.8]), pytest.approx([2.0])]
-    words = [text.get_text() for text in axes.texts]
-    assert words == ["0.80; faster on 0 of 12", "2.00; faster on 12 of 12"]
+    assert texts_of(axes.texts) == ["0.80; faster on 0 of 12", "2.00; faster on 12 of 12"]
+    (axes,) = figures.tokens_per_second_figure(make_run()).axes
+    assert texts_of(axes.get_yticklabels()) == list(tables.METHODS)
+    assert texts_of(axes.texts) == ["40.0", "32.0", "80.0"]
 
 
 def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
     (axes,) = figures.accepted_figure(make_run()).axes
-    labels = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
     heights = [bar.get_height() for bar in axes.patches]
-    assert labels == ["no draft", "0", "1", "2", "3", "4", "5"]
+    assert texts_of(axes.get_xticklabels()) == ["no draft", "0", "1", "2", "3", "4", "5"]
     assert heights == pytest.approx([100 / 3, 100 / 3, 0, 0, 100 / 3, 0, 0])
 
 
@@ -566,17 +561,9 @@ def test_table1_figure_has_our_speedups_beside_the_papers():
     assert list(ours.get_xdata()) == pytest.approx([2, 2, 2])
     assert list(theirs.get_xdata())[:2] == [1.92, 2.46]
     assert math.isnan(theirs.get_xdata()[2])  # the paper has no greedy HumanEval
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels[0] == "XSum (ROUGE-2),\ntemperature 1, top-p 0.8"
-    numbers = [text.get_text().strip() for text in axes.texts]
-    assert numbers == ["2.00", "1.92", "2.00", "2.46", "2.00"]
+    assert texts_of(axes.get_yticklabels())[0] == "XSum (ROUGE-2), temperature 1, top-p 0.8"
+    assert texts_of(axes.texts) == ["2.00", "1.92", "2.00", "2.46", "2.00"]
     assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
-
-
-def test_speed_figure_has_a_box_and_a_total_per_method():
-    (axes,) = figures.tokens_per_second_figure(make_run()).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(tables.METHODS)
-    assert [text.get_text() for text in axes.texts] == ["40.0", "32.0", "80.0"]
 
 
 def test_colours_stay_apart_in_greyscale():
@@ -587,19 +574,14 @@ def test_colours_stay_apart_in_greyscale():
     assert shades[1] - shades[0] > 0.25 and shades[2] - shades[1] > 0.25
 
 
-def test_figures_are_saved_twice_and_the_same_each_time(tmp_path):
-    """A rerun on the same rows must not show up as a change in version control."""
+def test_figures_are_the_same_each_time_and_not_left_open(tmp_path):
+    """Jupyter draws what pyplot holds at a cell's end, and git shows what a rerun changes."""
+    before = plt.get_fignums()
     for folder in ("first", "second"):
         figures.save_figure(figures.accepted_figure(make_run()), tmp_path / folder, "accepted")
     for suffix in (".png", ".svg"):
         first, second = (tmp_path / folder / f"accepted{suffix}" for folder in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
-
-
-def test_figures_are_not_left_open():
-    """Jupyter draws what pyplot holds at a cell's end: the figure would come out twice."""
-    before = plt.get_fignums()
-    figures.accepted_figure(make_run())
     assert plt.get_fignums() == before
 
 
@@ -651,8 +633,8 @@ def test_text_is_escaped_in_html():
     """A model may write markup, and `{}`, and the page must show it."""
     words = ["<script>", "&lt;", "{}"]
     row = make_row(token_ids=[0, 1, 2], accepted=[3], drafted=[3])
-    parser = TaggedText(tokens.tokens_html(row, lambda ids: "".join(words[i] for i in ids)))
-    assert [text for _, text in parser.texts[:3]] == words
+    page = tokens.tokens_html(row, lambda ids: "".join(words[i] for i in ids))
+    assert [text for _, text in TaggedText(page).texts[:3]] == words
 
 
 def test_report_imports_no_model_library_and_no_matplotlib():
