@@ -30,6 +30,14 @@ def mistake(main: Callable, arguments: list, capsys: pytest.CaptureFixture) -> s
     return line
 
 
+def refused(main: Callable, arguments: list, capsys: pytest.CaptureFixture) -> str:
+    """What a script says to arguments that it does not take: nothing but one line."""
+    assert exit_code(main, list(map(str, arguments))) == 2
+    printed, errors = capsys.readouterr()
+    assert (printed, errors.count("\n")) == ("", 1)
+    return errors
+
+
 def change_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from helpers import refused
 from test_end_to_end import run
-from test_notebooks import execute, outputs_of, write_results
+from test_notebooks import show as show  # a fixture
+from test_notebooks import write_results
 from test_records import ROW
 from test_results import META
 from test_table1 import config as config  # a fixture
 
 from Benchmarks import methods as grid
-from Benchmarks import methods as script
-from specsampling.console import exit_code
 from specsampling.results.records import Run, read_rows
 
 NAMES = {"autoregressive": 1.0, "speculative:a/b@7@token": 0.5, "speculative:a/b@auto@block": 0.4}
@@ -30,14 +30,12 @@ def made() -> Run:
 
 
 def test_a_methods_name_is_taken_apart(made):
-    text = grid.methods_text(grid.methods_table(made))
-    assert text[["draft", "K", "rule"]].to_numpy().tolist() == [
-        ["autoregressive", "", ""],
-        ["a/b", "7", "token"],
-        ["a/b", "auto", "block"],
-    ]
+    table = grid.methods_table(made)
+    text = grid.methods_text(table)
+    names = [*text[["draft", "K", "rule"]].itertuples(index=False, name=None)]
+    assert names == [("autoregressive", "", ""), ("a/b", "7", "token"), ("a/b", "auto", "block")]
     assert text["speedup [95%]"].tolist()[1:] == ["2.00 [2.00, 2.00]", "2.50 [2.50, 2.50]"]
-    grid.methods_figure(grid.methods_table(made), "x").draw_without_rendering()
+    grid.methods_figure(table, "x").draw_without_rendering()
 
 
 def test_a_k_found_while_decoding_is_held_against_the_fastest_fixed_one(made):
@@ -55,40 +53,32 @@ def test_a_k_found_while_decoding_is_held_against_the_fastest_fixed_one(made):
     assert grid.methods_text(alone)["auto / fixed [95%]"].tolist() == [""]
 
 
-def test_the_notebook_shows_each_cell(made, tmp_path, monkeypatch):
+def test_the_notebook_shows_each_cell(made, tmp_path, show):
     write_results(tmp_path, made.rows, "methods/humaneval-greedy")
-    notebook = execute("methods.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    (table,) = outputs_of(notebook, "text/html")
-    assert "2.50 [2.50, 2.50]" in table
-    assert len(outputs_of(notebook, "image/png")) == 1
+    shown = show("methods")
+    assert shown.page_with("2.50 [2.50, 2.50]") and len(shown.pages) == 1
+    assert len(shown.images) == 1
 
 
 def test_the_script_runs_every_combination(config, tmp_path, model_folders):
-    code, printed, errors = run(
-        *("--config", config, "--limit", 1, "--layers", 1, "--output-folder", tmp_path),
-        *("--cells", "xsum-nucleus,humaneval-greedy"),
-        script="Benchmarks/methods.py",
-    )
+    options = ("--config", config, "--limit", 1, "--layers", 1, "--output-folder", tmp_path)
+    cells = ("--cells", "xsum-nucleus,humaneval-greedy")
+    code, printed, errors = run(*options, *cells, script="Benchmarks/methods.py")
     assert code == 0, errors
     model = model_folders["llama-draft"]
-    paths = grid.methods_paths(tmp_path)
-    sampled = {row.method for row in read_rows(paths["xsum-nucleus"])}
-    greedy = {row.method for row in read_rows(paths["humaneval-greedy"])}
-    assert greedy == {"autoregressive"} | {
-        f"speculative:{draft}@{k}@token"
-        for draft in ("ngram", model, f"ngram+{model}", "target-layers:1")
-        for k in (7, "auto")
-    }
-    assert sampled - greedy == {
-        f"speculative:{draft}@{k}@block"
-        for draft in (model, f"ngram+{model}", "target-layers:1")
-        for k in (7, "auto")
-    }
+    drafts = (model, f"ngram+{model}", "target-layers:1")
+    sampled, greedy = (
+        {row.method for row in read_rows(grid.methods_paths(tmp_path)[cell])}
+        for cell in ("xsum-nucleus", "humaneval-greedy")
+    )
+    fixed_and_found = [(draft, k) for draft in drafts for k in (7, "auto")]
+    tokens = [*fixed_and_found, ("ngram", 7), ("ngram", "auto")]
+    expected = {f"speculative:{draft}@{k}@token" for draft, k in tokens}
+    assert greedy == {"autoregressive"} | expected
+    assert sampled - greedy == {f"speculative:{draft}@{k}@block" for draft, k in fixed_and_found}
     assert greedy <= sampled
     assert "humaneval-greedy" in printed and "1.00 [" in printed
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    arguments = ["--cells", "xsum", "--output-folder", str(tmp_path / "out")]
-    assert exit_code(script.main, arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert refused(grid.main, ["--cells", "xsum", "--output-folder", tmp_path / "out"], capsys)

@@ -55,22 +55,14 @@ def test_the_one_on_the_path_comes_first(tmp_path, monkeypatch):
 def test_installed_packages_are_covered_and_the_standard_library_is_not(tmp_path, monkeypatch):
     """The benchmark is an installed package, and holds the answers."""
     root = tmp_path / "usr" / "lib"
-    for name in (
-        "python3.12/site-packages",
-        "python3/dist-packages",
-        "python3.12/json",
-        "other/inner",
-    ):
+    names = ("other", "python3.12/site-packages", "python3/dist-packages")
+    for name in (*names, "python3.12/json", "other/inner"):
         (root / name).mkdir(parents=True)
-    standard = str(root / "python3.12")
+    standard, other = str(root / "python3.12"), str(root / "other")
     monkeypatch.setattr(namespace.sysconfig, "get_path", lambda _: standard)
-    monkeypatch.setattr(sys, "path", ["", standard, f"{standard}/lib-dynload", str(root / "other")])
-    sys.path.append(str(root / "other" / "inner"))
-    assert namespace._packages([str(root)]) == [
-        str(root / "other"),
-        str(root / "python3.12" / "site-packages"),
-        str(root / "python3" / "dist-packages"),
-    ]
+    path = ["", standard, f"{standard}/lib-dynload", other, f"{other}/inner"]
+    monkeypatch.setattr(sys, "path", path)
+    assert namespace._packages([str(root)]) == [str(root / name) for name in names]
 
 
 @pytest.mark.parametrize("machine", system_calls.MACHINES)
@@ -80,9 +72,8 @@ def test_the_filter_answers_each_call_as_listed(machine):
     numbers = system_calls.numbers_of(machine)
     checked = {"clone", "fork", "vfork", "socketpair", "prctl", "ioctl", "fcntl"}
     plain = {number for name, number in numbers.items() if name not in checked}
-    answer = partial(
-        run_filter, system_calls.filter_program(machine), system_calls.MACHINES[machine]
-    )
+    program = system_calls.filter_program(machine)
+    answer = partial(run_filter, program, system_calls.MACHINES[machine])
     for number in {*range(600), 0x40000000, 0x40000001} - {numbers.get(name) for name in checked}:
         assert answer(number) == (allow if number in plain else fail | system_calls.ENOSYS)
     for name in {"fork", "vfork"} & numbers.keys():
@@ -106,8 +97,7 @@ def test_the_filter_answers_each_call_as_listed(machine):
     ):
         wanted = fail | error if error else allow
         assert answer(numbers[name], {place: value}) == wanted, (name, value)
-    other = run_filter(system_calls.filter_program(machine), 0x40000003, 1)
-    assert other == 0x80000000  # another machine's calls
+    assert run_filter(program, 0x40000003, 1) == 0x80000000  # another machine's calls
 
 
 def run_filter(program, machine, number, arguments=()):
@@ -149,9 +139,8 @@ def test_the_numbers_are_the_kernels(machine):
 @pytest.mark.skipif(not find_wrap().works, reason=f"bubblewrap: {find_wrap().problem}")
 def test_a_bubblewrap_that_gives_no_capability_still_works(monkeypatch):
     """One with set-user-ID gives none to a user; then only the number of files has no limit."""
-    monkeypatch.setattr(namespace, "CAPABILITIES", ((),))
-    assert find().works and not find().limits_files
-    monkeypatch.setattr(namespace, "CAPABILITIES", (("--cap-add", "CAP_OF_NONE"), ()))
-    assert find().works and not find().limits_files
+    for capabilities in (((),), (("--cap-add", "CAP_OF_NONE"), ())):
+        monkeypatch.setattr(namespace, "CAPABILITIES", capabilities)
+        assert find().works and not find().limits_files
     monkeypatch.setattr(namespace, "has_filter", lambda: False)
     assert find().works and not find().limits_files

@@ -106,16 +106,10 @@ def test_names_make_the_key():
     assert Noise.of(0, "a", 1) == Noise.of(0, "a", 1)
 
 
-@pytest.mark.parametrize(
-    "probs",
-    [
-        Few({0: math.nan}),
-        Few({0: 0.5, 1: math.nan}),
-        Few({}),
-        Full(torch.tensor([0.5, math.nan, 0.5])),
-        Full(torch.full((20,), math.nan)),
-    ],
-)
+NANS = [Full(torch.tensor(of)) for of in ([0.5, math.nan, 0.5], [math.nan] * 20)]
+
+
+@pytest.mark.parametrize("probs", [Few({0: math.nan}), Few({0: 0.5, 1: math.nan}), Few({}), *NANS])
 def test_what_is_no_distribution_is_refused(probs):
     with pytest.raises(NonFiniteError):
         Noise((0, 0)).winner(probs, 0)

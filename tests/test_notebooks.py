@@ -49,6 +49,35 @@ def execute(name: str, project: Path, working_folder: Path, monkeypatch) -> nbfo
     return NotebookClient(notebook, timeout=120, resources=resources).execute()
 
 
+class Shown:
+    """What a notebook shows, of each MIME type."""
+
+    def __init__(self, notebook: nbformat.NotebookNode):
+        self.text = "\n".join(outputs_of(notebook, "text/plain"))
+        self.pages = outputs_of(notebook, "text/html")
+        self.images = outputs_of(notebook, "image/png")
+
+    def page_with(self, words: str) -> str:
+        (page,) = (page for page in self.pages if words in page)
+        return page
+
+
+@pytest.fixture
+def show(tmp_path, monkeypatch):
+    return lambda name, folder="Benchmarks": Shown(
+        execute(f"{name}.ipynb", tmp_path, tmp_path / folder, monkeypatch)
+    )
+
+
+def figures_of(path: Path) -> set[str]:
+    return {figure.name for figure in (path.parent / "figures").iterdir()}
+
+
+def three_figures(name: str) -> set[str]:
+    kinds = ("accepted", "speedup", "tokens_per_second")
+    return {f"{name}_{kind}.{suffix}" for kind in kinds for suffix in ("png", "svg")}
+
+
 def outputs_of(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
     """What the cells showed, of one MIME type; printed text counts as text/plain."""
     shown = []
@@ -61,35 +90,31 @@ def outputs_of(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
     return shown
 
 
-def test_bench2_shows_table_figures_and_identical_outputs(tmp_path, monkeypatch):
+def test_bench2_shows_table_figures_and_identical_outputs(tmp_path, show):
     rows = make_run()
-    write_scores(write_results(tmp_path, rows), score_every_fourth(rows))
-    notebook = execute("bench2.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    text = "\n".join(outputs_of(notebook, "text/plain"))
-    (table,) = (html for html in outputs_of(notebook, "text/html") if "35.0%" in html)
+    path = write_results(tmp_path, rows)
+    write_scores(path, score_every_fourth(rows))
+    shown = show("bench2")
+    table = shown.page_with("35.0%")
     for number in ("12/12", "37.5%", "2.00 [2.00, 2.00]", "25.0% [", "greedy", "2.52"):
         assert number in table
     for column in ("with prefill", "draft accepted", "tokens/call", "outside calls"):
         assert f"<th>{column}</th>" in table  # as in the terminal
-    assert text.startswith("The run: Results/results2.jsonl\n")
-    assert "A Processor (cpu), bfloat16" in text
-    assert "identical outputs have the token ids of method reference" in text
-    assert "mean of per-problem ratios" in text
-    assert len(outputs_of(notebook, "image/png")) == 3
-    saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
-    names = ("results2_accepted", "results2_speedup", "results2_tokens_per_second")
-    assert saved == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+    assert shown.text.startswith("The run: Results/results2.jsonl\n")
+    assert "A Processor (cpu), bfloat16" in shown.text
+    assert "identical outputs have the token ids of method reference" in shown.text
+    assert "mean of per-problem ratios" in shown.text
+    assert len(shown.images) == 3
+    assert figures_of(path) == three_figures("results2")
 
 
-def test_bench2_runs_from_the_root_on_an_unscored_run_without_reference(tmp_path, monkeypatch):
+def test_bench2_runs_from_the_root_on_an_unscored_run_without_reference(tmp_path, show):
     """Stopped before the scoring, and under a profile whose target is not bit-exact."""
-    rows = make_run(methods=("autoregressive", "speculative"))
-    write_results(tmp_path, rows[:-1])
-    notebook = execute("bench2.ipynb", tmp_path, tmp_path, monkeypatch)
-    text = "\n".join(outputs_of(notebook, "text/plain"))
-    assert "identical outputs have the token ids of method autoregressive" in text
-    assert "1 rows are left out" in text
-    assert any("<td>11/11</td>" in page for page in outputs_of(notebook, "text/html"))
+    write_results(tmp_path, make_run(methods=("autoregressive", "speculative"))[:-1])
+    shown = show("bench2", ".")
+    assert "identical outputs have the token ids of method autoregressive" in shown.text
+    assert "1 rows are left out" in shown.text
+    assert shown.page_with("<td>11/11</td>")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +123,7 @@ def test_bench2_runs_from_the_root_on_an_unscored_run_without_reference(tmp_path
     ids=["no draft", "no plain speculative", "seven methods"],
 )
 @pytest.mark.parametrize("number", [1, 2])
-def test_notebooks_show_any_methods(number, methods, tmp_path, monkeypatch, model_folders):
+def test_notebooks_show_any_methods(number, methods, tmp_path, show, model_folders):
     """A run without plain `speculative` showed "0 of 0" and axes from NaN to NaN."""
     rows = [
         replace(row, method=method)
@@ -107,22 +132,19 @@ def test_notebooks_show_any_methods(number, methods, tmp_path, monkeypatch, mode
     ]
     if number == 1:
         path = write_xsum_results(tmp_path, model_folders["llama-target"], rows)
-        scores = [
-            RougeScore(**dict(zip(("example_id", "method", "sample_index"), row.key)), **ROUGE)
-            for row in rows
-        ]
+        names = ("example_id", "method", "sample_index")
+        scores = [RougeScore(**dict(zip(names, row.key)), **ROUGE) for row in rows]
     else:
         path, scores = write_results(tmp_path, rows), score_every_fourth(rows)
     write_scores(path, scores)
-    notebook = execute(f"bench{number}.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    shown = "\n".join(outputs_of(notebook, "text/plain") + outputs_of(notebook, "text/html"))
-    assert "0 of 0" not in shown and "NaN" not in shown and "nan" not in shown.split()
-    for method in methods[1:]:
-        assert f"<th>{method}</th>" in shown
-    assert len(outputs_of(notebook, "image/png")) == 3
+    shown = show(f"bench{number}")
+    words = "\n".join([shown.text, *shown.pages])
+    assert "0 of 0" not in words and "NaN" not in words and "nan" not in words.split()
+    assert all(f"<th>{method}</th>" in words for method in methods[1:])
+    assert len(shown.images) == 3
 
 
-def test_the_newest_run_of_the_task_is_shown(tmp_path, monkeypatch):
+def test_the_newest_run_of_the_task_is_shown(tmp_path, show):
     """The notebook looked for one file name, and showed the published rows beside a new run."""
     rows = make_run(num_problems=2)
     paths = [write_results(tmp_path, rows, name) for name in ("a/new", "results2", "b/old")]
@@ -136,35 +158,27 @@ def test_the_newest_run_of_the_task_is_shown(tmp_path, monkeypatch):
     assert newest_run(folder, "humaneval", published) == paths[0]
     assert newest_run(folder, "xsum", published) == other
     assert newest_run(tmp_path / "nothing", "xsum", published) == published
-    notebook = execute("bench2.ipynb", tmp_path, tmp_path, monkeypatch)
-    assert outputs_of(notebook, "text/plain")[0].startswith("The run: Results/a/new.jsonl\n")
+    assert show("bench2", ".").text.startswith("The run: Results/a/new.jsonl\n")
     assert (paths[0].parent / "figures" / "new_speedup.svg").exists()  # beside the run
 
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [
-        ("bench1.ipynb", "main_exp1.py"),
-        ("bench2.ipynb", "main_exp2.py"),
-        ("table1.ipynb", "Benchmarks/table1.py"),
-    ],
+    [("bench1", "main_exp1.py"), ("bench2", "main_exp2.py"), ("table1", "Benchmarks/table1.py")],
 )
-def test_without_results_a_notebook_says_which_command_makes_them(
-    name, command, tmp_path, monkeypatch
-):
+def test_without_results_a_notebook_says_which_command_makes_them(name, command, show):
     with pytest.raises(CellExecutionError) as stopped:
-        execute(name, tmp_path, tmp_path / "Benchmarks", monkeypatch)
+        show(name)
     assert stopped.value.ename == "SystemExit"
     assert f"`python {command}` makes them" in stopped.value.evalue
 
 
-def test_without_a_run_of_ones_own_the_published_one_is_shown(tmp_path, monkeypatch):
+def test_without_a_run_of_ones_own_the_published_one_is_shown(tmp_path, show):
     """Its figures do not take the place of the published ones."""
     write_results(tmp_path, make_run(), "published/smollm2/results2")
-    notebook = execute("bench2.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    shown = "The published run, for want of your own: Results/published/smollm2/results2.jsonl\n"
-    assert outputs_of(notebook, "text/plain")[0].startswith(shown)
-    assert len(list((tmp_path / "Results" / "figures").iterdir())) == 6
+    said = "The published run, for want of your own: Results/published/smollm2/results2.jsonl\n"
+    assert show("bench2").text.startswith(said)
+    assert len(figures_of(tmp_path / "Results" / "any")) == 6
     assert not (tmp_path / "Results" / "published" / "smollm2" / "figures").exists()
 
 
@@ -184,62 +198,48 @@ def write_xsum_results(folder: Path, tokenizer_folder: Path, rows) -> Path:
     return write_results(folder, rows, "results1", META | {"config": config})
 
 
-def test_bench1_shows_rouge_examples_and_where_tokens_came_from(
-    tmp_path, monkeypatch, model_folders
-):
+def test_bench1_shows_rouge_examples_and_where_tokens_came_from(tmp_path, show, model_folders):
     path = write_xsum_results(tmp_path, model_folders["llama-target"], make_run())
     write_scores(path, make_rouge_scores(autoregressive=0.1))
-    notebook = execute("bench1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    text = "\n".join(outputs_of(notebook, "text/plain"))
-    pages = outputs_of(notebook, "text/html")
-    (table,) = (page for page in pages if "earlier attempt" in page)
+    shown = show("bench1")
+    table = shown.page_with("earlier attempt")
     for number in ("12/12", "37.5%", "2.50", "2.00 [2.00, 2.00]", "0.200 [", "0.159", "1.84"):
         assert number in table
-    (differences,) = (page for page in pages if "rougeL difference" in page)
-    assert "-0.0500 [-0.0500, -0.0500]" in differences
-    assert "identical outputs have the token ids of method reference" in text
-    (examples,) = (page for page in pages if "reference summary" in page)
+    assert "-0.0500 [-0.0500, -0.0500]" in shown.page_with("rougeL difference")
+    assert "identical outputs have the token ids of method reference" in shown.text
+    examples = shown.page_with("reference summary")
     for words in ("Document &lt;HumanEval/2&gt;.", "By autoregressive.", "By speculative."):
         assert words in examples
     assert "By reference." not in examples  # with greedy decoding the speculative text again
-    (tokens,) = (page for page in pages if "after a rejection" in page)
+    tokens = shown.page_with("after a rejection")
     # Ids 1 to 4 of the tiny tokenizer are the first of its alphabet: ! " # $.
     assert tokens.index("&quot;") < tokens.index("<u>#</u>") < tokens.index("<i>$</i>")
-    assert len(outputs_of(notebook, "image/png")) == 3
-    saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
-    names = ("results1_accepted", "results1_speedup", "results1_tokens_per_second")
-    assert saved == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
+    assert len(shown.images) == 3
+    assert figures_of(path) == three_figures("results1")
 
 
-def test_bench1_runs_on_an_unscored_run_without_speculative_rows(
-    tmp_path, monkeypatch, model_folders
-):
-    rows = make_run()
-    write_xsum_results(tmp_path, model_folders["llama-target"], rows)
-    path = tmp_path / "Results" / "results1.jsonl"
+def test_bench1_runs_on_an_unscored_run_without_speculative_rows(tmp_path, show, model_folders):
+    """The articles are those of all rows."""
+    path = write_xsum_results(tmp_path, model_folders["llama-target"], make_run())
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"speculative"' not in line))
-    notebook = execute("bench1.ipynb", tmp_path, tmp_path, monkeypatch)
-    assert "The rows are not scored yet" in "\n".join(outputs_of(notebook, "text/plain"))
+    assert "The rows are not scored yet" in show("bench1", ".").text
 
 
-def test_table1_shows_our_grid_beside_the_papers(tmp_path, monkeypatch):
+def test_table1_shows_our_grid_beside_the_papers(tmp_path, show):
     names = ("xsum-nucleus", "humaneval-nucleus", "humaneval-greedy")
     for name, run in zip(names, make_grid(), strict=True):
-        stem = Path(TABLE1_FILES[name]).stem
-        path = write_results(tmp_path, run.rows, stem, run.meta)
+        path = write_results(tmp_path, run.rows, Path(TABLE1_FILES[name]).stem, run.meta)
         write_scores(path, run.scores)
     write_results(tmp_path, [], "results1")  # stopped before its first row
-    notebook = execute("table1.ipynb", tmp_path, tmp_path / "Benchmarks", monkeypatch)
-    text = "\n".join(outputs_of(notebook, "text/plain"))
-    (table,) = outputs_of(notebook, "text/html")
+    shown = show("table1")
+    (table,) = shown.pages
     for words in ("XSum (ROUGE-2)", "+0.1000 [+0.1000", "12.50", "7.52", "2.46", "not measured"):
         assert words in table
-    assert "xsum-greedy\nno rows yet" in text
-    assert "16 TPU v4" in text and "A Processor (cpu)" in text
-    assert len(outputs_of(notebook, "image/png")) == 1
-    saved = {path.name for path in (tmp_path / "Results" / "figures").iterdir()}
-    assert saved == {"table1_speedup.png", "table1_speedup.svg"}
+    assert "xsum-greedy\nno rows yet" in shown.text
+    assert "16 TPU v4" in shown.text and "A Processor (cpu)" in shown.text
+    assert len(shown.images) == 1
+    assert figures_of(tmp_path / "Results" / "any") == {"table1_speedup.png", "table1_speedup.svg"}
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def repository(tmp_path, model_folders) -> Path:
     return folder
 
 
-def test_t4_runs_from_the_clone_to_the_tables(repository, tmp_path, monkeypatch):
+def test_t4_runs_from_the_clone_to_the_tables(repository, tmp_path, show, monkeypatch):
     """Only the GPU and pip's downloads are left out: pip plans an installation without an index.
 
     It would replace nothing that is here, because pyproject's ranges hold the tested versions.
@@ -267,16 +267,15 @@ def test_t4_runs_from_the_clone_to_the_tables(repository, tmp_path, monkeypatch)
     for name, value in {"DRY_RUN": "1", "NO_INDEX": "1", "NO_BUILD_ISOLATION": "0"}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    notebook = execute("t4.ipynb", tmp_path, tmp_path, monkeypatch)
-    text = "\n".join(outputs_of(notebook, "text/plain"))
-    assert f"torch=={version('torch')}\n" in text and "Error" not in text
+    shown = show("t4", ".")
+    assert f"torch=={version('torch')}\n" in shown.text and "Error" not in shown.text
     results = tmp_path / "repository" / "Results" / "deepseek-t4"
     assert {row.num_new_tokens <= 16 for row in read_rows(results / "dry.jsonl")} == {True}
     run = read_run(results / "results2.jsonl")
     assert len(run.rows) == len(run.scores or ()) == 2 * len(run.meta["config"]["run"]["methods"])
-    assert f"commit {run.meta['git_commit']}, " in text
-    (table,) = (page for page in outputs_of(notebook, "text/html") if "speedup" in page)
-    assert all(method in table for method in ("autoregressive", "speculative"))
+    assert f"commit {run.meta['git_commit']}, " in shown.text
+    table = shown.page_with("speedup")
+    assert "autoregressive" in table and "speculative" in table
 
 
 def test_t4_names_this_version():
@@ -288,18 +287,13 @@ def test_t4_names_this_version():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebooks_load_call_and_show(path):
+def test_notebooks_load_call_and_show_without_errors(path):
     """Logic lives in the package, where it is tested."""
-    for cell in nbformat.read(path, as_version=4).cells:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert all(output.output_type != "error" for output in cell.get("outputs", []))
         if cell.cell_type == "code":
             python = TransformerManager().transform_cell(cell.source)  # its magics too
             kinds = {type(node) for node in ast.walk(ast.parse(python))}
             assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.Lambda}
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_committed_notebooks_are_valid_and_hold_no_errors(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert all(output.output_type != "error" for output in outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import PROJECT, write_config
 from test_end_to_end import run
+from test_records import ROW
 from transformers.generation import candidate_generator
 
 from Benchmarks import peers
@@ -144,8 +146,7 @@ def test_a_rerun_decodes_only_what_is_missing(finished, config):
 )
 def test_mistakes_are_one_line(more, words, config, tmp_path):
     code, _, errors = compare(config, tmp_path / "peers.jsonl", "ours in 16 bit", *more)
-    assert code == 2
-    assert words in errors and len(errors.splitlines()) == 1
+    assert code == 2 and words in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "peers.jsonl").exists()
 
 
@@ -240,24 +241,10 @@ def test_an_export_that_fails_is_one_line(model_folders, tmp_path, monkeypatch):
 
 
 def row(method: str, seconds: float, error: str | None = None, example: str = "a") -> Row:
-    return Row(
-        example_id=example,
-        method=method,
-        sample_index=0,
-        completion="",
-        token_ids=[] if error else [1, 2, 3],
-        finish_reason="error" if error else "length",
-        num_prompt_tokens=5,
-        accepted=[],
-        drafted=[],
-        target_calls=3,
-        draft_calls=0,
-        seed=0,
-        prefill_seconds=1.0,
-        decode_seconds=seconds,
-        forward_seconds=seconds,
-        error=error,
-    )
+    values = {"example_id": example, "method": method, "error": error, "accepted": []}
+    values |= {"token_ids": [] if error else [1, 2, 3], "drafted": [], "target_calls": 3}
+    values |= {"prefill_seconds": 1.0, "decode_seconds": seconds, "forward_seconds": seconds}
+    return dataclasses.replace(ROW, finish_reason="error" if error else "length", **values)
 
 
 def test_ratios_are_our_best_against_the_best_of_each_kind():
@@ -333,9 +320,6 @@ def test_a_process_that_ends_in_its_first_text_does_not_stop_the_others(capsys, 
     printed = capsys.readouterr().out
     for name in ("one", "two"):
         assert f"not compared: mortal: {name}: the process of mortal: {name} ended" in printed
-
-
-def test_a_process_that_ends_is_one_line():
     with pytest.raises(peers.ConfigError, match="the process of dead ended"):
         peers.Host("dead", dead, options=None)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import write_config
+from helpers import error_line
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
@@ -52,12 +53,22 @@ def clock(monkeypatch):
     return Clock
 
 
+def set_template(folder: Path, template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template + MESSAGES
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture
-def run_on(model_folders, tmp_path, clock, capsys):
+def folders(model_folders, tmp_path) -> dict[str, Path]:
+    """A copy of the target, whose template may change."""
+    shutil.copytree(model_folders["llama-target"], tmp_path / "target")
+    return model_folders | {"llama-target": tmp_path / "target"}
+
+
+@pytest.fixture
+def run_on(folders, tmp_path, clock, capsys):
     """Run a method over two problems asked in a chat template, at some time."""
-    target = tmp_path / "target"
-    shutil.copytree(model_folders["llama-target"], target)
-    folders = model_folders | {"llama-target": target}
     blocks = {
         "speculation": {"k": 4},
         "decoding": {"max_new_tokens": 6},
@@ -67,16 +78,18 @@ def run_on(model_folders, tmp_path, clock, capsys):
     output = tmp_path / "results2.jsonl"
 
     def run(time: datetime, methods: str, template: str = DAY, limit: int = 2, *more: str):
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        tokenizer.chat_template = template + MESSAGES
-        tokenizer.save_pretrained(target)
+        set_template(folders["llama-target"], template)
         clock.time = time
         arguments = ["--config", config, "--output", output, "--limit", limit]
         code = exit_code(main_exp2.main, list(map(str, [*arguments, "--methods", methods, *more])))
         return code, *capsys.readouterr()
 
-    run.output, run.config = output, config
+    run.output = output
     return run
+
+
+def date_of(output: Path) -> str:
+    return read_meta(output)["prompt_date"]
 
 
 def hashes(output: Path) -> dict[str, set[str]]:
@@ -104,9 +117,7 @@ TIMES = {
 
 @pytest.mark.parametrize("name", TIMES)
 def test_methods_of_two_days_get_the_same_prompts(name, run_on):
-    """`reference` on one day and `speculative` the next had "identical outputs 0/2", exit code 0;
-    over a month's end the run was refused as "the data have changed".
-    """
+    """The next day's texts had other prompts, or were refused as "the data have changed"."""
     first, then, template = TIMES[name]
     code, _, errors = run_on(first, "reference", template)
     assert code == 0, errors
@@ -114,9 +125,8 @@ def test_methods_of_two_days_get_the_same_prompts(name, run_on):
     assert code == 0, errors
     assert "2/2" in printed  # identical outputs
     assert all(len(of_example) == 1 for of_example in hashes(run_on.output).values())
-    meta = read_meta(run_on.output)
-    assert meta["prompt_date"] == first.isoformat()
-    (resumed,) = meta["resumed"]
+    assert date_of(run_on.output) == first.isoformat()
+    (resumed,) = read_meta(run_on.output)["resumed"]
     assert "prompt_date" not in resumed
 
 
@@ -124,10 +134,10 @@ def test_a_run_that_starts_before_midnight_has_one_day(run_on, clock):
     """Each prompt was rendered with the clock: those after midnight had the next day."""
     clock.pace = timedelta(hours=7)
     assert run_on(datetime(2026, 4, 30, 17), "reference", DAY, 3)[0] == 0
-    date = read_meta(run_on.output)["prompt_date"]
+    date = date_of(run_on.output)
     clock.pace = timedelta(0)
     assert run_on(START + timedelta(days=9), "reference,speculative", DAY, 3)[0] == 0
-    assert read_meta(run_on.output)["prompt_date"] == date
+    assert date_of(run_on.output) == date
     assert [len(of_example) for of_example in hashes(run_on.output).values()] == [1, 1, 1]
 
 
@@ -139,34 +149,37 @@ def test_a_run_that_starts_over_has_a_day_of_its_own(run_on):
     assert code == 0
     kept = run_on.output.with_name(f"{run_on.output.stem}.kept1.jsonl")
     assert read_rows(kept) == old_rows  # it deleted them, and error lines suggest it
-    assert read_meta(kept)["prompt_date"] == START.isoformat()
+    assert date_of(kept) == START.isoformat()
     assert f"kept in {kept}" in errors
-    assert read_meta(run_on.output)["prompt_date"] == later.isoformat()
+    assert date_of(run_on.output) == later.isoformat()
     after = hashes(run_on.output)
     assert before.keys() == after.keys()
     assert not any(before[name] & after[name] for name in before)
-
-
-def test_a_start_that_left_no_row_is_no_first_start(run_on):
-    """A run that was stopped before its first row leaves a meta; the next one starts over."""
-    run_on(START, "reference")
-    run_on.output.write_text("")
-    later = START + timedelta(days=1)
-    assert run_on(later, "reference")[0] == 0
-    assert read_meta(run_on.output)["prompt_date"] == later.isoformat()
+    run_on.output.write_text("")  # stopped before its first row, a run leaves only a meta
+    assert run_on(START, "reference")[0] == 0
+    assert date_of(run_on.output) == START.isoformat()
 
 
 def test_rows_that_lacked_memory_keep_their_runs_day(run_on):
     """They are made again; the meta that stays says when the run began."""
     run_on(START, "reference")
-    lines = [unsealed(json.loads(line))[0] for line in run_on.output.read_text().splitlines()]
     failed = {"finish_reason": "error", "error": "out of memory (here)", "token_ids": []}
-    run_on.output.write_text("".join(json.dumps(line | failed) + "\n" for line in lines))
+    lines = change_rows(run_on.output, **failed)
     assert run_on(START + timedelta(days=1), "reference")[0] == 0
-    assert [row.prompt_hash for row in read_rows(run_on.output)] == [
-        line["prompt_hash"] for line in lines
-    ]
-    assert read_meta(run_on.output)["prompt_date"] == START.isoformat()
+    made = [row.prompt_hash for row in read_rows(run_on.output)]
+    assert made == [line["prompt_hash"] for line in lines]
+    assert date_of(run_on.output) == START.isoformat()
+
+
+def error_of(run_on, was: str, now: str, change=lambda output: None) -> str:
+    """What is said of rows that would have other prompts than the rows that are there."""
+    run_on(START, "reference", was)
+    change(run_on.output)
+    before = run_on.output.read_bytes()
+    code, printed, errors = run_on(START, "speculative", now)
+    assert code == 2 and printed == "" and errors.splitlines()[-1].startswith("error: ")
+    assert run_on.output.read_bytes() == before
+    return errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -182,67 +195,53 @@ def test_rows_that_lacked_memory_keep_their_runs_day(run_on):
 )
 def test_rows_of_another_prompt_are_refused_in_one_line(was, now, run_on):
     """A prompt of other tokens, as many as before, went unseen into the file of the old one."""
-    run_on(START, "reference", was)
-    without_digests(run_on.output)
-    before = run_on.output.read_bytes()
-    code, printed, errors = run_on(START, "speculative", now)
-    assert code == 2 and printed == ""
-    last = errors.splitlines()[-1]
-    assert last.startswith("error: ") and "rows of another prompt of HumanEval/0: " in last
-    assert "chat template have changed since; start over with --fresh, or" in last
-    assert run_on.output.read_bytes() == before
+    error = error_of(run_on, was, now, lambda output: change_meta(output, "files"))
+    assert "rows of another prompt of HumanEval/0: " in error
+    assert "chat template have changed since; start over with --fresh, or" in error
 
 
 def test_files_that_have_changed_are_named(run_on):
     """Their digests are in the meta: the rows were of two models, and all the target's own."""
-    run_on(START, "reference", "Be brief.\n")
-    before = run_on.output.read_bytes()
-    code, _, errors = run_on(START, "speculative", "Be quick.\n")
-    last = errors.splitlines()[-1]
-    assert code == 2 and last.startswith("error: ") and "rows of other files" in last
-    assert "models.target have changed since; put them back, or start over" in last
-    assert run_on.output.read_bytes() == before
+    error = error_of(run_on, "Be brief.\n", "Be quick.\n")
+    assert "rows of other files" in error
+    assert "models.target have changed since; put them back, or start over" in error
 
 
-def without_digests(output: Path) -> None:
-    """Make a run's meta one of before it told the files apart."""
-    meta = read_meta(output)
-    del meta["files"]
-    output.with_suffix(".meta.json").write_text(json.dumps(meta))
+def change_meta(output: Path, *dropped: str, **changes: str) -> None:
+    meta = read_meta(output) | changes
+    kept = {name: value for name, value in meta.items() if name not in dropped}
+    output.with_suffix(".meta.json").write_text(json.dumps(kept))
 
 
-# --- runs of before there was a date -----------------------------------------------------
-
-
-def as_before(output: Path, date: str) -> None:
-    """Make a run what an earlier version left: no hash in a row, no date of the prompts."""
+def change_rows(output: Path, *dropped: str, **changes: object) -> list[dict]:
+    """Change every row of a file, and return the rows of before."""
     lines = [unsealed(json.loads(line))[0] for line in output.read_text().splitlines()]
-    for line in lines:
-        del line["prompt_hash"]
-    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    meta = read_meta(output) | {"date": date}
-    del meta["prompt_date"], meta["files"]
-    output.with_suffix(".meta.json").write_text(json.dumps(meta))
+    rows = [
+        {name: value for name, value in (line | changes).items() if name not in dropped}
+        for line in lines
+    ]
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return lines
 
 
 def test_an_older_run_goes_on_with_the_day_of_its_start(run_on):
     run_on(START, "reference")
     made = hashes(run_on.output)
-    as_before(run_on.output, "2026-04-30T12:00:01+00:00")
+    change_rows(run_on.output, "prompt_hash")
+    change_meta(run_on.output, "prompt_date", "files", date="2026-04-30T12:00:01+00:00")
     code, printed, errors = run_on(START + timedelta(days=1), "reference,speculative")
     assert code == 0, errors
     assert "2/2" in printed
-    rows = read_rows(run_on.output)
-    assert {row.prompt_hash for row in rows if row.method == "reference"} == {None}
-    assert {row.prompt_hash for row in rows if row.method == "speculative"} == set.union(
-        *made.values()
-    )
+    hashed = {"reference": set(), "speculative": set()}
+    for row in read_rows(run_on.output):
+        hashed[row.method].add(row.prompt_hash)
+    assert hashed == {"reference": {None}, "speculative": set.union(*made.values())}
     meta = read_meta(run_on.output)
     assert "prompt_date" not in meta and meta["resumed"][0]["prompt_date"] == START.isoformat()
-    assert exit_code(main_exp2.main, ["--score", str(run_on.output), *OURS]) == 0
+    scoring = ["--score", str(run_on.output), "--set", "humaneval.allow_weak_sandbox=true"]
+    assert exit_code(main_exp2.main, scoring) == 0
 
 
-OURS = ("--set", "humaneval.allow_weak_sandbox=true")
 COMMITTED = sorted(
     path.with_name(path.name.replace(".meta.json", ".jsonl"))
     for path in (PROJECT / "Results/published").rglob("*.meta.json")
@@ -266,23 +265,14 @@ def test_committed_runs_are_read_as_they_are(path):
 @pytest.mark.parametrize(
     "meta",
     [
-        {"prompt_date": "yesterday"},
-        {"prompt_date": ""},
-        {"prompt_date": None},
-        {"prompt_date": 20260430},
-        {"prompt_date": ["2026-04-30"]},
-        {"prompt_date": "2026-02-30T00:00:00"},
-        {"date": "Monday"},
-        {},
+        *({"prompt_date": date} for date in ("yesterday", "", None, 20260430, ["2026-04-30"])),
+        *({"prompt_date": "2026-02-30T00:00:00"}, {"date": "Monday"}, {}),
     ],
     ids=str,
 )
 def test_a_meta_without_a_date_is_refused(meta):
-    with pytest.raises(
-        ConfigError, match=r"prompt_date in .* must be a date and time \(got"
-    ) as one:
-        prompt_date(meta)
-    assert "\n" not in str(one.value)
+    message = error_line(ConfigError, prompt_date, meta)
+    assert message.startswith("prompt_date in ") and "must be a date and time (got" in message
 
 
 @pytest.mark.parametrize(
@@ -299,15 +289,10 @@ def test_a_date_is_the_local_time_that_it_says(text, expected):
     assert prompt_date({"prompt_date": text, "date": "2000-01-01"}) == expected
 
 
-def test_articles_in_a_chat_template_have_one_day_too(model_folders, tmp_path, clock, capsys):
+def test_articles_in_a_chat_template_have_one_day_too(folders, tmp_path, clock, capsys):
     """Experiment 1 cuts its documents by the rendered prompt's length."""
-    target = tmp_path / "target"
-    shutil.copytree(model_folders["llama-target"], target)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    tokenizer.chat_template = "{{ strftime_now('%-d %B') }}\n" + MESSAGES
-    tokenizer.save_pretrained(target)
+    set_template(folders["llama-target"], "{{ strftime_now('%-d %B') }}\n")
     blocks = {"decoding": {"max_new_tokens": 6}, "xsum": {"prompt_style": "chat"}}
-    folders = model_folders | {"llama-target": target}
     config = write_config(tmp_path, "demo", "llama", folders, blocks)
     output = tmp_path / "results1.jsonl"
     arguments = ["--config", str(config), "--limit", "2", "--output", str(output), "--methods"]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +14,6 @@ import time
 from pathlib import Path
 
 import forked
-import psutil
 import pytest
 import torch
 from test_end_to_end import METHODS, PROJECT, run
@@ -41,32 +38,28 @@ def open_shard(output: Path, rank: int) -> RunFile:
     return RunFile.open(shards.shard_path(output, rank), meta)
 
 
-def launch(*arguments: object, num: int = 2) -> list[str]:
-    """The command that starts ranks, as `accelerate launch` has it on GPUs."""
+def launch(*arguments: object, num: int = 2) -> subprocess.Popen:
+    """Start ranks, as `accelerate launch` does on GPUs."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = str(PROJECT / "main_exp2.py")
-    return [*torchrun, "--nproc-per-node", str(num), script, *map(str, arguments)]
+    script = [str(PROJECT / "main_exp2.py"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "--nproc-per-node", str(num), *script]
+    return subprocess.Popen(command, cwd=PROJECT, env=environment, **pipes)
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def rank_of(rank: int, script: str, *arguments: object, num: int, local: int, port: int):
+    """Start a rank alone, as torchrun would start it; torchrun takes seconds itself."""
+    given = {"WORLD_SIZE": num, "LOCAL_WORLD_SIZE": local, "OMP_NUM_THREADS": 1}
+    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given |= {"RANK": rank, "LOCAL_RANK": rank % local}
+    return forked.start(script, *arguments, **{name: str(value) for name, value in given.items()})
 
 
 def start_ranks(*arguments: object, script: str = "main_exp2.py", num: int = 2) -> list:
-    """The ranks alone, as torchrun would start them; it takes seconds itself."""
-    shared = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chance_port())}
-    return [
-        forked.start(script, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(num)
-    ]
+    """Ranks of one machine."""
+    place = {"num": num, "local": num, "port": chance_port()}
+    return [rank_of(rank, script, *arguments, **place) for rank in range(num)]
 
 
 def finish_ranks(processes: list) -> tuple[int, str, str]:
@@ -76,19 +69,10 @@ def finish_ranks(processes: list) -> tuple[int, str, str]:
     return max(process.returncode for process in processes), output, errors
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
-
-
 def without_process(path: Path) -> list[dict]:
     """The rows of a file in its order, without what depends on the process that made them."""
     return [
-        {
-            name: value
-            for name, value in vars(row).items()
-            if not any(part in name for part in OF_A_PROCESS)
-        }
+        {name: of for name, of in vars(row).items() if not any(map(name.count, OF_A_PROCESS))}
         for row in read_rows(path)
     ]
 
@@ -102,15 +86,15 @@ def alone(config, tmp_path_factory) -> Path:
     return output
 
 
-def options(config: Path, output: Path) -> list[object]:
-    sampled = ["sampling.temperature=1", "sampling.num_samples=2", "run.threads=1"]
-    settings = [part for field in sampled for part in ("--set", field)]
+def options(config: Path, output: Path, *fields: str) -> list[object]:
+    sampled = ("sampling.temperature=1", "sampling.num_samples=2", "run.threads=1")
+    settings = [part for field in (*sampled, *fields) for part in ("--set", field)]
     return ["--config", config, "--limit", 5, "--output", output, *settings]
 
 
 def test_two_processes_write_the_file_that_one_writes(config, alone, tmp_path):
     output = tmp_path / "results2.jsonl"
-    code, printed, errors = finish(start(launch(*options(config, output))))
+    code, printed, errors = finish_ranks([launch(*options(config, output))])
     assert code == 0, errors
     assert without_process(output) == without_process(alone)
     rows = read_rows(output)
@@ -119,9 +103,8 @@ def test_two_processes_write_the_file_that_one_writes(config, alone, tmp_path):
     assert len(by_pair) == 10  # all methods of a pair on the same rank
     assert errors.count("rows go to") == 1 and printed.count("speculative") >= 1
     assert "30/30" in errors  # the sum over ranks
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("results2.jsonl", "results2.meta.json", "results2.scores.jsonl"),
-    ]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"results2.jsonl", "results2.meta.json", "results2.scores.jsonl"}
     assert read_meta(output).keys() == read_meta(alone).keys()
     assert read_rows(alone)[0].rank is None
 
@@ -166,55 +149,13 @@ def test_on_a_processor_launchers_give_one_thread_and_hide_the_exit_code(launche
     assert re.search(r"exitcode *: 2|exit status 2", done.stderr)
 
 
-@pytest.mark.slow  # test_kills.py has one without torchrun
-@pytest.mark.parametrize("numbers", [[2, 3] * 5], ids=len)
-def test_kills_lose_nothing_and_repeat_nothing(config, alone, tmp_path, numbers):
-    """A random rank is killed again and again, and each time another number of ranks goes on."""
-    output = tmp_path / "results2.jsonl"
-    chance = random.Random(len(numbers))
-    seen = 0
-    for num in numbers:
-        process = start(launch(*options(config, output), num=num))
-        deadline = time.monotonic() + 120
-        while num_rows(output) < seen + 2 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        ranks = ranks_of(process)
-        if ranks:
-            os.kill(chance.choice(ranks), signal.SIGKILL)
-        code, _, errors = finish(process)
-        assert code != 0 or num_rows(output) == 30, errors
-        assert num_rows(output) >= seen, errors
-        seen = num_rows(output)
-    code, _, errors = run(*options(config, output))
-    assert code == 0, errors
-    assert without_process(output) == without_process(alone)
-    assert not list(tmp_path.glob("*.rank*"))
-
-
-def num_rows(output: Path) -> int:
-    """Of a run and of its shards."""
-    paths = [output, *output.parent.glob("results2.rank*.jsonl")]
-    keys = {row.key for path in paths if path.exists() for row in read_rows(path)}
-    return len(keys)
-
-
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    try:
-        children = psutil.Process(process.pid).children()
-        return [child.pid for child in children if "main_exp2.py" in " ".join(child.cmdline())]
-    except psutil.Error:
-        return []
-
-
 def test_machines_without_a_shared_disk(config, alone, tmp_path):
     """Two machines of one process each, which write into folders of their own."""
     outputs = [tmp_path / name / "results2.jsonl" for name in ("first", "second")]
-    machine = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    machine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(chance_port())}
+    place = {"num": 2, "local": 1, "port": chance_port()}
     code, _, errors = finish_ranks(
         [
-            forked.start("main_exp2.py", *options(config, output), **machine, RANK=str(rank))
+            rank_of(rank, "main_exp2.py", *options(config, output), **place)
             for rank, output in enumerate(outputs)
         ]
     )
@@ -274,9 +215,7 @@ def test_ranks_of_two_days_have_the_same_prompts_or_refuse(
     script.write_text(CHAT.format(project=str(PROJECT), more="" if is_same else OTHERWISE))
     output = tmp_path / "results2.jsonl"
     chat = ["humaneval.prompt_style=chat", "humaneval.stop_strings=[]"]
-    settings = [f"models.target={target}", *chat]
-    more = [part for field in settings for part in ("--set", field)]
-    arguments = [*options(config, output), *more]
+    arguments = options(config, output, f"models.target={target}", *chat)
     code, _, errors = finish_ranks(start_ranks(*arguments, script=str(script)))
     assert (code == 0) is is_same, errors
     if not is_same:
@@ -289,16 +228,19 @@ def test_ranks_of_two_days_have_the_same_prompts_or_refuse(
     assert read_meta(output)["prompt_date"] == "2026-04-28T00:00:00"
 
 
-def test_shards_of_another_prompt_are_not_merged(tmp_path):
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "run.jsonl"
+
+
+def test_shards_of_another_prompt_are_not_merged(output):
     """What another day's run had left went into the file, and was compared with its rows."""
-    output = tmp_path / "run.jsonl"
     hashed = dataclasses.replace(ROW, prompt_hash="0123456789abcdef")
-    another = dataclasses.replace(hashed, method="reference", prompt_hash="fedcba9876543210")
     with RunFile.open(output, META) as run_file:
         run_file.append(hashed)
     before = output.read_bytes()
     with open_shard(output, 1) as shard:
-        shard.append(another)
+        shard.append(dataclasses.replace(hashed, method="reference", prompt_hash="f" * 16))
     with pytest.raises(RecordsError, match="one prompt of HumanEval/0 .*--fresh"):
         shards.take_in(output, None, fresh=False)
     assert output.read_bytes() == before
@@ -306,14 +248,17 @@ def test_shards_of_another_prompt_are_not_merged(tmp_path):
     assert not shards.left_shards(output)
 
 
-def test_a_mistake_is_said_once(config, tmp_path):
-    mistake = ["--set", "speculation.k=0", "--output", tmp_path / "a.jsonl"]
-    code, printed, errors = finish_ranks(start_ranks("--config", config, *mistake))
-    assert code != 0
-    assert errors.count("speculation.k must be") == 1
-    mistake = ["--device", "cuda:1", "--output", tmp_path / "a.jsonl"]
-    code, _, errors = finish_ranks(start_ranks("--config", config, *mistake))
-    assert code != 0 and errors.count("models.device must be auto") == 1
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        (("--set", "speculation.k=0"), "speculation.k must be"),
+        (("--device", "cuda:1"), "models.device must be auto"),
+    ],
+)
+def test_a_mistake_is_said_once(mistake, words, config, output):
+    ranks = start_ranks("--config", config, *mistake, "--output", output)
+    code, _, errors = finish_ranks(ranks)
+    assert code != 0 and errors.count(words) == 1
 
 
 class OneOf:
@@ -335,8 +280,7 @@ def test_shares_are_disjoint_even_and_whole(count):
     assert all(isinstance(job, Job) for job in jobs)
 
 
-def test_what_a_stopped_run_left_is_taken_in(tmp_path):
-    output = tmp_path / "run.jsonl"
+def test_what_a_stopped_run_left_is_taken_in(output):
     for index in (0, 2):
         with open_shard(output, index) as shard:
             shard.append(dataclasses.replace(ROW, sample_index=index))
@@ -344,42 +288,42 @@ def test_what_a_stopped_run_left_is_taken_in(tmp_path):
         file.write(b'{"example_id": "torn')
     assert shards.take_in(output, None, fresh=False)
     assert [row.sample_index for row in read_rows(output)] == [0, 2]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["run.jsonl", "run.meta.json"]
+    assert {path.name for path in output.parent.iterdir()} == {"run.jsonl", "run.meta.json"}
     assert not shards.take_in(output, None, fresh=False)
 
 
-def test_what_another_process_still_writes_is_left_alone(tmp_path):
-    output = tmp_path / "run.jsonl"
+def test_what_another_process_still_writes_is_left_alone(output):
     with open_shard(output, 1) as shard:
         shard.append(ROW)
         with pytest.raises(RecordsError, match="being written by another process"):
             shards.take_in(output, None, fresh=True)
     assert shards.take_in(output, None, fresh=True) is False
-    assert not list(tmp_path.iterdir())
+    assert not list(output.parent.iterdir())
 
 
-def test_rows_are_put_in_order(tmp_path):
-    rows = [dataclasses.replace(ROW, sample_index=i) for i in (3, 0, 2, 1)]
-    with RunFile.open(tmp_path / "a.jsonl", META) as run_file:
-        for row in rows:
-            run_file.append(row)
+def test_rows_are_put_in_order(output):
+    with RunFile.open(output, META) as run_file:
+        for index in (3, 0, 2, 1):
+            run_file.append(dataclasses.replace(ROW, sample_index=index))
         run_file.sort([(ROW.example_id, ROW.method, i) for i in (0, 1, 2)])
         run_file.append(dataclasses.replace(ROW, sample_index=9))
         with pytest.raises(RecordsError, match="another process"):
-            RunFile.open(tmp_path / "a.jsonl", META)
-    assert [row.sample_index for row in read_rows(tmp_path / "a.jsonl")] == [3, 0, 1, 2, 9]
+            RunFile.open(output, META)
+    assert [row.sample_index for row in read_rows(output)] == [3, 0, 1, 2, 9]
 
 
-def test_which_rank_a_process_is(monkeypatch):
-    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
-        monkeypatch.delenv(name, raising=False)
-    assert (edge.launched_by(), edge.rank()) == (None, 0)
-    monkeypatch.setenv("RANK", "3")  # of something else
-    assert (edge.launched_by(), edge.rank()) == (None, 0)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert (edge.launched_by(), edge.rank()) == (None, 0)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (edge.launched_by(), edge.rank()) == (("RANK", "WORLD_SIZE"), 3)
+@pytest.fixture
+def launched(monkeypatch):
+    """Finds out who launched a process of some environment, and which rank it is."""
+
+    def found(given: dict[str, str]):
+        for name in (*edge.LAUNCHED, *edge.LAUNCHED.values(), "SLURM_PTY_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        return edge.launched_by(), edge.rank()
+
+    return found
 
 
 MEET = """
@@ -392,6 +336,8 @@ LOCAL = {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 HERE = {"MASTER_ADDR": "127.0.0.1"}
 TAKEN = {**HERE, "MASTER_PORT": "taken"}
 NO_ADDRESS = "`?MASTER_ADDR`?.*not set"
+TORCH = "RANK", "WORLD_SIZE"
+PMI = "PMI_RANK", "PMI_SIZE"
 SLURM = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
 OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
 
@@ -399,21 +345,21 @@ OPEN_MPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
 @pytest.mark.parametrize(
     ("names", "number", "others", "why"),
     [
-        (("RANK", "WORLD_SIZE"), 0, {}, NO_ADDRESS),
-        (("RANK", "WORLD_SIZE"), 1, {}, NO_ADDRESS),
-        (("RANK", "WORLD_SIZE"), 0, LOCAL, NO_ADDRESS),
-        (("RANK", "WORLD_SIZE"), 0, {"MASTER_PORT": "29500"}, NO_ADDRESS),
-        (("RANK", "WORLD_SIZE"), 0, TAKEN, "EADDRINUSE"),
-        (("RANK", "WORLD_SIZE"), 0, TAKEN | LOCAL, "EADDRINUSE"),
-        (("RANK", "WORLD_SIZE"), 0, {**HERE, "MASTER_PORT": "port"}, "'port'"),
-        (("RANK", "WORLD_SIZE"), 0, {**HERE, "MASTER_PORT": "99999"}, "from 0 to 65535"),
-        (("RANK", "WORLD_SIZE"), 5, HERE, "RANK must be below WORLD_SIZE, which is 2, and is 5"),
+        (TORCH, 0, {}, NO_ADDRESS),
+        (TORCH, 1, {}, NO_ADDRESS),
+        (TORCH, 0, LOCAL, NO_ADDRESS),
+        (TORCH, 0, {"MASTER_PORT": "29500"}, NO_ADDRESS),
+        (TORCH, 0, TAKEN, "EADDRINUSE"),
+        (TORCH, 0, TAKEN | LOCAL, "EADDRINUSE"),
+        (TORCH, 0, {**HERE, "MASTER_PORT": "port"}, "'port'"),
+        (TORCH, 0, {**HERE, "MASTER_PORT": "99999"}, "from 0 to 65535"),
+        (TORCH, 5, HERE, "RANK must be below WORLD_SIZE, which is 2, and is 5"),
         (OPEN_MPI, 0, {}, NO_ADDRESS),
         (OPEN_MPI, 1, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, NO_ADDRESS),
         (OPEN_MPI, 0, TAKEN, "EADDRINUSE"),
-        (("PMI_RANK", "PMI_SIZE"), 0, {}, NO_ADDRESS),
-        (("PMI_RANK", "PMI_SIZE"), 0, TAKEN, "EADDRINUSE"),
-        (("PMI_RANK", "PMI_SIZE"), 0, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, NO_ADDRESS),
+        (PMI, 0, {}, NO_ADDRESS),
+        (PMI, 0, TAKEN, "EADDRINUSE"),
+        (PMI, 0, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, NO_ADDRESS),
         (("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), 0, {}, NO_ADDRESS),
         (SLURM, 0, {}, NO_ADDRESS),
         (SLURM, 1, {"SLURM_LOCALID": "1"}, NO_ADDRESS),
@@ -463,43 +409,33 @@ def not_launched() -> dict[str, str]:
         {"RANK": "0", "WORLD_SIZE": "\N{SUPERSCRIPT TWO}"},
         {"RANK": "", "WORLD_SIZE": "2"},
         {"RANK": "-1", "WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "2"},
+        *({}, {"RANK": "3"}, {"RANK": "3", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}),
         {"PMI_RANK": "0", "PMI_SIZE": "1"},
         {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
     ],
     ids=str,
 )
-def test_variables_that_count_no_others_leave_a_process_alone(given, monkeypatch):
+def test_variables_that_count_no_others_leave_a_process_alone(given, launched):
     """WORLD_SIZE with a digit that is no number, a superscript say, was a traceback."""
-    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values()):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    assert (edge.launched_by(), edge.rank()) == (None, 0)
+    assert launched(given) == (None, 0)
 
 
-def test_srun_with_several_tasks_is_a_launch(monkeypatch):
+def test_srun_with_several_tasks_is_a_launch(launched):
     """Each of the tasks took itself for the only process, and all wrote the same file."""
-    for name in (*edge.LAUNCHED, *edge.LAUNCHED.values(), "SLURM_PTY_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    assert launched({"RANK": "3", "WORLD_SIZE": "4"}) == (("RANK", "WORLD_SIZE"), 3)
     slurm = {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "7", "SLURM_NTASKS": "9"}
     slurm |= {"SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "3(x2),1"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
-    assert (edge.launched_by(), edge.rank()) == (SLURM, 4)
-    assert ranks._translated(slurm) == {
-        **{"RANK": "4", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
-    }
+    assert launched(slurm) == (SLURM, 4)
+    there = {"RANK": "4", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    assert ranks._translated(slurm) == there
 
 
 def test_a_bug_is_told_on_every_rank():
     """The traceback of all ranks but one went nowhere: they ended with exit code 1, no word."""
     code = "from specsampling.edge import exit_code; exit_code(lambda arguments: 1 / 0)"
     given = {"RANK": "1", "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=PROJECT, env=not_launched() | given, capture_output=True, text=True
-    )
+    options = {"cwd": PROJECT, "env": not_launched() | given, "capture_output": True}
+    done = subprocess.run([sys.executable, "-c", code], text=True, **options)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from specsampling.results.records import (
     Row,
     Source,
     is_run,
+    line_of,
     read_meta,
     read_rows,
     read_run,
@@ -45,21 +47,9 @@ ROW = Row(
     task_id="HumanEval/0",
 )
 OTHER = dataclasses.replace(ROW, method="reference", accepted=[], drafted=[])
-SCORE = {
-    "example_id": "HumanEval/0",
-    "method": "speculative",
-    "sample_index": 0,
-    "passed": False,
-    "result": "failed: NameError",
-}
-ROUGE_SCORE = {
-    "example_id": "article-01",
-    "method": "speculative",
-    "sample_index": 0,
-    "rouge1": 0.5,
-    "rouge2": 0.25,
-    "rougeL": 0.375,
-}
+KEY = dict(zip(("example_id", "method", "sample_index"), ROW.key))
+SCORE = {**KEY, "passed": False, "result": "failed: NameError"}
+ROUGE_SCORE = {**KEY, "example_id": "article-01", "rouge1": 0.5, "rouge2": 0.25, "rougeL": 0.375}
 HOLD_OPEN = """
 import json, sys, time
 from specsampling.results.records import Row
@@ -82,65 +72,46 @@ def write_run(path, *rows, meta=META):
             run.append(row)
 
 
-def error_of(call, *arguments, **options):
-    """The one line that a user sees."""
-    with pytest.raises(RecordsError) as caught:
-        call(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+error_of = partial(error_line, RecordsError)
+"""The one line that a user sees."""
 
 
-# --- append and resume -------------------------------------------------------------
+def resume(path):
+    return RunFile.open(path, META)
 
 
-def test_rows_and_meta_come_back_as_they_were_written(path):
-    write_run(path, ROW, OTHER)
+def rewrite(path, values):
+    """Put a line in place of all others."""
+    path.write_text(json.dumps(values) + "\n")
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_rows_and_meta_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "new" / "folder" / "results.jsonl"
+    with RunFile.open(path, META) as run:
+        run.append(ROW)
+        assert read_rows(path) == [ROW]  # as soon as append returns
+        run.append(OTHER)
     assert read_rows(path) == [ROW, OTHER]
     assert read_meta(path) == META
     assert path.with_name("results.meta.json").exists()
-
-
-def test_a_row_is_in_the_file_as_soon_as_append_returns(path):
-    with RunFile.open(path, META) as run:
-        run.append(ROW)
-        assert read_rows(path) == [ROW]
-
-
-def test_none_is_left_out_of_the_json(path):
-    write_run(path, ROW)
-    fields = json.loads(path.read_text())
-    assert "reference" not in fields
-    assert fields["task_id"] == "HumanEval/0"
-
-
-def test_key_and_number_of_new_tokens():
-    assert ROW.key == ("HumanEval/0", "speculative", 0)
-    assert ROW.num_new_tokens == 3
+    fields = json.loads(path.read_text().splitlines()[0])
+    assert "reference" not in fields and fields["task_id"] == "HumanEval/0"
+    assert ROW.key == ("HumanEval/0", "speculative", 0) and ROW.num_new_tokens == 3
 
 
 def test_resume_knows_the_rows_that_are_there_and_appends(path):
     write_run(path, ROW)
     with RunFile.open(path, META) as run:
-        assert run.rows == [ROW]
-        assert run.done == {ROW.key}
+        assert run.rows == [ROW] and run.done == {ROW.key}
+        message = error_of(run.append, ROW)  # a key is written once
+        assert "already holds a row for ('HumanEval/0', 'speculative', 0)" in message
         run.append(OTHER)
         assert run.done == {ROW.key, OTHER.key}
     assert read_rows(path) == [ROW, OTHER]
-
-
-def test_folders_are_made(tmp_path):
-    path = tmp_path / "new" / "folder" / "results.jsonl"
-    write_run(path, ROW)
-    assert read_rows(path) == [ROW]
-
-
-def test_a_key_is_written_once(path):
-    with RunFile.open(path, META) as run:
-        run.append(ROW)
-        message = error_of(run.append, ROW)
-        assert "already holds a row for ('HumanEval/0', 'speculative', 0)" in message
-    assert read_rows(path) == [ROW]
 
 
 def test_fresh_drops_rows_meta_and_scores(path):
@@ -148,17 +119,23 @@ def test_fresh_drops_rows_meta_and_scores(path):
     write_run(path, ROW, OTHER)
     write_scores(path, [SCORE])
     with RunFile.open(path, {**META, "config_hash": "4567"}, fresh=True) as run:
-        assert run.rows == []
-        assert run.done == set()
+        assert run.rows == [] and run.done == set()
         run.append(OTHER)
     assert read_rows(path) == [OTHER]
     assert read_meta(path)["config_hash"] == "4567"
     assert "cannot be read" in error_of(read_scores, path)
+    path.with_suffix(".meta.json").unlink()  # the way out that a run without its meta names
+    with RunFile.open(path, META, fresh=True) as run:
+        assert run.rows == []
 
 
 def test_the_meta_keeps_what_made_the_first_rows_and_notes_what_changed_since(path):
+    """Printing the table of a finished run must not change its committed files."""
+    tuesday = {**META, "date": "Tuesday"}
     write_run(path, ROW)
-    write_run(path, OTHER, meta={**META, "date": "Tuesday"})
+    write_run(path, meta=tuesday)
+    assert read_meta(path) == META
+    write_run(path, OTHER, meta=tuesday)
     assert read_meta(path) == {**META, "resumed": [{"date": "Tuesday"}]}
 
 
@@ -172,47 +149,37 @@ def test_a_note_goes_to_the_start_whose_rows_it_is_about(path):
     assert len(read_rows(path)) == 2
 
 
-def test_opening_a_finished_run_leaves_its_meta_alone(path):
-    """Printing the table of a finished run must not change its committed files."""
-    write_run(path, ROW)
-    write_run(path, meta={**META, "date": "Tuesday"})
-    assert read_meta(path) == META
-
-
-# --- torn and broken lines ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("tail", [b'{"example_id": "Hum', b'{"exam', b"{", b"\0\0\0\0"])
+@pytest.mark.parametrize("tail", [b'{"example_id": "Hum', b'{"exam', b"{", b"\0\0\0\0", None])
 def test_a_torn_last_line_is_dropped_from_the_file(path, tail):
+    """A last row whose line end an editor took away stays."""
     write_run(path, ROW)
     whole = path.read_bytes()
-    path.write_bytes(whole + tail)
+    left = whole[:-1] if tail is None else whole + tail
+    path.write_bytes(left)
     assert read_rows(path) == [ROW]
-    assert path.read_bytes() == whole + tail  # reading changes nothing
+    assert path.read_bytes() == left  # reading changes nothing
     write_run(path, OTHER)
     assert path.read_bytes().startswith(whole)
     assert read_rows(path) == [ROW, OTHER]
 
 
-@pytest.mark.parametrize("tail", [b"hello", b"hello\n", b"{}", b'{"exam\n', b'{"id": 1'])
-def test_a_foreign_last_line_is_not_dropped_as_if_torn(path, tail):
+@pytest.mark.parametrize(
+    ("tail", "problem"),
+    [
+        *((tail, "") for tail in (b"hello", b"hello\n", b"{}", b'{"exam\n', b'{"id": 1')),
+        (b"{broken\n{torn", "is not a JSON object"),  # a kill tears one line
+        (b"{broken\n" + line_of(OTHER), "is not a JSON object"),
+        (line_of(ROW), "repeats the row for ('HumanEval/0', 'speculative', 0)"),
+    ],
+)
+def test_a_foreign_last_line_is_not_dropped_as_if_torn(path, tail, problem):
     """What a kill leaves is the beginning of a row, without a line's end; all else is a mistake."""
     write_run(path, ROW)
     path.write_bytes(path.read_bytes() + tail)
     before = path.read_bytes()
-    for opened in (read_rows, lambda path: RunFile.open(path, META)):
-        assert f"{path}, line 2, " in error_of(opened, path)
+    for opened in (read_rows, resume):
+        assert f"{path}, line 2, {problem}" in error_of(opened, path)
     assert path.read_bytes() == before
-
-
-def test_a_last_row_whose_line_end_an_editor_took_away_stays(path):
-    write_run(path, ROW)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    assert read_rows(path) == [ROW]
-    write_run(path, OTHER)
-    assert path.read_bytes().startswith(whole)
-    assert read_rows(path) == [ROW, OTHER]
 
 
 def test_a_torn_first_line_starts_over(path):
@@ -220,16 +187,6 @@ def test_a_torn_first_line_starts_over(path):
     path.write_bytes(path.read_bytes()[:-2])
     write_run(path, ROW)
     assert read_rows(path) == [ROW]
-
-
-@pytest.mark.parametrize("read", [read_rows, lambda path: RunFile.open(path, META)])
-def test_a_broken_line_in_the_middle_is_named_and_nothing_is_changed(path, read):
-    write_run(path, ROW, OTHER)
-    first, second = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + b"{broken\n" + second)
-    before = path.read_bytes()
-    assert f"{path}, line 2, is not a JSON object" in error_of(read, path)
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["completion", "seed", "decode_seconds"])
@@ -248,16 +205,9 @@ def test_a_row_that_was_changed_later_is_told(path, name):
 def test_rows_and_metas_of_before_there_was_a_seal_are_read(path):
     write_run(path, ROW)
     for file in (path, path.with_suffix(".meta.json")):
-        file.write_text(json.dumps(unsealed(json.loads(file.read_text()))[0]) + "\n")
+        rewrite(file, unsealed(json.loads(file.read_text()))[0])
     assert read_rows(path) == [ROW]
     assert read_meta(path) == META
-
-
-def test_a_broken_line_before_a_torn_one_is_not_dropped(path):
-    """A kill tears one line; two broken ones have another cause."""
-    write_run(path, ROW)
-    path.write_bytes(path.read_bytes() + b"{broken\n{torn")
-    assert "line 2, is not a JSON object" in error_of(read_rows, path)
 
 
 @pytest.mark.parametrize(
@@ -268,30 +218,16 @@ def test_a_broken_line_before_a_torn_one_is_not_dropped(path):
         ({"sample_index": True}, "has a wrong sample_index: 'True'"),
         ({"accepted": [1.5]}, "has a wrong accepted: '[1.5]'"),
         ({"completion": 7}, "has a wrong completion: '7'"),
+        ({"decode_seconds": ...}, "has no decode_seconds"),
+        *(({"prompt_hash": value}, "has a wrong prompt_hash") for value in (7, ["0123"], True)),
     ],
 )
 def test_a_line_that_is_no_row_is_refused(path, change, problem):
     write_run(path, ROW)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}) + "\n")
+    fields = {**json.loads(path.read_text()), **change}
+    rewrite(path, {name: value for name, value in fields.items() if value is not ...})
     assert f"line 1, {problem}" in error_of(read_rows, path)
 
-
-def test_a_missing_field_is_named(path):
-    write_run(path, ROW)
-    fields = json.loads(path.read_text())
-    del fields["decode_seconds"]
-    path.write_text(json.dumps(fields) + "\n")
-    assert "line 1, has no decode_seconds" in error_of(read_rows, path)
-
-
-def test_a_row_that_stands_twice_is_named(path):
-    write_run(path, ROW)
-    path.write_bytes(path.read_bytes() * 2)
-    message = error_of(read_rows, path)
-    assert "line 2, repeats the row for ('HumanEval/0', 'speculative', 0)" in message
-
-
-# --- what a row was made from --------------------------------------------------------
 
 HASHED = dataclasses.replace(ROW, prompt_hash="0123456789abcdef")
 ANOTHER = dataclasses.replace(OTHER, prompt_hash="fedcba9876543210")
@@ -310,7 +246,7 @@ def test_a_row_of_another_prompt_of_its_example_is_not_appended(path):
         run.append(dataclasses.replace(ANOTHER, example_id="HumanEval/1"))
 
 
-@pytest.mark.parametrize("read", [read_rows, read_run, lambda path: RunFile.open(path, META)])
+@pytest.mark.parametrize("read", [read_rows, read_run, resume])
 def test_a_file_of_two_prompts_is_told_whoever_reads_it(path, read):
     """Two files put into one by hand had a column "identical outputs"."""
     write_run(path, HASHED)
@@ -324,45 +260,20 @@ def test_rows_of_before_there_was_a_hash_stand_beside_others(path):
     write_run(path, ROW)
     write_run(path, dataclasses.replace(ANOTHER, sample_index=1), ANOTHER)
     assert [row.prompt_hash for row in read_rows(path)] == [None, *[ANOTHER.prompt_hash] * 2]
-    assert not is_run(path.with_name("none.jsonl")) and is_run(path)
+    write_run(path.with_name("empty.jsonl"), dataclasses.replace(ROW, prompt_hash=""))
+    assert read_rows(path.with_name("empty.jsonl"))
 
 
-@pytest.mark.parametrize("value", [7, "", ["0123"], True])
-def test_a_hash_that_is_no_text_is_refused(path, value):
-    write_run(path, HASHED)
-    values, _ = unsealed(json.loads(path.read_text()))
-    path.write_text(json.dumps({**values, "prompt_hash": value}) + "\n")
-    if value == "":
-        assert read_rows(path)
-    else:
-        assert "has a wrong prompt_hash" in error_of(read_rows, path)
+OTHER_IDS = [[1, 2, 4], [3, 2, 1], [1, 2], [1, 2, 3, 3], [12, 3], [1, 23], [1, 2, 30], []]
 
 
-SOURCE = Source.of([1, 2, 3], "r")
-
-
-@pytest.mark.parametrize(
-    ("other", "is_same"),
-    [
-        (Source.of([1, 2, 3], "r"), True),
-        (Source.of((1, 2, 3), "another"), True),
-        (Source(3, None, "r"), True),  # an older row: the length is all that it tells
-        (Source(4, None, "r"), False),
-        (Source.of([1, 2, 4], "r"), False),
-        (Source.of([3, 2, 1], "r"), False),
-        (Source.of([1, 2], "r"), False),
-        (Source.of([1, 2, 3, 3], "r"), False),
-        (Source.of([12, 3], "r"), False),
-        (Source.of([1, 23], "r"), False),
-        (Source.of([1, 2, 30], "r"), False),
-        (Source.of([], "r"), False),
-    ],
-)
-def test_prompts_are_told_apart_by_their_ids(other, is_same):
-    assert SOURCE.has_prompt_of(other) is other.has_prompt_of(SOURCE) is is_same
-
-
-# --- files that do not belong ------------------------------------------------------
+def test_prompts_are_told_apart_by_their_ids():
+    """An older row has no hash, so its length is all that it tells."""
+    source = Source.of([1, 2, 3], "r")
+    for same in (source, Source.of((1, 2, 3), "another"), Source(3, None, "r")):
+        assert source.has_prompt_of(same) and same.has_prompt_of(source)
+    for other in (Source(4, None, "r"), *(Source.of(ids, "r") for ids in OTHER_IDS)):
+        assert not source.has_prompt_of(other) and not other.has_prompt_of(source)
 
 
 @pytest.mark.parametrize("name", ["config_hash", "precision", "device"])
@@ -371,17 +282,10 @@ def test_rows_made_with_something_else_are_refused(path, name):
     before = path.read_bytes()
     message = error_of(RunFile.open, path, {**META, name: "other"})
     assert f'{name} was "{META[name]}", is now "other"' in message
-    assert "--fresh" in message
-    assert "--output" in message
+    assert "--fresh" in message and "--output" in message
     assert path.read_bytes() == before
-
-
-def test_another_configuration_is_told_by_its_fields(path):
-    write_run(path, ROW, meta={**META, "config": {"speculation": {"k": 5, "ngram_max": 3}}})
-    other = {"config_hash": "4567", "config": {"speculation": {"k": 4, "ngram_max": 3}}}
-    message = error_of(RunFile.open, path, {**META, **other})
-    assert "speculation.k was 5, is now 4" in message
-    assert "ngram_max" not in message and "config_hash" not in message
+    with RunFile.open(path, META) as run:  # a file that was refused is let go
+        assert run.rows == [ROW]
 
 
 MACHINE = {**META, "device_name": "A Processor, 2 cores", "threads": 2, "versions": {"torch": "2"}}
@@ -404,8 +308,9 @@ def test_only_fields_that_decide_a_text_are_named(path):
     """The message also named run.limit, run.methods and what else differed."""
     was = {"sampling": {"seed": 1, "num_samples": 1}, "run": {"limit": 3, "threads": 2}}
     now = {"sampling": {"seed": 2, "num_samples": 5}, "run": {"limit": 4, "threads": 2}}
-    write_run(path, ROW, meta={**META, "config": was})
-    message = error_of(RunFile.open, path, {**META, "config_hash": "4567", "config": now})
+    same = {"speculation": {"k": 5}}
+    write_run(path, ROW, meta={**META, "config": was | same})
+    message = error_of(RunFile.open, path, {**META, "config_hash": "4", "config": now | same})
     assert "another run: sampling.seed was 1, is now 2; start over" in message
 
 
@@ -416,30 +321,9 @@ def test_rows_without_a_readable_meta_are_refused(path, meta):
     meta_path.unlink()
     if meta is not None:
         meta_path.write_text(meta)
-    message = error_of(RunFile.open, path, META)
-    assert "results.meta.json" in message
-    assert ("move it away" if meta else "--fresh") in message
+    message = error_of(resume, path)
+    assert "results.meta.json" in message and ("move it away" if meta else "--fresh") in message
     assert read_rows(path) == [ROW]
-
-
-def test_a_file_that_is_no_run_of_ours_is_not_cut(path):
-    """Its only line looks torn; dropping it would delete somebody's text."""
-    path.write_text("my notes, without a newline")
-    assert "--output" in error_of(RunFile.open, path, META)
-    assert path.read_text() == "my notes, without a newline"
-
-
-def test_an_output_that_is_no_jsonl_file_is_refused(tmp_path):
-    folder = tmp_path / "folder.jsonl"
-    folder.mkdir()
-    for output in (folder, tmp_path, tmp_path / "results.json", ""):
-        assert "ends in .jsonl" in error_of(RunFile.open, output, META, fresh=True)
-
-
-def test_an_output_below_a_file_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    message = error_of(RunFile.open, tmp_path / "file" / "results.jsonl", META)
-    assert "cannot be written" in message
 
 
 def test_a_missing_file_to_read_is_one_line(path):
@@ -466,62 +350,31 @@ def test_a_full_disk_leaves_no_part_of_a_row(path):
     assert read_rows(path) == [ROW, OTHER]
 
 
-# --- looked at before models are loaded ----------------------------------------------
-
-
-def below(folder: Path) -> Path:
-    (folder / "file").write_text("")
-    return folder / "file" / "a.jsonl"
-
-
-def as_folder(folder: Path) -> Path:
-    (folder / "a.jsonl").mkdir()
-    return folder / "a.jsonl"
-
-
-def as_loop(folder: Path) -> Path:
-    (folder / "a.jsonl").symlink_to(folder / "b.jsonl")
-    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
-    return folder / "a.jsonl"
-
-
-def as_pipe(folder: Path) -> Path:
-    os.mkfifo(folder / "a.jsonl")
-    return folder / "a.jsonl"
-
-
-def beside_a_folder(folder: Path) -> Path:
-    write_run(folder / "a.jsonl", ROW)
-    (folder / "a.scores.jsonl").mkdir()
-    return folder / "a.jsonl"
-
-
-def in_place_of_the_meta(folder: Path) -> Path:
-    (folder / "a.meta.json").mkdir()
-    return folder / "a.jsonl"
+NO_FILE = "must be a file that ends in .jsonl"
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("command", "name", "message"),
     [
-        (below, "(Not a directory)"),
-        (as_folder, "must be a file that ends in .jsonl"),
-        (as_loop, "(Too many levels of symbolic links)"),
-        (as_pipe, "must be a file that ends in .jsonl"),
-        (beside_a_folder, "a.scores.jsonl must be a file beside the rows"),
-        (in_place_of_the_meta, "a.meta.json must be a file beside the rows"),
-        (lambda folder: folder / "a\0b.jsonl", "embedded null byte"),
-        (lambda folder: folder / f"{'x' * 300}.jsonl", "File name too long"),
-        (lambda folder: folder / "a.json", "must be a file that ends in .jsonl"),
-        (lambda folder: Path("/dev/null"), "must be a file that ends in .jsonl"),
-        (lambda folder: Path("/proc/none/a.jsonl"), "cannot be written"),
+        ("touch file", "file/a.jsonl", "cannot be written (Not a directory)"),
+        ("mkdir a.jsonl", "a.jsonl", NO_FILE),
+        ("ln -s b.jsonl a.jsonl; ln -s a.jsonl b.jsonl", "a.jsonl", "(Too many levels of symbolic"),
+        ("mkfifo a.jsonl", "a.jsonl", NO_FILE),
+        ("mkdir a.scores.jsonl", "a.jsonl", "a.scores.jsonl must be a file beside the rows"),
+        ("mkdir a.meta.json", "a.jsonl", "a.meta.json must be a file beside the rows"),
+        ("", "a\0b.jsonl", "embedded null byte"),
+        ("", f"{'x' * 300}.jsonl", "File name too long"),
+        *(("", name, NO_FILE) for name in ("a.json", ".", "", "/dev/null")),
+        ("", "/proc/none/a.jsonl", "cannot be written"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_output_that_cannot_be_is_told_beforehand(tmp_path, make, message, fresh):
+def test_an_output_that_cannot_be_is_told_beforehand(tmp_path, command, name, message, fresh):
     """Each of them was told after minutes of loading, or when the old rows were gone."""
-    path = make(tmp_path)
+    if "scores" in command:
+        write_run(tmp_path / name, ROW)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    path = tmp_path / name if name else ""
     before = {file: file.stat().st_size for file in tmp_path.iterdir() if file.is_file()}
     assert message in error_of(check_output, path, None if fresh else META)
     assert message in error_of(RunFile.open, path, META, fresh)
@@ -549,61 +402,41 @@ def test_rows_that_cannot_be_resumed_are_told_beforehand_and_fresh_may_drop_them
 def test_fresh_deletes_no_file_of_another_kind(path, text):
     """`--output articles.jsonl --fresh` emptied the data set that the run was to read."""
     path.write_text(text)
+    assert "--output" in error_of(resume, path)  # it is not cut as if torn
     assert "holds lines that are no rows" in error_of(check_fresh, path)
     assert "holds lines that are no rows" in error_of(RunFile.open, path, META, fresh=True)
     assert path.read_text() == text
-
-
-def test_fresh_drops_rows_whose_meta_was_lost(path):
-    """That is the way out which resuming them names."""
-    write_run(path, ROW)
-    path.with_suffix(".meta.json").unlink()
-    with RunFile.open(path, META, fresh=True) as run:
-        assert run.rows == []
 
 
 def test_fresh_keeps_the_old_rows_if_the_new_meta_cannot_be_written(path, monkeypatch):
     """The rows were dropped first, and then the disk was full."""
     write_run(path, ROW)
     write_scores(path, [SCORE])
-
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "fsync", full_disk)
         assert "No space left" in error_of(RunFile.open, path, META, fresh=True)
     assert read_rows(path) == [ROW]
     assert read_scores(path) == [SCORE]
     assert len(list(path.parent.iterdir())) == 3
 
 
-# --- one process at a time ---------------------------------------------------------
-
-
 @pytest.fixture
 def holder(path):
     """Another process that has appended `OTHER` and keeps the file open."""
-    row = json.dumps(dataclasses.asdict(OTHER))
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD_OPEN, str(path), json.dumps(META), row],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert process.stdout.readline() == "open\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    command = [sys.executable, "-c", HOLD_OPEN, str(path), json.dumps(META)]
+    command.append(json.dumps(dataclasses.asdict(OTHER)))
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    with subprocess.Popen(command, **options) as process:
+        assert process.stdout.readline() == "open\n"
+        yield process
+        process.kill()
 
 
-def test_a_second_process_is_refused_and_may_read(path, holder):
-    for fresh in (False, True):
-        message = error_of(RunFile.open, path, META, fresh=fresh)
-        assert "is being written by another process" in message
-        message = error_of(check_output, path, None if fresh else META)
-        assert "is being written by another process" in message
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_process_is_refused_and_may_read(path, holder, fresh):
+    is_written = "is being written by another process"
+    assert is_written in error_of(RunFile.open, path, META, fresh=fresh)
+    assert is_written in error_of(check_output, path, None if fresh else META)
     assert read_rows(path) == [OTHER]
 
 
@@ -621,81 +454,47 @@ def test_the_same_process_cannot_open_a_file_twice(path):
     RunFile.open(path, META).close()
 
 
-def test_a_refused_file_is_let_go(path):
-    write_run(path, ROW)
-    error_of(RunFile.open, path, {**META, "device": "cuda"})
-    with RunFile.open(path, META) as run:
-        assert run.rows == [ROW]
-
-
-# --- scores ------------------------------------------------------------------------
-
-
-def test_scores_come_back_as_they_were_written(path):
-    write_scores(path, [SCORE])
-    assert read_scores(path) == [SCORE]
+@pytest.mark.parametrize("score", [SCORE, ROUGE_SCORE])
+def test_scores_come_back_as_they_were_written_and_are_replaced_as_a_whole(path, score):
+    """Files of before the field `form` came are part of the repository."""
+    scores = [score, {**score, "method": "reference"}]
+    if score is SCORE:
+        scores[1]["form"] = "as given"
+    else:
+        scores[1]["rouge1"] = 0
+    write_scores(path, scores)
+    assert read_scores(path) == scores
     assert path.with_name("results.scores.jsonl").exists()
-
-
-def test_scores_are_replaced_as_a_whole(path):
-    write_scores(path, [SCORE, {**SCORE, "method": "reference"}])
-    passed = {**SCORE, "passed": True, "result": "passed"}
-    write_scores(path, [passed])
-    assert read_scores(path) == [passed]
+    write_scores(path, scores[1:])
+    assert read_scores(path) == scores[1:]
 
 
 def test_a_rewrite_that_fails_leaves_the_old_scores_and_no_litter(path, monkeypatch):
     write_scores(path, [SCORE])
-
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     assert "No space left on device" in error_of(write_scores, path, [])
     assert read_scores(path) == [SCORE]
     assert [file.name for file in path.parent.iterdir()] == ["results.scores.jsonl"]
 
 
-def test_scores_with_and_without_a_form_are_read(path):
-    """Files of before the field came are part of the repository."""
-    scores = [SCORE, {**SCORE, "method": "reference", "form": "as given"}]
-    write_scores(path, scores)
-    assert read_scores(path) == scores
-    write_scores(path, [{**SCORE, "form": 1}])
-    assert "has a wrong form: '1'" in error_of(read_scores, path)
-
-
-def test_a_score_of_the_wrong_type_is_refused(path):
-    write_scores(path, [{**SCORE, "passed": "yes"}])
-    assert "line 1, has a wrong passed: 'yes'" in error_of(read_scores, path)
-    write_scores(path, [{**ROUGE_SCORE, "rougeL": None}])
-    assert "line 1, has a wrong rougeL" in error_of(read_scores, path)
-
-
-def test_rouge_scores_come_back_as_they_were_written(path):
-    scores = [ROUGE_SCORE, {**ROUGE_SCORE, "method": "reference", "rouge1": 0}]
-    write_scores(path, scores)
-    assert read_scores(path) == scores
-
-
-def test_two_kinds_of_scores_in_one_file_are_refused(path):
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        ([{**SCORE, "form": 1}], "line 1, has a wrong form: '1'"),
+        ([{**SCORE, "passed": "yes"}], "line 1, has a wrong passed: 'yes'"),
+        ([{**ROUGE_SCORE, "rougeL": None}], "line 1, has a wrong rougeL"),
+        ([ROUGE_SCORE, SCORE], "line 2, has a field that is not known: passed"),
+        ([SCORE, ROUGE_SCORE], "line 2, has a field that is not known: rouge1"),
+    ],
+)
+def test_a_score_of_the_wrong_type_or_kind_is_refused(path, scores, problem):
     """A mean over rows of which half have no such score is the mean of something else."""
-    write_scores(path, [ROUGE_SCORE, SCORE])
-    assert "line 2, has a field that is not known: passed" in error_of(read_scores, path)
-    write_scores(path, [SCORE, ROUGE_SCORE])
-    assert "line 2, has a field that is not known: rouge1" in error_of(read_scores, path)
-
-
-def test_committed_rows_and_scores_stay_readable():
-    """Fields that came later must not be asked of older files."""
-    results = Path(__file__).parents[1] / "Results/published/smollm2/results2.jsonl"
-    assert {row.num_cut_tokens for row in read_rows(results)} == {None}
-    assert all("passed" in score for score in read_scores(results))
+    write_scores(path, scores)
+    assert problem in error_of(read_scores, path)
 
 
 def test_rows_of_a_run_are_told_from_other_files(path, tmp_path):
     write_run(path, ROW)
-    assert is_run(path)
     (tmp_path / "other.jsonl").write_text('{"task_id": "HumanEval/0", "completion": "pass"}\n')
-    assert not is_run(tmp_path / "other.jsonl")
-    assert not is_run(tmp_path / "missing.jsonl")
+    assert is_run(path)
+    assert not is_run(tmp_path / "other.jsonl") and not is_run(tmp_path / "missing.jsonl")

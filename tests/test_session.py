@@ -54,19 +54,22 @@ def test_cached_logits_equal_uncached_logits(architecture, width, model_of):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_rows_bits_do_not_depend_on_the_grouping(architecture, width, dtype, model_folders):
     """In 16 bit another call shape gives other bits, and greedy argmaxes flip at near-ties."""
-    folder = str(model_folders[f"{architecture}-target"])
-    model = load_model(folder, dtype, torch.device("cpu"), compile="off")  # grouped heads
+    model = eager(model_folders, architecture, dtype)
     alone = score_in_groups(Session(model, 100, width), 37, [1] * 50)
     for seed in range(3):
         groups = random_groups(50, width, seed)
         assert torch.equal(alone, score_in_groups(Session(model, 100, width), 37, groups))
 
 
+def eager(model_folders, architecture, dtype):
+    """A model as it is loaded, its heads grouped."""
+    folder = str(model_folders[f"{architecture}-target"])
+    return load_model(folder, dtype, torch.device("cpu"), compile="off")
+
+
 def test_another_number_of_keys_gives_other_bits(model_folders):
     """The negative control: attention over the filled part only is not independent of grouping."""
-    model = load_model(
-        str(model_folders["llama-target"]), torch.float32, torch.device("cpu"), compile="off"
-    )
+    model = eager(model_folders, "llama", torch.float32)
     alone = score_in_groups(FilledPartSession(model, 100, 8), 37, [1] * 50)
     grouped = score_in_groups(FilledPartSession(model, 100, 8), 37, random_groups(50, 8, 0))
     assert torch.allclose(alone, grouped, atol=1e-4)
@@ -76,18 +79,15 @@ def test_another_number_of_keys_gives_other_bits(model_folders):
 @pytest.mark.parametrize("width", [None, 8])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rolled_back_tokens_leave_no_trace(architecture, width, model_of):
-    model = model_of(architecture)
-    session = Session(model, 60, width)
-    session.prefill(TOKENS[:10])
-    session.score(TOKENS[:10] + [1, 2, 3, 4, 5], last=1)
-    session.length = 12  # of the five, two were accepted
-    rolled_back = session.score(TOKENS[:10] + [1, 2, 7, 8], last=2)
-    clean = Session(model, 60, width)
-    clean.prefill(TOKENS[:10])
-    clean.score(TOKENS[:10] + [1, 2], last=1)
-    expected = clean.score(TOKENS[:10] + [1, 2, 7, 8], last=2)
-    assert torch.allclose(rolled_back, expected, atol=1e-5)
-    assert width is None or torch.equal(rolled_back, expected)
+    rows, start = [], TOKENS[:10]
+    for fed in ([1, 2, 3, 4, 5], [1, 2]):
+        session = Session(model_of(architecture), 60, width)
+        session.prefill(start)
+        session.score(start + fed, last=1)
+        session.length = 12  # of the five, two were accepted
+        rows.append(session.score(start + [1, 2, 7, 8], last=2))
+    assert torch.allclose(*rows, atol=1e-5)
+    assert width is None or torch.equal(*rows)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -109,25 +109,18 @@ def test_no_token_is_fed_twice_and_logits_are_computed_only_where_needed(llama):
         llama.model.embed_tokens.register_forward_hook(lambda _, i, o: fed.append(i[0].shape[1])),
         llama.lm_head.register_forward_hook(lambda _, i, o: rows.append(o.shape[1])),
     ]
-    score_in_groups(Session(llama, 100), 30, [1, 1, 3])
+    session = Session(llama, 100)
+    score_in_groups(session, 30, [1, 1, 3])
     for hook in hooks:
         hook.remove()
-    assert fed == [30, 1, 1, 3]
-    assert rows == [1, 1, 3]
+    assert fed == [30, 1, 1, 3] and rows == [1, 1, 3]
+    assert session.num_calls == 3 and session.forward_seconds > 0
 
 
-@pytest.mark.parametrize(
-    ("num_fed", "last"), [(0, 1), (9, 1), (2, 3)], ids=["nothing", "too many", "too few"]
-)
+@pytest.mark.parametrize(("num_fed", "last"), [(0, 1), (9, 1), (2, 3)])
 def test_impossible_calls_are_refused(num_fed, last, llama):
+    """Nothing is fed, more than the width, or fewer than the rows that are asked for."""
     session = Session(llama, 40, width=8)
     session.prefill(TOKENS[:10])
     with pytest.raises(ValueError, match="cannot feed"):
         session.score(TOKENS[: 10 + num_fed], last)
-
-
-def test_calls_and_time_are_counted(llama):
-    session = Session(llama, 40)
-    score_in_groups(session, 10, [1, 2])
-    assert session.num_calls == 2
-    assert session.forward_seconds > 0

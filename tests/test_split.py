@@ -43,10 +43,8 @@ def test_two_gpus_hold_what_one_does_not(target):
 
 
 def test_one_that_holds_all_gets_all(target):
+    """Quantised weights are counted as they will be."""
     assert set(places(target, [40, 40]).values()) == {0}
-
-
-def test_quantised_weights_are_counted_as_they_will_be(target):
     weights = weight_bytes(target, "int8", torch.device("cuda"))
     assert set(places(target, [12], weights=weights).values()) == {0}
 
@@ -71,18 +69,16 @@ def test_the_draft_stays_whole_on_the_first(target):
     assert 0 < len(on_first) < len(on_second)
 
 
-# --- a target in parts, as accelerate dispatches it: here in memory and on the disk --------------
-
-
 @pytest.fixture(scope="module")
 def in_parts(model_folders):
-    whole = load_model(str(model_folders["llama-target"]), torch.float32, CPU)
-    around = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    """A whole target, and one as accelerate dispatches it: here in memory and on the disk."""
+    folder = str(model_folders["llama-target"])
+    whole = load_model(folder, torch.float32, CPU)
+    around = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
     places: dict[str, int | str] = dict.fromkeys(around, "cpu")
-    for i in range(whole.config.num_hidden_layers):
-        places[f"model.layers.{i}"] = "disk" if i else "cpu"
-    parts = load_model(str(model_folders["llama-target"]), torch.float32, CPU, device_map=places)
-    return whole, parts
+    for i in range(1, whole.config.num_hidden_layers):
+        places[f"model.layers.{i}"] = "disk"
+    return whole, load_model(folder, torch.float32, CPU, device_map=places)
 
 
 def test_a_target_in_parts_says_the_same(in_parts):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_config
+from helpers import refused
 from test_end_to_end import run
 from test_ranks import finish_ranks, start_ranks
 
@@ -18,12 +19,9 @@ from specsampling.console import exit_code
 from specsampling.results.records import read_meta, read_rows
 from specsampling.results.scores import read_scores
 
-NUM_ROWS = {  # of two examples: two methods with one sample, or three with three samples
-    "xsum-greedy": 4,
-    "xsum-nucleus": 18,
-    "humaneval-greedy": 4,
-    "humaneval-nucleus": 18,
-}
+# Of two examples: two methods with one sample, or three with three samples.
+NUM_ROWS = {"xsum-greedy": 4, "xsum-nucleus": 18, "humaneval-greedy": 4, "humaneval-nucleus": 18}
+PAPERS_SAMPLING = dict(zip(NUM_ROWS, ((0, 1), (1, 0.8), (0, 1), (0.8, 0.95))))
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +33,20 @@ def config(tmp_path_factory, model_folders) -> Path:
         for number in range(3)
     ]
     (folder / "articles.jsonl").write_text("".join(json.dumps(a) + "\n" for a in articles))
-    blocks = {
-        "decoding": {"max_new_tokens": 8},
-        "run": {"warmup": 0},
-        "xsum": {"dataset": str(folder / "articles.jsonl")},
-    }
+    blocks = {"decoding": {"max_new_tokens": 8}, "run": {"warmup": 0}}
+    blocks["xsum"] = {"dataset": str(folder / "articles.jsonl")}
     return write_config(folder, "demo", "llama", model_folders, blocks)
+
+
+def grid_of(config: Path, folder: Path) -> list[object]:
+    return ["--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", folder]
 
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A finished grid over two examples each, and what the script printed."""
     folder = tmp_path_factory.mktemp("grid") / "deep"
-    code, printed, errors = run(
-        *("--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", folder),
-        script="Benchmarks/table1.py",
-    )
+    code, printed, errors = run(*grid_of(config, folder), script="Benchmarks/table1.py")
     assert code == 0, errors
     return folder, printed, errors
 
@@ -58,27 +54,20 @@ def finished(config, tmp_path_factory):
 def test_the_grid_leaves_a_run_per_cell_with_the_papers_sampling(finished):
     folder, _, errors = finished
     assert "Traceback" not in errors
-    settings = {}
     for name, num_rows in NUM_ROWS.items():
         path = table1_paths(folder)[name]
         sampling = read_meta(path)["config"]["sampling"]
-        settings[name] = (sampling["temperature"], sampling["top_p"])
+        assert (sampling["temperature"], sampling["top_p"]) == PAPERS_SAMPLING[name]
         rows = read_rows(path)
         assert len(rows) == len(read_scores(path)) == num_rows
         coupled = {"speculative@coupled"} if name.endswith("nucleus") else set()
         assert {row.method for row in rows} == {"autoregressive", "speculative"} | coupled
         assert coupled <= {"speculative@coupled" for row in rows if row.noise}
-    assert settings == {
-        "xsum-greedy": (0, 1),
-        "xsum-nucleus": (1, 0.8),
-        "humaneval-greedy": (0, 1),
-        "humaneval-nucleus": (0.8, 0.95),
-    }
 
 
 def test_two_processes_make_the_grid(config, finished, tmp_path):
-    arguments = ["--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", tmp_path]
-    code, printed, errors = finish_ranks(start_ranks(*arguments, script="Benchmarks/table1.py"))
+    ranks = start_ranks(*grid_of(config, tmp_path), script="Benchmarks/table1.py")
+    code, printed, errors = finish_ranks(ranks)
     assert code == 0, errors
     assert printed.count("\nTable 1\n") == 1
     for name, num_rows in NUM_ROWS.items():
@@ -116,8 +105,7 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(finished, config, tmp_path, 
     lines = third.read_text().splitlines(keepends=True)
     third.write_text("".join(lines[:3]))
     before = {name: paths[name].read_bytes() for name in names[:3]}
-    arguments = ["--config", config, "--limit", 2, "--num-samples", 3, "--output-folder", tmp_path]
-    assert exit_code(table1.main, list(map(str, arguments))) == 0
+    assert exit_code(table1.main, list(map(str, grid_of(config, tmp_path)))) == 0
     for name, num_rows in NUM_ROWS.items():
         path = paths[name]
         assert len(read_rows(path)) == len(read_scores(path)) == num_rows
@@ -126,13 +114,19 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(finished, config, tmp_path, 
     assert "it has 3 already" in capsys.readouterr().err
 
 
+def changed(config: Path, block: str, **values: object) -> Path:
+    """A configuration beside another, with other values of a block."""
+    whole = json.loads(config.read_text())
+    whole["profiles"]["demo"][block] |= values
+    path = config.with_name("changed.yaml")
+    path.write_text(json.dumps(whole))
+    return path
+
+
 def test_without_bit_exact_decoding_nothing_is_compared_with_reference(config):
     """The method `reference` is an error then, and the option to leave it out is not ours."""
-    values = json.loads(config.read_text())
-    values["profiles"]["demo"]["decoding"]["bit_exact"] = False
-    values["profiles"]["demo"]["run"]["methods"] = ["autoregressive", "speculative"]
-    path = config.with_name("not_exact.yaml")
-    path.write_text(json.dumps(values))
+    path = changed(config, "decoding", bit_exact=False)
+    path = changed(path, "run", methods=["autoregressive", "speculative"])
     options = table1.cell_parser("", 4).parse_args(["--config", str(path)])
     overrides = table1.cell_overrides(table1.CELLS["xsum-greedy"], options)
     assert load_config(path, None, overrides).run.methods == ("autoregressive", "speculative")
@@ -152,20 +146,14 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_anything_runs(
     arguments, message, tmp_path, capsys
 ):
     """A profile without the second benchmark ran the first one's cells before it said so."""
-    assert exit_code(table1.main, [*arguments, "--output-folder", str(tmp_path / "out")]) == 2
-    printed, errors = capsys.readouterr()
-    assert message in errors
-    assert (printed, errors.count("\n")) == ("", 1)
+    out = ["--output-folder", tmp_path / "out"]
+    assert message in refused(table1.main, [*arguments, *out], capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_another_configuration_are_not_mixed_in(finished, config, capsys):
-    folder, _, _ = finished
-    values = json.loads(config.read_text())
-    values["profiles"]["demo"]["sampling"]["seed"] = 1
-    other = config.with_name("other_seed.yaml")
-    other.write_text(json.dumps(values))
-    arguments = ["--config", str(other), "--limit", "2", "--output-folder", str(folder)]
+    other = changed(config, "sampling", seed=1)
+    arguments = ["--config", str(other), "--limit", "2", "--output-folder", str(finished[0])]
     assert exit_code(table1.main, arguments) == 2
     assert "sampling.seed was 0, is now 1" in capsys.readouterr().err.splitlines()[-1]
 

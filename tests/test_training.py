@@ -12,28 +12,13 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-from corpus import (
-    Decontamination,
-    documented_functions,
-    english_paragraphs,
-    exercise_requests,
-    invented_exercise,
-)
+import corpus
+import train
+from corpus import Decontamination
 from data import batches_by_length, evaluation_articles, evaluation_problems, make_data
 from distill import claim, main, tokens_per_call
 from generate import generate, read
-from train import (
-    EVALUATIONS,
-    Sample,
-    batches,
-    evaluate_rows,
-    frequent_tokens,
-    load_samples,
-    loss_of,
-    new_student,
-    train,
-    training_paths,
-)
+from train import Sample, load_samples
 from transformers import AutoModelForCausalLM
 
 from autoregressive import autoregressive
@@ -50,18 +35,20 @@ def settings():
 
 @pytest.fixture(scope="module")
 def decontamination():
-    texts = [text for example in evaluation_problems() for text in example]
-    texts += [text for example in evaluation_articles() for text in example]
-    return Decontamination(texts)
+    examples = [*evaluation_problems(), *evaluation_articles()]
+    return Decontamination([text for example in examples for text in example])
 
 
-def test_every_evaluation_text_is_found(decontamination):
+def test_every_evaluation_text_is_found_and_the_recipes_exercises_are_clean(
+    settings, decontamination
+):
     """Whole, and in another layout: line breaks, capitals and signs hide nothing."""
     for prompt, solution, _ in evaluation_problems():
         assert decontamination.finds(prompt) and decontamination.finds(solution)
         assert decontamination.finds(f"x = 1\n{prompt.upper()}".replace("\n", " ; "))
     for document, summary in evaluation_articles():
         assert decontamination.finds(f"They said: {document}") and decontamination.finds(summary)
+    assert not any(decontamination.finds(text) for text in settings["exercises"])
 
 
 def test_ten_words_in_a_row_are_found_and_nine_are_not():
@@ -72,45 +59,36 @@ def test_ten_words_in_a_row_are_found_and_nine_are_not():
     assert not decontamination.finds(" ".join(reversed(words)))
 
 
-def test_the_recipes_own_exercises_are_clean(settings, decontamination):
-    assert not any(decontamination.finds(text) for text in settings["exercises"])
-
-
-def test_heads_of_functions_are_cut_out():
+def test_heads_of_functions_and_prose_are_cut_out():
     source = (
         'import os\n\ndef join(parts: list[str], by=",") -> str:\n'
         '    """Join parts with a sign between them, none at the end."""\n'
         "    return by.join(parts)\n"
         "def silent(x):\n    return x\n"
     )
-    assert documented_functions(source) == [
+    assert corpus.documented_functions(source) == [
         "def join(parts: list[str], by=',') -> str:\n"
         '    """ Join parts with a sign between them, none at the end.\n    """'
     ]
-    assert documented_functions("def broken(:") == []
-
-
-def test_english_is_prose_and_no_code():
+    assert corpus.documented_functions("def broken(:") == []
     prose = " ".join(["This module reads what other people wrote down."] * 12)
     code = ">>> f(x)[1:2] == {'a': 1}"
-    assert english_paragraphs(f'"""{prose}\n\n{code}\n"""') == [prose]
+    assert corpus.english_paragraphs(f'"""{prose}\n\n{code}\n"""') == [prose]
 
 
 def test_an_invented_exercise_is_a_whole_head(settings):
-    request = exercise_requests(settings["exercises"], 1, seed=0)[0]
+    request = corpus.exercise_requests(settings["exercises"], 1, seed=0)[0]
     assert request.endswith("\n\ndef")
     head = ' f(x):\n    """ Return twice the number that was given.\n    """'
-    assert invented_exercise(f"{head}\n    return 2 * x") == f"def{head}"
-    assert invented_exercise(' f(x):\n    """ Return twice the number') is None
-    assert invented_exercise(" of them all, the longest.") is None
+    assert corpus.invented_exercise(f"{head}\n    return 2 * x") == f"def{head}"
+    assert corpus.invented_exercise(' f(x):\n    """ Return twice the number') is None
+    assert corpus.invented_exercise(" of them all, the longest.") is None
 
 
 def test_batches_hold_every_prompt_once():
     prompts = [[i] * (i % 7 + 1) for i in range(50)]
-    made = batches_by_length(prompts, 8, seed=0)
-    assert sorted(map(tuple, (prompt for batch in made for prompt in batch))) == sorted(
-        map(tuple, prompts)
-    )
+    made = [prompt for batch in batches_by_length(prompts, 8, seed=0) for prompt in batch]
+    assert sorted(made) == sorted(prompts)
 
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11], [20, 21, 22, 23]]
@@ -163,7 +141,7 @@ def test_the_loss_has_autograds_value_and_gradient():
     target_states = torch.randn(600, 12, generator=generator)
     ours = torch.randn(600, 12, generator=generator, requires_grad=True)
     theirs = ours.detach().clone().requires_grad_()
-    loss, divergence = loss_of(ours, target_states, head, 0.1)
+    loss, divergence = train.loss_of(ours, target_states, head, 0.1)
     loss.backward()
     expected = torch.nn.functional.kl_div(
         (theirs @ head.T).log_softmax(-1),
@@ -178,9 +156,9 @@ def test_the_loss_has_autograds_value_and_gradient():
 
 def test_one_epoch_has_every_sample_once():
     samples = [Sample(torch.arange(n % 50 + 2), torch.zeros(n % 50 + 1, 4), 0) for n in range(700)]
-    seen = [sample for batch in batches(samples, 200, seed=0, epoch=3) for sample in batch]
-    assert sorted(map(id, seen)) == sorted(map(id, samples))
-    for batch in batches(samples, 200, seed=0, epoch=3):
+    made = list(train.batches(samples, 200, seed=0, epoch=3))
+    assert sorted(id(sample) for batch in made for sample in batch) == sorted(map(id, samples))
+    for batch in made:
         assert len(batch) * max(len(sample.tokens) for sample in batch) <= 200
 
 
@@ -210,29 +188,15 @@ def test_a_mistake_is_one_line(tmp_path, settings, capsys):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, settings, model_folders):
-    """A whole recipe small enough for a test, and the folder where its data was made.
-
-    One of its sources holds an evaluation problem.
-    """
-    small = {
-        **settings,
+    """A small recipe and the folder of its data. One source holds an evaluation problem."""
+    data = {"num_files": 6, "max_new_tokens": 8, "python_tokens": 1024, "english_tokens": 0}
+    data |= dict.fromkeys(("batch", "exercises", "articles", "code_prompts", "documents"), 4)
+    training = {"steps": 12, "batch_tokens": 512, "warmup_steps": 2, "checkpoint_every": 4}
+    small = settings | {
         "target": str(model_folders["llama-target"]),
-        "data": settings["data"]
-        | {
-            "num_files": 6,
-            "batch": 4,
-            "max_new_tokens": 8,
-            "exercises": 4,
-            "articles": 4,
-            "code_prompts": 4,
-            "documents": 4,
-            "python_tokens": 1024,
-            "english_tokens": 0,
-            "text_length": 64,
-        },
+        "data": settings["data"] | data | {"text_length": 64},
         "draft": {"layers": [0], "head_size": 100},
-        "training": settings["training"]
-        | {"steps": 12, "batch_tokens": 512, "warmup_steps": 2, "checkpoint_every": 4},
+        "training": settings["training"] | training,
     }
     work = tmp_path_factory.mktemp("work")
     problem, articles = evaluation_problems()[0], evaluation_articles()
@@ -249,34 +213,31 @@ def small(tmp_path_factory, settings, model_folders):
 
 def test_data_is_the_same_after_a_kill(small, tmp_path):
     settings, work = small
-    made = sorted(path.name for path in (work / "data").iterdir())
-    assert {name.rsplit("-", 1)[0] for name in made} >= {
-        *EVALUATIONS, "articles", "exercises", "code", "summaries", "python",
-    }  # fmt: skip
+    made = {path.name: path.read_bytes() for path in (work / "data").iterdir()}
+    kinds = {*train.EVALUATIONS, "articles", "exercises", "code", "summaries", "python"}
+    assert {name.rsplit("-", 1)[0] for name in made} >= kinds
     (tmp_path / "data").mkdir()
-    for name in made[::2]:  # what a killed run had left
-        (tmp_path / "data" / name).write_bytes((work / "data" / name).read_bytes())
+    for name in sorted(made)[::2]:  # what a killed run had left
+        (tmp_path / "data" / name).write_bytes(made[name])
     make_data(settings, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == made
-    for name in made:
-        assert (tmp_path / "data" / name).read_bytes() == (work / "data" / name).read_bytes()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == made
 
 
 def test_no_evaluation_text_is_trained_on(small, tokenizer):
     _, work = small
-    texts = [tokenizer.decode(s.tokens) for s in load_samples(training_paths(work / "data"))]
+    texts = [tokenizer.decode(s.tokens) for s in load_samples(train.training_paths(work / "data"))]
     clean = Decontamination(evaluation_problems()[0])
     assert texts and not any(clean.finds(text) for text in texts)
     with safe_open(work / "data" / "python-000.safetensors", "pt") as shard:
         assert int(shard.metadata()["num_overlapping"]) >= 4  # the planted problem's passages
-    assert not any(path.name.startswith("eval-") for path in training_paths(work / "data"))
+    assert not any(path.name.startswith("eval-") for path in train.training_paths(work / "data"))
 
 
 def test_training_learns_and_survives_a_kill(small, tmp_path):
     """Killed in the middle and started again, it ends with the very same weights and log."""
     settings, work = small
     target = AutoModelForCausalLM.from_pretrained(settings["target"])
-    train(settings, target, work)
+    train.train(settings, target, work)
     whole = torch.load(work / "draft.pt", weights_only=True)
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [4, 8, 12]
@@ -284,39 +245,35 @@ def test_training_learns_and_survives_a_kill(small, tmp_path):
 
     (tmp_path / "data").symlink_to(work / "data")
     killed = {**settings, "training": settings["training"] | {"checkpoint_every": 5}}
+    rate = train.learning_rate
+
+    def interrupted(options, at):
+        if at == 10:
+            raise KeyboardInterrupt
+        return rate(options, at)
+
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.learning_rate", interrupt_at(10))
-        train(killed, target, tmp_path)
-    train(killed, target, tmp_path)
+        patch.setattr(train, "learning_rate", interrupted)
+        train.train(killed, target, tmp_path)
+    train.train(killed, target, tmp_path)
     resumed = torch.load(tmp_path / "draft.pt", weights_only=True)
     assert torch.equal(resumed["head_ids"], whole["head_ids"])
     for name, tensor in whole["student"].items():
         assert torch.equal(tensor, resumed["student"][name]), name
 
 
-def interrupt_at(step: int):
-    from train import learning_rate
-
-    def rate(options, at):
-        if at == step:
-            raise KeyboardInterrupt
-        return learning_rate(options, at)
-
-    return rate
-
-
 def test_the_targets_own_layers_agree_with_it(small):
     """All of the target's layers and the whole vocabulary: what is counted is agreement."""
     settings, work = small
     target = AutoModelForCausalLM.from_pretrained(settings["target"])
-    student = new_student(target, [0, 1])
+    student = train.new_student(target, [0, 1])
     student.lm_head, untied = target.lm_head, target.lm_head.weight
     student.model.embed_tokens.weight.data.copy_(target.model.embed_tokens.weight)
     samples = load_samples(sorted((work / "data").glob("eval-code-*")))
-    rows = evaluate_rows(student, samples, torch.arange(len(untied)))
+    rows = train.evaluate_rows(student, samples, torch.arange(len(untied)))
     assert sum(map(len, rows)) == sum(len(s.hidden) - s.first_row for s in samples)
 
 
 def test_frequent_tokens_are_counted_in_answers_only():
     samples = [Sample(torch.tensor([1, 1, 1, 1, 5, 7, 5, 7, 3]), torch.zeros(8, 2), 3)]
-    assert frequent_tokens(samples, 2, 10).tolist() == [5, 7]
+    assert train.frequent_tokens(samples, 2, 10).tolist() == [5, 7]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections import defaultdict
 
 import pytest
@@ -106,29 +108,24 @@ def verdicts(
         num = len(drafted)
         target_probs = [target[drafted[:i]] for i in range(num + 1)]
         draft_probs = [draft[drafted[:i]] for i in range(num)]
-        cells = []
-        for threshold in thresholds_of(target_probs, draft_probs, drafted):
-            sides = [(0.0, threshold), (threshold, 1.0)]
-            cells.append(
-                [
-                    (low + (high - low) * (j + 0.5) / STRATA, (high - low) / STRATA)
-                    for low, high in sides
-                    if high > low
-                    for j in range(STRATA)
-                ]
-            )
+        cells = [
+            [*points(0.0, threshold), *points(threshold, 1.0)]
+            for threshold in thresholds_of(target_probs, draft_probs, drafted)
+        ]
         for chosen in itertools.product(*cells):
             uniforms = torch.tensor([point for point, _ in chosen])
-            weight = draft_mass
-            for _, size in chosen:
-                weight *= size
+            weight = draft_mass * math.prod(size for _, size in chosen)
             sampled_from.clear()
-            held = (
-                [FORMS[form](row) for row in rows]
-                for form, rows in zip(forms, (target_probs, draft_probs))
-            )
-            num_accepted = rule(*held, list(drafted), None).num_accepted
+            rows = zip(forms, (target_probs, draft_probs))
+            probs = (list(map(FORMS[form], of)) for form, of in rows)
+            num_accepted = rule(*probs, list(drafted), None).num_accepted
             yield drafted, num_accepted, sampled_from[-1].dense(VOCAB), weight
+
+
+def points(low: float, high: float) -> list[tuple[float, float]]:
+    """The middles of STRATA parts of a range, each with the part's size."""
+    size = (high - low) / STRATA
+    return [(low + size * (j + 0.5), size) for j in range(STRATA) if size > 0]
 
 
 def emitted_joint(
@@ -261,46 +258,47 @@ def test_a_row_of_nan_ends_a_block():
             verify_block(*(list(map(form, of)) for of in (target, draft)), [0, 1], None)
 
 
-def accept_by_position(target_probs, draft_probs, draft_tokens, generator):
+def wrong(correct, accepts):
+    """A rule of which tokens are accepted, and of what the correction is drawn from."""
+
+    @functools.wraps(accepts)
+    def rule(target_probs, draft_probs, draft_tokens, generator):
+        target_probs, draft_probs = dense(target_probs), dense(draft_probs)
+        k = len(draft_tokens)
+        accepted = accepts(target_probs[:k], draft_probs, torch.tensor(draft_tokens)[:, None])
+        n = int(accepted.long().cumprod(0).sum())
+        probs = Full(target_probs[n])
+        if n < k:
+            probs = correct(probs, Full(draft_probs[n]))
+        return Verdict(n, module.sample(probs, None))
+
+    return rule
+
+
+@functools.partial(wrong, residual)
+def accept_by_position(target_probs, draft_probs, draft_tokens):
     """The ratio indexed by position where the token id belongs."""
-    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
-    k = len(draft_tokens)
-    index = torch.arange(k) % VOCAB
-    rows = torch.arange(k)
-    accepted = torch.rand(k) < target_probs[rows, index] / draft_probs[rows, index]
-    return finish(target_probs, draft_probs, accepted, residual)
+    rows = torch.arange(len(draft_tokens))
+    return torch.rand(len(rows)) < (target_probs / draft_probs)[rows, rows % VOCAB]
 
 
-def correct_from_target(target_probs, draft_probs, draft_tokens, generator):
+@functools.partial(wrong, lambda target, draft: target)
+def correct_from_target(target_probs, draft_probs, draft_tokens):
     """The correction from the target instead of the residual."""
-    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
-    index = torch.tensor(draft_tokens)[:, None]
-    ratio = target_probs[:-1].gather(1, index) / draft_probs.gather(1, index)
-    accepted = torch.rand(len(draft_tokens)) < ratio[:, 0]
-    return finish(target_probs, draft_probs, accepted, lambda target, draft: target)
+    ratio = target_probs.gather(1, draft_tokens) / draft_probs.gather(1, draft_tokens)
+    return torch.rand(len(draft_tokens)) < ratio[:, 0]
 
 
-def accept_argmax(target_probs, draft_probs, draft_tokens, generator):
+@functools.partial(wrong, residual)
+def accept_argmax(target_probs, draft_probs, draft_tokens):
     """Accept what the target would have chosen greedily: right when greedy, wrong when sampling."""
-    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
-    accepted = torch.tensor(draft_tokens) == target_probs[:-1].argmax(-1)
-    return finish(target_probs, draft_probs, accepted, residual)
+    return draft_tokens[:, 0] == target_probs.argmax(-1)
 
 
-def accept_regardless_of_draft(target_probs, draft_probs, draft_tokens, generator):
+@functools.partial(wrong, residual)
+def accept_regardless_of_draft(target_probs, draft_probs, draft_tokens):
     """Accept with the target's probability alone."""
-    target_probs, draft_probs = dense(target_probs), dense(draft_probs)
-    at_token = target_probs[:-1].gather(1, torch.tensor(draft_tokens)[:, None])[:, 0]
-    return finish(target_probs, draft_probs, torch.rand(len(draft_tokens)) < at_token, residual)
-
-
-def finish(target_probs, draft_probs, accepted, correct):
-    k = len(accepted)
-    n = int(accepted.long().cumprod(0).sum())
-    probs = Full(target_probs[k])
-    if n < k:
-        probs = correct(Full(target_probs[n]), Full(draft_probs[n]))
-    return Verdict(n, module.sample(probs, None))
+    return torch.rand(len(draft_tokens)) < target_probs.gather(1, draft_tokens)[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -321,15 +319,17 @@ def held(forms, *probs: list[float]) -> list[Distribution]:
 
 
 @ALL_FORMS
-def test_residual_is_the_normalised_positive_part(forms):
-    target, draft = held(forms, [0.5, 0.3, 0.2], [0.2, 0.6, 0.2])
-    assert residual(target, draft).dense(3).tolist() == pytest.approx([1, 0, 0])
-
-
-@ALL_FORMS
-def test_residual_of_equal_distributions_is_the_target(forms):
-    """A residual that is zero everywhere gave nan."""
-    assert residual(*held(forms, [0.25, 0.75], [0.25, 0.75])).dense(2).tolist() == [0.25, 0.75]
+@pytest.mark.parametrize(
+    ("target", "draft", "expected"),
+    [
+        ([0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [1, 0, 0]),
+        ([0.25, 0.75], [0.25, 0.75], [0.25, 0.75]),  # zero everywhere gave nan
+        ([0.25] * 4, [0.5] * 2, [0, 0, 0.5, 0.5]),  # a draft with a smaller vocabulary
+    ],
+)
+def test_residual_is_the_normalised_positive_part(forms, target, draft, expected):
+    probs = residual(*held(forms, target, draft))
+    assert probs.dense(len(expected)).tolist() == pytest.approx(expected)
 
 
 RULES = pytest.mark.parametrize("rule", VERIFIERS.values(), ids=VERIFIERS)
@@ -337,20 +337,12 @@ RULES = pytest.mark.parametrize("rule", VERIFIERS.values(), ids=VERIFIERS)
 
 @RULES
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_nothing_over_nothing_rejects(rule, form):
-    """0/0 is nan, and min(1, nan) accepted a token that the target never emits."""
+def test_what_the_target_excludes_is_never_accepted(rule, form, monkeypatch):
+    """0/0 is nan, which min(1, nan) accepted; u <= 0 accepted such a token once in 2^24 draws."""
     target = [form(torch.tensor(probs)) for probs in ([0.0, 1.0], [0.5, 0.5])]
     draft = [form(torch.tensor([0.0, 1.0]))]
-    verdict = rule(target, draft, [0], torch.Generator().manual_seed(0))
-    assert verdict == Verdict(0, 1)
-
-
-@RULES
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_uniform_of_zero_does_not_accept_what_the_target_excludes(rule, form, monkeypatch):
-    """u <= 0 accepted a token of probability 0 once in 2^24 draws."""
+    assert rule(target, draft, [0], torch.Generator().manual_seed(0)) == Verdict(0, 1)
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(*shape))
-    target = [form(torch.tensor(probs)) for probs in ([0.0, 1.0], [0.5, 0.5])]
     assert rule(target, one_hot([0]), [0], None) == Verdict(0, 1)
 
 
@@ -358,15 +350,11 @@ def test_a_uniform_of_zero_does_not_accept_what_the_target_excludes(rule, form, 
 def test_greedy_accepts_the_argmax_always_and_nothing_else(rule):
     """Argmax drafts judged by random acceptance are neither greedy nor sampling."""
     target, draft = one_hot([2, 0, 1]), one_hot([2, 1])
+    assert rule(target[:1], [], [], torch.Generator()) == Verdict(0, 2)
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
         assert rule(target, draft, [2, 1], generator) == Verdict(1, 0)
         assert rule(target[:2], draft[:1], [2], generator) == Verdict(1, 0)
-
-
-@RULES
-def test_no_draft_tokens_is_plain_sampling(rule):
-    assert rule(one_hot([2]), [], [], torch.Generator()) == Verdict(0, 2)
 
 
 def test_the_generator_runs_on_from_cycle_to_cycle():
@@ -402,5 +390,5 @@ def test_a_share_of_the_mass_is_one_token_in_every_form(share):
 
 
 def test_a_draft_of_a_smaller_vocabulary_is_sure_that_the_other_tokens_do_not_come():
-    target, draft = Full(torch.full((4,), 0.25)), Full(torch.full((2,), 0.5))
+    target, draft = held(("full", "full"), [0.25] * 4, [0.5] * 2)
     assert residual(target, draft).dense(4).tolist() == [0, 0, 0.5, 0.5]

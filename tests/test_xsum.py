@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -23,9 +24,7 @@ ROWS = [
     {"id": "33", "document": "Third.\n", "summary": " Three. "},
 ]
 EXAMPLES = [
-    Example(id="11", text="First line.\nSecond, “quoted” line.", reference="One."),
-    Example(id="22", text='Braces {document} and {0}, a comma, a "quote".', reference="Two."),
-    Example(id="33", text="Third.", reference="Three."),
+    Example(row["id"], row["document"].strip(), reference=row["summary"].strip()) for row in ROWS
 ]
 
 
@@ -50,16 +49,8 @@ def path(tmp_path) -> Path:
     return write(tmp_path / "articles.jsonl")
 
 
-def error_of(*arguments, **options) -> str:
-    """The one line that a user sees."""
-    with pytest.raises(TaskError) as caught:
-        task(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-# --- where articles come from --------------------------------------------------------
+error_of = partial(error_line, TaskError, task)
+"""The one line that a user sees."""
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -82,20 +73,16 @@ def test_a_folder_is_read_by_split(tmp_path, name):
 
 def test_a_folder_laid_out_as_a_hub_repository_is_read(tmp_path):
     write(tmp_path / "set" / "parts" / "a.parquet")
-    readme = (
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: {}\n---"
-    )
-    (tmp_path / "set" / "README.md").write_text(readme.format("parts/a.parquet"))
+    where = "  - split: test\n    path: parts/a.parquet\n"
+    readme = f"---\nconfigs:\n- config_name: default\n  data_files:\n{where}---"
+    (tmp_path / "set" / "README.md").write_text(readme)
     assert task(tmp_path / "set").examples() == EXAMPLES
 
 
-def test_rows_without_an_id_are_numbered(tmp_path):
+def test_rows_without_an_id_are_numbered_and_other_columns_are_ignored(tmp_path):
     rows = [{"document": row["document"], "summary": row["summary"]} for row in ROWS]
     examples = task(write(tmp_path / "a.jsonl", rows)).examples()
     assert [example.id for example in examples] == ["0", "1", "2"]
-
-
-def test_numbers_are_fine_as_ids_and_other_columns_are_ignored(tmp_path):
     rows = [{**row, "id": int(row["id"]), "source": "here"} for row in ROWS]
     assert task(write(tmp_path / "a.csv", rows)).examples() == EXAMPLES
 
@@ -114,6 +101,7 @@ def test_the_demo_articles_come_with_the_package():
     examples = task("embedded:articles").examples()
     assert len(examples) >= 20
     assert all(len(example.text) > len(example.reference) > 20 for example in examples)
+    assert "must be embedded:articles" in error_of("embedded:xsum")
 
 
 @pytest.mark.parametrize(
@@ -135,13 +123,8 @@ def test_a_file_that_will_not_do_is_one_line(tmp_path, caplog, name, text, messa
     if text is not None:
         (tmp_path / name).write_text(text)
     found = error_of(tmp_path / name)
-    assert message in found
-    assert name in found
+    assert message in found and name in found
     assert caplog.records == []  # `datasets` would print the same in its own words
-
-
-def test_an_unknown_embedded_set_names_the_one_there_is():
-    assert "must be embedded:articles" in error_of("embedded:xsum")
 
 
 def test_a_hub_set_may_name_its_columns_otherwise(tmp_path, monkeypatch):
@@ -173,9 +156,8 @@ def test_a_hub_id_is_read_from_the_converted_revision_and_one_split_only(tmp_pat
         "revision": "refs/convert/parquet",
         "allow_patterns": "default/test/*.parquet",
     }
-    assert "xsum.split must be a split of EdinburghNLP/xsum" in error_of(
-        "EdinburghNLP/xsum", split="tests"
-    )
+    error = error_of("EdinburghNLP/xsum", split="tests")
+    assert "xsum.split must be a split of EdinburghNLP/xsum" in error
 
 
 def test_no_network_is_one_line(monkeypatch):
@@ -188,28 +170,20 @@ def test_no_network_is_one_line(monkeypatch):
     assert "local file" in message
 
 
-# --- prompts -------------------------------------------------------------------------
-
-
-def text_of(prompt: Prompt) -> str:
-    return Letters().decode(prompt.token_ids)
-
-
 def prompt_of(made: XSum, example: Example, max_tokens=1000) -> Prompt:
     return made.prompt(example, Letters(), max_tokens)
+
+
+def text_of(made: XSum, example: Example) -> str:
+    return Letters().decode(prompt_of(made, example).token_ids)
 
 
 def test_the_document_stands_in_the_template_as_it_is(path):
     """str.format would fail on braces, in an article or in the template."""
     made = task(path, template='{"text": "{document}", "summary": "')
-    assert text_of(prompt_of(made, EXAMPLES[1])) == (
-        '{"text": "Braces {document} and {0}, a comma, a "quote".", "summary": "'
-    )
-
-
-def test_chat_prompts_are_a_message(path):
-    made = task(path, style="chat")
-    assert text_of(prompt_of(made, EXAMPLES[2])) == "<Summarise: Third.>"
+    whole = '{"text": "Braces {document} and {0}, a comma, a "quote".", "summary": "'
+    assert text_of(made, EXAMPLES[1]) == whole
+    assert text_of(task(path, style="chat"), EXAMPLES[2]) == "<Summarise: Third.>"
 
 
 @pytest.mark.parametrize(("style", "frame"), [("completion", "{}"), ("chat", "<{}>")])
@@ -221,28 +195,21 @@ def test_shots_stand_solved_before_the_article(path, style, frame):
         "Q: Third.\nA: Three.\n\n"
         "Q: First line.\nSecond, “quoted” line.\nA:"
     )
-    assert text_of(prompt_of(made, EXAMPLES[0])) == frame.format(expected)
+    assert text_of(made, EXAMPLES[0]) == frame.format(expected)
 
 
 def test_a_template_that_ends_in_space_gets_no_other(path):
     made = task(path, template="Q: {document}\nA:\n", num_shots=1)
-    assert "Q: Third.\nA:\nThree.\n\n" in text_of(prompt_of(made, EXAMPLES[0]))
+    assert "Q: Third.\nA:\nThree.\n\n" in text_of(made, EXAMPLES[0])
 
 
 def test_an_article_is_never_its_own_shot(path):
     """Its summary would stand in its prompt."""
     made = task(path, num_shots=2)
     for example in made.examples():
-        assert example.reference not in text_of(prompt_of(made, example))
-
-
-def test_as_many_shots_as_articles_leave_nothing_to_evaluate(path):
-    assert "xsum.num_shots must be below the number of articles, here 3 (got 3)" in error_of(
-        path, num_shots=3
-    )
-
-
-# --- long documents ------------------------------------------------------------------
+        assert example.reference not in text_of(made, example)
+    error = error_of(path, num_shots=3)  # nothing is left to evaluate
+    assert "xsum.num_shots must be below the number of articles, here 3 (got 3)" in error
 
 
 def test_a_document_that_fits_is_not_cut(path):
@@ -251,6 +218,8 @@ def test_a_document_that_fits_is_not_cut(path):
     assert whole.num_cut_tokens == 0
     assert prompt_of(made, EXAMPLES[0], len(whole.token_ids)) == whole
     assert prompt_of(made, EXAMPLES[0], len(whole.token_ids) - 1).num_cut_tokens == 1
+    with pytest.raises(PromptError, match="lower decoding.max_new_tokens"):
+        task(path, template="{document}").prompt(EXAMPLES[0], Letters(), 0, 100)
 
 
 @pytest.mark.parametrize(("style", "frame"), [("completion", "{}"), ("chat", "<{}>")])
@@ -260,7 +229,8 @@ def test_a_long_document_loses_its_end_and_never_the_instruction(path, style, fr
     long = Example("x", "0123456789" * 20, reference="r")
     around = frame.format("Q: Third.\nA: Three.\n\nQ: @\nA:")
     prompt = prompt_of(made, long, len(around) - 1 + 25)
-    assert text_of(prompt) == around.replace("@", "0123456789012345678901234")
+    text = Letters().decode(prompt.token_ids)
+    assert text == around.replace("@", "0123456789012345678901234")
     assert prompt.num_cut_tokens == 200 - 25
 
 
@@ -311,19 +281,9 @@ def test_a_document_that_is_cut_to_nothing_names_what_takes_its_room(
         made.prompt(EXAMPLES[0], Letters(), max_tokens, max_new_tokens)
 
 
-def test_a_template_without_words_is_no_reason_for_a_longer_context(path):
-    """The template `{document}` left an empty prompt, without even an instruction."""
-    with pytest.raises(PromptError, match="lower decoding.max_new_tokens"):
-        task(path, template="{document}").prompt(EXAMPLES[0], Letters(), 0, 100)
-
-
-# --- completions ---------------------------------------------------------------------
-
-
 def test_the_summary_ends_at_a_stop_string_and_has_no_space_around_it(path):
     made = task(path, stops=("\n\n", "Article:"))
     assert made.stop_strings == ("\n\n", "Article:")
-    assert made.completion(EXAMPLES[0], " A bridge reopens.\nSoon. \n\nArticle: x") == (
-        "A bridge reopens.\nSoon."
-    )
+    summary = made.completion(EXAMPLES[0], " A bridge reopens.\nSoon. \n\nArticle: x")
+    assert summary == "A bridge reopens.\nSoon."
     assert task(path).completion(EXAMPLES[0], "\nOne. \n") == "One."

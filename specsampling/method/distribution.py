@@ -120,13 +120,14 @@ class Full(Distribution):
         return float(self.probs.sum())
 
     def at(self, token: int) -> float:
-        return float(self.probs[token])
+        return float(self.probs[token]) if token < len(self.probs) else 0.0
 
     def excess(self, other: Distribution, weight: float = 1.0) -> Full:
         if isinstance(other, Few):
             left = self.probs.clone() if weight == 1 else weight * self.probs
             for token, prob in other.probs.items():
-                left[token] -= prob
+                if token < len(left):  # a draft's vocabulary may be smaller, or larger
+                    left[token] -= prob
         else:
             probs = self.probs if weight == 1 else weight * self.probs
             left = probs - other.dense(len(probs))

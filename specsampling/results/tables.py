@@ -275,10 +275,9 @@ def format_table(table: pd.DataFrame) -> str:
     """Format a `summary_table` for a terminal, with its notes below."""
     if table.empty:
         return "no rows to show"
-    unseen = ["end-to-end speedup low", "end-to-end speedup high", "sampling"]
-    if "rouge1" in table:
-        unseen += ["rouge2 low", "rouge2 high", "rougeL"]
-    text = printable(table.drop(columns=unseen))
+    unseen = ["sampling", "rouge2 low", "rouge2 high", "rougeL"]
+    unseen += ["end-to-end speedup low", "end-to-end speedup high"]
+    text = printable(table.drop(columns=unseen, errors="ignore"))
     notes = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in table.attrs["notes"]]
     return "\n".join([*aligned(text), *notes])
 
@@ -299,7 +298,7 @@ def aligned(text: pd.DataFrame, keys: int = 1, width: float = WIDTH) -> list[str
         if sum(len(cells[0]) + 2 for cells in [*blocks[-1], column]) - 2 > width:
             blocks.append(columns[:keys])
         blocks[-1] = [*blocks[-1], column]
-    lines = []
+    lines: list[str] = []
     for block in blocks:
         of_block = ["  ".join(cells).rstrip() for cells in zip(*block, strict=True)]
         of_block.insert(2, "-" * max(map(len, of_block)))
