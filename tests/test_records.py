@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import error_line
 
 from specsampling.results import files
 from specsampling.results.lines import unsealed

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pandas as pd
 import pytest
+from helpers import error_line
 from huggingface_hub.errors import LocalEntryNotFoundError
 from test_tasks import Letters
 
