@@ -145,7 +145,7 @@ def test_rows_of_another_machine_go_on_only_if_that_is_said(finished, config, tm
     assert "--on-another-machine" in told
     code, printed, _ = run(*arguments, "--limit", 3, "--on-another-machine")
     assert code == 0
-    speeds = {line.split()[0]: line.split()[-3] for line in printed.splitlines()[3:6]}
+    speeds = {line.split()[0]: line.split()[-2] for line in printed.splitlines()[3:6]}
     assert speeds == dict.fromkeys(METHODS, "-")
     for number, machine in ((1, "Another Processor"), (2, "")):
         assert f"speculative on machine {number}" in printed

@@ -34,7 +34,6 @@ TERMINAL_HEADERS = {  # a header's two lines; other columns have their name on t
     "draft acceptance rate": ("draft", "accepted"),
     "block efficiency": ("tokens", "/call"),
     "time outside forwards": ("outside", "calls"),
-    "identical outputs": ("identical", "outputs"),
     "result": ("result", "[95%]"),
     "difference": ("less autoregressive's", "[95%]"),
     "ms/token": ("ms", "/token"),
@@ -290,7 +289,7 @@ def aligned(text: pd.DataFrame, keys: int = 1, width: float = WIDTH) -> list[str
     """
     columns = []
     for name in map(str, text):
-        cells = [*TERMINAL_HEADERS.get(name, ("", name)), *text[name]]
+        cells = [*(TERMINAL_HEADERS.get(name) or _in_two_lines(name)), *text[name]]
         side = "<" if name == "method" else ">"
         columns.append([f"{cell:{side}{max(map(len, cells))}}" for cell in cells])
     blocks = [columns[:keys]]
@@ -304,6 +303,14 @@ def aligned(text: pd.DataFrame, keys: int = 1, width: float = WIDTH) -> list[str
         of_block.insert(2, "-" * max(map(len, of_block)))
         lines += [""] * bool(lines) + of_block
     return lines
+
+
+def _in_two_lines(name: str) -> tuple[str, str]:
+    """Break a long header where the longer line is shortest; a short one is the second line."""
+    words = name.split()
+    breaks = range(1, len(words)) if len(name) >= 12 else []
+    halves = [(" ".join(words[:i]), " ".join(words[i:])) for i in breaks]
+    return min(halves, key=lambda lines: max(map(len, lines)), default=("", name))
 
 
 def describe_sampling(sampling: Mapping[str, Any]) -> str:
