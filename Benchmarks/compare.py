@@ -27,7 +27,8 @@ from specsampling.console import Parser, exit_code
 from specsampling.results import metrics
 from specsampling.results.meta import device_names
 from specsampling.results.records import Row, Run, read_run
-from specsampling.results.tables import aligned, few_notes, scores_of
+from specsampling.results.table_text import aligned
+from specsampling.results.tables import few_notes, scores_of
 
 NOTE = (
     "n counts problems. equal counts the texts with the same token ids. before is the share of the "

@@ -45,7 +45,7 @@ from specsampling.checking import parse_yaml
 from specsampling.config import SPECULATIVE, ConfigError, load_config
 from specsampling.console import exit_code
 from specsampling.draft_name import DraftName
-from specsampling.results import metrics, tables
+from specsampling.results import metrics, table_text, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, Run
 
@@ -179,7 +179,7 @@ def best_k(table: pd.DataFrame) -> int:
 
 
 def figure1_table(table: pd.DataFrame) -> pd.DataFrame:
-    return tables.formatted(table, FORMATS)
+    return table_text.formatted(table, FORMATS)
 
 
 def describe_cell(cell: str, run: Run) -> str:
@@ -188,7 +188,7 @@ def describe_cell(cell: str, run: Run) -> str:
     if table["ms/token"].isna().all():
         return f"{cell}: rows of several machines, whose speeds cannot be compared"
     best = table.set_index("K").loc[best_k(table)]
-    line = f"{cell}: fastest at K = {best.name}, {tables.as_text('speedup', best['speedup'])}"
+    line = f"{cell}: fastest at K = {best.name}, {table_text.as_text('speedup', best['speedup'])}"
     if found := found_k(run):
         line += f"; K found while decoding: {found:.2f} of the best fixed K's pace"
     if len(table) > 3:
@@ -205,7 +205,7 @@ def format_figure1(runs: Mapping[str, Run]) -> str:
     lines = []
     for cell, run in runs.items():
         table = over_k(run)
-        lines += [describe_cell(cell, run), *tables.aligned(figure1_table(table))]
+        lines += [describe_cell(cell, run), *table_text.aligned(figure1_table(table))]
         lines += tables.few_notes(max(table["n"]))
     return "\n".join([*lines, "", *NOTES])
 

@@ -38,7 +38,7 @@ from specsampling.config import SPECULATIVE, Config, ConfigError, load_config, r
 from specsampling.console import exit_code
 from specsampling.draft_name import GREEDY, DraftName
 from specsampling.edge import rank
-from specsampling.results import metrics, tables
+from specsampling.results import metrics, table_text, tables
 from specsampling.results.records import Run, read_run
 from specsampling.results.runfile import check_output
 from specsampling.tasks.humaneval import HumanEval
@@ -126,8 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = pd.concat(
         identity_table(read_run(path), setting, chances) for setting, path in paths.items()
     )
-    print("\nby setting", *tables.aligned(tables.formatted(whole, FORMATS), keys=4), sep="\n")
-    print("\nover all settings", *tables.aligned(over_settings(whole), keys=2), sep="\n")
+    print(
+        "\nby setting", *table_text.aligned(table_text.formatted(whole, FORMATS), keys=4), sep="\n"
+    )
+    print("\nover all settings", *table_text.aligned(over_settings(whole), keys=2), sep="\n")
     print(NOTE)
     return 0
 
@@ -289,7 +291,7 @@ def over_settings(table: pd.DataFrame) -> pd.DataFrame:
     """Average each draft and rule over the settings."""
     columns = ["expected", "accepted", "tokens/call", "of token's", "tokens/s"]
     found = table.groupby(["draft", "rule"], sort=False)[columns].mean().reset_index()
-    return tables.formatted(found, {name: FORMATS[name] for name in found.columns})
+    return table_text.formatted(found, {name: FORMATS[name] for name in found.columns})
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from Benchmarks.table1 import (
 from specsampling.config import SPECULATIVE, load_config
 from specsampling.console import exit_code
 from specsampling.draft_name import DraftName
-from specsampling.results import metrics, tables
+from specsampling.results import metrics, table_text, tables
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure
 from specsampling.results.records import Run
 
@@ -143,12 +143,12 @@ def _parts(method: str, speculation: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def methods_text(table: pd.DataFrame) -> pd.DataFrame:
-    return tables.formatted(table, FORMATS)
+    return table_text.formatted(table, FORMATS)
 
 
 def format_methods(table: pd.DataFrame) -> str:
     notes = tables.few_notes(max(table["n"], default=0))
-    return "\n".join([*tables.aligned(methods_text(table), keys=3), *notes])
+    return "\n".join([*table_text.aligned(methods_text(table), keys=3), *notes])
 
 
 def methods_figure(table: pd.DataFrame, title: str) -> Figure:

@@ -83,7 +83,8 @@ from specsampling.results import metrics
 from specsampling.results.figures import DARK, LIGHT, MIDDLE, new_figure, save_figure
 from specsampling.results.records import Row, Source, read_run
 from specsampling.results.runfile import RunFile, check_fresh, check_output
-from specsampling.results.tables import aligned, shared_rows
+from specsampling.results.table_text import aligned
+from specsampling.results.tables import shared_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,7 +35,7 @@ from specsampling.models.embedded import MODELS
 from specsampling.models.kernel_model import KernelModel
 from specsampling.models.load import load_tokenizer, model_location
 from specsampling.provenance import device_name
-from specsampling.results.tables import aligned
+from specsampling.results.table_text import aligned
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 2000

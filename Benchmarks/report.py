@@ -32,7 +32,7 @@ from Benchmarks import figure1, identity, methods, peers, quality, scale, table1
 from Benchmarks.run_page import page_of
 from specsampling.config import OLD_NAMES, ConfigError
 from specsampling.console import PROJECT, Parser, exit_code
-from specsampling.results import metrics, tables
+from specsampling.results import metrics, table_text, tables
 from specsampling.results.meta import device_names
 from specsampling.results.records import Run, read_run
 
@@ -126,7 +126,7 @@ def run_table(path: Path, left_out: Sequence[str] = ()) -> Table:
     run = read_run(path)
     table = summary_of(run)
     shown = table.drop(columns=[*LEFT_OUT, *left_out], errors="ignore")
-    return Table(table, tables.printable(shown), caption(run))
+    return Table(table, table_text.printable(shown), caption(run))
 
 
 def texts_table(path: Path) -> Table:
@@ -155,7 +155,7 @@ def terminal_table(path: Path) -> str:
     run = read_run(path)
     table = summary_of(run)
     table.attrs["notes"] = []
-    return f"```text\n{tables.format_table(table)}\n({device_names(run.meta)})\n```"
+    return f"```text\n{table_text.format_table(table)}\n({device_names(run.meta)})\n```"
 
 
 def headline_table(folder: Path) -> Table:
@@ -277,7 +277,7 @@ KINDS: dict[str, Callable[[Path], Table]] = {
 
 def markdown(text: pd.DataFrame) -> str:
     """A table of text in Markdown; "-" for an empty cell becomes an empty one."""
-    text = text.rename(columns=tables.HEADINGS)
+    text = text.rename(columns=table_text.HEADINGS)
     lines = [list(map(str, text.columns)), ["---"] * len(text.columns)]
     lines += [["" if cell == "-" else str(cell) for cell in line] for line in text.to_numpy()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specsampling.method.text import Generation
-from specsampling.results import figures, metrics, tables
+from specsampling.results import figures, metrics, table_text, tables
 from specsampling.results.lines import key_of
 from specsampling.results.meta import device_names
 from specsampling.results.records import Row, Run, read_run
@@ -29,11 +29,11 @@ def page_of(path: Path) -> str:
     config = run.meta["config"]
     sampling = tables.describe_sampling(config["sampling"])
     table = tables.summary_table(run.rows, run.scores, sampling)
-    text = tables.printable(table.drop(columns=["sampling"]))
+    text = table_text.printable(table.drop(columns=["sampling"]))
     data = {
         "about": f"{device_names(run.meta)}, {run.meta['precision']}, {run.meta['date'][:10]}; "
         f"commit {run.meta['git_commit']}; {run.meta['command']}",
-        "columns": list(text.rename(columns=tables.HEADINGS).columns),
+        "columns": list(text.rename(columns=table_text.HEADINGS).columns),
         "lines": text.to_numpy().tolist(),
         "notes": table.attrs["notes"],
         "figures": [svg_of(draw(run.rows)) for draw in FIGURES],

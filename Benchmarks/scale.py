@@ -28,7 +28,8 @@ import pandas as pd
 from specsampling.config import ConfigError
 from specsampling.console import Parser, exit_code
 from specsampling.results.records import Row, read_rows
-from specsampling.results.tables import aligned, rows_by_method
+from specsampling.results.table_text import aligned
+from specsampling.results.tables import rows_by_method
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

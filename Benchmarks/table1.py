@@ -37,11 +37,12 @@ import main_exp2
 from specsampling.config import Config, ConfigError, load_config, require_task
 from specsampling.console import PROJECT, Parser, exit_code
 from specsampling.edge import rank
-from specsampling.results import metrics, tables
+from specsampling.results import metrics, table_text, tables
 from specsampling.results.figures import DARK, MIDDLE, new_figure
 from specsampling.results.records import Run, read_run
 from specsampling.results.runfile import check_output
-from specsampling.results.tables import as_text, interval_columns, interval_names
+from specsampling.results.table_text import as_text, interval_names
+from specsampling.results.tables import interval_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -247,7 +248,7 @@ def table1_beside_paper(table: pd.DataFrame) -> pd.DataFrame:
         {"this run": table.set_index(TABLE1_KEYS), PAPER: paper_table1().set_index(TABLE1_KEYS)},
         names=["source"],
     )
-    text = tables.printable(both)
+    text = table_text.printable(both)
     for position, (name, suffix) in enumerate({"result": "", "difference": " difference"}.items()):
         rouge2, passed = text.pop(f"rouge2{suffix}"), text.pop(f"pass@1{suffix}")
         text.insert(position + 1, name, rouge2.where(rouge2 != "-", passed))
@@ -266,7 +267,9 @@ def format_table1(table: pd.DataFrame) -> str:
         for line, value in zip(text.itertuples(), text.pop(name))
         if value != "-"
     ]
-    first, second, rule, *lines = tables.aligned(text.drop(columns=TABLE1_HEADINGS), width=math.inf)
+    first, second, rule, *lines = table_text.aligned(
+        text.drop(columns=TABLE1_HEADINGS), width=math.inf
+    )
     shown, above = [first, second], ("", "", "")
     for line, heading in zip(lines, zip(*(text[name] for name in TABLE1_HEADINGS)), strict=True):
         if heading[0] != above[0]:

@@ -25,7 +25,7 @@ from specsampling.models.estimate import Planned
 from specsampling.models.load import Pair
 from specsampling.provenance import device_name, peak_memory, prompt_date, run_meta
 from specsampling.ranks import Ranks
-from specsampling.results import tables
+from specsampling.results import table_text, tables
 from specsampling.results.audit import Audit, audit
 from specsampling.results.meta import device_names, machine_of, machines_of
 from specsampling.results.records import RecordsError, Row, Run, read_meta, read_rows, read_run
@@ -209,7 +209,7 @@ def report(
     samples = {(job.example.id, job.sample_index) for job in plan.jobs}
     shown = [row for row in rows if row.sample in samples]
     sampling = tables.describe_sampling(vars(plan.config.sampling))
-    print(tables.format_table(tables.summary_table(shown, scores, sampling)))
+    print(table_text.format_table(tables.summary_table(shown, scores, sampling)))
     is_lossless = all(found.is_lossless for found in audits.values() if found)
     return 1 if not is_lossless or any(row.error for row in rows) else 0
 

@@ -14,7 +14,7 @@ import pytest
 from test_metrics import make_rouge, make_row
 
 from Benchmarks import table1 as grid
-from specsampling.results import figures, metrics, tables, tokens
+from specsampling.results import figures, metrics, table_text, tables, tokens
 from specsampling.results.records import Row, Run
 from specsampling.results.scores import RougeScore, Score
 
@@ -97,7 +97,7 @@ def test_table_has_one_line_per_method_in_a_fixed_order():
 def test_table_holds_fractions_and_text_holds_percentages():
     table = scored_table(make_run())
     assert line_of(table, "speculative")["draft acceptance rate"] == 3 / 8
-    text = line_of(tables.printable(table), "speculative")
+    text = line_of(table_text.printable(table), "speculative")
     assert text["draft acceptance rate"] == "37.5%"
     assert text["pass@1"].startswith("25.0% [") and text["pass@1"].endswith("%]")
     assert text["speedup"] == "2.00 [2.00, 2.00]"
@@ -139,7 +139,7 @@ def test_without_the_baseline_there_is_no_speedup():
     line = line_of(table, "speculative")
     assert math.isnan(line["speedup"])
     assert line["identical outputs"] == ""
-    assert line_of(tables.printable(table), "speculative")["speedup"] == "-"
+    assert line_of(table_text.printable(table), "speculative")["speedup"] == "-"
 
 
 def test_unscored_rows_are_named():
@@ -156,14 +156,14 @@ def test_several_samples_add_pass_at_k():
     assert "pass@100" not in table
     assert list(table["n"]) == [4, 4, 4]  # problems
     assert list(table["identical outputs"]) == ["", "", "40/40"]  # texts
-    lines = tables.format_table(table).splitlines()
+    lines = table_text.format_table(table).splitlines()
     assert lines[5].count("25.0% [0.0%, 75.0%]") == 2
     assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize(("num_problems", "is_told"), [(1, 0), (2, 1), (9, 1), (10, 0)])
 def test_few_problems_have_intervals_that_mean_little(num_problems, is_told):
-    text = tables.format_table(tables.summary_table(make_run(num_problems, num_samples=2)))
+    text = table_text.format_table(tables.summary_table(make_run(num_problems, num_samples=2)))
     assert text.count("intervals over fewer than 10 problems mean little") == is_told
 
 
@@ -194,7 +194,7 @@ def test_speeds_of_two_machines_are_lines_of_their_own_and_no_ratio_joins_them()
     assert line_of(table, "speculative")["identical outputs"] == "12/12"
     notes = table.attrs["notes"]
     assert "machine 1 is A" in notes and "machine 2 is B" in notes
-    text = tables.format_table(table)
+    text = table_text.format_table(table)
     assert "speculative on machine 2" in text and "nan" not in text
     for draw in FIGURES:
         figure = draw(rows)
@@ -233,19 +233,19 @@ def test_pass_rates_are_compared_for_every_k():
 
 
 def test_terminal_table_is_aligned_and_fits():
-    lines = tables.format_table(scored_table(make_run(num_problems=164))).splitlines()
-    assert max(map(len, lines)) <= tables.WIDTH
+    lines = table_text.format_table(scored_table(make_run(num_problems=164))).splitlines()
+    assert max(map(len, lines)) <= table_text.WIDTH
     speed, drafting = lines[5], lines[12]  # two blocks, because one would be too wide
     assert [line.split()[0] for line in (speed, drafting)] == ["speculative"] * 2
     assert "2.00 [2.00, 2.00]" in speed and "164/164" in drafting and "37.5%" in drafting
     assert all(len({len(line) for line in lines[at : at + 5]}) == 1 for at in (1, 8))
     assert lines[13] == "identical outputs have the token ids of method reference"
-    assert tables.format_table(tables.summary_table([])) == "no rows to show"
+    assert table_text.format_table(tables.summary_table([])) == "no rows to show"
 
 
 def test_a_wide_table_repeats_its_keys_in_each_block():
     table = pd.DataFrame({"a": ["1"], "b": ["2"], "what is counted": ["3"], "d": ["4"]})
-    assert tables.aligned(table, keys=2, width=14) == [
+    assert table_text.aligned(table, keys=2, width=14) == [
         *("      what is", "a  b  counted", "-------------", "1  2        3"),
         *("", "", "a  b  d", "-------", "1  2  4"),
     ]
@@ -254,13 +254,13 @@ def test_a_wide_table_repeats_its_keys_in_each_block():
 def test_published_figures_stand_beside_ours_under_their_own_label():
     ours, published = tables.summary_table(make_run()), tables.published_table("humaneval")
     both = {"ours": ours.set_index("method"), "published": published.set_index("method")}
-    text = tables.printable(pd.concat(both))
+    text = table_text.printable(pd.concat(both))
     assert list(text.loc["published"]["pass@1"]) == ["35.0%", "40.0%"]
     assert list(text.loc["published"]["speedup"]) == ["-", "2.52"]
     assert list(text.loc["published"]["draft acceptance rate"]) == ["-", "75.0%"]
     assert list(text.loc["published"]["n"]) == ["-", "-"]
     assert list(text.loc["ours"]["n"]) == ["12", "12", "12"]
-    text = tables.printable(tables.published_table("xsum"))
+    text = table_text.printable(tables.published_table("xsum"))
     assert list(text["rouge1"]) == ["0.160", "0.159"]
     assert list(text["speedup"]) == ["-", "1.84"]
     assert list(text["draft acceptance rate"]) == ["-", "32.0%"]
@@ -320,7 +320,7 @@ def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
     assert list(table["rougeL"]) == pytest.approx([0.075, 0.05, 0.05])
     assert all(table["rouge1 low"] < table["rouge1"]) and all(table["rougeL high"] > 0.05)
     assert "pass@1" not in table
-    assert line_of(tables.printable(table), "speculative")["rouge1"].startswith("0.200 [0.1")
+    assert line_of(table_text.printable(table), "speculative")["rouge1"].startswith("0.200 [0.1")
     notes = table.attrs["notes"]
     assert "in rouge1, speculative minus reference is +0.0000 [+0.0000, +0.0000]" in notes
     assert "in rouge1, speculative minus autoregressive is -0.1000 [-0.1000, -0.1000]" in notes
@@ -328,7 +328,7 @@ def test_rouge_scores_make_rouge_columns_and_no_pass_rate():
 
 def test_rouge_differences_are_a_table_of_all_three_measures():
     table = tables.rouge_difference_table(make_run(), make_rouge_scores(autoregressive=0.1))
-    text = tables.printable(table.set_index("less"))
+    text = table_text.printable(table.set_index("less"))
     assert list(text.pop("method")) == ["speculative"] * 2
     assert list(text.columns) == ["rouge1 difference", "rouge2 difference", "rougeL difference"]
     assert list(text.loc["autoregressive"]) == [
@@ -347,7 +347,7 @@ def test_rouge_of_one_article_has_no_bounds_and_without_speculative_no_differenc
 def test_a_rouge_table_of_a_whole_test_split_fits_the_terminal():
     table = tables.summary_table(make_run(), make_rouge_scores(), "greedy")
     table["n"], table["identical outputs"] = 11_334, "11334/11334"
-    lines = tables.format_table(table).splitlines()
+    lines = table_text.format_table(table).splitlines()
     assert max(map(len, lines[:6])) <= 120
     assert "rouge1" in lines[0] and "rouge2" in lines[1]
     assert "0.200 [0.1" in lines[5] and "0.100" in lines[5]

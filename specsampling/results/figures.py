@@ -12,9 +12,9 @@ import numpy as np
 
 from specsampling.results import metrics
 from specsampling.results.records import Row
+from specsampling.results.table_text import as_text
 from specsampling.results.tables import (
     BASELINE,
-    as_text,
     drafting_rows,
     rows_by_machine,
     shared_rows,
