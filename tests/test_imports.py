@@ -112,7 +112,7 @@ def test_every_room_is_small_enough_to_read(path):
     assert len(path.read_text().splitlines()) < 450
 
 
-RESULTS = ("records", "foreign", "metrics", "tables", "figures", "tokens")
+RESULTS = ("records", "foreign", "metrics", "tables", "table_text", "figures", "tokens")
 SANDBOX = ("run", "judge", "wire", "namespace", "system_calls", "leases")
 LIGHT = [
     "edge",
