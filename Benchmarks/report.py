@@ -53,6 +53,12 @@ HEADLINE = {  # of the README
     "Qwen2.5-Coder 1.5B with n-grams and the 0.5B, in 8 bit": "qwen-coder-int8/results2.jsonl",
 }
 
+PRECISIONS = {  # of Qwen2.5-Coder 1.5B, over all problems, eight texts at once
+    "bfloat16": "qwen-coder-precision/bfloat16.jsonl",
+    "int8": "qwen-coder-int8/results2-batch8.jsonl",
+    "int4, the published file's blocks": "qwen-coder-precision/int4.jsonl",
+}
+
 
 class Table(NamedTuple):
     """A table of results: as numbers, as the text that pages show, and the words below it."""
@@ -184,6 +190,27 @@ def of_text(table: pd.DataFrame, caption: str = "") -> Table:
     return Table(table, table, caption)
 
 
+def scores_table(folder: Path) -> Table:
+    """The target's own pass@1 in each of `PRECISIONS`, and which texts are bfloat16's."""
+    lines, exact = [], None
+    for precision, file in PRECISIONS.items():
+        run = read_run(folder / file)
+        rows = tables.shared_rows(run.rows)[tables.BASELINE]
+        exact = exact or rows
+        scores = metrics.quality(tables.scores_of(rows, run.scores or []), "pass@1")
+        lines.append(
+            {
+                "precision": precision,
+                "problems": str(metrics.num_problems(rows)),
+                "pass@1": f"{scores:.1%}",
+                "texts equal to bfloat16's": "{} of {}".format(
+                    *metrics.count_identical(rows, exact)
+                ),
+            }
+        )
+    return of_text(pd.DataFrame(lines))
+
+
 def precision_table(path: Path) -> Table:
     rows = [quality.Quality(**json.loads(line)) for line in path.read_text().splitlines()]
     machines = ", ".join(dict.fromkeys(row.machine for row in rows))
@@ -265,6 +292,7 @@ KINDS: dict[str, Callable[[Path], Table]] = {
     "run": run_table,
     "texts": texts_table,
     "precision": precision_table,
+    "scores": scores_table,
     "peers": peers_table,
     "identity": identity_table,
     "scale": scale_table,
