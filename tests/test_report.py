@@ -143,7 +143,8 @@ def test_a_table_as_numbers(page, tmp_path, capsys):
     for kind in report.KINDS.keys() - {"run", "texts", "figure1", "methods", "scale", "peers"}:
         file.unlink()
         path = report.PROJECT / {
-            **{"headline": "Results/published", "index": "Results/published/quick-start"},
+            **dict.fromkeys(["headline", "scores"], "Results/published"),
+            **{"index": "Results/published/quick-start"},
             **{"precision": "Results/published/quality.jsonl"},
             **{"identity": "Results/published/smollm2/identity"},
         }.get(kind, "Results/published/smollm2")
