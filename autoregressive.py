@@ -1,12 +1,12 @@
 """The baseline: autoregressive sampling (Chen et al. 2023, Algorithm 1).
 
-The decoder makes one target call per token, with a KV cache. Speedups are measured against its
-fastest form, `width=None`. The rows' method `reference` has the speculative decoder's width, and
-speculative outputs must equal its outputs.
+The decoder makes one target call per token, with a KV cache. Speedups are measured against the
+decoder's fastest form, `width=None`. The method `reference` of a run makes calls of the speculative
+decoder's width, and speculative outputs must equal its outputs.
 
     python autoregressive.py --prompt "def is_prime(n):"
 
-decodes one prompt, and shows the text as it grows.
+This command decodes one prompt and shows the text as it grows.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ gives the very tokens that the target alone would give.
 
     python speculative.py --prompt "def is_prime(n):"
 
-This command decodes one prompt, live, and shows which tokens were accepted, corrected and bonus.
-With `--compare` the target decodes it alone first.
+This command decodes one prompt and shows live which tokens are accepted, corrections and bonus
+tokens. With `--compare` the target first decodes the prompt alone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def speculative_stream(
         max_new_tokens: exact limit on the new tokens.
         sampling: temperature, top-k and top-p of both models; greedy by default.
         generator: source of randomness, on the model's device; `Noise` for `verify_coupled`.
-        width: rows of every target call, more than k (see `Session`); None for as many as needed.
+        width: rows of every target call, more than k (see `Session`); if None, a call has as many
+            rows as it needs.
         verifier: the rule: `verify`, `verify_block` or `verify_coupled`.
         eos_ids: ids that end the text.
         is_stop: asked after each token whether the text ends there.

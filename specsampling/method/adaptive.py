@@ -1,13 +1,13 @@
-"""Decides how many tokens to draft, and who drafts them, while decoding: `speculation.k: auto`.
+"""Decides while decoding how many tokens to draft and who drafts them: `speculation.k: auto`.
 
 A model drafts until a lookup finds what it has drafted. The lookup then goes on from there. Every
 choice is made to raise the expected tokens per second (`experience.py`).
 
-The output is exact all the same. Whether a token is proposed, and by whom, is decided before it is
-drawn. The decision depends on the tokens before it, past verdicts, clocks, and the draft's
-distributions up to the token before. It never depends on the token itself: a rule that dropped
-unlikely tokens would change the distribution that the verifier is told. Clocks therefore decide
-which texts are sampled, but not how they are distributed.
+The output is still exact. Before a token is drawn, it is decided whether a token is proposed there,
+and by whom. The decision depends on the earlier tokens, past verdicts, clocks, and the draft's
+distributions for the earlier tokens. It never depends on the new token itself. A rule that dropped
+unlikely tokens would draw from another distribution than the verifier is told. Clocks therefore
+decide which texts are sampled, but not how they are distributed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from specsampling.method.experience import Cycle, Experience
 
 @dataclass(frozen=True)
 class AdaptiveDraft:
-    """A draft of a lookup, a model, or both. Experience decides who proposes how much."""
+    """A draft made of a lookup, a model, or both. Experience decides who proposes how much."""
 
     lookup: NgramDraft | None
     model: ModelDraft | None
@@ -42,7 +42,7 @@ class AdaptiveDraft:
 
     @classmethod
     def of(cls, draft: Draft) -> AdaptiveDraft:
-        """Take the lookup and the model of a draft whose numbers are fixed."""
+        """Make an adaptive draft from the lookup and the model of a draft with a fixed k."""
         if isinstance(draft, NgramDraft):
             return cls(draft, None)
         if isinstance(draft, CompositeDraft):
@@ -57,8 +57,8 @@ class AdaptiveDraft:
 class Turn:
     """Decides whose turn it is to propose the next token of a cycle.
 
-    It is an object of its own because proposers that knew each other would keep their caches for
-    too long.
+    This is a separate object, because proposers that refer to each other would keep their caches in
+    memory for too long.
     """
 
     def __init__(self, lookup: NgramProposer | None, has_model: bool, experience: Experience):
@@ -66,7 +66,7 @@ class Turn:
         self.longest = 0  # tokens that the text may have after this cycle
 
     def is_for_lookup(self, sequence: Sequence[int]) -> bool:
-        """Say whether the lookup, and not the model, should propose behind a sequence."""
+        """Say whether the lookup, not the model, should propose the token after a sequence."""
         matched = self._lookup.find(sequence)[0] if self._lookup else 0
         num, expected = self._experience.lookup_plan(matched, self.longest - len(sequence))
         if not (matched and num):
@@ -75,9 +75,9 @@ class Turn:
 
 
 class AdaptiveProposer(JointProposer):
-    """Lets the model draft while that pays. A lookup that is worth more goes on from there.
+    """Lets the model draft while that pays. Then a lookup goes on if that is worth more.
 
-    Who proposes a token, if anyone does, depends on the tokens before it alone.
+    Who proposes a token, if anyone does, is decided before the token is drawn.
     """
 
     def __init__(self, draft: AdaptiveDraft, terms: DraftTerms):
@@ -123,7 +123,7 @@ class AdaptiveProposer(JointProposer):
         super().rollback(length)
         if self._cycle:
             self._cycle.seconds = time.perf_counter() - self._started
-            # The text may have ended before some accepted tokens, which are then not counted.
+            # If the text ended before some accepted tokens, these tokens are not counted.
             num_accepted = max(0, min(length - self._num_tokens, self._cycle.num_proposed))
             self._experience.learn(self._cycle, num_accepted)
             self._cycle = None

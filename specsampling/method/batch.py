@@ -1,8 +1,8 @@
-"""Decodes several texts at once: their decoders take turns, and share each call of a model.
+"""Decodes several texts at once. Their decoders take turns, and share each call of a model.
 
 Each text is decoded in a thread of its own, by the same functions as a single text. Only one thread
-runs at a time. A thread that would call a model waits until all the others wait too. Then one call
-takes the tokens of all texts. Each text has its own cache and length, so texts may accept different
+runs at a time. A thread that needs a call waits until all the others wait too. Then one call takes
+the tokens of all texts. Each text has its own cache and length, so texts may accept different
 numbers of tokens. When a text ends, the next one takes its place.
 
 This module knows nothing of drafts, sampling or verifying.
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 class Stopped(BaseException):
-    """The order to a text's thread to end, because nobody waits for the text any more."""
+    """Tells a text's thread to end, because nobody waits for the text any more."""
 
 
 def ask(caller: Caller, call: Any) -> Tensor:
@@ -64,7 +64,7 @@ class Done:
 
     index: int  # the place of its job among the jobs
     result: Any  # what the job returned
-    # The part of the time from its start to its end that is its own. Each moment is divided equally
+    # The text's own part of the time between its start and its end. Each moment is divided equally
     # among the texts that were open then.
     share: float
 
@@ -75,11 +75,11 @@ class BatchRunner(Runner):
     Args:
         model: one for which `step.has_step` is true.
         num_places: the most texts at once.
-        longest: the tokens of the longest text.
-        widest: the most rows that a text has in a call. So many positions stay free behind the
-            longest text and the padding of its last call.
-        width: rows per text of the calls that cover all places. A row's bits in them do not depend
-            on how many texts are open. None if all calls are only as large as needed.
+        longest: the number of tokens of the longest text.
+        widest: the most rows that a text has in a call. The same number of positions stays free
+            behind the longest text and the padding of its last call.
+        width: rows per text in the calls that cover all places. In such calls a row's bits do not
+            depend on how many texts are open. None if all calls are only as large as needed.
     """
 
     def __init__(
@@ -202,8 +202,9 @@ class _Open:
 def decode_together(jobs: Iterable[Callable[[], Result]], size: int) -> Iterator[Done]:
     """Run jobs whose models take several texts, up to `size` jobs at once.
 
-    If texts wait for several models, the smallest is called first. So a target is called once all
-    texts have drafted. An error of one job ends all. Jobs are yielded in the order of their ends.
+    If texts wait for several models, the smallest model is called first. So a target is called only
+    when all texts have drafted. An error in one job ends all jobs. Jobs are yielded in the order in
+    which they end.
     """
     pending = enumerate(jobs)
     texts: list[_Open] = []

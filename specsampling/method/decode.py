@@ -20,7 +20,7 @@ Parameters = ParamSpec("Parameters")
 
 
 class Cycle(NamedTuple):
-    """One draft and verify round: of `num_drafted` tokens, `num_accepted` were accepted."""
+    """The counts of one draft and verify round: tokens drafted, and tokens accepted."""
 
     num_accepted: int
     num_drafted: int
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     Attributes:
         token_ids: the new ids, at least one.
-        kinds: the origin of each, as `Generation.kinds` names it.
+        kinds: the origin of each token, as `Generation.kinds` names it.
     """
 
     token_ids: list[int]
@@ -66,15 +66,15 @@ def decode_text(
 ) -> Steps:
     """Prefill the caches, and run cycles until the text ends. The clock stops between steps.
 
-    Logits that are not finite also end the text. The tokens decoded before are kept,
-    `finish_reason` is "error", and `error` names the model whose logits they were.
+    Logits that are not finite also end the text. The tokens decoded before are kept. Then
+    `finish_reason` is "error", and `error` names the model that computed these logits.
 
     Args:
         text: the prompt; each cycle adds at least one token to it.
-        session: the target's.
+        session: the target's session.
         cycle: runs one round. A decoder without a draft returns None.
-        evidence: collected by the cycles, a number per new token.
-        proposer: the draft's; None without a draft.
+        evidence: a number for each new token, which the cycles collect.
+        proposer: the draft's proposer; None without a draft.
     """
     caches: list[Session | Proposer] = [session] if proposer is None else [session, proposer]
     cycles: list[Cycle] = []

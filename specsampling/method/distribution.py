@@ -1,8 +1,9 @@
 """Distributions over the vocabulary: `Few` for a few possible tokens, `Full` for any number.
 
-Greedy choices, n-gram proposals and nuclei have few tokens. `Few` keeps them in a dictionary and
-computes with plain numbers, because a tensor operation on eight numbers takes tens of microseconds
-after a model's call. A plain softmax gives every token some probability, so `Full` keeps a tensor.
+Greedy choices, n-gram proposals and nuclei (top-p) have few possible tokens. `Few` keeps these in a
+dictionary and computes with plain numbers. After a model's call, a tensor operation on eight
+numbers would take tens of microseconds. A plain softmax gives every token some probability, so
+`Full` keeps a tensor.
 Both have the same methods, so one acceptance rule serves both.
 """
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 
 class NonFiniteError(ArithmeticError):
-    """The error that logits are NaN or infinite, so that no token can be drawn."""
+    """The error for logits that are NaN or infinite, from which no token can be drawn."""
 
     def __init__(self, whose: str = "target"):
         super().__init__(
@@ -53,7 +54,7 @@ class Distribution(ABC):
     def token_at(self, share: float) -> int:
         """Find the first token at which the cumulated mass reaches a share, in (0, 1], of all.
 
-        A token without probability adds no mass, so it is never the first.
+        A token of probability 0 adds no mass, so it is never found.
 
         Raises:
             NonFiniteError: a probability is NaN.
@@ -150,5 +151,5 @@ class Full(Distribution):
 
 
 def one_hot(tokens: Sequence[int]) -> list[Distribution]:
-    """Make for each token a distribution that is sure of it."""
+    """Make for each token a distribution that gives it probability 1."""
     return [Few({token: 1.0}) for token in tokens]

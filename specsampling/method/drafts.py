@@ -1,8 +1,8 @@
 """Drafts: a model, n-grams of the text itself, or both.
 
-A `Draft` is loaded once and starts a `Proposer` for each text. A proposer sees only the text that
-the target has accepted and its own proposals. With each proposal it hands the verifier the
-distribution that the proposal was really drawn from.
+A `Draft` is loaded once and starts a `Proposer` for each text. A proposer sees only its own
+proposals and the text that the target has accepted. With each proposal it gives the verifier the
+distribution from which the proposal was really drawn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DraftTerms:
     """The terms on which a draft works on one of a target's texts."""
 
     capacity: int  # the most tokens that the text can have
-    vocab_size: int  # logits in a row of the target's; a draft proposes no token beyond them
+    vocab_size: int  # the number of the target's logits; a draft proposes no id beyond them
     device: torch.device  # the target's
     sampling: Sampling  # the target's warp
     source: Randomness  # of all draws
@@ -68,14 +68,15 @@ class Draft(Protocol):
 class ModelDraft:
     """A smaller model, with the target's warp.
 
-    A cycle's proposals end after the first one for which the model's largest probability, before
-    the warp, is below `min_confidence`. That proposal is verified like all others, so the output
-    stays exact. If `is_greedy`, it proposes its most probable tokens even if the target samples.
-    Each is accepted as often as the target would draw it.
+    The confidence in a proposal is the model's largest probability before the warp. A cycle's
+    proposals end after the first one whose confidence is below `min_confidence`. That proposal is
+    verified like all others, so the output stays exact. If `is_greedy`, the model proposes its most
+    probable tokens even if the target samples. Each proposal is then accepted as often as the
+    target would draw it.
     """
 
     model: Model
-    max_k: int | None = None  # the most tokens of a cycle; None for as many as asked for
+    max_k: int | None = None  # the most tokens of a cycle; None for no limit but `k`
     min_confidence: float = 0.0  # 0 is off
     is_greedy: bool = False
 
@@ -105,7 +106,7 @@ class ModelProposer:
         self._session.prefill(self._known(tokens[: self._longest]))
 
     def propose(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        room = self._longest - len(tokens) + 1  # none in a full context
+        room = self._longest - len(tokens) + 1  # 0 or less if the context is full
         k = max(0, min(k, self._draft.max_k or k, room))
         sequence = list(tokens)
         terms = self._terms
@@ -137,7 +138,7 @@ class ModelProposer:
         self._session.length = min(self._session.length, length)
 
     def _known(self, tokens: Sequence[int]) -> list[int]:
-        """Replace padding ids of a larger target, which the model cannot embed, by its last id."""
+        """Replace ids that only a larger target can embed, its padding, by the model's last id."""
         if self._knows_all:
             return list(tokens)
         return [min(token, self._last_id) for token in tokens]
@@ -145,14 +146,15 @@ class ModelProposer:
 
 @dataclass(frozen=True)
 class NgramDraft:
-    """A search of the text so far for its newest tokens, which proposes what followed them.
+    """A lookup, which searches the text so far for its newest tokens.
 
-    This is also called prompt lookup. Its distributions are one-hot, so the verifier accepts a
-    token with exactly the probability that the target gives it.
+    It proposes the tokens that followed the match. This is also called prompt lookup. The
+    distributions are one-hot, so the verifier accepts a token with exactly the probability that the
+    target gives it.
     """
 
     longest: int = 3  # tokens of the n-gram that is searched first
-    shortest: int = 1  # tokens of the one that is searched last
+    shortest: int = 1  # tokens of the n-gram that is searched last
 
     def start(self, terms: DraftTerms) -> NgramProposer:
         return NgramProposer(self.longest, self.shortest)
@@ -179,7 +181,7 @@ class NgramProposer:
         return self.go_on(tokens, k)
 
     def go_on(self, tokens: Sequence[int], k: int) -> tuple[list[int], list[Distribution]]:
-        """Propose more behind tokens, the last of which may be proposals themselves."""
+        """Propose the tokens after `tokens`, whose last ones may be proposals themselves."""
         sequence = list(tokens)
         matched, follower = self.find(tokens)
         for i in range(follower, follower + k) if matched else ():
@@ -188,7 +190,7 @@ class NgramProposer:
         return proposed, one_hot(proposed)
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """Find the last tokens in the text: how many match, and the index of what followed."""
+        """Search for the last tokens; return how many match and the index of the next token."""
         for n in reversed(self._lengths):
             follower = self._follower.get(tuple(tokens[-n:]))
             if follower is not None:
@@ -204,8 +206,8 @@ class CompositeDraft:
     """A lookup, and a model that drafts if the lookup finds no matching n-gram.
 
     A lookup costs nothing, so it may propose all k tokens of a cycle. Each of the model's tokens
-    takes a call, so `max_k` may limit them. The output is exact, because who proposes depends on
-    the accepted text alone, and each proposal comes with its distribution.
+    takes a call, so `max_k` may limit them. The output is exact for two reasons: who proposes
+    depends only on the accepted text, and each proposal comes with its distribution.
     """
 
     lookup: NgramDraft
@@ -216,7 +218,7 @@ class CompositeDraft:
 
 
 class JointProposer:
-    """What proposers that share a text have in common."""
+    """Several proposers for one text, which count, prefill and roll back together."""
 
     def __init__(self, *parts: Proposer | None):
         self._parts = [part for part in parts if part is not None]
@@ -249,8 +251,10 @@ def first_layers(model: Model, num_layers: int) -> Model:
     """Cut a shallow model from `model`: its first layers, final norm and head.
 
     The shallow model shares the tensors, so it needs no memory of its own. It was not trained for
-    its depth, so few of its proposals are accepted. A ValueError says that `num_layers` is not
-    between 1 and the model's own number.
+    its depth, so few of its proposals are accepted.
+
+    Raises:
+        ValueError: `num_layers` is not between 1 and the model's own number of layers.
     """
     config = copy.deepcopy(model.config)
     text_config = config.get_text_config(decoder=True)
@@ -268,7 +272,7 @@ def first_layers(model: Model, num_layers: int) -> Model:
 
 
 def _with_part(model: Any, path: list[str], part: nn.Module, config: Any) -> Any:
-    """Copy a model with another module at a path. Modules off the path are shared."""
+    """Copy a model, with another module at a path. Modules off the path are shared."""
     clone = copy.copy(model)
     clone._modules = dict(model._modules)  # the same children and tensors
     if isinstance(getattr(model, "config", None), PreTrainedConfig):

@@ -1,8 +1,9 @@
 """Evidence, for `results/audit.py`, that each new token was chosen by the right rule.
 
-If a token was drawn from the target's distribution, its randomised probability integral transform
-is uniform on (0, 1) and independent of all earlier ones (Rosenblatt 1952; Brockwell 2007 for
-discrete variables). If a token was chosen greedily, no other token has a larger logit.
+Each token that is drawn from the target's distribution has a randomised probability integral
+transform. It is uniform on (0, 1), and independent of the transforms of all earlier tokens
+(Rosenblatt 1952; Brockwell 2007 for discrete variables). If a token was chosen greedily, no other
+token has a larger logit.
 This module knows only tensors and distributions.
 """
 
@@ -48,9 +49,9 @@ class Evidence:
 
         Args:
             tokens: n token ids.
-            logits: [>= n, V] of the target; row i predicts token i.
-            target_probs: at least n distributions, made of these logits.
-            draft_probs: k distributions, from which the k proposals were drawn; none without any.
+            logits: the target's, [>= n, V]; row i predicts token i.
+            target_probs: at least n distributions, made from these logits.
+            draft_probs: k distributions, from which the k proposals were drawn; empty if k is 0.
         """
         if self._is_greedy:
             rows = zip(logits[: len(tokens)], tokens)
@@ -63,7 +64,7 @@ class Evidence:
 
 
 def gap(logits: Tensor, token: int) -> float:
-    """Return by how much a token's logit, one of [V], exceeds the largest other one.
+    """Return a token's logit minus the largest other logit, from logits [V].
 
     The gap is negative for a token that is not the argmax.
     """
@@ -82,9 +83,9 @@ def transform(
 ) -> float:
     """Return F(y-) + u q(y) of a token y, where F cumulates the target's probabilities q.
 
-    F takes tokens in an order that exposes wrong rules: by the ratio draft / target, the largest
-    first. Tokens of equal ratio, and all tokens if nothing was drafted, are ordered by probability.
-    The order is known before the token is drawn, so the transform is uniform all the same.
+    F takes the tokens in an order that exposes wrong rules: by the ratio draft / target, largest
+    first. Tokens of equal ratio are ordered by probability, and so are all tokens if nothing was
+    drafted. The order is known before the token is drawn, so the transform is still uniform.
 
     Args:
         token: id of y.

@@ -6,17 +6,17 @@ It keeps running estimates over all texts of a run:
 - how often a lookup's proposals are accepted, by the n-gram's length and their position;
 - how long calls take.
 
-Let r be the tokens per second so far. One more drafted token costs some seconds, in which r times
-as many tokens could be decoded otherwise. It pays if the chance that it is accepted, with all
-tokens before it, exceeds that number. (Dinkelbach 1967: the best ratio is where the gain is 0.)
-There is an r for each length of a lookup's match, and one for no match. Time that is lost where the
-model must draft cannot be made up where lookups are fast.
+Let r be the tokens per second so far, and let one more drafted token cost s seconds. In s seconds
+the decoder would otherwise produce r * s tokens. So the drafted token pays if the chance that it is
+accepted, with all drafted tokens before it, exceeds r * s. (Dinkelbach 1967: the best ratio is
+where the gain is 0.) There is an r for each length of a lookup's match, and one for no match. Fast
+lookups in one place cannot make up for time that is lost where the model must draft.
 
-The estimates of time describe the machine, and the machine changes. A call may take long by
-accident, so one slow cycle is left out. A call is never fast by accident, so a cycle that is much
-faster than expected shows that the machine was busy before: all estimates of time begin anew. A
-drafter that is silent because of its price brings no news about that price. So it is tried again
-after `PATIENCE` cycles, then after twice as many, and so on.
+The estimates of time describe the machine, and the machine changes. A call may be slow by accident,
+so one slow cycle is ignored. A call is never fast by accident. If a cycle is much faster than
+expected, the machine was busy before, and all estimates of time begin anew. A drafter that is not
+used, because it is too slow, brings no news about its speed. So it is tried again after `PATIENCE`
+cycles, then after twice as many, and so on.
 
 This module knows only numbers: no tokens, no tensors, no clock.
 """
@@ -32,11 +32,11 @@ NUM_BINS = 20  # of the draft's confidence
 PRIOR = 4.0  # number of verdicts that a prior counts for
 LOOKUP_PRIOR = 0.8  # acceptance rate before any verdict: high, so that lookups are tried
 MODEL_PRIOR = 0.7  # the same for a model's token of unknown confidence
-CURIOSITY = 0.02  # share of the time that a drafter may have that was silent for long
+CURIOSITY = 0.02  # share of the time for trying a drafter that has long been silent
 PATIENCE = 16  # cycles until a silent drafter is tried again; doubled each time
-TRIALS = 2  # cycles with the model, and with nobody, before it is judged: one may meet a pause
-STALL = 3.0  # a cycle so many times slower than expected is an accident; so many faster, news
-QUICK, QUICK_CYCLES = 2.0, 3  # factor, and number of cycles in a row faster by it, that are news
+TRIALS = 2  # cycles with, and cycles without the model, before it is judged: one may meet a pause
+STALL = 3.0  # so many times slower than expected is an accident; so many times faster is news
+QUICK, QUICK_CYCLES = 2.0, 3  # so many cycles in a row, each faster by this factor, are news too
 
 
 class AcceptanceRate:
@@ -55,7 +55,7 @@ class AcceptanceRate:
 
 
 class FadingRate:
-    """Estimates an amount per unit, such as seconds per call. What it saw long ago fades."""
+    """Estimates an amount per unit, such as seconds per call. Old observations fade."""
 
     def __init__(self) -> None:
         self._amount = self._units = 0.0
@@ -66,7 +66,7 @@ class FadingRate:
 
     @property
     def estimate(self) -> float:
-        """The amount per unit; 0 if nothing has been seen."""
+        """Return the amount per unit; 0 if nothing has been seen."""
         return self._amount / self._units if self._units else 0.0
 
 
@@ -82,7 +82,7 @@ class SecondsByRows:
 
     @property
     def slope(self) -> float:
-        """Seconds per row; 0 if calls of one size alone have been seen."""
+        """Return the seconds per row; 0 if only calls of one size have been seen."""
         n, x, y, xx, xy = self._sums
         spread = n * xx - x * x
         return max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * n else 0.0
@@ -97,7 +97,7 @@ class CallSeconds:
     """Predicts how long a target call takes.
 
     Calls of one row use other kernels, so they have their own mean. One line through calls of all
-    sizes would see the step between one row and two as the price of every row.
+    sizes would take the step between one row and two for the price of every row.
     """
 
     def __init__(self) -> None:
@@ -124,18 +124,18 @@ class CallSeconds:
 
     @property
     def slope(self) -> float:
-        """Seconds of each row behind the second."""
+        """Return the seconds of each row after the second."""
         return self._more.slope
 
     @property
     def step(self) -> float:
-        """Seconds of the second row beyond `slope`."""
+        """Return by how many seconds the second row costs more than `slope`."""
         one = self._one.estimate
         return max(0.0, self.at(2) - one - self.slope) if one else 0.0
 
 
 class Retry:
-    """Says when a silent drafter should be tried again: each time after twice as long."""
+    """Says when a silent drafter should be tried again. Each wait is twice as long as the last."""
 
     def __init__(self) -> None:
         self._num_silent, self._patience = 0, PATIENCE
@@ -145,7 +145,7 @@ class Retry:
         return self._num_silent >= self._patience
 
     def see(self, was_asked: bool, is_trial: bool) -> None:
-        """Count a cycle. If the drafter was used, and not for a trial, doubling begins anew."""
+        """Count a cycle. If the drafter was used in earnest, not for a trial, waits begin anew."""
         if was_asked and self.is_due:
             self._patience *= 2
         elif was_asked and not is_trial:
@@ -190,7 +190,7 @@ class Times:
 
 
 class Experience:
-    """The experience of a run with its cycles so far.
+    """What a run has learnt from its cycles so far.
 
     In all methods, `matched` counts the tokens that a lookup found again at the cycle's start.
     """
@@ -283,7 +283,7 @@ class Experience:
 
     @property
     def is_model_due(self) -> bool:
-        """True if the model should draft whatever it costs, so that its price becomes known."""
+        """True if the model should draft at any cost, so that its cost becomes known."""
         times = self.times
         if times.num_model_cycles < TRIALS or times.model_retry.is_due:
             return True
@@ -291,7 +291,7 @@ class Experience:
 
     @property
     def _seconds_per_row(self) -> float:
-        """The price of a row behind the second, or 0 if it is time to measure it again."""
+        """Return the seconds of a row after the second, or 0 if they should be measured again."""
         times = self.times
         return 0.0 if times.rows_retry.is_due else times.target_call.slope
 
@@ -334,8 +334,9 @@ class Experience:
     def lookup_plan(self, matched: int, most: int, chance: float = 1.0) -> tuple[int, float]:
         """Plan how many tokens a lookup proposes; also return how many it expects accepted.
 
-        It may propose `most` tokens, and `chance` is the chance that all tokens before them are
-        accepted. If there are none, the chance is 1, and the lookup proposes at least one token.
+        The lookup may propose up to `most` tokens. `chance` is the chance that all drafted tokens
+        before them are accepted. If there are no such tokens, the chance is 1, and the lookup
+        proposes at least one token.
         """
         cost = self.times.pace[matched].estimate * self._seconds_per_row
         usual = self.lookup[matched].estimate(LOOKUP_PRIOR)

@@ -1,7 +1,8 @@
-"""Three ways to call a model over a preallocated cache: its own, our static step, transformers'.
+"""Calls a model over a preallocated cache in one of three ways.
 
-Each way feeds tokens whose first position is `start`. A call sees the filled part of the cache, or
-the whole capacity with the rest masked. The shape of the second kind does not depend on `start`.
+The ways are the model's own forward, our static step, and transformers' forward. Each way feeds
+tokens whose first position is `start`. A call sees either the filled part of the cache, or the
+whole capacity with the rest masked. The shape of the second kind does not depend on `start`.
 
 This module knows nothing of lengths, time or rolling back; `session.py` does.
 """
@@ -22,11 +23,11 @@ from specsampling.method.step import Buffers, decode_step, has_step, head, hidde
 
 
 class Runner(abc.ABC):
-    """A model whose decode step is ready for calls of a few sizes. All else is the model's own.
+    """A model with a decode step for calls of a few sizes. All other attributes are the model's.
 
     Attributes:
         model: the model itself.
-        capacity: positions in the buffers that it is ready for.
+        capacity: the number of positions in its buffers.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int):
@@ -94,7 +95,7 @@ def is_exact(model: Model) -> TypeGuard[ExactModel]:
 
 
 def forward_of(model: Model, capacity: int, context: int) -> Forward:
-    """Choose how to call a model, over a new cache of `capacity` tokens, of `context` positions."""
+    """Choose how to call a model of `context` positions, over a new cache of `capacity` tokens."""
     if is_exact(model):
         return model.make_forward(capacity)
     if isinstance(model, Runner):

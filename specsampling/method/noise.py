@@ -2,8 +2,8 @@
 
 A token is drawn as the winner of an exponential race: every token v gets a time E(v) / p(v), where
 E(v) has the exponential distribution of mean 1, and the smallest time wins. Token v wins with
-probability p(v). The times depend on nothing but a key, the position in the text and the token.
-So a text does not depend on how its tokens were grouped into calls, nor on who drafted them.
+probability p(v). E(v) depends on nothing but a key, the position in the text and the token. So a
+text depends neither on how its tokens were grouped into calls, nor on who drafted them.
 
 The noise is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3") turns a counter into random bits, and no state is kept.
@@ -24,12 +24,12 @@ from specsampling.method.distribution import Distribution, Few, Full, NonFiniteE
 MASK = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-STEPS = 0x9E3779B9, 0xBB67AE85  # what the key grows by in each round
+STEPS = 0x9E3779B9, 0xBB67AE85  # added to the key in each round
 FEW = 12  # up to so many tokens, plain integers are faster than arrays
 
 
 def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32-10: four words of 32 bits from a counter of four words and a key of two.
+    """Compute Philox4x32-10: four words of 32 bits from a counter of four and a key of two.
 
     Args:
         counter: four integers, or four arrays of uint64 that hold 32 bits each.
@@ -48,7 +48,7 @@ def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any,
 
 
 class Race(Protocol):
-    """A function that finds the winner of a race: `race`, or a compiled one in its place."""
+    """A function that finds the winner of a race: `race`, or a compiled function in its place."""
 
     def __call__(
         self, key: tuple[int, int], position: int, tokens: np.ndarray | None, probs: np.ndarray
@@ -113,12 +113,12 @@ class Noise:
 
     @classmethod
     def of(cls, *names: object, race: Race = race) -> Noise:
-        """Make the noise that a few names stand for, such as seed, problem and sample."""
+        """Make a text's noise from what identifies it, such as seed, problem and sample."""
         digest = hashlib.sha256("|".join(map(str, names)).encode()).digest()
         return cls((int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")), race)
 
     def initial_seed(self) -> int:
-        """Return the key as one number, as a `torch.Generator` does its seed."""
+        """Return the key as one number. The name is that of `torch.Generator`."""
         return self.key[0] << 32 | self.key[1]
 
     def winner(self, probs: Distribution, position: int) -> int:

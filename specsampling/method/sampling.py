@@ -48,8 +48,8 @@ class Sampling:
         return self.temperature < NO_TEMPERATURE
 
 
-# Below the first, the division by the temperature may overflow unless the largest logit has been
-# subtracted. Below the second, the temperature itself is no normal float32.
+# Below the first number, the division by the temperature may overflow unless the largest logit has
+# been subtracted. Below the second number, the temperature itself is no normal float32.
 SMALL_TEMPERATURE, NO_TEMPERATURE = 1e-3, 1.2e-38
 
 GREEDY = Sampling()
@@ -68,7 +68,7 @@ def probs_from_logits(logits: Tensor, sampling: Sampling) -> Sequence[Distributi
 
     Args:
         logits: [n, V], any floating dtype.
-        sampling: the warp; temperature 0 gives distributions that are sure of one token.
+        sampling: the warp; temperature 0 gives one-hot distributions.
 
     Returns:
         n distributions. If a row's largest logit is NaN or infinite, its distribution holds NaN,
@@ -142,9 +142,9 @@ def _first_maxima(logits: Tensor) -> tuple[list[float], list[int]]:
 def _nuclei(probs: Tensor, top_p: float, floors: Sequence[float] = FLOORS) -> list[Distribution]:
     """Find in each row the smallest set of tokens whose mass reaches `top_p`; [n, V] float32 -> n.
 
-    Ordering all V tokens would take longer than all else in a cycle. The tokens above a floor
-    contain the nucleus if their own mass reaches `top_p`. Of equally probable tokens, the first
-    are taken.
+    Ordering all V tokens would take longer than everything else in a cycle. So only the tokens
+    above a floor are ordered first. If their mass reaches `top_p`, they contain the set. Among
+    equally probable tokens, those with lower ids come first.
     """
     nuclei: list[Distribution] = []
     for row, found in zip(probs, _at_least(floors[0], probs)):
@@ -203,8 +203,8 @@ def sample(probs: Distribution, source: Randomness, position: int = 0) -> int:
 
     Args:
         probs: the distribution.
-        source: a generator, by which the token is drawn by inversion, or noise, by which it is the
-            winner of the position's race.
+        source: a generator, which draws the token by inversion, or noise, with which the token is
+            the winner of the position's race.
         position: where the token will stand in its text.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A model with its KV cache: it scores tokens and rolls back.
+"""Joins a model with its KV cache, scores tokens, and rolls back.
 
 A session holds one sequence in a preallocated cache. Rolling back means setting `length`: the next
 call overwrites what lies behind it.
@@ -7,14 +7,15 @@ The newest token is never in the cache. `score` gets the whole sequence, feeds t
 cache does not hold, and returns the last rows of logits. So a fully accepted cycle needs no special
 case: the next call feeds two tokens.
 
-With a `width`, every decode call has the same shape: `width` rows, real tokens first and padding
-after, over the cache's whole capacity. Then a row's bits do not depend on how tokens were grouped
-into calls, and greedy speculative decoding is bit-exact in 16 bit. A model whose rows never meet
-(`forward.ExactModel`) ignores the width.
+With a `width`, every decode call has the same shape. It has `width` rows, real tokens first and
+padding after them, and sees the cache's whole capacity. Then a row's bits do not depend on how
+tokens were grouped into calls, and greedy speculative decoding is bit-exact in 16 bit. A model
+whose rows never meet (`forward.ExactModel`) ignores the width.
 
 Without a width, a call has as many rows as there are new tokens and sees only the filled part of
 the cache. This is the fastest way, and speedups are measured against it. A model in a runner
-(`forward.Runner`) has calls of a few sizes only, and takes the smallest that holds the new tokens.
+(`forward.Runner`) has calls of only a few sizes, and takes the smallest size that holds the new
+tokens.
 
 This module knows nothing of sampling, drafting or text.
 """
@@ -92,7 +93,7 @@ class Session:
         width = self.width
         if width is None and self._runner is not None:
             width = self._runner.num_rows(len(new))
-            while len(new) - last >= width:  # the draft was not used for some cycles
+            while len(new) - last >= width:  # many tokens, if the draft was unused for some cycles
                 self._call(new[:width], width, 1)
                 new = new[width:]
             width = self._runner.num_rows(len(new))
@@ -130,8 +131,8 @@ class Session:
 def _attention_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Leave cuDNN's attention out on a GPU: it makes a plan for every new number of keys.
 
-    A decode call of width 1 sees one key more each time. Its plans make it several times as slow,
-    and so slow a baseline would flatter every speedup.
+    Each decode call of width 1 sees one key more than the last, so each would need a new plan. That
+    makes calls several times slower, and so slow a baseline would flatter every speedup.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -146,9 +147,9 @@ WINDOW_NAMES = ("sliding_window", "window_size", "attention_chunk_size")
 def context_limit(model: Model) -> int:
     """Return the most tokens that a text can have.
 
-    Texts end at the model's last position. Some models change all frequencies at an earlier edge
-    (LongRoPE, dynamic NTK), and there texts end at the edge. Cached keys would keep the old
-    frequencies, and padding beyond the edge would already bring the new ones.
+    Texts end at the model's last position. Some models change all rotary frequencies beyond an
+    earlier position (LongRoPE, dynamic NTK). Their texts end at that position. Otherwise cached
+    keys would keep the old frequencies, and padding beyond it would already bring the new ones.
 
     Raises:
         ValueError: the configuration names no limit.

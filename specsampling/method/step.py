@@ -1,12 +1,12 @@
 """One decode call as a function of tensors alone: ids and their positions in, logits out.
 
-The caches are buffers that are written at the positions. The mask is made of both. So no Python
-number that changes from call to call enters the step, and the same function runs eagerly and as a
-captured CUDA graph (`models/static.py`).
+The step writes to the caches at the given positions, and makes the mask from these positions and
+the caches' size. So no Python number that changes from call to call enters the step. The same
+function runs eagerly and as a captured CUDA graph (`models/static.py`).
 
-Llama, Qwen2, Qwen3, Mistral and GPT-Neo have such a step. This module replaces what goes around
-their layers; layers, norms and heads are the model's own modules, changed or not. Other models
-keep transformers' forward (`forward.py`).
+Llama, Qwen2, Qwen3, Mistral and GPT-Neo have such a step. This module replaces the code around
+their layers. Layers, norms and heads are the model's own modules, whether replaced by faster ones
+or not. Other models keep transformers' forward (`forward.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Buffers(NamedTuple):
 
 
 class _Cache:
-    """The buffers in one call, with as much of a transformers cache as the layers use."""
+    """The buffers in one call, with those methods of a transformers cache that the layers use."""
 
     def __init__(self, buffers: Buffers, positions: Tensor):
         self._buffers = buffers
@@ -120,8 +120,8 @@ def hidden_states(
 
     Args:
         model, ids, positions, buffers: see `decode_step`.
-        is_filled: whether the buffers end with these tokens, and these are either a single token
-            or the first tokens of the text. Attention then needs no mask.
+        is_filled: whether the buffers end with these tokens, and the tokens are either a single
+            token or the first tokens of the text. Attention then needs no mask.
     """
     config: Any = model.config
     base: Any = model.base_model

@@ -1,8 +1,8 @@
 """Texts and generations as both decoders see them: where a text ends, and what it cost.
 
-The decoders see only token ids and counts. The caller says which texts stop them, by a function
-of the new ids. This module also lists the separators that code models write between two texts,
-for the tokenizer's ends and the scoring.
+The decoders see only token ids and counts. The caller passes a function of the new ids that says
+where a text stops. This module also lists the separators that code models write between two texts.
+The tokenizer's end ids and the scoring use them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEPARATORS: tuple[str, ...] = (
 
 
 class PromptError(ValueError):
-    """The error, in one line, that a prompt is empty or too long for the context."""
+    """The error, in one line, for a prompt that is empty or too long for the context."""
 
 
 StopCheck = Callable[[Sequence[int]], bool]
@@ -51,7 +51,7 @@ class Generation:
     """One decoded text and what it cost.
 
     Attributes:
-        token_ids: the new ids only; an end-of-text id that ended it is the last one.
+        token_ids: the new ids only; an end-of-text id that ended the text is the last.
         finish_reason: "eos", "stop" (a stop string), "length" (max_new_tokens), "context", or
             "error" (see `error`).
         accepted: draft tokens accepted, one entry per cycle. The last cycle's count
@@ -61,12 +61,12 @@ class Generation:
         draft_calls: draft forward calls after the prefill.
         prefill_seconds: time until the prompt, without its newest token, is in the caches.
         decode_seconds: time from the end of the prefill to the last token.
-        forward_seconds: time of both spent inside the models' forward calls.
+        forward_seconds: the part of prefill_seconds and decode_seconds spent in the models' calls.
         target_call_seconds: the part of decode_seconds that the target's calls took.
         draft_call_seconds: the part of decode_seconds that the draft's calls took.
         transforms: one number per new token of a sampled text: evidence of the distribution that
             the token was drawn from (`evidence.transform`).
-        gaps: one number per new token of a greedy text: by how much its logit was the largest.
+        gaps: one number per new token of a greedy text: its logit minus the largest other logit.
         error: why the text could not be decoded further, in one line; None in all other cases.
     """
 
@@ -102,7 +102,7 @@ class Text:
     """A prompt and the tokens decoded after it, up to the text's end.
 
     Both decoders add tokens through `extend`, one by one. So a text ends at the same token, whether
-    that token came alone or in the middle of a cycle.
+    this token came alone or in the middle of a cycle.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Text:
 
     @property
     def num_left(self) -> int:
-        """The number of tokens that may still come."""
+        """Return the number of tokens that may still be added."""
         return self.limit - len(self.tokens)
 
     def fail(self, error: str) -> None:

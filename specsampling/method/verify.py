@@ -1,9 +1,9 @@
 """Accept, correct, bonus: the rules that keep the target's distribution.
 
-A cycle has one of three rules: token by token (`verify`), the block as a whole (`verify_block`), or
-equality under noise that target and draft share (`verify_coupled`). They know only distributions:
-no tokenizer, no model, no cache. Greedy decoding and n-gram drafts need no code of their own,
-because their distributions are sure of one token.
+A cycle is judged by one of three rules: token by token (`verify`), as a whole (`verify_block`), or
+by equality under noise that target and draft share (`verify_coupled`). The rules know only
+distributions: no tokenizer, no model, no cache. Greedy decoding and n-gram drafts need no special
+code, because their distributions are one-hot.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def verify(
     from the target's distribution after the last draft token.
 
     Args:
-        target_probs: k + 1 distributions; number i is the target's, given the text and the first i
-            draft tokens.
+        target_probs: k + 1 distributions of the target; number i (from 0) follows the text and the
+            first i draft tokens.
         draft_probs: k distributions; draft token i was sampled from number i.
         draft_tokens: k token ids.
-        generator: source of all randomness.
+        generator: the source of all randomness.
         position: unused; `verify_coupled` needs it.
     """
     k = len(draft_tokens)
@@ -66,11 +66,12 @@ def verify_block(
     """Run one cycle of block verification (Sun et al. 2025, arXiv 2403.10444, Algorithm 2).
 
     The first i tokens have the weight w_i = min(1, w_(i-1) target / draft), where w_0 = 1. So a
-    token that the target prefers makes up for an earlier one. The first i < k tokens are accepted
-    with probability m_i / (m_i + 1 - w_i), where m_i is the mass of (w_i target - draft)+ behind
-    them. All k are accepted with probability w_k. The longest accepted beginning counts, whatever
-    was rejected within it. No rule that sees the same accepts more in expectation. With one-hot
-    drafts this is the rule of `verify`. Arguments and result are those of `verify`.
+    token that the target prefers makes up for an earlier token that it does not. The first i < k
+    tokens are accepted with probability m_i / (m_i + 1 - w_i). Here m_i is the mass of
+    (w_i target - draft)+ at the position after them. All k tokens are accepted with probability
+    w_k. The longest accepted beginning counts, even if shorter beginnings were rejected. No rule
+    that sees the same distributions accepts more in expectation. With one-hot drafts this is the
+    rule of `verify`. Arguments and result are those of `verify`.
 
     Raises:
         NonFiniteError: a target's distribution holds NaN.
@@ -106,8 +107,8 @@ def verify_coupled(
 
     The token of a position is the winner of an exponential race, argmin E(v) / target(v) over the
     tokens v. A draft runs the same race, with the same E and its own distribution. Draft tokens
-    are accepted up to the first that is not the target's winner, and that winner replaces it. So
-    the text is the one that the target writes alone. The other arguments are those of `verify`.
+    are accepted until one is not the target's winner. The target's winner then replaces this token.
+    So the target would write the same text alone. The other arguments are those of `verify`.
 
     Args:
         noise: the source of E for both target and draft.
