@@ -1,7 +1,7 @@
-"""Makes one run of a configuration: resolves it, loads the models, decodes, and reports.
+"""Makes one run from a configuration: resolves it, loads the models, decodes, and reports.
 
 The decoders are arguments. The scripts import this module, and torch with it, only after they have
-read the configuration, so that a mistake there is reported at once.
+read the configuration. So a mistake in the configuration is reported at once.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Plan:
     config: Config  # as this process decodes it
     task: Task
     output: Path
-    fresh: bool  # whether the output starts over
-    ranks: Ranks | None  # this process among several; None for the only one
+    fresh: bool  # whether to start the output file over
+    ranks: Ranks | None  # this process's place among several; None if it is the only process
     was_stopped: bool  # whether several processes were stopped before their rows were merged
     existing_run: Run | None  # what an earlier process left
     meta: dict[str, Any]  # what new rows are made with
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job]:
-        """The rows of the run, in their order."""
+        """Return a job for each row of the run, in order."""
         return all_jobs(self.prompts, self.config.run.methods, self.config.sampling.num_samples)
 
     @property
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every row of the run is in the file already."""
+        """True if every row of the run is in the file already."""
         return {job.key for job in self.jobs} <= {row.key for row in self.existing_rows}
 
 
@@ -104,7 +104,7 @@ def run_experiment(
 
 
 def resolve(config: Config, task: Task, output: Path, fresh: bool) -> Plan:
-    """Settle all that does not need weights. A mistake is told here, before minutes of loading."""
+    """Settle all that needs no weights, so that a mistake is reported before minutes of loading."""
     ranks = Ranks.of_launch(variables) if (variables := launched_by()) else None
     models = config.models
     if ranks:
@@ -125,7 +125,7 @@ def resolve(config: Config, task: Task, output: Path, fresh: bool) -> Plan:
 
 
 def require_same_machine(plan: Plan) -> None:
-    """Refuse to add rows of this machine to those of another: their speeds cannot be compared."""
+    """Refuse to add this machine's rows to another machine's, whose speeds cannot be compared."""
     if plan.existing_run is None or plan.is_finished:
         return
     ours = machine_of(plan.meta)
@@ -138,7 +138,7 @@ def require_same_machine(plan: Plan) -> None:
 
 
 def load(plan: Plan) -> tuple[Pair, Drafts, str]:
-    """Load a plan's models and prove what they can do; return also the expected peak of memory."""
+    """Load and check a plan's models and drafts; also return the expected peak of memory."""
     config, meta = plan.config, plan.meta
     sizes = plan.longest_prompt, plan.ranks.local_count if plan.ranks else 1
     device_map, expected = loading.settle_memory(config, plan.planned, *sizes)
@@ -159,7 +159,7 @@ def load(plan: Plan) -> tuple[Pair, Drafts, str]:
 def decode(
     plan: Plan, pair: Pair, decoders: dict[str, Decode], expected_memory: str
 ) -> Mapping[str, Audit | None]:
-    """Decode what is missing, and return each method's audit over all rows. Rank 0 audits."""
+    """Decode the missing rows. On rank 0, return each method's audit over all rows."""
     config, ranks, device = plan.config, plan.ranks, pair.target.device
     start = plan.output, plan.meta, plan.fresh
     existing, name = plan.existing_rows, device_name(device)
@@ -180,7 +180,7 @@ def decode(
                 positional=loading.settle_noise(config, plan.existing_run),
                 ranks=ranks,
             )
-        finally:  # a stopped run records its peak, too
+        finally:  # so that a stopped run also records its peak of memory
             peak = peak_memory(device)
             run_file.note(peak_memory=peak, expected_memory=expected_memory)
         order = [job.key for job in plan.jobs]

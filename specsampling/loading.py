@@ -1,6 +1,7 @@
 """Loads, compiles and checks the models of a configuration, until they are ready to decode.
 
-In all functions, `config` is the run's, and `longest` is the most tokens of a text with its prompt.
+In all functions, `config` is the run's configuration, and `longest` is the number of tokens that
+the longest text has with its prompt.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ from specsampling.provenance import device_name, precision
 from specsampling.results.records import Run
 from specsampling.tasks.task import Example
 
-# The keys: a draft's name, "" for the pair's own, and whether k is chosen while decoding.
+# A key is a draft's name, or "" for the pair's own, and whether k is chosen while decoding.
 Drafts = dict[tuple[str, bool], Draft]
 
-THREADS_PER_CORE = 8  # the system may refuse more, which ends the process
+THREADS_PER_CORE = 8  # the system may refuse more threads, and that would end the process
 
 
 def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
@@ -59,7 +60,10 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
 
     Returns:
         A pair without weights, which encodes prompts, and the models as they will be loaded, the
-            target first. A ModelError names what is missing or does not fit.
+            target first.
+
+    Raises:
+        ModelError: something is missing or does not fit.
     """
     models = config.models
     named = [models.draft, *drafts_named(config)]
@@ -74,8 +78,9 @@ def outline_models(config: Config) -> tuple[Pair, list[Planned]]:
 def baselines(config: Config) -> list[str]:
     """Name the methods that others are compared with.
 
-    `reference` decodes with calls as wide as the speculative methods', so its rows have the same
-    bits. In the CPU kernel, bits do not depend on width: `reference` would repeat `autoregressive`.
+    `reference` decodes with calls as wide as those of the speculative methods, so its rows have the
+    same bits. In the CPU kernel bits do not depend on width, and `reference` would only repeat
+    `autoregressive`.
     """
     device, target = resolve_device(config.models.device), config.models.target
     uses_kernel = device.type == "cpu" and config.decoding.compile != "off" and not why_no_kernel()
@@ -93,7 +98,7 @@ def drafts_named(config: Config) -> list[str]:
 
 
 def digest_files(config: Config, examples: Sequence[Example]) -> dict[str, str]:
-    """Return hashes that tell a run's models and data from others of the same names."""
+    """Return hashes of a run's models and data, to tell them from others of the same names."""
     models = config.models
     specs = {"models.target": models.target, "models.draft": DraftName.parse(models.draft).spec}
     specs["models.tokenizer"] = models.tokenizer or ""
@@ -109,12 +114,14 @@ def settle_memory(
     """Compare what a run will take with the memory that is free, and print both.
 
     `models` come from `outline_models`, and the longest prompt has `num_prompt_tokens`.
-    `num_sharing` processes share this machine's memory equally. If the models do not fit, a
-    ModelError names choices that fit.
+    `num_sharing` processes share this machine's memory equally.
 
     Returns:
-        The device of each part of the target, if several GPUs share it, and the expected peak in
-            words, if it is estimated.
+        The device of each part of the target, or None if the target is not split over GPUs; and
+            the expected peak in words, or "" if it was not estimated.
+
+    Raises:
+        ModelError: the models do not fit; the message names choices that fit.
     """
     if any(hasattr(model.outline.config, "quantization_config") for model in models):
         say("  memory: not estimated, because a checkpoint is already quantised")
@@ -145,7 +152,8 @@ def settle_memory(
 def load_configured_pair(config: Config, device_map: Mapping[str, int | str] | None = None) -> Pair:
     """Load the target and its draft, and print the device and the precision.
 
-    A ConfigError says that a size does not fit the target's context, or that threads are too many.
+    Raises:
+        ConfigError: a size does not fit the target's context, or there are too many threads.
     """
     threads, most = config.run.threads, THREADS_PER_CORE * (os.cpu_count() or 1)
     if threads > most:
@@ -209,8 +217,10 @@ def load_drafts(config: Config, pair: Pair) -> Drafts:
 def settle_steps(config: Config, existing_run: Run | None) -> tuple[Compile, str]:
     """Return what `decoding.compile: auto` means in a run, and the reason if it means "off".
 
-    A resumed run goes on as `existing_run` began. On a GPU, calls of several texts at once are not
-    captured, so a ConfigError refuses `on` there.
+    A resumed run goes on as `existing_run` began.
+
+    Raises:
+        ConfigError: the mode is `on`, but a GPU does not capture calls of several texts at once.
     """
     mode, size = config.decoding.compile, config.run.batch_size
     is_gpu_batch = size > 1 and resolve_device(config.models.device).type != "cpu"
@@ -249,7 +259,7 @@ def make_steps(
 
     def capture(name: str, model: Model) -> Model:
         report = lambda line: say(f"  {name}: {line}")  # noqa: E731
-        # A draft is fed one token, two after all were accepted, or all that it missed.
+        # A draft is fed one token, two after a fully accepted cycle, or all tokens it has missed.
         sizes = {1, config.width} if model is pair.target else {1, 2, config.width}
         made, result = make_static(model, config.decoding.compile, longest, sizes, report)
         report(result)
@@ -260,7 +270,11 @@ def make_steps(
 
 
 def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> tuple[Pair, Drafts]:
-    """Make the models ready for `run.batch_size` texts at once; raise ModelError if one cannot."""
+    """Make the models ready for `run.batch_size` texts at once.
+
+    Raises:
+        ModelError: a model can only decode one text at a time.
+    """
     size = config.run.batch_size
 
     def prepare(name: str, model: Model) -> Model:
@@ -281,7 +295,7 @@ def make_batch(config: Config, pair: Pair, drafts: Drafts, longest: int) -> tupl
 def _with_each_model(
     config: Config, pair: Pair, drafts: Drafts, prepare: Callable[[str, Model], Model]
 ) -> tuple[Pair, Drafts]:
-    """Replace each model by what `prepare` makes of it and its name."""
+    """Replace each model by the result of `prepare`, which gets the model's name and the model."""
     names = {pair.target: config.models.target}
     for (spec, _), draft in drafts.items():
         for name, model in draft_models(spec or config.models.draft, draft).items():

@@ -1,6 +1,7 @@
-"""Decodes every example with every method into rows: seeds, order, timing and progress.
+"""Decodes every example with every method, and makes a row of each text.
 
-The decoders are arguments. This module generates texts and does not score them.
+This module sets seeds, order, timing and progress. It generates texts and does not score them. The
+decoders are arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MEMORY_WAYS_OUT = (
     "lower decoding.max_new_tokens or run.batch_size, choose int8 or nf4, or smaller models; a "
     "rerun tries again"
 )
-BLOCK = 4  # pairs that a method decodes in its turn, for each place of a batch
+BLOCK = 4  # pairs for each place of a batch that a method decodes in one turn
 
 # A method's decoder takes one prompt, a `generator` and a stop check `is_stop`.
 Decode = Callable[..., Generation]
@@ -46,8 +47,11 @@ def encode_prompts(
 ) -> list[tuple[Example, Prompt]]:
     """Return the first `limit` examples with their prompts.
 
-    A task that can cut a prompt cuts it so that `max_new_tokens` fit into the target's context. A
-    PromptError says which prompt does not fit, or has ids that the target does not know.
+    If a task can cut a prompt, it cuts the prompt so that `max_new_tokens` fit into the target's
+    context.
+
+    Raises:
+        PromptError: a prompt is empty, does not fit, or has ids that the target does not know.
     """
     context = context_limit(pair.target)
     if max_new_tokens >= context:
@@ -65,7 +69,7 @@ def encode_prompts(
 
 
 def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
-    """Check that the target can decode a prompt; else raise a PromptError that says why."""
+    """Raise a PromptError that says why, if the target cannot decode a prompt."""
     context = context_limit(pair.target)
     if not token_ids:
         raise PromptError(
@@ -86,7 +90,7 @@ def check_prompt(name: str, token_ids: Sequence[int], pair: Pair) -> None:
 
 
 class Job(NamedTuple):
-    """A row that a run has to make."""
+    """The work for one row of a run."""
 
     example: Example
     prompt: Prompt
@@ -103,7 +107,7 @@ def all_jobs(
 ) -> list[Job]:
     """Return a job for every row of a run, in order.
 
-    The methods' order rotates from example to example, so that a slow moment slows them all.
+    The methods' order rotates from example to example, so that a slow moment slows all methods.
     """
     names = list(methods)
     return [
@@ -120,14 +124,14 @@ def _pairs(jobs: Iterable[Job]) -> list[list[Job]]:
 
 
 def share_of(jobs: Sequence[Job], ranks: Ranks) -> list[Job]:
-    """Return a rank's jobs: its (example, sample) pairs, dealt in turn, with all methods."""
+    """Return a rank's jobs. Pairs of example and sample are dealt in turn, with all methods."""
     return [job for pair in _pairs(jobs)[ranks.index :: ranks.count] for job in pair]
 
 
 def groups_of(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
     """Yield groups of jobs that are decoded together: one method over a block of pairs.
 
-    A block has more pairs than a batch has places, since some texts end early.
+    A block has more pairs than a batch has places, because some texts end early.
     """
     pairs, size = _pairs(jobs), BLOCK * batch_size
     for start in range(0, len(pairs), size):
@@ -155,11 +159,11 @@ def run(
     the run goes on.
 
     Args:
-        pair, task, prompts: the models, and what they decode.
+        pair, task, prompts: the models, and the texts that they decode.
         methods: the decoders by name, in the order of the table.
         seed: the seed of the whole run; see `sample_seed`.
         num_samples: texts per example and method.
-        warmup: how many examples every method decodes first; those texts are thrown away.
+        warmup: how many examples each method decodes before the run; these texts are discarded.
         batch_size: how many texts are decoded at once. They share the seconds equally.
         positional: the methods that draw each token with the noise of its position.
         ranks: this process's place among several; None for a single process.
@@ -196,7 +200,7 @@ def run(
 def source_of(
     device: torch.device, seed: int, name: str, method: str, sample_index: int, is_positional: bool
 ) -> Randomness:
-    """Return a text's randomness. Noise of positions does not depend on the method."""
+    """Return a text's source of randomness. Positional noise does not depend on the method."""
     if is_positional:
         return Noise.of(seed, name, sample_index, race=fastest_race())
     return torch.Generator(device).manual_seed(sample_seed(seed, name, method, sample_index))
@@ -210,7 +214,7 @@ def decode_row(
     positional: Collection[str],
     job: Job,
 ) -> Row:
-    """Decode a text by its method; if memory runs out, the row says so."""
+    """Decode a text with its method. If memory runs out, the row says so."""
     is_positional = job.method in positional
     names = job.example.id, job.method, job.sample_index
     generator = source_of(pair.target.device, seed, *names, is_positional)
@@ -245,7 +249,7 @@ def decode_row(
 def decode_rows(
     jobs: Sequence[Job], decode: Callable[[Job], Row], batch_size: int
 ) -> Iterator[Row]:
-    """Yield rows as they are finished, decoded one by one or several at once."""
+    """Decode rows one by one or several at once, and yield each as it is finished."""
     if batch_size == 1:
         yield from map(decode, jobs)
         return
@@ -257,7 +261,7 @@ def decode_rows(
 
 
 def sample_seed(seed: int, example_id: str, method: str, sample_index: int) -> int:
-    """Return a text's seed. Limits, order and resuming do not change the seed."""
+    """Return a text's seed, which limits, order and resuming do not change."""
     key = f"{seed}|{example_id}|{method}|{sample_index}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 

@@ -1,6 +1,7 @@
-"""Compiles the C files of this folder, once for each processor, into a folder of the user's.
+"""Compiles the C files of this folder, once for each processor, into one of the user's folders.
 
-The system's compiler is used, or else that in the package `ziglang`. This module knows no models.
+It uses the system's compiler, or else the compiler in the package `ziglang`. This module knows no
+models.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SECONDS = 300  # the most that a compiler may take
 
 
 class KernelError(Exception):
-    """The error, in one line, that the kernel cannot be used on this machine."""
+    """The error, in one line, for a machine on which the kernel cannot be used."""
 
 
 def find_compiler() -> list[str]:
@@ -52,13 +53,13 @@ def find_compiler() -> list[str]:
 def build(folder: Path) -> Path:
     """Find the shared library for this processor, or compile it.
 
-    The library's name ends with its hash, so a damaged file is noticed and made anew.
+    The library's name ends with its hash, so a damaged file is noticed and compiled again.
 
     Args:
-        folder: where libraries are kept.
+        folder: where the libraries are kept.
 
     Raises:
-        KernelError: this system has no POSIX threads, there is no compiler, or it fails.
+        KernelError: the system has no POSIX threads, or the compiler is missing or fails.
         OSError: the folder cannot be written.
     """
     if sys.platform not in SYSTEMS:
@@ -102,7 +103,7 @@ def digest_of(path: Path) -> str:
 
 
 def processor() -> str:
-    """Describe this processor by its name and its features, however many cores it shows."""
+    """Describe this processor by its name and features, whatever the number of its cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

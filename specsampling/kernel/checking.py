@@ -1,4 +1,4 @@
-"""Checks what the C files take for granted, before they are called.
+"""Checks the conditions that the C files assume, before they are called.
 
 This module knows nothing of models beyond their sizes.
 """
@@ -26,10 +26,10 @@ BLOCKS = {
 def check_matrix(
     weight: Tensor, format: str, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None
 ) -> None:
-    """Check a matrix of floats that is to be packed.
+    """Check a matrix of floats before it is packed.
 
     Raises:
-        ValueError: a shape, a type, a format or an order that cannot be packed.
+        ValueError: the shape, the type, the format or an order cannot be packed.
     """
     if weight.dim() != 2 or weight.device.type != "cpu":
         raise ValueError(f"weights must be a matrix in main memory (got {_shape_of(weight)})")
@@ -45,7 +45,7 @@ def check_matrix(
 def check_blocks(
     data: np.ndarray, format: str, num_inputs: int, bias: Tensor | None, rows: Tensor | None
 ) -> None:
-    """Check a GGUF file's tensor, [outputs, bytes of a row], that is to be packed.
+    """Check a GGUF file's tensor, [outputs, bytes of a row], before it is packed.
 
     Raises:
         ValueError: a row has too few bytes or too many, or an order cannot be packed.
@@ -93,7 +93,7 @@ def check_layers(layers: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) 
 
 
 def check_head(head: Any, tokens: Tensor | None, sizes: Mapping[str, int]) -> None:
-    """Check that the head scores all tokens of the vocabulary, or the tokens that are named.
+    """Check that the head scores the whole vocabulary, or exactly the named tokens.
 
     Raises:
         ValueError: the head has another shape, or a named token is not in the vocabulary.
@@ -118,7 +118,7 @@ def check_shape(name: str, linear: Any, outputs: int, inputs: int) -> None:
 
 
 def check_tokens(ids: Sequence[int], start: int, capacity: int, vocabulary: int) -> np.ndarray:
-    """Make an array, [n], of a request's token ids. The C files see only 32 bits of each.
+    """Make an array, [n], of a request's token ids. The C files read only 32 bits of each id.
 
     Raises:
         ValueError: a token or a position is out of range.

@@ -1,7 +1,8 @@
 """Models in the form that `step.c` decodes, and calls of `step.c`.
 
-A call takes rows of any texts. A row's logits do not depend on the other rows: see `step.c`. This
-module knows nothing of files or of transformers. `models/packing.py` makes its models.
+One call can take rows of different texts. A row's logits do not depend on the other rows: see
+`step.c`. This module knows nothing of files or of transformers. `models/packing.py` makes the
+models.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ ROW = np.dtype([("cache", "u8"), ("logits", "u8"), ("token", "i4"), ("position",
 
 @cache
 def library(folder: Path) -> ctypes.CDLL:
-    """Load the compiled C files, which are kept in a folder.
+    """Load the compiled C files from a folder; compile them first if they are missing.
 
     Raises:
-        KernelError: they cannot be compiled or loaded.
+        KernelError: the files cannot be compiled or loaded.
     """
     try:
         found = ctypes.CDLL(str(build(folder)))
@@ -126,7 +127,7 @@ def race(
 
 @dataclass(frozen=True)
 class Parts:
-    """One layer's parts, by their names in its structure."""
+    """One layer's parts, named as in the layer's C structure."""
 
     linears: dict[str, Packed]
     norms: dict[str, Tensor]
@@ -134,7 +135,7 @@ class Parts:
 
 
 class Cache:
-    """A text's keys and values. The system gives memory only to the part that was written."""
+    """A text's keys and values. Only the part that was written takes memory."""
 
     def __init__(self, model: Model, capacity: int):
         sizes = model.sizes
@@ -150,7 +151,7 @@ class Cache:
 
 
 class Request(NamedTuple):
-    """Tokens of one text, one after the other."""
+    """Consecutive tokens of one text, to be fed in a call."""
 
     cache: Cache
     ids: Sequence[int]
@@ -164,15 +165,15 @@ class Model:
 
     Attributes:
         library: the compiled C files.
-        layers: its layers' parts.
+        layers: the parts of each layer.
         head: the last linear layer.
-        tensors: what the structure's pointers point to, by name.
-        sizes: the structure's numbers, by name.
+        tensors: the tensors that the C structure points to, by name.
+        sizes: the numbers in the C structure, by name.
         epsilon: the norms' epsilon.
-        score_scale: the factor of attention's products.
-        rotation: makes cosines and sines of the first n positions, [n, head_dim / 2] each; None if
-            positions are not rotated.
-        size: bytes of the linear layers' weights.
+        score_scale: the factor by which attention multiplies its products.
+        rotation: makes the cosines and the sines of the first n positions, [n, head_dim / 2] each;
+            None if positions are not rotated.
+        size: the bytes of the linear layers' weights.
     """
 
     library: ctypes.CDLL
@@ -207,11 +208,11 @@ class Model:
 
     @property
     def linears(self) -> list[Packed]:
-        """All linear layers of the model."""
+        """Return all linear layers of the model."""
         return [self.head, *(part for layer in self.layers for part in layer.linears.values())]
 
     def first_layers(self, num_layers: int) -> Model:
-        """Make a model of the first layers only, over the same weights."""
+        """Make a model of the first layers only, which shares the weights."""
         return Model(
             *(self.library, self.layers[:num_layers], self.head, self.tensors, dict(self.sizes)),
             *(self.epsilon, self.score_scale, self.rotation),
@@ -240,7 +241,7 @@ class Model:
             self._structure.positions = num
 
     def run(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Feed tokens of some texts together.
+        """Feed the tokens of several texts together.
 
         Returns:
             [last, vocabulary] float32 logits for each request.
@@ -317,7 +318,7 @@ def set_num_threads(num: int) -> None:
     """Set how many threads calls run on; 0 means one for each core that this process may use.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: the number is negative.
     """
     global _num_threads
     if num < 0:
@@ -329,7 +330,7 @@ def set_num_threads(num: int) -> None:
 
 
 def num_threads() -> int:
-    """Return how many threads calls run on: as set, as OMP_NUM_THREADS says, or one per core."""
+    """Return how many threads calls run on: as set, else by OMP_NUM_THREADS, else one per core."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return _num_threads or (int(named) if named.isdecimal() else 0) or num_cores()
 
@@ -342,7 +343,7 @@ def num_cores() -> int:
 
 
 def pool_of(library: ctypes.CDLL) -> Pool:
-    """Return the pool of threads of this process, made at the first call."""
+    """Return this process's pool of threads, which the first call makes."""
     if library._handle not in _pools:
         _pools[library._handle] = Pool(library, num_threads())
     return _pools[library._handle]

@@ -1,4 +1,4 @@
-"""Linear layers in the order in which `step.c` multiplies them.
+"""Packs linear layers in the order in which `step.c` multiplies them.
 
 This module knows nothing of models.
 """
@@ -46,9 +46,9 @@ class Packed:
     """A linear layer as `step.c` reads it.
 
     Attributes:
-        outputs, inputs: its sizes, padded.
+        outputs, inputs: the padded sizes.
         format: one of FORMATS.
-        numbers, scales, parts, bias: the tensors that its structure points to.
+        numbers, scales, parts, bias: the tensors that the layer's C structure points to.
     """
 
     outputs: int
@@ -92,8 +92,9 @@ class Packer:
             weight: in float32, float16 or bfloat16.
             format: "float32", "float16", "bfloat16", "int8" or "Q4_0".
             bias: [outputs].
-            rows: the output that stands at each place, or -1 for zeros; None keeps the order.
-            columns: the same for inputs.
+            rows: for each place the output that stands there, or -1 for zeros; None keeps the
+                order.
+            columns: the same for the inputs.
 
         Raises:
             ValueError: a weight is not finite or too large, or a shape is wrong.
@@ -148,7 +149,7 @@ class Packer:
         return packed
 
     def _run(self, pack: Callable[[int, int], int], outputs: int) -> list[int]:
-        """Pack whole blocks of outputs on each thread, so that no two write to one byte."""
+        """Pack whole blocks of outputs on each thread, so that no two threads write to one byte."""
         step = padded(-(-outputs // (4 * self._num_threads)), LANES)
         starts = range(0, outputs, step)
         with ThreadPoolExecutor(self._num_threads) as threads:

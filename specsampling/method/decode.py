@@ -27,7 +27,7 @@ class Cycle(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a cycle added to its text.
+    """The tokens that a cycle added to its text.
 
     Attributes:
         token_ids: the new ids, at least one.

@@ -190,7 +190,7 @@ class Times:
 
 
 class Experience:
-    """What a run has learnt from its cycles so far.
+    """The knowledge that a run has gained from its cycles so far.
 
     In all methods, `matched` counts the tokens that a lookup found again at the cycle's start.
     """

@@ -1,7 +1,7 @@
 """Noise that belongs to a position and a token, not to a call.
 
-A token is drawn as the winner of an exponential race: every token v gets a time E(v) / p(v), where
-E(v) has the exponential distribution of mean 1, and the smallest time wins. Token v wins with
+A token is drawn as the winner of an exponential race. Every token v gets a time E(v) / p(v), where
+E(v) has the exponential distribution of mean 1. The smallest time wins. Token v wins with
 probability p(v). E(v) depends on nothing but a key, the position in the text and the token. So a
 text depends neither on how its tokens were grouped into calls, nor on who drafted them.
 

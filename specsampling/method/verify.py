@@ -1,7 +1,7 @@
 """Accept, correct, bonus: the rules that keep the target's distribution.
 
-A cycle is judged by one of three rules: token by token (`verify`), as a whole (`verify_block`), or
-by equality under noise that target and draft share (`verify_coupled`). The rules know only
+One of three rules judges a cycle: token by token (`verify`), as a whole (`verify_block`), or by
+equality under noise that target and draft share (`verify_coupled`). The rules know only
 distributions: no tokenizer, no model, no cache. Greedy decoding and n-gram drafts need no special
 code, because their distributions are one-hot.
 """
