@@ -44,8 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", metavar="A,B", help="only these methods")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table to FILE, too")
     options = parser.parse_args(arguments)
-    if options.csv and not options.csv.parent.is_dir():
-        raise ConfigError(f"{options.csv} must be in a folder that exists; make it, or choose one")
     runs = read_run(options.run), read_run(options.other)
     shared = [m for m in dict.fromkeys(row.method for row in runs[0].rows) if m in methods_of(runs)]
     chosen = options.methods.split(",") if options.methods else shared
@@ -68,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     print(format_comparison(table))
     if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(options.csv, index=False)
     return 0
 

@@ -2,6 +2,7 @@
 
     python Benchmarks/report.py            write the pages
     python Benchmarks/report.py --check    only say which pages differ, with exit code 1
+    python Benchmarks/report.py --notebooks    also run the committed notebooks over those rows
     python Benchmarks/report.py Results/results2.jsonl --html run.html    one run, as a page
     python Benchmarks/report.py Results/results2.jsonl --csv run.csv      its table, as numbers
     python Benchmarks/report.py Results/figure1/xsum-greedy.jsonl --csv out.csv --table figure1
@@ -18,6 +19,7 @@ never are.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -53,6 +55,11 @@ HEADLINE = {  # of the README
     "Qwen2.5-Coder 1.5B with n-grams and the 0.5B, in 8 bit": "qwen-coder-int8/results2.jsonl",
 }
 
+NOTEBOOKS = {  # what each committed notebook shows
+    "bench1": "Results/published/smollm2/results1.jsonl",
+    "bench2": "Results/published/smollm2/results2.jsonl",
+    **dict.fromkeys(["figure1", "methods", "table1"], "Results/published/smollm2"),
+}
 PRECISIONS = {  # of Qwen2.5-Coder 1.5B, over all problems, eight texts at once
     "bfloat16": "qwen-coder-precision/bfloat16.jsonl",
     "int8": "qwen-coder-int8/results2-batch8.jsonl",
@@ -77,14 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = f"which table --csv writes: {', '.join(KINDS)} (default: run)"
     add("--table", metavar="KIND", default="run", help=kind)
     add("--check", action="store_true", help="write nothing")
+    add(
+        "--notebooks",
+        action="store_true",
+        help="run the committed notebooks and write their figures",
+    )
     options = parser.parse_args(arguments)
     files = options.html, options.csv
     if bool(options.run) != any(files):
         raise ConfigError("RUN belongs with --html FILE or --csv FILE (got one of them); give both")
     if options.run:
         for file in filter(None, files):
-            if not file.parent.is_dir():
-                raise ConfigError(f"{file} must be in a folder that exists; make it, or choose one")
+            file.parent.mkdir(parents=True, exist_ok=True)
         if options.html:
             options.html.write_text(page_of(options.run), encoding="utf-8")
         if options.csv:
@@ -100,7 +111,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 page.write_text(after)
     for name in different:
         print(f"{name} {'differs from' if options.check else 'now has the tables of'} its rows")
+    for notebook in NOTEBOOKS if options.notebooks and not options.check else ():
+        print(f"running {notebook}.ipynb ...", file=sys.stderr, flush=True)
+        text = run_notebook(notebook, PROJECT)
+        (PROJECT / "Benchmarks" / f"{notebook}.ipynb").write_text(text)
     return 1 if options.check and different else 0
+
+
+def run_notebook(name: str, project: Path) -> str:
+    """Run a notebook of a project over its rows in `NOTEBOOKS`, and return it with its outputs."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    folder = project / "Benchmarks"
+    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute(env={**os.environ, "SPECSAMPLING_RESULTS": NOTEBOOKS[name]})
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # when it ran
+    return nbformat.writes(notebook) + "\n"
 
 
 def written(page: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pandas as pd
 import pytest
 from helpers import mistake
 from test_notebooks import write_results
@@ -61,7 +62,10 @@ def test_scores_are_compared_over_what_both_have(tmp_path, capsys):
         write_results(folder, rows(which), "results2")
         paths.append(next(folder.rglob("results2.jsonl")))
         write_scores(paths[-1], [score(name, name in passed) for name in TEXTS])
-    assert script.main([str(path) for path in paths]) == 0
+    csv = tmp_path / "deep" / "table.csv"
+    assert script.main([*map(str, paths), "--csv", str(csv)]) == 0
+    (line,) = pd.read_csv(csv).to_dict("records")
+    assert (line["method"], line["n"]) == ("speculative", 3) and line["pass@1"].startswith("66.7%")
     printed = capsys.readouterr().out
     assert "intervals over fewer than 10 problems mean little" in printed
     assert "66.7% [" in printed and "33.3% [" in printed and "70.0%" in printed

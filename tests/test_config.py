@@ -56,7 +56,7 @@ LIMIT = "null or an integer >= 1 and <= 1000000000"
 DEVICES = "auto, cpu, cuda, cuda:N, mps, auto-split or auto-split-offload"
 K = "an integer >= 1 and <= 1024 or auto"
 BROKEN = {  # what the message must contain: values that break the rule
-    # Of another type.
+    # The value has another type.
     **{f'{LIMIT} (got "{value}")': [f"run.limit={value}"] for value in ("010:00", "1,000", "all")},
     '>= 0 and <= 9223372036854775807 (got "2024-05-01")': ["sampling.seed=2024-05-01"],
     'a number > 0 and <= 1 (got "1:30")': ["sampling.top_p=1:30"],

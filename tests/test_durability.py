@@ -103,10 +103,10 @@ def read_only(path: Path) -> None:
 MISHAPS = [killed, copied, replaced, removed, truncated, emptied, changed, added, linked, read_only]
 
 BEFORE, DURING = "before", "during"
-# What becomes of a mishap before the next start, and in the middle of a run: an equal result (=),
-# one line that says why (!), or the mishap does not happen then (-). A damaged shard is told. A
-# shard whose meta does not name it is left alone, and its rows are made again. Nobody writes to a
-# shard in the middle of the run that takes it in.
+# A mishap happens before the next start, or in the middle of a run. Then the result is equal (=),
+# or one line says why it is not (!). A dash means that the mishap does not happen then. A damaged
+# shard is reported. A shard whose meta does not name it stays, and its rows are made again. Nobody
+# writes to a shard in the middle of the run that takes it in.
 OUTCOMES = """
 mishap     .jsonl .meta.json .scores.jsonl .rank0001.jsonl .rank0001.meta.json
 killed     =-     =-         =-            =-              =-

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_results import META, SEVEN, make_grid, make_rouge_scores, make_run, score_every_fourth
 
+from Benchmarks import report
 from Benchmarks.table1 import TABLE1_FILES
 from specsampling.results.records import newest_run, read_rows, read_run
 from specsampling.results.runfile import RunFile
@@ -27,6 +29,7 @@ from specsampling.results.tables import METHODS
 
 ROUGE = {"rouge1": 0.2, "rouge2": 0.1, "rougeL": 0.05}
 ROOT = Path(__file__).parent.parent
+NAMED_ANEW = re.compile(r"at 0x[0-9a-f]+|T_[0-9a-f]{5}")  # whenever pandas styles a table
 NOTEBOOKS = sorted((ROOT / "Benchmarks").glob("*.ipynb"))
 
 
@@ -88,6 +91,19 @@ def outputs_of(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
             elif kind in output.get("data", {}):
                 shown.append(output.data[kind])
     return shown
+
+
+@pytest.mark.parametrize("name", report.NOTEBOOKS)
+def test_a_committed_notebook_shows_what_its_rows_give(name, tmp_path, monkeypatch):
+    """Three notebooks showed the rows of an earlier run, and so did their figures."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for folder in ("Benchmarks", "Results/published/smollm2"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    now = nbformat.reads(report.run_notebook(name, tmp_path), as_version=4)
+    committed = nbformat.read(ROOT / "Benchmarks" / f"{name}.ipynb", as_version=4)
+    for kind in ("text/html", "text/plain"):
+        shown, ours = ("\n".join(outputs_of(notebook, kind)) for notebook in (committed, now))
+        assert NAMED_ANEW.sub("", shown) == NAMED_ANEW.sub("", ours)
 
 
 def test_bench2_shows_table_figures_and_identical_outputs(tmp_path, show):

@@ -103,7 +103,7 @@ def test_sampled_tokens_have_the_targets_distribution(all_threads):
 
 
 def p_value(pair, draft, text, sampling, num=1000) -> float:
-    """Of the token after `text` in `num` speculative samples, against the target's nucleus."""
+    """Return how likely the target gives tokens like those of `num` speculative samples."""
     prefix, generator = pair.encode(text), torch.Generator().manual_seed(0)
     with torch.inference_mode():
         logits = pair.target(torch.tensor([prefix])).logits[0, -1].double()

@@ -152,5 +152,5 @@ def test_a_table_as_numbers(page, tmp_path, capsys):
         assert exit_code(report.main, command) == 0, capsys.readouterr().err
         assert len(pd.read_csv(file)) > 0
     capsys.readouterr()
-    for wrong in (["--table", "runs"], ["--csv", str(tmp_path / "none" / "run.csv")]):
+    for wrong in (["--table", "runs"], ["--csv", file / "in a file"]):
         refused(report.main, [run_path, "--csv", file, *wrong], capsys)

@@ -19,7 +19,7 @@ from specsampling.console import exit_code
 from specsampling.results.records import read_meta, read_rows
 from specsampling.results.scores import read_scores
 
-# Of two examples: two methods with one sample, or three with three samples.
+# Each cell has two examples. Greedy cells have two methods and a sample, the others three of each.
 NUM_ROWS = {"xsum-greedy": 4, "xsum-nucleus": 18, "humaneval-greedy": 4, "humaneval-nucleus": 18}
 PAPERS_SAMPLING = dict(zip(NUM_ROWS, ((0, 1), (1, 0.8), (0, 1), (0.8, 0.95))))
 

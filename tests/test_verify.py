@@ -325,6 +325,7 @@ def held(forms, *probs: list[float]) -> list[Distribution]:
         ([0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [1, 0, 0]),
         ([0.25, 0.75], [0.25, 0.75], [0.25, 0.75]),  # zero everywhere gave nan
         ([0.25] * 4, [0.5] * 2, [0, 0, 0.5, 0.5]),  # a draft with a smaller vocabulary
+        ([0.5] * 2, [0.25] * 4, [0.5] * 2),  # one with a larger
     ],
 )
 def test_residual_is_the_normalised_positive_part(forms, target, draft, expected):
